@@ -1,0 +1,50 @@
+# Every target builds .venv first when it is missing; a fresh clone needs python3, make and a package index.
+#   make test ARGS="-k rollout"      ARGS is passed on by demo, test and bench
+#   make venv PYTHON=python3.12      another interpreter
+
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stamp
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint types fix bench clean
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+
+# The stamp is written last, so that an installation that broke off is started again.
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --upgrade pip
+	$(BIN)/python -m pip install -e '.[dev,bench]'
+	@touch $@
+
+venv: $(STAMP) ## build .venv with everything that the tests use
+
+demo: $(STAMP) ## train, unlearn, retrain and compare on the embedded digits
+	$(BIN)/lethe demo $(ARGS)
+
+test: $(STAMP) ## run the tests that are not slow, with coverage
+	$(BIN)/python -m pytest --cov=engine --cov=kernels --cov-report=term --cov-fail-under=85 --durations=15 $(ARGS)
+
+lint: $(STAMP) ## ruff: rules and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP) ## mypy
+	$(BIN)/mypy engine kernels bench
+
+fix: $(STAMP) ## let ruff repair what it can, and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP) ## the benchmarks; ARGS goes to `python -m bench`
+	$(BIN)/python -m bench $(ARGS)
+
+clean: ## remove .venv, caches and build products
+	rm -rf $(VENV) build dist htmlcov *.egg-info .coverage .coverage.* .benchmarks
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

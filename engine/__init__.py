@@ -1,0 +1,50 @@
+"""Makes a trained Vision Transformer forget chosen samples, and proves it."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from engine.config import RunConfig
+    from engine.errors import RunStopped, UserError
+    from engine.loop import train, unlearn
+    from engine.methods import list_methods
+    from engine.trainer import UnlearnResult
+    from engine.vit import load_checkpoint, remember_model_args, save_checkpoint
+
+__version__ = "0.1.0"
+
+# Loaded when first asked for, so that `lethe --help` is quick and `lethe env` can report an installation in which
+# the models or kernels cannot be imported.
+_HOME = {
+    "RunConfig": "engine.config",
+    "RunStopped": "engine.errors",
+    "UserError": "engine.errors",
+    "UnlearnResult": "engine.trainer",
+    "train": "engine.loop",
+    "unlearn": "engine.loop",
+    "list_methods": "engine.methods",
+    "load_checkpoint": "engine.vit",
+    "remember_model_args": "engine.vit",
+    "save_checkpoint": "engine.vit",
+}
+
+__all__ = [
+    "RunConfig",
+    "RunStopped",
+    "UnlearnResult",
+    "UserError",
+    "list_methods",
+    "load_checkpoint",
+    "remember_model_args",
+    "save_checkpoint",
+    "train",
+    "unlearn",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'engine' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)

@@ -1,0 +1,316 @@
+"""The `lethe` command. Exit 0: good; 1: a run that stopped or a verdict that fails; 2: wrong use."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+from engine.errors import RunStopped, UserError
+
+app = typer.Typer(
+    name="lethe",
+    help="Makes a trained Vision Transformer forget chosen training samples, and sets the result beside a retrain.\n\n"
+    "Start with `lethe demo`. Then: `lethe unlearn --checkpoint DIR --data SPEC --forget FILE --out DIR`.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+Data = Annotated[
+    str,
+    typer.Option(
+        help="Data source: digits, cifar10[:ROOT], cifar100[:ROOT], parquet:FOLDER "
+        "(Hugging Face images: train-*.parquet, test-*.parquet) or imagefolder:FOLDER (train/CLASS/FILE, "
+        "val/CLASS/FILE).",
+        show_default=False,
+    ),
+]
+Forget = Annotated[
+    str,
+    typer.Option(
+        help="What to forget: a file of sample ids (text, CSV with an `id` column, JSON lines), class:NAME "
+        "or random:FRACTION@SEED.",
+        show_default=False,
+    ),
+]
+Checkpoint = Annotated[
+    str,
+    typer.Option(
+        help="Model: a folder with config.json and model.safetensors (timm / Hugging Face layout), timm:NAME "
+        "or hf-hub:ID.",
+        show_default=False,
+    ),
+]
+Reference = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A model retrained without the forget samples, to compare with. Give it twice or more for "
+        "the noise floor.",
+        show_default=False,
+    ),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="An option of the run or the method, such as seed=1, batch_size=64, precision=bf16, lr=1e-4; repeat "
+        "for more. `lethe methods NAME` lists them.",
+        show_default=False,
+    ),
+]
+ConfigFile = Annotated[
+    Path | None, typer.Option(help="YAML file of the same options; --set goes before it.", show_default=False)
+]
+Out = Annotated[Path, typer.Option(help="Run folder to write.", show_default=False)]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, after its last whole epoch.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file too.", show_default=False)]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the models and report.html; replaced.")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(help="Seed of every model and draw.")] = 0,
+    json_file: Json = None,
+) -> None:
+    """The main job on scikit-learn's digits: train, forget a tenth, retrain twice without it, compare."""
+    from engine.demo import run_demo
+
+    metrics = run_demo(out, seed)
+    _write_json(json_file, metrics)
+
+
+@app.command()
+def train(
+    data: Data,
+    arch: Annotated[
+        str,
+        typer.Option(
+            help="timm architecture, such as vit_tiny_patch16_224, or a checkpoint folder: its architecture, "
+            "from fresh weights.",
+            show_default=False,
+        ),
+    ],
+    out: Out,
+    forget: Annotated[
+        str | None,
+        typer.Option(
+            help="Leave these samples out: the retrain reference. As for `lethe unlearn`.", show_default=False
+        ),
+    ] = None,
+    epochs: Annotated[float, typer.Option(help="Passes over the training samples.")] = 30.0,
+    seed: Annotated[int, typer.Option(help="Of the initial weights and the order of samples.")] = 0,
+    model_arg: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE",
+            help="Argument of timm.create_model, such as img_size=32 or patch_size=4; repeat for more.",
+            show_default=False,
+        ),
+    ] = None,
+    settings: Settings = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    json_file: Json = None,
+) -> None:
+    """Trains a model from fresh weights; with --forget, the retrained reference for those samples."""
+    from engine.config import parse_assignments
+    from engine.console import console, print_seconds, progress_bars
+    from engine.data import open_source
+    from engine.job import Task, architecture
+    from engine.loop import train as run_train
+
+    options = {**parse_assignments(settings or []), "epochs": epochs, "seed": seed}
+    source = open_source(data)
+    samples, notes = source.train, {"data": data, "arch": arch}
+    if forget is not None:
+        task = Task.open(data, forget)
+        samples, notes = task.retain, {**notes, **task.notes()}
+    model = architecture(arch, parse_assignments(model_arg or []), source)
+    with progress_bars() as progress:
+        result = run_train(
+            model,
+            samples,
+            config=options,
+            validation=source.validation,
+            output_dir=out,
+            resume=resume,
+            overwrite=overwrite,
+            progress=progress,
+            notes=notes,
+        )
+    accuracy = {"train": result.accuracy(samples), "test": result.accuracy(source.test)}
+    console.print(
+        f"accuracy: {', '.join(f'{name} {100 * value:.1f}%' for name, value in accuracy.items())}; checkpoint in {out}"
+    )
+    print_seconds(result.seconds)
+    _write_json(json_file, {"accuracy": accuracy, "seconds": result.seconds, "samples_seen": result.samples_seen})
+
+
+@app.command()
+def unlearn(
+    checkpoint: Checkpoint,
+    data: Data,
+    forget: Forget,
+    out: Out,
+    method: Annotated[str, typer.Option(help="One of `lethe methods`.")] = "lethe",
+    settings: Settings = None,
+    config: ConfigFile = None,
+    reference: Reference = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    json_file: Json = None,
+) -> None:
+    """Makes a trained model forget samples; writes the new checkpoint, metrics.json, record.json and report.html.
+
+    The original is never changed. Test samples are looked at only after the model is final.
+    """
+    from engine.config import parse_assignments, read_yaml
+    from engine.console import console, print_metrics, print_seconds, progress_bars
+    from engine.job import Task, run_job
+
+    options = {**(read_yaml(config) if config else {}), **parse_assignments(settings or [])}
+    task = Task.open(data, forget)
+    if task.request.duplicates:
+        console.print(f"{task.request.duplicates} ids were named more than once and merged")
+    console.print(f"forgetting {len(task.forget)} of {len(task.source.train)} samples of {data} by {method}")
+    with progress_bars() as progress:
+        outcome = run_job(
+            task,
+            checkpoint,
+            out,
+            method=method,
+            config=options,
+            references=reference or [],
+            resume=resume,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    print_metrics(outcome.metrics)
+    print_seconds(outcome.metrics["seconds"])
+    if outcome.result.collapsed:
+        console.print(
+            "[bold red]COLLAPSED[/]: accuracy on the watched samples fell by more than 10 points; do not use this model"
+        )
+    console.print(f"checkpoint and report.html in {out}")
+    _write_json(json_file, outcome.metrics)
+
+
+@app.command()
+def evaluate(
+    checkpoint: Checkpoint,
+    data: Data,
+    forget: Forget,
+    original: Annotated[
+        str | None, typer.Option(help="The model before unlearning, for its row.", show_default=False)
+    ] = None,
+    reference: Reference = None,
+    settings: Settings = None,
+    json_file: Json = None,
+) -> None:
+    """Forget, retain and test accuracy, membership inference, and the gap to retrained models."""
+    from engine.config import parse_assignments
+    from engine.console import print_metrics
+    from engine.job import Task, evaluate_job
+
+    metrics = evaluate_job(
+        Task.open(data, forget), checkpoint, original, reference or [], parse_assignments(settings or [])
+    )
+    print_metrics(metrics, name="checkpoint")
+    _write_json(json_file, metrics)
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="A method, to list its options.", show_default=False)] = None,
+    json_file: Json = None,
+) -> None:
+    """The registered methods, or the options of one with their defaults."""
+    import inspect
+
+    from rich.table import Table
+
+    from engine.config import RunConfig, build, to_dict
+    from engine.console import console
+    from engine.methods import get_method, list_methods
+
+    chosen = {name: get_method(name)} if name else list_methods()
+    table = Table("method", "what it does", "options and defaults", header_style="bold")
+    for key, cls in chosen.items():
+        defaults = to_dict(build(cls.Config, {}))
+        table.add_row(key, cls.summary, ", ".join(f"{k}={'auto' if v is None else v}" for k, v in defaults.items()))
+    console.print(table)
+    if name:
+        console.print(inspect.getdoc(chosen[name].Config) or "")
+        console.print(f"\nOptions of every method:\n{inspect.getdoc(RunConfig)}")
+    _write_json(
+        json_file,
+        {key: {"summary": cls.summary, "options": to_dict(build(cls.Config, {}))} for key, cls in chosen.items()},
+    )
+
+
+@app.command()
+def env(json_file: Json = None) -> None:
+    """Versions, devices, optional packages, and whether the installation is sound."""
+    from engine.environment import environment, extras, kernels_problem
+
+    console = Console()
+    facts: dict[str, Any] = {**environment(), "extras": extras(), "kernels": kernels_problem() or "ours"}
+    for key, value in facts.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{k} {v}" for k, v in value.items())
+        console.print(
+            f"{key:>13}  {value if value not in ([], '') else 'none'}", soft_wrap=True, markup=False, highlight=False
+        )
+    _write_json(json_file, facts)
+    if facts["kernels"] != "ours":
+        raise UserError(facts["kernels"])
+
+
+def _write_json(path: Path | None, values: Any) -> None:
+    if path is None:
+        return
+    from engine.files import write_json
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, values)
+    except OSError as error:
+        raise UserError(f"--json {path}: cannot be written ({error.strerror})") from None
+
+
+def main() -> None:
+    """Runs the command; what a user did wrong becomes one line and exit code 2, a stopped run exit code 1."""
+    logging.basicConfig(
+        level=logging.WARNING,
+        format="%(message)s",
+        handlers=[RichHandler(show_time=False, show_path=False, console=Console(stderr=True))],
+    )
+    try:
+        app()
+    except UserError as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {_escaped(error)}", soft_wrap=True, highlight=False)
+        sys.exit(2)
+    except RunStopped as error:
+        Console(stderr=True).print(f"[bold red]stopped:[/] {_escaped(error)}", soft_wrap=True, highlight=False)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _escaped(error: BaseException) -> str:
+    from rich.markup import escape
+
+    return escape(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""A run is a dataclass: the options of the engine and of a method, in and out of YAML and `--set key=value`."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from engine.errors import UserError, nearest
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KernelConfig:
+    """Which implementation of the hot path runs.
+
+    backend: auto (Triton on CUDA, else eager) | triton | eager.
+    """
+
+    backend: Literal["auto", "triton", "eager"] = "auto"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What every method shares.
+
+    seed: of the sample order, the augmentation, dropout and the method's own draws.
+    batch_size: samples a step and process.
+    max_steps: optimizer steps a phase at most; for trials. None: as the epochs say.
+    precision: fp32, bf16 (autocast), or auto: bf16 where the device multiplies it natively, else fp32.
+    device: auto (CUDA if there is one) | cpu | cuda | cuda:N.
+    attention: sdpa (fused) | eager. Which of timm's attention implementations the model runs.
+    workers: processes that decode images. None: 0 where decoded images fit in memory, else up to 8.
+    augment: auto | none | flip | crop (random resized crop and flip). auto: crop where images are larger than the
+        model's input, flip for natural images of its size, none for digits.
+    weight_decay, grad_clip: AdamW's decoupled decay; the largest global gradient norm (0: no clipping).
+    collapse_drop: points of accuracy on the watched samples (validation, or retain where there is none) that a
+        forget phase may lose before it is stopped and taken back to its last good weights. 100 switches it off.
+    """
+
+    seed: int = 0
+    batch_size: int = 100
+    max_steps: int | None = None
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    device: str = "auto"
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    workers: int | None = None
+    augment: Literal["auto", "none", "flip", "crop"] = "auto"
+    weight_decay: float = 0.05
+    grad_clip: float = 1.0
+    collapse_drop: float = 35.0
+    kernels: KernelConfig = KernelConfig()
+
+    def __post_init__(self) -> None:
+        require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
+        require(self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "at least 1, or null")
+        require(self.workers is None or self.workers >= 0, "workers", self.workers, "0 or more, or null")
+        require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
+        require(self.grad_clip >= 0, "grad_clip", self.grad_clip, "0 or more")
+        require(0 < self.collapse_drop <= 100, "collapse_drop", self.collapse_drop, "in (0, 100] points")
+
+
+def require(condition: bool, key: str, value: object, expected: str) -> None:
+    """Raises the one form of error that a wrong option gets."""
+    if not condition:
+        raise UserError(f"option {key}={value!r}: expected {expected}")
+
+
+def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
+    """`["lr=1e-4", "kernels.backend=eager"]` -> `{"lr": 0.0001, "kernels": {"backend": "eager"}}`."""
+    options: dict[str, Any] = {}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key.strip():
+            raise UserError(f"--set {assignment!r}: expected key=value, such as --set lr=1e-4")
+        node = options
+        *parents, leaf = key.strip().split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise UserError(f"--set {assignment!r}: {parent} was given a value of its own before")
+        try:
+            node[leaf] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            node[leaf] = text
+    return options
+
+
+def split_options(options: Mapping[str, Any], method_config: type[T]) -> tuple[RunConfig, T]:
+    """Deals flat options out to the run and to the method; a name that neither has is an error."""
+    run_fields = {field.name for field in dataclasses.fields(RunConfig)}
+    method_fields = {field.name for field in dataclasses.fields(method_config)}  # type: ignore[arg-type]
+    for name in options:
+        if name not in run_fields | method_fields:
+            raise UserError(f"unknown option {name!r}{nearest(name, run_fields | method_fields)}")
+    run = build(RunConfig, {k: v for k, v in options.items() if k in run_fields})
+    return run, build(method_config, {k: v for k, v in options.items() if k in method_fields})
+
+
+def build(cls: type[T], options: Mapping[str, Any], prefix: str = "") -> T:
+    """A dataclass from plain values (YAML, the command line), each checked against its annotation."""
+    hints = typing.get_type_hints(cls)
+    unknown = [name for name in options if name not in hints]
+    if unknown:
+        raise UserError(f"unknown option {prefix + unknown[0]!r}{nearest(unknown[0], hints)}")
+    return cls(**{name: _coerce(value, hints[name], prefix + name) for name, value in options.items()})
+
+
+def _coerce(value: Any, hint: Any, key: str) -> Any:
+    origin, choices = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        if isinstance(value, hint):  # type: ignore[arg-type]
+            return value
+        if not isinstance(value, Mapping):
+            raise UserError(f"option {key}={value!r}: expected a group of options, such as {key}.NAME=VALUE")
+        return build(hint, value, prefix=f"{key}.")  # type: ignore[arg-type]
+    if origin is Literal:
+        if value not in choices:
+            raise UserError(f"option {key}={value!r}{nearest(str(value), map(str, choices))}")
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in choices:
+            return None
+        return _coerce(value, next(c for c in choices if c is not type(None)), key)
+    if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML 1.1 reads 1e-4 as text
+        except ValueError:
+            raise UserError(f"option {key}={value!r}: expected a number") from None
+    if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise UserError(f"option {key}={value!r}: expected {hint.__name__}")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    return dataclasses.asdict(config)
+
+
+def write_yaml(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(yaml.safe_dump(dict(values), sort_keys=False), encoding="utf-8")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"config file {path} does not exist") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"config file {path} is not YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"config file {path}: expected a mapping of option names to values")
+    return values

@@ -1,0 +1,99 @@
+"""What the command prints: tables and progress bars."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from engine.evaluate.membership import DIRECTION
+from engine.trainer import Progress as Report
+
+console = Console()
+
+
+@contextlib.contextmanager
+def progress_bars() -> Iterator[Report]:
+    """Yields the callback of `engine.unlearn`: one bar a phase."""
+    columns = (
+        TextColumn("{task.description:>8}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[numbers]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=False) as bars:
+        tasks: dict[str, Any] = {}
+
+        def report(phase: str, step: int, total: int, numbers: dict[str, float]) -> None:
+            if phase not in tasks:
+                tasks[phase] = bars.add_task(phase, total=total, numbers="")
+            shown = "  ".join(f"{key} {value:.3g}" for key, value in numbers.items() if key != "grad_norm")
+            bars.update(tasks[phase], completed=step, numbers=shown)
+
+        yield report
+
+
+def print_metrics(metrics: Mapping[str, Any], name: str = "unlearned") -> None:
+    """The table original / unlearned / retrained of one metrics.json."""
+    table = Table(title=None, header_style="bold")
+    table.add_column("model")
+    for column in ("forget %", "retain %", "test %", "MIA efficacy %", "loss AUC", "average gap", "agreement %"):
+        table.add_column(column, justify="right")
+    if "original" in metrics:
+        _row(table, "original, untouched", metrics["original"])
+    _row(table, name, metrics)
+    reference = metrics.get("reference")
+    if reference:
+        count = reference["count"]
+        floor = metrics.get("noise_floor")
+        table.add_row(
+            f"retrained (mean of {count})" if count > 1 else "retrained",
+            *_four(reference),
+            f"{floor['average']:.2f} (noise floor)" if floor else "-",
+            f"{100 * floor['agreement']['top1']:.1f}" if floor else "-",
+        )
+    console.print(table)
+    console.print(f"[dim]MIA efficacy: {DIRECTION['efficacy']}.\nloss AUC: {DIRECTION['auc']}.[/dim]", soft_wrap=True)
+    if reference:
+        console.print(
+            "[dim]average gap: mean absolute difference to the retrained model in forget, retain, test "
+            "accuracy and MIA efficacy, "
+            "percentage points. agreement: forget samples on which both give the same class.[/dim]",
+            soft_wrap=True,
+        )
+    else:
+        console.print(
+            "[dim]No retrained model was given (--reference DIR): the numbers above have nothing to be "
+            "compared with.[/dim]",
+            soft_wrap=True,
+        )
+
+
+def print_seconds(seconds: Mapping[str, float]) -> None:
+    shown = ", ".join(f"{key.replace('_', ' ')} {value:.1f} s" for key, value in seconds.items())
+    share = (
+        f"; unlearning took {100 * seconds['unlearn'] / seconds['retrain']:.0f}% of the retrain"
+        if seconds.get("retrain")
+        else ""
+    )
+    console.print(f"time: {shown}{share}", soft_wrap=True)
+
+
+def _row(table: Table, name: str, numbers: Mapping[str, Any]) -> None:
+    gap = f"{numbers['gap']['average']:.2f}" if "gap" in numbers else "-"
+    agreement = f"{100 * numbers['reference']['agreement']['top1']:.1f}" if "reference" in numbers else "-"
+    table.add_row(name, *_four(numbers), gap, agreement)
+
+
+def _four(numbers: Mapping[str, Any]) -> list[str]:
+    accuracy, mia = numbers["accuracy"], numbers["mia"]
+    return [
+        *(f"{100 * accuracy[key]:.1f}" for key in ("forget", "retain", "test")),
+        f"{100 * mia['efficacy']:.1f}",
+        f"{mia['auc']:.3f}",
+    ]

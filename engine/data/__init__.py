@@ -1,0 +1,18 @@
+"""Data sources, forget requests and loaders."""
+
+from engine.data.forget import ForgetRequest, read_forget_request
+from engine.data.loading import Batch, Loader, Preprocessing
+from engine.data.samples import Samples, from_dataset
+from engine.data.sources import Source, open_source
+
+__all__ = [
+    "Batch",
+    "ForgetRequest",
+    "Loader",
+    "Preprocessing",
+    "Samples",
+    "Source",
+    "from_dataset",
+    "open_source",
+    "read_forget_request",
+]

@@ -1,0 +1,114 @@
+"""Forget requests: which samples are to be forgotten, from a file of ids or a shorthand."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+
+from engine.data.samples import Samples
+from engine.errors import UserError, nearest
+
+
+@dataclasses.dataclass(frozen=True)
+class ForgetRequest:
+    """A request resolved against the training samples.
+
+    indices: sorted positions in the training samples. duplicates: ids that were named more than once, merged.
+    provenance: further columns of the request file by id.
+    """
+
+    spec: str
+    indices: np.ndarray
+    duplicates: int
+    provenance: dict[str, dict[str, str]]
+
+    def split(self, train: Samples) -> tuple[Samples, Samples]:
+        """(forget, retain): the named samples and all the others."""
+        keep = np.ones(len(train), dtype=bool)
+        keep[self.indices] = False
+        return train.subset(self.indices, f"{train.name} (forget)"), train.subset(
+            np.flatnonzero(keep), f"{train.name} (retain)"
+        )
+
+
+def read_forget_request(spec: str, train: Samples) -> ForgetRequest:
+    """Resolves a file (text, CSV with an `id` column, JSON lines), `class:NAME` or `random:FRACTION@SEED`.
+
+    Raises UserError for ids that the data does not hold, an empty set, and a set that leaves nothing to retain.
+    """
+    provenance: dict[str, dict[str, str]] = {}
+    duplicates = 0
+    if spec.startswith("class:"):
+        indices = _of_class(spec.removeprefix("class:"), train)
+    elif spec.startswith("random:"):
+        indices = _random(spec, train)
+    else:
+        rows = _read_rows(Path(spec))
+        provenance = {row.pop("id"): row for row in map(dict, rows)}
+        duplicates = len(rows) - len(provenance)
+        position = {sample_id: i for i, sample_id in enumerate(train.ids)}
+        unknown = [i for i in provenance if i not in position]
+        if unknown:
+            raise UserError(
+                f"forget request {spec}: {len(unknown)} of {len(provenance)} ids are not in {train.name}, "
+                f"the first: {', '.join(map(repr, unknown[:3]))}; its ids look like {train.ids[0]!r}"
+            )
+        indices = np.array(sorted(position[i] for i in provenance), dtype=np.int64)
+        provenance = {key: row for key, row in provenance.items() if row}
+    if len(indices) == 0:
+        raise UserError(f"forget request {spec}: names no samples; nothing to forget")
+    if len(indices) == len(train):
+        raise UserError(
+            f"forget request {spec}: names all {len(train)} samples and leaves nothing to retain; train a new "
+            "model instead"
+        )
+    return ForgetRequest(spec, indices, duplicates, provenance)
+
+
+def _of_class(name: str, train: Samples) -> np.ndarray:
+    names = train.class_names or [str(i) for i in range(int(train.labels.max()) + 1)]
+    if name not in names:
+        raise UserError(f"forget request 'class:{name}': no such class{nearest(name, names)}")
+    return np.flatnonzero(train.labels == names.index(name))
+
+
+def _random(spec: str, train: Samples) -> np.ndarray:
+    match = re.fullmatch(r"random:(0?\.\d+|1(?:\.0*)?|0)@(\d+)", spec)
+    if not match:
+        raise UserError(f"forget request {spec!r}: expected random:FRACTION@SEED, such as random:0.1@0")
+    count = round(float(match[1]) * len(train))
+    return np.sort(np.random.default_rng(int(match[2])).permutation(len(train))[:count])
+
+
+def _read_rows(path: Path) -> list[dict[str, str]]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(
+            f"forget request {path}: no such file; give a file of ids, class:NAME or random:FRACTION@SEED"
+        ) from None
+    except (UnicodeDecodeError, IsADirectoryError):
+        raise UserError(f"forget request {path}: not a text file of ids") from None
+    lines = [line for line in text.splitlines() if line.strip()]
+    if path.suffix.lower() in (".jsonl", ".ndjson"):
+        rows = []
+        for number, line in enumerate(lines, 1):
+            try:
+                rows.append({key: str(value) for key, value in json.loads(line).items()})
+                rows[-1]["id"]
+            except (ValueError, AttributeError, KeyError):
+                raise UserError(f"forget request {path}: line {number} is not a JSON object with an `id`") from None
+        return rows
+    if path.suffix.lower() == ".csv":
+        reader = csv.DictReader(lines)
+        if "id" not in (reader.fieldnames or ()):
+            raise UserError(
+                f"forget request {path}: no column `id`; found {', '.join(reader.fieldnames or ['nothing'])}"
+            )
+        return [{key: value or "" for key, value in row.items() if key} for row in reader]
+    return [{"id": line.strip()} for line in lines]

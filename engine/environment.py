@@ -1,0 +1,75 @@
+"""What a run ran on: versions, devices, backends, and an installation that is not what it seems."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import platform
+from typing import Any
+
+PACKAGES = ("torch", "triton", "timm", "torchvision", "numpy", "scikit-learn", "safetensors", "pyarrow")
+EXTRAS = {"deepspeed": "distributed", "xformers": "xformers", "pytest-benchmark": "bench"}
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware, as kept in record.json; none of it names the user or the host."""
+    import torch
+
+    from engine import __version__
+
+    devices = (
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    )
+    return {
+        "lethe": __version__,
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "cuda_devices": devices,
+    }
+
+
+def kernels_problem() -> str | None:
+    """Why the imported package `kernels` is not ours, in words; None where it is."""
+    try:
+        kernels = importlib.import_module("kernels")
+    except ImportError as error:
+        return f"the package `kernels` cannot be imported ({error}); reinstall lethe-unlearning"
+    if getattr(kernels, "DISTRIBUTION", None) == "lethe-unlearning":
+        return None
+    owners = importlib.metadata.packages_distributions().get("kernels", [])
+    others = ", ".join(sorted(set(owners) - {"lethe-unlearning"})) or "a folder on sys.path"
+    return (
+        f"the package `kernels` imported from "
+        f"{getattr(kernels, '__file__', None) or next(iter(kernels.__path__))} is not lethe's; "
+        f"it comes from {others}: uninstall that and reinstall lethe-unlearning, or use a virtual environment "
+        "of its own"
+    )
+
+
+def extras() -> dict[str, str]:
+    """Optional packages: their version, or which extra installs them, or why they do not import."""
+    states = {}
+    for package, extra in EXTRAS.items():
+        version = _version(package)
+        states[package] = version or f"not installed; pip install 'lethe-unlearning[{extra}]'"
+    return states
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as handle:
+            name = next((line.split(":", 1)[1].strip() for line in handle if line.startswith("model name")), "")
+    except OSError:
+        name = ""
+    return f"{name or platform.processor() or 'unknown'}, {os.cpu_count()} cores"

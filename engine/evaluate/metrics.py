@@ -1,0 +1,161 @@
+"""metrics.json: an unlearned model, the untouched one and the retrained references on the same samples."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from torch import nn
+
+from engine.data import Loader, Preprocessing, Samples
+from engine.device import resolve_device, resolve_precision
+from engine.errors import UserError
+from engine.evaluate.agreement import mean_kl, top1_agreement
+from engine.evaluate.membership import DIRECTION, loss_auc, mia_efficacy
+from engine.evaluate.predict import Predictions, predict
+
+GAPS = ("forget", "retain", "test", "mia")
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """The numbers of one model, and the predictions that they come from, by set (forget, retain, test)."""
+
+    numbers: dict[str, Any]
+    predictions: dict[str, Predictions]
+
+    def gap_to(self, reference: Evaluation) -> dict[str, float]:
+        """Absolute differences to a reference in percentage points, and their mean (the field's average gap)."""
+        mine, theirs = self._four(), reference._four()
+        gap = {key: 100 * abs(mine[key] - theirs[key]) for key in GAPS}
+        return {**gap, "average": float(np.mean(list(gap.values())))}
+
+    def agreement_with(self, reference: Evaluation) -> dict[str, float]:
+        """Per-sample agreement on the forget set: top1 [0, 1], kl = KL(reference || model) in nats."""
+        mine, theirs = self.predictions["forget"], reference.predictions["forget"]
+        return {"top1": top1_agreement(mine, theirs), "kl": mean_kl(theirs, mine)}
+
+    def _four(self) -> dict[str, float]:
+        return {**self.numbers["accuracy"], "mia": self.numbers["mia"]["efficacy"]}
+
+
+class Evaluator:
+    """Evaluates models on the same forget, retain and test samples.
+
+    test must hold neither training nor validation samples. Each model is read once a set.
+    """
+
+    def __init__(
+        self,
+        forget: Samples,
+        retain: Samples,
+        test: Samples,
+        *,
+        batch_size: int = 250,
+        precision: Literal["auto", "fp32", "bf16"] = "auto",
+        device: str = "auto",
+        workers: int | None = None,
+    ) -> None:
+        self.sets = {"forget": forget, "retain": retain, "test": test}
+        for name, samples in self.sets.items():
+            if not len(samples):
+                raise UserError(f"evaluate: the {name} set has no samples")
+        self.device = resolve_device(device)
+        self.precision = resolve_precision(precision, self.device)
+        self.batch_size, self.workers = batch_size, workers
+        self._loaders: dict[tuple[Preprocessing, str], Loader] = {}
+
+    def __call__(self, model: nn.Module) -> Evaluation:
+        for name, samples in self.sets.items():
+            if samples.labels.max() >= int(model.num_classes):  # type: ignore[arg-type]
+                raise UserError(
+                    f"evaluate: the {name} set has label {samples.labels.max()}, but the model's head has "
+                    f"{model.num_classes} classes"
+                )
+        preprocessing = Preprocessing.of(model)
+        model.to(self.device)
+        predictions = {name: predict(model, self._loader(preprocessing, name), self.precision) for name in self.sets}
+        for name, p in predictions.items():
+            if not np.isfinite(p.logits).all():
+                bad = int(np.flatnonzero(~np.isfinite(p.logits).all(1))[0])
+                raise UserError(
+                    f"evaluate: the model's output for {name} sample {self.sets[name].ids[bad]!r} is not "
+                    "finite; the checkpoint is broken"
+                )
+        forget, retain, test = (predictions[name] for name in ("forget", "retain", "test"))
+        numbers = {
+            "accuracy": {name: p.accuracy for name, p in predictions.items()},
+            "mia": {
+                "efficacy": mia_efficacy(forget, retain, test),
+                "auc": loss_auc(forget, test),
+                "direction": DIRECTION,
+            },
+        }
+        return Evaluation(numbers, predictions)
+
+    def _loader(self, preprocessing: Preprocessing, name: str) -> Loader:
+        key = (preprocessing, name)
+        if key not in self._loaders:  # decoded images are kept between models
+            self._loaders[key] = Loader(
+                self.sets[name], preprocessing, batch_size=self.batch_size, workers=self.workers, device=self.device
+            )
+        return self._loaders[key]
+
+
+def compare(
+    model: Evaluation,
+    references: Sequence[Evaluation],
+    original: Evaluation | None = None,
+    seconds: Mapping[str, float] | None = None,
+    samples_seen: Mapping[str, int] | None = None,
+) -> dict[str, Any]:
+    """The contents of metrics.json. With several references: means, and the spread (largest less smallest)."""
+    metrics: dict[str, Any] = dict(model.numbers)
+    if original is not None:
+        metrics["original"] = dict(original.numbers)
+    if references:
+        metrics.update(_against(model, references))
+        if original is not None:
+            metrics["original"].update(_against(original, references))
+    if len(references) > 1:
+        pairs = [a.gap_to(b) for i, a in enumerate(references) for b in references[i + 1 :]]
+        agreements = [a.agreement_with(b) for i, a in enumerate(references) for b in references[i + 1 :]]
+        metrics["noise_floor"] = {**_mean(pairs), "agreement": _mean(agreements)}
+    metrics["seconds"] = dict(seconds or {})
+    metrics["samples_seen"] = dict(samples_seen or {})
+    return metrics
+
+
+def _against(model: Evaluation, references: Sequence[Evaluation]) -> dict[str, Any]:
+    gaps = [model.gap_to(reference) for reference in references]
+    accuracies = [reference.numbers["accuracy"] for reference in references]
+    attacks = [{k: reference.numbers["mia"][k] for k in ("efficacy", "auc")} for reference in references]
+    agreements = [model.agreement_with(reference) for reference in references]
+    spread = {
+        "spread": {
+            "accuracy": _spread(accuracies),
+            "mia": _spread(attacks),
+            "agreement": _spread(agreements),
+            "gap": _spread(gaps),
+        }
+    }
+    return {
+        "reference": {
+            "accuracy": _mean(accuracies),
+            "mia": _mean(attacks),
+            "agreement": _mean(agreements),
+            "count": len(references),
+            **(spread if len(references) > 1 else {}),
+        },
+        "gap": _mean(gaps),
+    }
+
+
+def _mean(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
+
+
+def _spread(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {key: float(np.ptp([row[key] for row in rows])) for key in rows[0]}

@@ -1,0 +1,105 @@
+"""Which patches a model attends to most, and the mask over them, in one forward pass of the model.
+
+ViT and DeiT: `kernels.attention_rollout` on the captured q and k of all blocks.
+
+Swin has windows, and no token that reads the whole image. The rule here: in the last block of the last stage, with
+A_w = softmax(q k^T scale + relative position bias + shift mask) of window w, averaged over heads, the score of a
+token is the attention it receives, sum_i A_w[i, j] / n_w. Every window weighs the same, and a maskable patch is a
+token of the last stage (32 x 32 pixels for patch 4). At 224 pixels that stage is a single window of 7 x 7 tokens, so
+the scores are one distribution over the whole image.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from engine.errors import UserError
+from engine.vit import ViTInfo, capture_queries_keys, outputs
+from kernels import attention_rollout
+
+MaskSource = Literal["rollout", "last", "mean", "lowest", "random"]
+HeadFusion = Literal["mean", "max", "min"]
+Backend = Literal["auto", "triton", "eager"]
+
+
+def count_masked(info: ViTInfo, share: float) -> int:
+    """Patches that a share of them comes to: rounded to the nearest, at least one, never all."""
+    return min(max(1, round(share * info.num_patches)), info.num_patches - 1)
+
+
+@torch.no_grad()
+def scores_and_outputs(
+    model: nn.Module,
+    images: Tensor,
+    info: ViTInfo,
+    *,
+    source: MaskSource = "rollout",
+    head_fusion: HeadFusion = "mean",
+    what: str = "logits",
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Attention scores [B, P] float32 of each patch, and the outputs (`engine.vit.outputs`) of the same forward pass.
+
+    source: rollout, last or mean (`kernels.attention_rollout`'s modes); lowest is rollout too.
+    """
+    if info.windowed:
+        if source not in ("rollout", "lowest", "last"):
+            raise UserError(f"option mask_source={source!r}: a windowed model (Swin) has one rule; use rollout")
+        return _swin_scores_and_outputs(model, images, what)
+    with capture_queries_keys(model) as (queries, keys):
+        result = outputs(model, images, what)
+    scores = attention_rollout(
+        queries,
+        keys,
+        num_prefix_tokens=info.num_prefix_tokens,
+        mode=source if source in ("last", "mean") else "rollout",
+        head_fusion=head_fusion,
+        pool=info.pool,
+        scale=float(model.blocks[0].attn.scale),  # type: ignore[union-attr, index]
+        backend=backend,
+    )
+    return scores, result
+
+
+def top_mask(scores: Tensor, k: int, source: str) -> Tensor:
+    """Mask [B, P] of the k highest scores (the lowest for source="lowest"); ties go to the lowest index."""
+    order = scores.argsort(dim=-1, descending=source != "lowest", stable=True)[:, :k]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, True)
+
+
+def random_mask(num_images: int, info: ViTInfo, k: int, generator: torch.Generator) -> Tensor:
+    """Mask [B, P] of k patches drawn at random, on the CPU: the control for attention guidance."""
+    return top_mask(torch.rand(num_images, info.num_patches, generator=generator), k, "random")
+
+
+def _swin_scores_and_outputs(model: nn.Module, images: Tensor, what: str) -> tuple[Tensor, Tensor]:
+    block: Any = model.layers[-1].blocks[-1]  # type: ignore[index, union-attr]
+    captured: list[Tensor] = []
+    handle = block.attn.qkv.register_forward_hook(lambda _m, _i, out: captured.append(out))
+    try:
+        result = outputs(model, images, what)
+    finally:
+        handle.remove()
+    attn, (height, width), (win_h, win_w) = block.attn, block.input_resolution, block.window_size
+    if height % win_h or width % win_w:
+        raise UserError(
+            f"a last stage of {height} x {width} tokens is not a whole number of {win_h} x {win_w} windows; "
+            "Swin's rule cannot place its padding, use another input size"
+        )
+    windows_BWN, tokens, _ = captured[0].shape
+    queries, keys, _ = (
+        captured[0].float().reshape(windows_BWN, tokens, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    )
+    similarity = queries @ keys.transpose(-2, -1) * attn.scale + attn._get_rel_pos_bias().float()
+    if block.attn_mask is not None:
+        windows = block.attn_mask.shape[0]
+        similarity = similarity.unflatten(0, (-1, windows)) + block.attn_mask.unsqueeze(1).float()
+        similarity = similarity.flatten(0, 1)
+    received = similarity.softmax(-1).mean(1).mean(1)  # over heads, then over the tokens that attend: [B * windows, N]
+    down, across = height // win_h, width // win_w
+    grid = received.view(-1, down, across, win_h, win_w).transpose(2, 3).reshape(-1, height, width) / (down * across)
+    grid = torch.roll(grid, shifts=tuple(block.shift_size), dims=(1, 2))
+    return grid.flatten(1), result

@@ -1,0 +1,108 @@
+"""What a method is to the loop, and the registry of all of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from engine.config import RunConfig
+from engine.data import Batch, Loader, Preprocessing, Samples
+from engine.errors import UserError, nearest
+from engine.vit import ViTInfo
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Phase:
+    """A stretch of optimizer steps with one loss on one set of samples.
+
+    epochs: passes over those samples; fractions are steps, rounded up. lr: peak learning rate of AdamW.
+    schedule: constant | one_cycle (warm-up over 15%, then a cosine to zero). augment: as the run's `augment` says,
+    or not at all. guarded: may destroy the model, so the loop watches its accuracy.
+    """
+
+    name: str
+    samples: Literal["forget", "retain", "all"]
+    epochs: float
+    lr: float
+    schedule: Literal["constant", "one_cycle"] = "one_cycle"
+    augment: bool = True
+    guarded: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Context:
+    """What a method may look at. Neither test data nor any retrained model is here.
+
+    original: the model before unlearning, frozen, in eval mode. loader: makes a Loader as the run wants it.
+    """
+
+    run: RunConfig
+    original: nn.Module
+    info: ViTInfo
+    forget: Samples
+    retain: Samples
+    preprocessing: Preprocessing
+    device: torch.device
+    autocast: Callable[[], Any]
+    loader: Callable[[Samples, str], Loader]
+
+    @property
+    def num_classes(self) -> int:
+        return int(self.original.num_classes)  # type: ignore[arg-type]
+
+
+class Method:
+    """Base of all methods. A subclass gives `Config`, `phases` and `loss`."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    Config: ClassVar[type[Any]]
+
+    def __init__(self, config: Any, context: Context) -> None:
+        self.config, self.context = config, context
+
+    def initial_model(self, model: nn.Module) -> nn.Module:
+        """The model that the first phase starts from: the one to be unlearned, unless a method says otherwise."""
+        return model
+
+    def phases(self) -> list[Phase]:
+        raise NotImplementedError
+
+    def prepare(self, phase: Phase) -> None:
+        """Passes of the original that a phase needs; runs once before it, and its time counts."""
+
+    def loss(self, model: nn.Module, batch: Batch, phase: Phase) -> dict[str, Tensor]:
+        """Named terms, each a scalar; the loop minimises their sum."""
+        raise NotImplementedError
+
+    def learning_rate(self, given: float | None, per_width: float) -> float:
+        """The given rate, or `per_width` / width: Adam moves a layer's output by about lr x width a step, so one
+        number serves ViTs of every width (the scaling of Yang et al. 2022, arXiv 2203.03466, for hidden weights)."""
+        return per_width / self.context.info.width if given is None else given
+
+
+_REGISTRY: dict[str, type[Method]] = {}
+M = TypeVar("M", bound=type[Method])
+
+
+def register(cls: M) -> M:
+    """Adds a method class under its name; a name that is taken is an error."""
+    if cls.name in _REGISTRY:
+        raise ValueError(f"register: method {cls.name!r} is already {_REGISTRY[cls.name].__qualname__}")
+    _REGISTRY[cls.name] = cls
+    return cls
+
+
+def get_method(name: str) -> type[Method]:
+    if name not in _REGISTRY:
+        raise UserError(f"unknown method {name!r}{nearest(name, _REGISTRY)}")
+    return _REGISTRY[name]
+
+
+def list_methods() -> dict[str, type[Method]]:
+    """All methods by name, in the order of registration."""
+    return dict(_REGISTRY)

@@ -1,0 +1,42 @@
+"""Fine-tuning: cross-entropy on the retained samples alone, and hope. The baseline that every method must beat."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.config import require
+from engine.data import Batch
+from engine.methods.base import Method, Phase, register
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """retain_epochs: passes over the retained samples. lr: peak rate; null: LR_PER_WIDTH / width."""
+
+    retain_epochs: float = 10.0
+    lr: float | None = None
+
+    def __post_init__(self) -> None:
+        require(self.retain_epochs > 0, "retain_epochs", self.retain_epochs, "above 0")
+        require(self.lr is None or self.lr > 0, "lr", self.lr, "above 0, or null")
+
+
+# Peak rate of all retain stages times the width of the model. See docs/notes.md for how it was chosen.
+RETAIN_LR_PER_WIDTH = 0.064
+
+
+@register
+class Finetune(Method):
+    name = "finetune"
+    summary = "cross-entropy on the retained samples, 10 epochs"
+    Config = FinetuneConfig
+
+    def phases(self) -> list[Phase]:
+        lr = self.learning_rate(self.config.lr, RETAIN_LR_PER_WIDTH)
+        return [Phase(name="retain", samples="retain", epochs=self.config.retain_epochs, lr=lr)]
+
+    def loss(self, model: nn.Module, batch: Batch, phase: Phase) -> dict[str, Tensor]:
+        return {"retain_ce": F.cross_entropy(model(batch.images), batch.labels)}

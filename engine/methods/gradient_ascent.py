@@ -1,0 +1,51 @@
+"""Gradient ascent (Thudi et al. 2022, arXiv 2109.13398): maximise cross-entropy on the forget samples.
+
+L = -CE(f(x), y). Unbounded below, so it destroys the model if it runs on; the loop watches and stops it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.config import require
+from engine.data import Batch
+from engine.methods.base import Method, Phase, register
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GradientAscentConfig:
+    """forget_epochs: passes over the forget samples. lr: constant rate; null: 0.00128 / width (1e-5 at width 128)."""
+
+    forget_epochs: float = 1.0
+    lr: float | None = None
+
+    def __post_init__(self) -> None:
+        require(self.forget_epochs > 0, "forget_epochs", self.forget_epochs, "above 0")
+        require(self.lr is None or self.lr > 0, "lr", self.lr, "above 0, or null")
+
+
+@register
+class GradientAscent(Method):
+    name = "gradient_ascent"
+    summary = "cross-entropy on the forget samples, maximised"
+    Config = GradientAscentConfig
+
+    def phases(self) -> list[Phase]:
+        lr = self.learning_rate(self.config.lr, 1.28e-3)
+        return [
+            Phase(
+                name="forget",
+                samples="forget",
+                epochs=self.config.forget_epochs,
+                lr=lr,
+                schedule="constant",
+                augment=False,
+                guarded=True,
+            )
+        ]
+
+    def loss(self, model: nn.Module, batch: Batch, phase: Phase) -> dict[str, Tensor]:
+        return {"forget_ascent": -F.cross_entropy(model(batch.images), batch.labels)}

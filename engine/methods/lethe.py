@@ -1,0 +1,197 @@
+"""LetheViT (arXiv 2508.01569): contrast on masked and unmasked forget images, then repair on the retained ones.
+
+Forget stage, on each forget image x, with f_u the model being changed and f_o the frozen original:
+
+    x_masked = x with the k most attended patches (5%) set to a constant
+    Z = f_u(x),  Z_p = f_o(x_masked),  Z_n = f_o(x)
+    L = -log( e^{s(Z, Z_p)/t} / (e^{s(Z, Z_p)/t} + sum_n e^{s(Z, Z_n)/t}) )
+
+Retain stage: cross-entropy on the retained samples.
+
+Known from the paper: two epochs, then eight; 5%; zeroed pixels; the roles of Z, Z_p, Z_n; logits. Not published, so
+options here: s, t, the attention source, one or in-batch negatives, learning rates. See docs/notes.md for how the
+defaults were chosen.
+
+f_o runs once for each forget image and its masked copy: forget images are not augmented by default, so both of its
+outputs are cached before the stage (2 x forget samples x width floats).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.config import require
+from engine.data import Batch
+from engine.masking import HeadFusion, MaskSource, count_masked, random_mask, scores_and_outputs, top_mask
+from engine.methods.base import Context, Method, Phase, register
+from engine.methods.finetune import RETAIN_LR_PER_WIDTH
+from engine.vit import outputs
+from kernels import info_nce, mask_patches
+
+# Rate of the forget stage times the width of the model: 3e-5 at width 128. See docs/notes.md.
+FORGET_LR_PER_WIDTH = 3.84e-3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LetheConfig:
+    """Options of LetheViT.
+
+    forget_epochs, retain_epochs: passes over forget and retained samples; 0 leaves a stage out.
+    lr: peak rate of the retain stage; null: 0.064 / width. forget_lr: constant rate of the forget stage; null:
+        FORGET_LR_PER_WIDTH / width.
+    mask_source: rollout | last | mean (attention), lowest | random (controls). head_fusion: mean | max | min.
+    mask_share: share of patches that is masked, at least one patch.
+    mask_value: zero (after normalisation) | black (before it) | mean (of the forget images, a channel each).
+    contrast: logits | features. similarity: cosine | dot. temperature: t above.
+    negatives: paired (the same image's Z_n) | in_batch (every Z_n of the batch).
+    augment_forget: augment forget images too; the original then runs on every batch instead of once.
+    """
+
+    forget_epochs: float = 2.0
+    retain_epochs: float = 8.0
+    lr: float | None = None
+    forget_lr: float | None = None
+    mask_source: MaskSource = "rollout"
+    head_fusion: HeadFusion = "mean"
+    mask_share: float = 0.05
+    mask_value: Literal["zero", "black", "mean"] = "black"
+    contrast: Literal["logits", "features"] = "logits"
+    similarity: Literal["cosine", "dot"] = "cosine"
+    temperature: float = 0.1
+    negatives: Literal["paired", "in_batch"] = "paired"
+    augment_forget: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.forget_epochs >= 0, "forget_epochs", self.forget_epochs, "0 or more")
+        require(self.retain_epochs >= 0, "retain_epochs", self.retain_epochs, "0 or more")
+        require(
+            self.forget_epochs + self.retain_epochs > 0,
+            "retain_epochs",
+            self.retain_epochs,
+            "at least one stage to run",
+        )
+        require(self.lr is None or self.lr > 0, "lr", self.lr, "above 0, or null")
+        require(self.forget_lr is None or self.forget_lr > 0, "forget_lr", self.forget_lr, "above 0, or null")
+        require(0 < self.mask_share < 1, "mask_share", self.mask_share, "between 0 and 1")
+        require(self.temperature > 0, "temperature", self.temperature, "above 0")
+
+
+@register
+class Lethe(Method):
+    name = "lethe"
+    summary = "LetheViT: contrast on attention-masked forget images, then repair on the retained ones"
+    Config = LetheConfig
+
+    def __init__(self, config: LetheConfig, context: Context) -> None:
+        super().__init__(config, context)
+        self.k = count_masked(context.info, config.mask_share)
+        self._cache: tuple[Tensor, Tensor] | None = None
+        self._fill: Tensor | None = None
+
+    def phases(self) -> list[Phase]:
+        config = self.config
+        forget = Phase(
+            name="forget",
+            samples="forget",
+            epochs=config.forget_epochs,
+            schedule="constant",
+            lr=self.learning_rate(config.forget_lr, FORGET_LR_PER_WIDTH),
+            augment=config.augment_forget,
+            guarded=True,
+        )
+        retain = Phase(
+            name="retain",
+            samples="retain",
+            epochs=config.retain_epochs,
+            lr=self.learning_rate(config.lr, RETAIN_LR_PER_WIDTH),
+        )
+        return [phase for phase in (forget, retain) if phase.epochs > 0]
+
+    def prepare(self, phase: Phase) -> None:
+        if phase.name != "forget":
+            return
+        self._fill = self._mask_fill()
+        if self.config.augment_forget:
+            return
+        outputs_of = [self.teacher(batch) for batch in self.context.loader(self.context.forget, "none").ordered()]
+        positives, negatives = (torch.cat(each) for each in zip(*outputs_of, strict=True))
+        self._cache = positives, negatives
+
+    def loss(self, model: nn.Module, batch: Batch, phase: Phase) -> dict[str, Tensor]:
+        if phase.name == "retain":
+            return {"retain_ce": F.cross_entropy(model(batch.images), batch.labels)}
+        config = self.config
+        if self._cache is None:
+            positives, negatives = self.teacher(batch)
+        else:
+            index = batch.index.to(self._cache[0].device)
+            positives, negatives = (cached[index] for cached in self._cache)
+        loss = info_nce(
+            outputs(model, batch.images, config.contrast).float(),
+            positives,
+            negatives[:, None] if config.negatives == "paired" else negatives,
+            temperature=config.temperature,
+            similarity=config.similarity,
+            backend=self.context.run.kernels.backend,
+        )
+        return {"contrast": loss}
+
+    @torch.no_grad()
+    def teacher(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(Z_p, Z_n) [B, D] float32: the original's outputs on the masked images and on the images."""
+        config, context = self.config, self.context
+        with context.autocast():
+            if config.mask_source == "random":
+                negatives = outputs(context.original, batch.images, config.contrast)
+                # A pure function of seed and sample, so that the batch size changes nothing.
+                masks = [
+                    random_mask(
+                        1, context.info, self.k, torch.Generator().manual_seed(context.run.seed * 1_000_003 + int(i))
+                    )
+                    for i in batch.index
+                ]
+                mask = torch.cat(masks).to(batch.images.device)
+            else:
+                scores, negatives = scores_and_outputs(
+                    context.original,
+                    batch.images,
+                    context.info,
+                    source=config.mask_source,
+                    head_fusion=config.head_fusion,
+                    what=config.contrast,
+                    backend=context.run.kernels.backend,
+                )
+                mask = top_mask(scores, self.k, config.mask_source)
+            masked = mask_patches(
+                batch.images,
+                mask,
+                patch_size=context.info.patch_size,
+                value=self.fill(batch),
+                backend=context.run.kernels.backend,
+            )
+            positives = outputs(context.original, masked, config.contrast)
+        return positives.float(), negatives.float()
+
+    def fill(self, batch: Batch) -> Tensor:
+        """Value [C] of a masked pixel, in normalised units."""
+        if self._fill is None:
+            self._fill = self._mask_fill()
+        return self._fill.to(batch.images)
+
+    def _mask_fill(self) -> Tensor:
+        preprocessing = self.context.preprocessing
+        zero = torch.zeros(len(preprocessing.mean))
+        if self.config.mask_value == "zero":
+            return zero
+        if self.config.mask_value == "black":
+            return (zero - torch.tensor(preprocessing.mean)) / torch.tensor(preprocessing.std)
+        total, count = zero.double(), 0
+        for batch in self.context.loader(self.context.forget, "none").ordered():
+            total += batch.images.double().mean((2, 3)).sum(0).cpu()
+            count += len(batch)
+        return (total / count).float()

@@ -1,0 +1,54 @@
+"""Random labels (Golatkar et al. 2020, arXiv 1911.04933; as in SalUn's code): forget samples get a wrong label each,
+drawn once and uniformly among the others, and the model is trained on them together with the retained samples.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.config import require
+from engine.data import Batch
+from engine.errors import UserError
+from engine.methods.base import Context, Method, Phase, register
+from engine.methods.finetune import RETAIN_LR_PER_WIDTH
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RandomLabelsConfig:
+    """epochs: passes over forget and retained samples together. lr: peak rate; null: as fine-tuning's."""
+
+    epochs: float = 10.0
+    lr: float | None = None
+
+    def __post_init__(self) -> None:
+        require(self.epochs > 0, "epochs", self.epochs, "above 0")
+        require(self.lr is None or self.lr > 0, "lr", self.lr, "above 0, or null")
+
+
+@register
+class RandomLabels(Method):
+    name = "random_labels"
+    summary = "forget samples with random wrong labels, and the retained ones, 10 epochs"
+    Config = RandomLabelsConfig
+
+    def __init__(self, config: RandomLabelsConfig, context: Context) -> None:
+        super().__init__(config, context)
+        if context.num_classes < 2:
+            raise UserError("random_labels: a model with one class has no wrong labels")
+        rng = np.random.default_rng([context.run.seed, len(context.forget)])
+        shift = rng.integers(1, context.num_classes, size=len(context.forget))
+        wrong = (context.forget.labels + shift) % context.num_classes
+        # Samples of "all" are the forget samples first, then the retained ones.
+        self.labels = torch.from_numpy(np.concatenate([wrong, context.retain.labels])).to(context.device)
+
+    def phases(self) -> list[Phase]:
+        lr = self.learning_rate(self.config.lr, RETAIN_LR_PER_WIDTH)
+        return [Phase(name="forget", samples="all", epochs=self.config.epochs, lr=lr)]
+
+    def loss(self, model: nn.Module, batch: Batch, phase: Phase) -> dict[str, Tensor]:
+        return {"relabelled_ce": F.cross_entropy(model(batch.images), self.labels[batch.index.to(self.labels.device)])}

@@ -1,0 +1,13 @@
+"""The hot path of unlearning, one operation a file: formula, reference, eager path, public function.
+
+Another distribution on PyPI installs a package called `kernels` too; `DISTRIBUTION` tells which one
+this is.
+"""
+
+from kernels.info_nce import info_nce
+from kernels.mask import mask_patches
+from kernels.rollout import attention_rollout, rollout_topk_mask
+
+DISTRIBUTION = "lethe-unlearning"
+
+__all__ = ["DISTRIBUTION", "attention_rollout", "info_nce", "mask_patches", "rollout_topk_mask"]

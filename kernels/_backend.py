@@ -1,0 +1,128 @@
+"""What every operation shares: the choice of a backend, and checks that name operation, argument and shape.
+
+Nothing here asks a device anything at import time.
+"""
+
+import difflib
+import math
+import numbers
+import operator
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Backend = Literal["auto", "eager", "triton"]
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def resolve_backend(op: str, backend: str) -> Literal["eager"]:
+    """The backend that will run `op`: "auto" picks the best that can run, an explicit one runs or raises.
+
+    Raises ValueError for a name that does not exist, RuntimeError with every reason for one that cannot run.
+    """
+    check_choice(op, "backend", backend, get_args(Backend))
+    if backend == "triton":
+        reasons = [f"this release holds no Triton kernel for {op}"]
+        raise RuntimeError(
+            f"{op}: backend 'triton' cannot run: {'; '.join(reasons)}. Use backend='auto' or 'eager'."
+        )
+    return "eager"
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type sums are accumulated in: float64 stays, everything narrower becomes float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which autocast does not round float32 products back to half precision."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def check_choice(op: str, argument: str, value: str, choices: Sequence[str]) -> None:
+    """Raise ValueError, with the nearest name, unless `value` is one of `choices`."""
+    if value in choices:
+        return
+    expected = ", ".join(repr(choice) for choice in choices[:-1]) + f" or {choices[-1]!r}"
+    near = difflib.get_close_matches(str(value).lower(), choices, n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    raise ValueError(f"{op}: {argument} is {value!r}, expected {expected}{hint}")
+
+
+def check_number(op: str, argument: str, value: object, expected: str) -> float:
+    """`value` as a float; raise ValueError unless it is a finite real number."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+        raise ValueError(f"{op}: {argument} is {value!r}, expected {expected}")
+    return float(value)
+
+
+def check_int(op: str, argument: str, value: object, low: int, high: int, meaning: str) -> int:
+    """`value` as an int; raise ValueError unless it is a whole number with low <= value <= high."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = None
+    if number is None or not low <= number <= high:
+        raise ValueError(
+            f"{op}: {argument} is {value!r}, expected a whole number from {low} to {high} ({meaning})"
+        )
+    return number
+
+
+def check_tensor(op: str, argument: str, value: object, dims: str) -> None:
+    """Raise ValueError unless `value` is a tensor with the dimensions that `dims` names, none of size zero.
+
+    `dims` reads like "B, H, N, d".
+    """
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{op}: {argument} is a {type(value).__name__}, expected a tensor of shape ({dims})")
+    if value.dim() != len(dims.split(",")):
+        raise ValueError(f"{op}: {argument} has shape {tuple(value.shape)}, expected ({dims})")
+    if 0 in value.shape:
+        raise ValueError(
+            f"{op}: {argument} has shape {tuple(value.shape)}, expected ({dims}) with every size 1 or more"
+        )
+
+
+def check_float(op: str, argument: str, tensor: Tensor) -> None:
+    """Raise ValueError unless `tensor` has one of the float types that the operations compute with."""
+    if tensor.dtype not in FLOAT_DTYPES:
+        expected = ", ".join(dtype_name(dtype) for dtype in FLOAT_DTYPES[:-1])
+        raise ValueError(
+            f"{op}: {argument} has dtype {dtype_name(tensor.dtype)},"
+            f" expected {expected} or {dtype_name(FLOAT_DTYPES[-1])}"
+        )
+
+
+def check_shape(op: str, argument: str, tensor: Tensor, expected: tuple[int, ...], like: str) -> None:
+    """Raise ValueError unless `tensor` has the shape that the argument `like` asks for."""
+    if tuple(tensor.shape) != expected:
+        raise ValueError(
+            f"{op}: {argument} has shape {tuple(tensor.shape)}, expected {expected} to match {like}"
+        )
+
+
+def check_dtype(op: str, argument: str, tensor: Tensor, expected: torch.dtype, like: str) -> None:
+    """Raise ValueError unless `tensor` has the dtype of the argument `like`."""
+    if tensor.dtype != expected:
+        raise ValueError(
+            f"{op}: {argument} has dtype {dtype_name(tensor.dtype)},"
+            f" expected {dtype_name(expected)} to match {like}"
+        )
+
+
+def check_device(op: str, argument: str, tensor: Tensor, expected: torch.device, like: str) -> None:
+    """Raise ValueError unless `tensor` is on the device of the argument `like`."""
+    if tensor.device != expected:
+        raise ValueError(f"{op}: {argument} is on {tensor.device}, expected {expected} to match {like}")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """float32, not torch.float32."""
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,149 @@
+"""Overwrite whole patches of images with a constant.
+
+    out[b, c, y, x] = value[c]             if mask[b, (y // ph) * (W // pw) + x // pw]
+                      images[b, c, y, x]   otherwise
+
+Legend: B images, C channels, H x W pixels, patches of ph x pw pixels, a grid of gh x gw = P patches in
+row-major order (left to right, then top to bottom), which is the order of the tokens of a ViT.
+
+Source: LetheViT, arXiv 2508.01569 (top-attended patches set to zero). A zero before normalisation is
+value = -mean / std of each channel after it.
+
+Cost: no flops; bytes 2 B C H W itemsize for images in and out, plus B P for the mask. The eager path also
+writes and reads a pixel mask of B H W bytes.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kernels._backend import (
+    Backend,
+    check_device,
+    check_int,
+    check_number,
+    check_shape,
+    check_tensor,
+    dtype_name,
+    resolve_backend,
+)
+
+
+def mask_patches_reference(
+    images_BCHW: Tensor, mask_BP: Tensor, *, patch_size: tuple[int, int], value: float | Sequence[float] = 0.0
+) -> Tensor:
+    """Patch by patch, in the dtype of the images."""
+    batch, channels, height, width = images_BCHW.shape
+    patch_h, patch_w = patch_size
+    values = [value] * channels if isinstance(value, int | float) else value
+    out_BCHW = images_BCHW.clone()
+    for image in range(batch):
+        patch = 0
+        for top in range(0, height, patch_h):
+            for left in range(0, width, patch_w):
+                if mask_BP[image, patch]:
+                    for channel in range(channels):
+                        out_BCHW[image, channel, top : top + patch_h, left : left + patch_w] = values[channel]
+                patch += 1
+    return out_BCHW
+
+
+def _mask_patches_eager(
+    images_BCHW: Tensor, mask_BP: Tensor, patch_size: tuple[int, int], fill: float | Tensor
+) -> Tensor:
+    batch, _, height, width = images_BCHW.shape
+    patch_h, patch_w = patch_size
+    grid = (batch, height // patch_h, 1, width // patch_w, 1)
+    pixels = (batch, height // patch_h, patch_h, width // patch_w, patch_w)
+    pixel_mask_B1HW = mask_BP.reshape(grid).expand(pixels).reshape(batch, 1, height, width)
+    if isinstance(fill, Tensor):
+        # `where` lays its result out like the images: neither of the other operands strides over channels
+        # and pixels both.
+        return torch.where(pixel_mask_B1HW, fill.view(1, -1, 1, 1), images_BCHW)
+    return images_BCHW.masked_fill(pixel_mask_B1HW, fill)
+
+
+def _patch_size(op: str, patch_size: int | tuple[int, int], height: int, width: int) -> tuple[int, int]:
+    sizes = tuple(patch_size) if isinstance(patch_size, Sequence) else (patch_size, patch_size)
+    if len(sizes) != 2:
+        raise ValueError(
+            f"{op}: patch_size is {patch_size!r}, expected a number of pixels or (height, width)"
+        )
+    return (
+        check_int(op, "patch_size", sizes[0], 1, height, "pixels, the image height at most"),
+        check_int(op, "patch_size", sizes[1], 1, width, "pixels, the image width at most"),
+    )
+
+
+def _fill(op: str, value: float | Sequence[float] | Tensor, images_BCHW: Tensor) -> float | Tensor:
+    """A number, or a tensor [C] in the dtype and on the device of the images."""
+    channels, dtype = images_BCHW.shape[1], images_BCHW.dtype
+    if isinstance(value, Tensor):
+        check_tensor(op, "value", value, "C")
+        check_shape(op, "value", value, (channels,), "the channels of images")
+        check_device(op, "value", value, images_BCHW.device, "images")
+        if (value.is_floating_point() and not dtype.is_floating_point) or value.is_complex():
+            raise ValueError(
+                f"{op}: value has dtype {dtype_name(value.dtype)},"
+                f" expected {dtype_name(dtype)} to match images"
+            )
+        return value.to(dtype)
+
+    limits = torch.finfo(dtype) if dtype.is_floating_point else torch.iinfo(dtype)
+    kind = "number" if dtype.is_floating_point else "whole number"
+    expected = f"a finite {kind} that {dtype_name(dtype)} can hold"
+
+    def checked(argument: str, element: object) -> float:
+        number = check_number(op, argument, element, expected)
+        if not limits.min <= number <= limits.max or (not dtype.is_floating_point and number % 1):
+            raise ValueError(f"{op}: {argument} is {element!r}, expected {expected}")
+        return number
+
+    if not isinstance(value, Sequence):
+        return checked("value", value)
+    if len(value) != channels:
+        raise ValueError(f"{op}: value has {len(value)} numbers, expected {channels} to match images")
+    numbers = [checked(f"value[{channel}]", element) for channel, element in enumerate(value)]
+    return torch.tensor(numbers, dtype=dtype, device=images_BCHW.device)
+
+
+def mask_patches(
+    images: Tensor,
+    mask: Tensor,
+    *,
+    patch_size: int | tuple[int, int],
+    value: float | Sequence[float] | Tensor = 0.0,
+    backend: Backend = "auto",
+) -> Tensor:
+    """A copy of images [B, C, H, W] with the patches where mask [B, P] is True set to `value`.
+
+    patch_size: pixels, or (height, width); must divide H and W. P = (H / height) * (W / width), row-major.
+    value: one number, C numbers, or a tensor [C] (float tensors are rounded to the dtype of the images).
+    Dtype and memory format are those of the images; gradient flows to the pixels that are kept and to value.
+
+    Raises ValueError for shapes, dtypes, devices or values that do not fit.
+    """
+    op = "mask_patches"
+    check_tensor(op, "images", images, "B, C, H, W")
+    if images.dtype == torch.bool or images.is_complex():
+        raise ValueError(
+            f"{op}: images has dtype {dtype_name(images.dtype)}, expected a float or integer type"
+        )
+    batch, _, height, width = images.shape
+    sizes = _patch_size(op, patch_size, height, width)
+    if height % sizes[0] or width % sizes[1]:
+        raise ValueError(
+            f"{op}: images has shape {tuple(images.shape)}, expected height and width to be multiples"
+            f" of patch_size {sizes}"
+        )
+    check_tensor(op, "mask", mask, "B, P")
+    if mask.dtype != torch.bool:
+        raise ValueError(f"{op}: mask has dtype {dtype_name(mask.dtype)}, expected bool")
+    grid = (height // sizes[0], width // sizes[1])
+    like = f"images {tuple(images.shape)} in patches of {sizes}: a grid of {grid}"
+    check_shape(op, "mask", mask, (batch, grid[0] * grid[1]), like)
+    check_device(op, "mask", mask, images.device, "images")
+    fill = _fill(op, value, images)
+    resolve_backend(op, backend)
+    return _mask_patches_eager(images, mask, sizes, fill)

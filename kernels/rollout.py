@@ -1,0 +1,325 @@
+"""Attention rollout, and the mask of the k most attended patches.
+
+    A_l  = fuse_h softmax(scale Q_lh K_lh^T)        fuse: mean, max or min over heads, the last two with
+    A~_l = residual I + (1 - residual) A_l          rows divided by their sums
+    rollout:  row = start A~_L A~_(L-1) ... A~_1    scores = row on the patch tokens, not renormalised
+    last:     row = start A_L
+    mean:     row = 1/L sum_l start A_l
+
+`start` is the unit vector of the class token (pool="token") or uniform over the patch tokens (pool="avg").
+
+Legend: L layers, B images, H heads, N tokens = prefix tokens + P patches, R chosen query rows, d head width.
+The class token is token 0; the other prefix tokens (distillation, registers) follow it, then the patches.
+
+Source: Abnar and Zuidema, "Quantifying Attention Flow in Transformers", arXiv 2005.00928 (residual = 0.5,
+mean over heads); the mask of top-attended patches is LetheViT's, arXiv 2508.01569.
+
+Cost: one row of the product is wanted, so row <- row A~_l goes from the last layer down: O(N^2) a layer, not
+the O(N^3) of a matrix product. The last layer needs just the R rows where `start` is not zero; the modes last
+and mean need just those in every layer.
+Flops: 2 B L H N^2 d (rollout); 2 B H R N d (last); 2 B L H R N d (mean).
+Bytes: 2 B L H N d itemsize to read Q and K. The eager path adds B H N^2 compute-type elements a layer for the
+attention of that layer, written and read a few times over.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from kernels._backend import (
+    Backend,
+    check_choice,
+    check_device,
+    check_dtype,
+    check_float,
+    check_int,
+    check_number,
+    check_shape,
+    check_tensor,
+    compute_dtype,
+    resolve_backend,
+    without_autocast,
+)
+
+Mode = Literal["rollout", "last", "mean"]
+HeadFusion = Literal["mean", "max", "min"]
+Pool = Literal["token", "avg"]
+
+
+def rollout_row_reference(
+    queries: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    *,
+    num_prefix_tokens: int = 1,
+    mode: Mode = "rollout",
+    head_fusion: HeadFusion = "mean",
+    residual: float = 0.5,
+    pool: Pool = "token",
+    scale: float | None = None,
+) -> Tensor:
+    """The whole row [B, N], prefix tokens included, by full N x N products in the dtype of the inputs."""
+    attentions_BNN = []
+    for query_BHNd, key_BHNd in zip(queries, keys, strict=True):
+        factor = query_BHNd.shape[-1] ** -0.5 if scale is None else scale
+        attention_BHNN = torch.softmax(query_BHNd @ key_BHNd.transpose(-2, -1) * factor, dim=-1)
+        if head_fusion == "mean":
+            fused_BNN = attention_BHNN.mean(dim=1)
+        else:
+            fused_BNN = attention_BHNN.amax(dim=1) if head_fusion == "max" else attention_BHNN.amin(dim=1)
+            fused_BNN = fused_BNN / fused_BNN.sum(dim=-1, keepdim=True)
+        attentions_BNN.append(fused_BNN)
+
+    tokens = attentions_BNN[0].shape[-1]
+    eye_NN = torch.eye(tokens, dtype=attentions_BNN[0].dtype, device=attentions_BNN[0].device)
+    if mode == "last":
+        matrix_BNN = attentions_BNN[-1]
+    elif mode == "mean":
+        matrix_BNN = torch.stack(attentions_BNN).mean(dim=0)
+    else:
+        matrix_BNN = eye_NN.expand_as(attentions_BNN[0])
+        for attention_BNN in attentions_BNN:
+            matrix_BNN = (residual * eye_NN + (1 - residual) * attention_BNN) @ matrix_BNN
+    return matrix_BNN[:, 0] if pool == "token" else matrix_BNN[:, num_prefix_tokens:].mean(dim=1)
+
+
+def attention_rollout_reference(
+    queries: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    *,
+    num_prefix_tokens: int = 1,
+    mode: Mode = "rollout",
+    head_fusion: HeadFusion = "mean",
+    residual: float = 0.5,
+    pool: Pool = "token",
+    scale: float | None = None,
+) -> Tensor:
+    """The patch part [B, P] of `rollout_row_reference`, in the dtype of the inputs."""
+    row_BN = rollout_row_reference(
+        queries,
+        keys,
+        num_prefix_tokens=num_prefix_tokens,
+        mode=mode,
+        head_fusion=head_fusion,
+        residual=residual,
+        pool=pool,
+        scale=scale,
+    )
+    return row_BN[:, num_prefix_tokens:]
+
+
+def _fused_attention(
+    query_BHRd: Tensor, key_BHNd: Tensor, scale: float, head_fusion: HeadFusion
+) -> Tensor:  # [B, R, N], rows sum to one
+    dtype = compute_dtype(query_BHRd.dtype)
+    # The scale goes on R x d numbers rather than on R x N.
+    logits_BHRN = (query_BHRd.to(dtype) * scale) @ key_BHNd.to(dtype).transpose(-2, -1)
+    if head_fusion == "mean":
+        return logits_BHRN.softmax(dim=-1).mean(dim=1)
+    # In logarithms, because the least of sharp heads can underflow to a row of zeros, which has no sum to
+    # divide by.
+    # softmax(log x) = x / sum x is the division.
+    log_BHRN = logits_BHRN.log_softmax(dim=-1)
+    log_BRN = log_BHRN.amax(dim=1) if head_fusion == "max" else log_BHRN.amin(dim=1)
+    return log_BRN.softmax(dim=-1)
+
+
+def _rollout_row_eager(
+    queries: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    *,
+    num_prefix_tokens: int,
+    mode: Mode,
+    head_fusion: HeadFusion,
+    residual: float,
+    pool: Pool,
+    scale: float,
+) -> Tensor:  # [B, N]
+    rows = slice(0, 1) if pool == "token" else slice(num_prefix_tokens, None)
+
+    def from_start(layer: int) -> Tensor:
+        """start A_l [B, N]: `start` is uniform over `rows`, so it is the mean of those rows."""
+        return _fused_attention(queries[layer][:, :, rows], keys[layer], scale, head_fusion).mean(dim=1)
+
+    last = len(queries) - 1
+    row_BN = from_start(last)
+    if mode == "last":
+        return row_BN
+    if mode == "mean":
+        for layer in range(last):
+            row_BN += from_start(layer)
+        return row_BN / len(queries)
+
+    start_N = torch.zeros_like(row_BN[0])
+    start_N[rows] = 1
+    start_N /= start_N.sum()
+    row_BN = residual * start_N + (1 - residual) * row_BN
+    for layer in reversed(range(last)):
+        fused_BNN = _fused_attention(queries[layer], keys[layer], scale, head_fusion)
+        row_BN = residual * row_BN + (1 - residual) * (row_BN.unsqueeze(1) @ fused_BNN).squeeze(1)
+    return row_BN
+
+
+def _check_layers(op: str, queries: Sequence[Tensor], keys: Sequence[Tensor]) -> None:
+    for name, layers in (("queries", queries), ("keys", keys)):
+        if isinstance(layers, Tensor) or not isinstance(layers, Sequence):
+            raise ValueError(
+                f"{op}: {name} is a {type(layers).__name__}, expected a list or tuple of tensors"
+                " (B, H, N, d), one a layer"
+            )
+    if len(queries) == 0:
+        raise ValueError(f"{op}: queries is empty, expected one tensor a layer, first layer first")
+    if len(keys) != len(queries):
+        raise ValueError(f"{op}: keys has {len(keys)} layers, expected {len(queries)} to match queries")
+    check_tensor(op, "queries[0]", queries[0], "B, H, N, d")
+    check_float(op, "queries[0]", queries[0])
+    first = queries[0]
+    for name, layers in (("queries", queries), ("keys", keys)):
+        for layer, tensor_BHNd in enumerate(layers):
+            argument = f"{name}[{layer}]"
+            check_tensor(op, argument, tensor_BHNd, "B, H, N, d")
+            check_shape(op, argument, tensor_BHNd, tuple(first.shape), "queries[0]")
+            check_dtype(op, argument, tensor_BHNd, first.dtype, "queries[0]")
+            check_device(op, argument, tensor_BHNd, first.device, "queries[0]")
+
+
+def _raise_not_finite(op: str, queries: Sequence[Tensor], keys: Sequence[Tensor]) -> None:
+    """Name the tensor to blame; reading them all is slow, so only once the scores are known to be bad."""
+    for name, layers in (("queries", queries), ("keys", keys)):
+        for layer, tensor_BHNd in enumerate(layers):
+            if not bool(tensor_BHNd.isfinite().all()):
+                raise ValueError(f"{op}: {name}[{layer}] holds NaN or infinity, expected finite values")
+    raise ValueError(
+        f"{op}: queries and keys are finite but too large, their products overflow; expected finite scores"
+    )
+
+
+def _scores(
+    op: str,
+    queries: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    num_prefix_tokens: int,
+    mode: Mode,
+    head_fusion: HeadFusion,
+    residual: float,
+    pool: Pool,
+    scale: float | None,
+    backend: Backend,
+) -> Tensor:
+    """The public functions less the decision on k; `op` is the name that errors carry."""
+    _check_layers(op, queries, keys)
+    check_choice(op, "mode", mode, get_args(Mode))
+    check_choice(op, "head_fusion", head_fusion, get_args(HeadFusion))
+    check_choice(op, "pool", pool, get_args(Pool))
+    tokens, width = queries[0].shape[2:]
+    prefix = check_int(
+        op, "num_prefix_tokens", num_prefix_tokens, 0, tokens - 1, "at least one of N is a patch"
+    )
+    if pool == "token" and prefix == 0:
+        raise ValueError(f"{op}: num_prefix_tokens is 0, expected 1 or more for pool='token'; use pool='avg'")
+    residual = check_number(op, "residual", residual, "a number from 0 to 1")
+    if not 0 <= residual <= 1:
+        raise ValueError(f"{op}: residual is {residual!r}, expected a number from 0 to 1")
+    factor = width**-0.5 if scale is None else check_number(op, "scale", scale, "a finite number above 0")
+    if factor <= 0:
+        raise ValueError(f"{op}: scale is {scale!r}, expected a finite number above 0")
+    resolve_backend(op, backend)
+
+    with torch.no_grad(), without_autocast(queries[0].device):
+        row_BN = _rollout_row_eager(
+            queries,
+            keys,
+            num_prefix_tokens=prefix,
+            mode=mode,
+            head_fusion=head_fusion,
+            residual=residual,
+            pool=pool,
+            scale=factor,
+        )
+        # The sum is finite only if every entry is; math.isfinite on it waits for the device, once a call.
+        if not math.isfinite(row_BN.sum()):
+            _raise_not_finite(op, queries, keys)
+        return row_BN[:, prefix:].to(torch.float32)
+
+
+def topk_mask(scores_BP: Tensor, k: int) -> Tensor:
+    """Mask [B, P] bool, True on the k highest scores of each row; ties go to the lowest index.
+
+    Scores are float [B, P] without NaN (not checked: it would wait for the device); k is from 0 to P.
+    """
+    return _topk_mask("topk_mask", scores_BP, k)
+
+
+def _topk_mask(op: str, scores_BP: Tensor, k: int) -> Tensor:
+    check_tensor(op, "scores", scores_BP, "B, P")
+    count = check_int(op, "k", k, 0, scores_BP.shape[1], "the number of patches")
+    # Not torch.topk: which of equal scores it picks is unspecified and differs between devices.
+    order_BP = torch.sort(scores_BP, dim=1, descending=True, stable=True).indices
+    mask_BP = torch.zeros_like(scores_BP, dtype=torch.bool)
+    return mask_BP.scatter_(1, order_BP[:, :count], True)
+
+
+def attention_rollout(
+    queries: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    *,
+    num_prefix_tokens: int = 1,
+    mode: Mode = "rollout",
+    head_fusion: HeadFusion = "mean",
+    residual: float = 0.5,
+    pool: Pool = "token",
+    scale: float | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """How much each patch is attended to: scores [B, P] float32, not renormalised, without gradient.
+
+    queries, keys: L tensors [B, H, N, d], first layer first, after any q/k norm and before the scale; strided
+    views are fine. N = num_prefix_tokens + P.
+    mode: "rollout" over all layers, the "last" layer alone, or the "mean" of the layers; the last two ignore
+    `residual`, the weight of the identity in 0..1.
+    pool: "token" reads the row of token 0, "avg" the mean row of the patch tokens.
+    scale: of the attention logits, d ** -0.5 unless told.
+    Half-precision inputs are computed in float32, float64 in float64.
+
+    Raises ValueError for shapes, dtypes, devices or values that do not fit, and for scores that are not
+    finite, naming the tensor that holds NaN or infinity. Only the scores are looked at: an infinity that
+    merely leaves a token without attention passes.
+    """
+    return _scores(
+        "attention_rollout",
+        queries,
+        keys,
+        num_prefix_tokens,
+        mode,
+        head_fusion,
+        residual,
+        pool,
+        scale,
+        backend,
+    )
+
+
+def rollout_topk_mask(
+    queries: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    *,
+    k: int,
+    num_prefix_tokens: int = 1,
+    mode: Mode = "rollout",
+    head_fusion: HeadFusion = "mean",
+    residual: float = 0.5,
+    pool: Pool = "token",
+    scale: float | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Mask [B, P] bool, True on the k patches of each image with the highest `attention_rollout` scores.
+
+    k: from 0 to P. Ties go to the lowest index. All else is as for `attention_rollout`.
+    """
+    op = "rollout_topk_mask"
+    scores_BP = _scores(
+        op, queries, keys, num_prefix_tokens, mode, head_fusion, residual, pool, scale, backend
+    )
+    return _topk_mask(op, scores_BP, k)
