@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 
 from engine.errors import RunStopped, UserError
 
@@ -288,28 +289,25 @@ def _write_json(path: Path | None, values: Any) -> None:
 
 
 def main() -> None:
-    """Runs the command; what a user did wrong becomes one line and exit code 2, a stopped run exit code 1."""
-    logging.basicConfig(
-        level=logging.WARNING,
-        format="%(message)s",
-        handlers=[RichHandler(show_time=False, show_path=False, console=Console(stderr=True))],
-    )
+    """The console script."""
+    run_app(app)
+
+
+def run_app(command: typer.Typer) -> None:
+    """Runs a command; what a user did wrong becomes one line and exit code 2, a stopped run exit code 1."""
+    stderr = Console(stderr=True)
+    handler = RichHandler(show_time=False, show_path=False, console=stderr)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     try:
-        app()
+        command()
     except UserError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {_escaped(error)}", soft_wrap=True, highlight=False)
+        stderr.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
         sys.exit(2)
     except RunStopped as error:
-        Console(stderr=True).print(f"[bold red]stopped:[/] {_escaped(error)}", soft_wrap=True, highlight=False)
+        stderr.print(f"[bold red]stopped:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def _escaped(error: BaseException) -> str:
-    from rich.markup import escape
-
-    return escape(str(error))
 
 
 if __name__ == "__main__":

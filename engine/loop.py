@@ -19,8 +19,9 @@ from engine.data.samples import concatenate
 from engine.device import autocast, resolve_device, resolve_precision
 from engine.errors import UserError
 from engine.methods import Context, get_method
-from engine.trainer import Progress, Trainer, UnlearnResult
+from engine.trainer import AfterPhase, Progress, Trainer, UnlearnResult
 from engine.vit import describe, load_checkpoint, set_attention, spec_of
+from kernels import resolve_backend
 
 # Samples that each look at a model's accuracy takes.
 _WATCHED = 500
@@ -39,6 +40,7 @@ def unlearn(
     resume: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
+    after_phase: AfterPhase | None = None,
     notes: Mapping[str, Any] | None = None,
 ) -> UnlearnResult:
     """Makes a trained ViT forget `forget` while it keeps what it learned from `retain`.
@@ -50,7 +52,8 @@ def unlearn(
     validation: samples that the original never trained on; what stops a collapse looks at them. Without any, the
         watched samples are retained ones, which the model has memorised: a collapse is still seen, a slow loss is not.
     output_dir: run folder; None writes nothing. resume: go on with the run in it. overwrite: replace that run.
-    progress: called with (phase, step, steps, numbers) as losses are read. notes: kept in config.yaml.
+    progress: called with (phase, step, steps, numbers) as losses are read. after_phase: called with (phase, model) at
+        the end of each phase; must not change the model; its time is not counted. notes: kept in config.yaml.
 
     Raises UserError for wrong use, RunStopped where a loss or gradient is not finite (the last good weights are
     then in output_dir/last_good) or no space is left.
@@ -70,6 +73,7 @@ def unlearn(
         resume,
         overwrite,
         progress,
+        after_phase,
         dict(notes or {}),
     )
     if inplace and result.model is not original:
@@ -106,6 +110,7 @@ def train(
         resume,
         overwrite,
         progress,
+        None,
         dict(notes or {}),
     )
 
@@ -121,6 +126,7 @@ def _run(
     resume: bool,
     overwrite: bool,
     progress: Progress | None,
+    after_phase: AfterPhase | None,
     notes: dict[str, Any],
 ) -> UnlearnResult:
     started = time.perf_counter()
@@ -128,6 +134,11 @@ def _run(
     run, method_config = split_options(options, method_class.Config)
     device = resolve_device(run.device)
     run = dataclasses.replace(run, device=str(device), precision=resolve_precision(run.precision, device))
+    try:
+        for op in ("attention_rollout", "mask_patches", "info_nce"):
+            resolve_backend(op, run.kernels.backend)
+    except RuntimeError as error:
+        raise UserError(f"option kernels.backend={run.kernels.backend!r}: {error}") from None
     info = describe(model)
     watched = retain if validation is None else from_dataset(validation, "validation")
     _check_data(model, forget, retain, watched)
@@ -181,7 +192,7 @@ def _run(
     student = unlearner.initial_model(model).to(device)
     set_attention(student, run.attention)
     sets = {"forget": forget, "retain": retain}
-    trainer = Trainer(student, unlearner, run, folder, progress, _spread(watched, _WATCHED), loader)
+    trainer = Trainer(student, unlearner, run, folder, progress, after_phase, _spread(watched, _WATCHED), loader)
     trainer.begin(started)
     for number, phase in enumerate(unlearner.phases()):
         if number < trainer.phase_number:

@@ -31,6 +31,7 @@ _CHECKS = 8
 _LOST = 10.0
 
 Progress = Callable[[str, int, int, dict[str, float]], None]
+AfterPhase = Callable[[str, nn.Module], None]
 
 
 @dataclasses.dataclass
@@ -70,11 +71,12 @@ class Trainer:
         run: RunConfig,
         folder: RunFolder | None,
         progress: Progress | None,
+        after_phase: AfterPhase | None,
         watched: Samples,
         loader: Callable[[Samples, str], Loader],
     ) -> None:
         self.model, self.method, self.run, self.folder, self.progress = model, method, run, folder, progress
-        self.loader = loader
+        self.after_phase, self.loader = after_phase, loader
         self.watch_loader = loader(watched, "none")
         self.history: list[dict[str, Any]] = []
         self.state: dict[str, Any] | None = None
@@ -111,10 +113,11 @@ class Trainer:
         )
         scheduler = _schedule(phase, optimizer, total)
         epoch = 0
-        if self.state is not None:  # resumed inside this phase
+        if self.state is not None and self.state["epoch"] > 0:  # resumed inside this phase
             optimizer.load_state_dict(self.state["optimizer"])
             scheduler.load_state_dict(self.state["scheduler"])
-            epoch, self.state = self.state["epoch"], None
+            epoch = self.state["epoch"]
+        self.state = None
         guard = _Guard(self, phase, total) if phase.guarded else None
         stopped = False
         while epoch * loader.steps() < total and not stopped:
@@ -132,6 +135,9 @@ class Trainer:
                 phase=phase,
             )
             began = time.perf_counter()
+        if self.after_phase:
+            self.after_phase(phase.name, self.model.eval())
+            self.started += time.perf_counter() - began
 
     def _run_epoch(
         self,

@@ -197,7 +197,8 @@ def _read_spec(folder: Path) -> ModelSpec:
         return ModelSpec(
             architecture=config["architecture"],
             num_classes=int(config.get("num_classes", pretrained_cfg.get("num_classes", 1000))),
-            model_args=dict(config.get("model_args") or {}),
+            # timm names the classes here too
+            model_args={k: v for k, v in (config.get("model_args") or {}).items() if k != "num_classes"},
             pretrained_cfg=_plain(pretrained_cfg),
         )
     except FileNotFoundError:
@@ -256,7 +257,7 @@ def save_checkpoint(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         "architecture": spec.architecture,
         "num_classes": spec.num_classes,
         "num_features": int(model.num_features),  # type: ignore[arg-type]
-        "global_pool": getattr(model, "global_pool", ""),
+        "global_pool": pool if isinstance(pool := getattr(model, "global_pool", ""), str) else "",
         "model_args": {k: list(v) if isinstance(v, tuple) else v for k, v in spec.model_args.items()},
         "pretrained_cfg": {**spec.pretrained_cfg, "num_classes": spec.num_classes},
     }

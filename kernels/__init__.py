@@ -4,10 +4,11 @@ Another distribution on PyPI installs a package called `kernels` too; `DISTRIBUT
 this is.
 """
 
+from kernels._backend import resolve_backend
 from kernels.info_nce import info_nce
 from kernels.mask import mask_patches
 from kernels.rollout import attention_rollout, rollout_topk_mask
 
 DISTRIBUTION = "lethe-unlearning"
 
-__all__ = ["DISTRIBUTION", "attention_rollout", "info_nce", "mask_patches", "rollout_topk_mask"]
+__all__ = ["DISTRIBUTION", "attention_rollout", "info_nce", "mask_patches", "resolve_backend", "rollout_topk_mask"]

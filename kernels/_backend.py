@@ -27,9 +27,7 @@ def resolve_backend(op: str, backend: str) -> Literal["eager"]:
     check_choice(op, "backend", backend, get_args(Backend))
     if backend == "triton":
         reasons = [f"this release holds no Triton kernel for {op}"]
-        raise RuntimeError(
-            f"{op}: backend 'triton' cannot run: {'; '.join(reasons)}. Use backend='auto' or 'eager'."
-        )
+        raise RuntimeError(f"{op}: backend 'triton' cannot run: {'; '.join(reasons)}. Use backend='auto' or 'eager'.")
     return "eager"
 
 
@@ -69,9 +67,7 @@ def check_int(op: str, argument: str, value: object, low: int, high: int, meanin
     except TypeError:
         number = None
     if number is None or not low <= number <= high:
-        raise ValueError(
-            f"{op}: {argument} is {value!r}, expected a whole number from {low} to {high} ({meaning})"
-        )
+        raise ValueError(f"{op}: {argument} is {value!r}, expected a whole number from {low} to {high} ({meaning})")
     return number
 
 
@@ -103,17 +99,14 @@ def check_float(op: str, argument: str, tensor: Tensor) -> None:
 def check_shape(op: str, argument: str, tensor: Tensor, expected: tuple[int, ...], like: str) -> None:
     """Raise ValueError unless `tensor` has the shape that the argument `like` asks for."""
     if tuple(tensor.shape) != expected:
-        raise ValueError(
-            f"{op}: {argument} has shape {tuple(tensor.shape)}, expected {expected} to match {like}"
-        )
+        raise ValueError(f"{op}: {argument} has shape {tuple(tensor.shape)}, expected {expected} to match {like}")
 
 
 def check_dtype(op: str, argument: str, tensor: Tensor, expected: torch.dtype, like: str) -> None:
     """Raise ValueError unless `tensor` has the dtype of the argument `like`."""
     if tensor.dtype != expected:
         raise ValueError(
-            f"{op}: {argument} has dtype {dtype_name(tensor.dtype)},"
-            f" expected {dtype_name(expected)} to match {like}"
+            f"{op}: {argument} has dtype {dtype_name(tensor.dtype)}, expected {dtype_name(expected)} to match {like}"
         )
 
 

@@ -139,7 +139,9 @@ def _check_negatives(op: str, negatives: Tensor | None, anchors_BD: Tensor) -> N
                 " negatives; with one the loss is always 0, so pass negatives or a larger batch"
             )
         return
-    if not isinstance(negatives, Tensor) or negatives.dim() != 2:
+    if isinstance(negatives, Tensor) and negatives.dim() not in (2, 3):
+        raise ValueError(f"{op}: negatives has shape {tuple(negatives.shape)}, expected (B, K, D) or (M, D)")
+    if not isinstance(negatives, Tensor) or negatives.dim() == 3:
         check_tensor(op, "negatives", negatives, "B, K, D")
         check_shape(op, "negatives", negatives, (batch, negatives.shape[1], features), "anchors")
     else:

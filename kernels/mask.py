@@ -49,35 +49,29 @@ def mask_patches_reference(
     return out_BCHW
 
 
-def _mask_patches_eager(
-    images_BCHW: Tensor, mask_BP: Tensor, patch_size: tuple[int, int], fill: float | Tensor
-) -> Tensor:
+def _mask_patches_eager(images_BCHW: Tensor, mask_BP: Tensor, patch_size: tuple[int, int], fill: Tensor) -> Tensor:
     batch, _, height, width = images_BCHW.shape
     patch_h, patch_w = patch_size
     grid = (batch, height // patch_h, 1, width // patch_w, 1)
     pixels = (batch, height // patch_h, patch_h, width // patch_w, patch_w)
     pixel_mask_B1HW = mask_BP.reshape(grid).expand(pixels).reshape(batch, 1, height, width)
-    if isinstance(fill, Tensor):
-        # `where` lays its result out like the images: neither of the other operands strides over channels
-        # and pixels both.
-        return torch.where(pixel_mask_B1HW, fill.view(1, -1, 1, 1), images_BCHW)
-    return images_BCHW.masked_fill(pixel_mask_B1HW, fill)
+    # `where` lays its result out like the images, because neither other operand strides over channels and pixels
+    # both; masked_fill would lay it out like the mask.
+    return torch.where(pixel_mask_B1HW, fill.view(1, -1, 1, 1), images_BCHW)
 
 
 def _patch_size(op: str, patch_size: int | tuple[int, int], height: int, width: int) -> tuple[int, int]:
     sizes = tuple(patch_size) if isinstance(patch_size, Sequence) else (patch_size, patch_size)
     if len(sizes) != 2:
-        raise ValueError(
-            f"{op}: patch_size is {patch_size!r}, expected a number of pixels or (height, width)"
-        )
+        raise ValueError(f"{op}: patch_size is {patch_size!r}, expected a number of pixels or (height, width)")
     return (
         check_int(op, "patch_size", sizes[0], 1, height, "pixels, the image height at most"),
         check_int(op, "patch_size", sizes[1], 1, width, "pixels, the image width at most"),
     )
 
 
-def _fill(op: str, value: float | Sequence[float] | Tensor, images_BCHW: Tensor) -> float | Tensor:
-    """A number, or a tensor [C] in the dtype and on the device of the images."""
+def _fill(op: str, value: float | Sequence[float] | Tensor, images_BCHW: Tensor) -> Tensor:
+    """The value as a tensor [1] or [C] in the dtype and on the device of the images."""
     channels, dtype = images_BCHW.shape[1], images_BCHW.dtype
     if isinstance(value, Tensor):
         check_tensor(op, "value", value, "C")
@@ -85,8 +79,7 @@ def _fill(op: str, value: float | Sequence[float] | Tensor, images_BCHW: Tensor)
         check_device(op, "value", value, images_BCHW.device, "images")
         if (value.is_floating_point() and not dtype.is_floating_point) or value.is_complex():
             raise ValueError(
-                f"{op}: value has dtype {dtype_name(value.dtype)},"
-                f" expected {dtype_name(dtype)} to match images"
+                f"{op}: value has dtype {dtype_name(value.dtype)}, expected {dtype_name(dtype)} to match images"
             )
         return value.to(dtype)
 
@@ -101,7 +94,7 @@ def _fill(op: str, value: float | Sequence[float] | Tensor, images_BCHW: Tensor)
         return number
 
     if not isinstance(value, Sequence):
-        return checked("value", value)
+        return images_BCHW.new_full((1,), checked("value", value))
     if len(value) != channels:
         raise ValueError(f"{op}: value has {len(value)} numbers, expected {channels} to match images")
     numbers = [checked(f"value[{channel}]", element) for channel, element in enumerate(value)]
@@ -127,9 +120,7 @@ def mask_patches(
     op = "mask_patches"
     check_tensor(op, "images", images, "B, C, H, W")
     if images.dtype == torch.bool or images.is_complex():
-        raise ValueError(
-            f"{op}: images has dtype {dtype_name(images.dtype)}, expected a float or integer type"
-        )
+        raise ValueError(f"{op}: images has dtype {dtype_name(images.dtype)}, expected a float or integer type")
     batch, _, height, width = images.shape
     sizes = _patch_size(op, patch_size, height, width)
     if height % sizes[0] or width % sizes[1]:

@@ -214,9 +214,7 @@ def _scores(
     check_choice(op, "head_fusion", head_fusion, get_args(HeadFusion))
     check_choice(op, "pool", pool, get_args(Pool))
     tokens, width = queries[0].shape[2:]
-    prefix = check_int(
-        op, "num_prefix_tokens", num_prefix_tokens, 0, tokens - 1, "at least one of N is a patch"
-    )
+    prefix = check_int(op, "num_prefix_tokens", num_prefix_tokens, 0, tokens - 1, "at least one of N is a patch")
     if pool == "token" and prefix == 0:
         raise ValueError(f"{op}: num_prefix_tokens is 0, expected 1 or more for pool='token'; use pool='avg'")
     residual = check_number(op, "residual", residual, "a number from 0 to 1")
@@ -319,7 +317,5 @@ def rollout_topk_mask(
     k: from 0 to P. Ties go to the lowest index. All else is as for `attention_rollout`.
     """
     op = "rollout_topk_mask"
-    scores_BP = _scores(
-        op, queries, keys, num_prefix_tokens, mode, head_fusion, residual, pool, scale, backend
-    )
+    scores_BP = _scores(op, queries, keys, num_prefix_tokens, mode, head_fusion, residual, pool, scale, backend)
     return _topk_mask(op, scores_BP, k)

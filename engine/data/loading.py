@@ -127,9 +127,13 @@ class Loader:
     def _batches(self, order: np.ndarray, table: np.ndarray | None) -> Iterator[Batch]:
         self._dataset.table = table
         batches = [order[i : i + self.batch_size].tolist() for i in range(0, len(order), self.batch_size)]
-        pinned = self.device.type == "cuda"
         loader = DataLoader(
-            self._dataset, batch_sampler=batches, collate_fn=_identity, num_workers=self.workers, pin_memory=pinned
+            self._dataset,
+            batch_sampler=batches,
+            collate_fn=_identity,
+            num_workers=self.workers,
+            pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),  # else every pass draws from the caller's global one
         )
         for images, labels, index in loader:
             moved = images.to(self.device, non_blocking=True)
@@ -154,7 +158,7 @@ class _Decoded(Dataset[Any]):
 
     def __init__(self, samples: Samples, preprocessing: Preprocessing, augment: str, cached: bool) -> None:
         self.samples, self.preprocessing, self.augment, self.cached = samples, preprocessing, augment, cached
-        self.labels = torch.from_numpy(samples.labels)
+        self.labels = torch.tensor(samples.labels)
         self.table: np.ndarray | None = None
         self._known = np.zeros(len(samples) if cached else 0, dtype=bool)
         self._kept: Tensor | None = None

@@ -1,0 +1,7 @@
+"""report.html: one file, nothing to load and no script in it, for a reader who does not train models."""
+
+from engine.report.data import GalleryItem, ReportData
+from engine.report.gallery import build_gallery
+from engine.report.html import write_report
+
+__all__ = ["GalleryItem", "ReportData", "build_gallery", "write_report"]

@@ -40,9 +40,7 @@ def test_hand_made_example() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("value", [0, 7.0, (1.0, 2, 3), torch.tensor([1, 2, 3])], ids=repr)
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_matches_reference_and_keeps_dtype_and_layout(
-    dtype: torch.dtype, value: Any, channels_last: bool
-) -> None:
+def test_matches_reference_and_keeps_dtype_and_layout(dtype: torch.dtype, value: Any, channels_last: bool) -> None:
     images, mask = make(3, 3, (2, 5), (3, 2))
     images = images.to(dtype)
     layout = torch.channels_last if channels_last else torch.contiguous_format

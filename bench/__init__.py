@@ -1,0 +1,1 @@
+"""Measures of the engine; nothing else imports this package."""

@@ -1,0 +1,134 @@
+"""The choices of LetheViT, each against its alternative, over seeds.
+
+Every run is kept as soon as it is done, so that a broken-off ablation goes on with `--json` of the same file.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.table import Table
+
+from engine.config import parse_assignments
+from engine.console import console
+from engine.environment import environment
+from engine.errors import UserError
+from engine.evaluate import compare
+from engine.files import write_json
+from engine.job import Task
+from engine.loop import unlearn
+from engine.vit import load_checkpoint
+
+# Variant: options that differ from the defaults. The forget stage alone is the first half of the default's run.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "default: top patches, cosine, logits": {},
+    "retain stage alone": {"forget_epochs": 0.0},
+    "random patches": {"mask_source": "random"},
+    "lowest patches": {"mask_source": "lowest"},
+    "dot product, t = 5": {"similarity": "dot", "temperature": 5.0},
+    "features": {"contrast": "features"},
+}
+ALONE = "forget stage alone"
+
+
+def run_ablation(
+    checkpoint: str,
+    data: str,
+    forget: str,
+    references: Sequence[str],
+    seeds: int,
+    jobs: int,
+    settings: Sequence[str],
+    json_file: Path | None,
+) -> dict[str, Any]:
+    """Prints and returns rows (variant, seed, stage) and their summary."""
+    setting = {
+        "checkpoint": checkpoint,
+        "data": data,
+        "forget": forget,
+        "references": list(references),
+        "options": parse_assignments(settings),
+    }
+    rows = _kept(json_file, setting)
+    done = {(row["variant"], row["seed"]) for row in rows}
+    wanted = [(variant, seed) for seed in range(seeds) for variant in VARIANTS if (variant, seed) not in done]
+    threads = max(1, torch.get_num_threads() // jobs)
+    # spawn: a fork would copy this process's thread pools in whatever state they are
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        futures = [pool.submit(_one, setting, variant, seed, threads) for variant, seed in wanted]
+        for future in as_completed(futures):
+            rows.extend(future.result())
+            console.print(f"{len(rows)} rows: {rows[-1]['variant']}, seed {rows[-1]['seed']}")
+            if json_file:
+                write_json(json_file, {"command": "python -m bench ablation", **setting, "rows": rows})
+    report = {"command": "python -m bench ablation", **setting, "environment": environment(), "rows": rows}
+    _print(rows)
+    if json_file:
+        write_json(json_file, report)
+    return report
+
+
+def _kept(json_file: Path | None, setting: dict[str, Any]) -> list[dict[str, Any]]:
+    if json_file is None or not json_file.is_file():
+        return []
+    before = json.loads(json_file.read_text(encoding="utf-8"))
+    differing = [key for key in setting if before.get(key) != setting[key]]
+    if differing:
+        raise UserError(f"--json {json_file} holds an ablation of another {differing[0]}; name another file")
+    return list(before["rows"])
+
+
+def _one(setting: dict[str, Any], variant: str, seed: int, threads: int) -> list[dict[str, Any]]:
+    torch.set_num_threads(threads)
+    task = Task.open(setting["data"], setting["forget"])
+    evaluator = task.evaluator(setting["options"])
+    retrained = [evaluator(load_checkpoint(reference)) for reference in setting["references"]]
+    rows: list[dict[str, Any]] = []
+
+    def keep(phase: str, model: torch.nn.Module) -> None:
+        metrics = compare(evaluator(model), retrained)
+        numbers = {**metrics["accuracy"], **{k: metrics["mia"][k] for k in ("efficacy", "auc")}}
+        rows.append(
+            {"variant": variant, "seed": seed, "stage": phase, **numbers, "gap": metrics["gap"]["average"]}
+            | {"noise_floor": metrics.get("noise_floor", {}).get("average")}
+        )
+
+    result = unlearn(
+        load_checkpoint(setting["checkpoint"]),
+        task.forget,
+        task.retain,
+        config={**setting["options"], **VARIANTS[variant], "seed": seed},
+        validation=task.source.validation,
+        after_phase=keep,
+    )
+    rows[-1]["events"] = result.events
+    return rows
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
+    table = Table("variant", "stage", "seeds", header_style="bold")
+    for column in ("forget %", "retain %", "test %", "MIA efficacy %", "loss AUC", "average gap"):
+        table.add_column(column, justify="right")
+    for variant in VARIANTS:
+        for stage in ("forget", "retain"):
+            chosen = [row for row in rows if (row["variant"], row["stage"]) == (variant, stage)]
+            if chosen:
+                name = ALONE if stage == "forget" and not VARIANTS[variant] else variant
+                percent = [
+                    _spread([100 * row[key] for row in chosen]) for key in ("forget", "retain", "test", "efficacy")
+                ]
+                auc, gap = (_spread([row[key] for row in chosen], digits) for key, digits in (("auc", 3), ("gap", 2)))
+                table.add_row(name, f"after {stage}", str(len(chosen)), *percent, auc, gap)
+    console.print(table)
+    console.print("[dim]mean ± half of the range over seeds[/dim]")
+
+
+def _spread(values: Sequence[float], digits: int = 1) -> str:
+    return f"{np.mean(values):.{digits}f} ± {np.ptp(values) / 2:.{digits}f}"

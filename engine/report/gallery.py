@@ -1,0 +1,87 @@
+"""Forget samples with what the original model attended to, what the mask hides, and what each model says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from engine.data import Loader, Preprocessing, Samples
+from engine.masking import HeadFusion, MaskSource, count_masked, random_mask, scores_and_outputs, top_mask
+from engine.report.data import GalleryItem
+from engine.vit import ViTInfo, describe
+
+
+@torch.no_grad()
+def build_gallery(
+    models: Mapping[str, nn.Module],
+    samples: Samples,
+    preprocessing: Preprocessing,
+    *,
+    count: int = 8,
+    share: float = 0.05,
+    source: MaskSource = "rollout",
+    head_fusion: HeadFusion = "mean",
+    seed: int = 0,
+) -> list[GalleryItem]:
+    """At most `count` samples at equal distances over the forget set: the same ones each time.
+
+    models: "original" (whose attention is shown) and any others, asked for the probability of the true class; each
+    stays on its device, in eval mode afterwards. samples: the whole forget set, in the run's order. preprocessing:
+    the original's. share, source, head_fusion, seed: as in the run, so that the masks are the ones that it used.
+    """
+    original = models["original"].eval()
+    info = describe(original)
+    chosen = np.unique(np.linspace(0, len(samples) - 1, min(count, len(samples))).round().astype(np.int64))
+    device = next(original.parameters()).device
+    loader = Loader(samples.subset(chosen), preprocessing, batch_size=len(chosen), workers=0, device=device)
+    batch = next(iter(loader.ordered()))
+
+    shown: MaskSource = "rollout" if source == "random" else source  # a random mask still has attention to be seen with
+    scores, logits = scores_and_outputs(original, batch.images, info, source=shown, head_fusion=head_fusion)
+    mask = _mask(scores, info, count_masked(info, share), source, chosen, seed)
+    probabilities = {
+        name: _true_class(logits if name == "original" else _logits(model, batch.images), batch.labels)
+        for name, model in models.items()
+    }
+    pixels = _pixels(batch.images, preprocessing)
+    names = samples.class_names
+    return [
+        GalleryItem(
+            id=samples.ids[index],
+            label=str(names[label] if label < len(names) else label),
+            image=pixels[row],
+            scores=scores[row].float().cpu().numpy().reshape(info.grid),
+            mask=mask[row].cpu().numpy().reshape(info.grid),
+            probabilities={name: float(values[row]) for name, values in probabilities.items()},
+        )
+        for row, (index, label) in enumerate(zip(chosen.tolist(), batch.labels.tolist(), strict=True))
+    ]
+
+
+def _mask(scores: Tensor, info: ViTInfo, k: int, source: MaskSource, chosen: np.ndarray, seed: int) -> Tensor:
+    if source != "random":
+        return top_mask(scores, k, source)
+    # The draw of engine.methods.lethe: a function of the seed and of the position in the forget set.
+    draws = [random_mask(1, info, k, torch.Generator().manual_seed(seed * 1_000_003 + int(i))) for i in chosen]
+    return torch.cat(draws)
+
+
+def _logits(model: nn.Module, images: Tensor) -> Tensor:
+    return model.eval()(images.to(next(model.parameters()).device))
+
+
+def _true_class(logits: Tensor, labels: Tensor) -> np.ndarray:
+    probabilities = logits.double().softmax(-1).cpu()
+    return probabilities[torch.arange(len(labels)), labels.cpu()].numpy()
+
+
+def _pixels(images: Tensor, preprocessing: Preprocessing) -> np.ndarray:
+    """The model's inputs [B, C, H, W] as uint8 [B, H, W, 3]; grey-scale, and channels that are no colours, as grey."""
+    mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (preprocessing.mean, preprocessing.std))
+    values = images.float().cpu() * std + mean
+    if values.shape[1] != 3:
+        values = values.mean(1, keepdim=True).expand(-1, 3, -1, -1)
+    return values.clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()

@@ -1,0 +1,69 @@
+"""Fixtures: a tiny ViT on scikit-learn's digits, and small data folders made on the spot."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from engine.data import Samples
+from engine.vit import ModelSpec, save_checkpoint
+
+TINY = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 32, "depth": 2, "num_heads": 2}
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _two_threads() -> None:
+    torch.set_num_threads(2)
+
+
+def tiny_vit(seed: int = 0, num_classes: int = 10, **changed: object) -> torch.nn.Module:
+    spec = ModelSpec(
+        architecture="vit_tiny_patch16_224", num_classes=num_classes, model_args={**TINY, **changed}, pretrained_cfg={}
+    )
+    return spec.build(seed=seed).eval()
+
+
+@pytest.fixture
+def model() -> torch.nn.Module:
+    return tiny_vit()
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, model: torch.nn.Module) -> Path:
+    return save_checkpoint(model, tmp_path / "original")
+
+
+def few(samples: Samples, count: int) -> Samples:
+    return samples.subset(range(count))
+
+
+@pytest.fixture
+def parquet_folder(tmp_path: Path) -> Callable[..., Path]:
+    """Makes a Hugging Face image folder: 8 x 8 PNGs; `spoil` maps row numbers to other bytes."""
+
+    def make(train: int = 40, test: int = 20, ids: bool = True, spoil: dict[int, bytes] | None = None) -> Path:
+        folder = tmp_path / "parquet"
+        folder.mkdir(exist_ok=True)
+        rng = np.random.default_rng(0)
+        for split, count in (("train", train), ("test", test)):
+            images = []
+            for row in range(count):
+                stream = io.BytesIO()
+                Image.fromarray(rng.integers(0, 255, (8, 8), dtype=np.uint8)).save(stream, "PNG")
+                data = (spoil or {}).get(row, stream.getvalue()) if split == "train" else stream.getvalue()
+                images.append({"bytes": data, "path": f"{row}.png"})
+            columns = {"image": images, "label": [row % 10 for row in range(count)]}
+            if ids:
+                columns["id"] = [f"{split}/{row:04d}.png" for row in range(count)]
+            pq.write_table(pa.table(columns), folder / f"{split}-00000-of-00001.parquet")
+        return folder
+
+    return make
