@@ -35,7 +35,8 @@ class RunConfig:
     max_steps: optimizer steps a phase at most; for trials. None: as the epochs say.
     precision: fp32, bf16 (autocast), or auto: bf16 where the device multiplies it natively, else fp32.
     device: auto (CUDA if there is one) | cpu | cuda | cuda:N.
-    attention: sdpa (fused) | eager. Which of timm's attention implementations the model runs.
+    attention: sdpa (fused) | eager (explicit), of timm's implementations. auto: sdpa on CUDA, eager on the CPU, where
+        the backward pass of fused attention takes longer than the maps it saves (docs/notes.md).
     workers: processes that decode images. None: 0 where decoded images fit in memory, else up to 8.
     augment: auto | none | flip | crop (random resized crop and flip). auto: crop where images are larger than the
         model's input, flip for natural images of its size, none for digits.
@@ -49,7 +50,7 @@ class RunConfig:
     max_steps: int | None = None
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     device: str = "auto"
-    attention: Literal["sdpa", "eager"] = "sdpa"
+    attention: Literal["auto", "sdpa", "eager"] = "auto"
     workers: int | None = None
     augment: Literal["auto", "none", "flip", "crop"] = "auto"
     weight_decay: float = 0.05

@@ -31,6 +31,13 @@ def resolve_precision(name: Literal["auto", "fp32", "bf16"], device: torch.devic
     return "bf16" if _cpu_has_bf16() else "fp32"
 
 
+def resolve_attention(name: Literal["auto", "sdpa", "eager"], device: torch.device) -> Literal["sdpa", "eager"]:
+    """auto is fused attention on an accelerator and explicit attention on the CPU."""
+    if name != "auto":
+        return name
+    return "eager" if device.type == "cpu" else "sdpa"
+
+
 def _cpu_has_bf16() -> bool:
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as handle:

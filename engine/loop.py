@@ -16,11 +16,11 @@ from engine import runfolder
 from engine.config import split_options, to_dict
 from engine.data import Loader, Preprocessing, Samples, from_dataset
 from engine.data.samples import concatenate
-from engine.device import autocast, resolve_device, resolve_precision
+from engine.device import autocast, resolve_attention, resolve_device, resolve_precision
 from engine.errors import UserError
 from engine.methods import Context, get_method
 from engine.trainer import AfterPhase, Progress, Trainer, UnlearnResult
-from engine.vit import describe, load_checkpoint, set_attention, spec_of
+from engine.vit import attention_as, describe, load_checkpoint, spec_of
 from kernels import resolve_backend
 
 # Samples that each look at a model's accuracy takes.
@@ -133,7 +133,12 @@ def _run(
     method_class = get_method(method)
     run, method_config = split_options(options, method_class.Config)
     device = resolve_device(run.device)
-    run = dataclasses.replace(run, device=str(device), precision=resolve_precision(run.precision, device))
+    run = dataclasses.replace(
+        run,
+        device=str(device),
+        precision=resolve_precision(run.precision, device),
+        attention=resolve_attention(run.attention, device),
+    )
     try:
         for op in ("attention_rollout", "mask_patches", "info_nce"):
             resolve_backend(op, run.kernels.backend)
@@ -160,7 +165,6 @@ def _run(
         folder = runfolder.RunFolder(output_dir, resolved, resume=resume, overwrite=overwrite)
 
     model.to(device).eval()
-    set_attention(model, run.attention)
     teacher = copy.deepcopy(model).requires_grad_(False)
     preprocessing = Preprocessing.of(model)
 
@@ -190,21 +194,18 @@ def _run(
         ),
     )
     student = unlearner.initial_model(model).to(device)
-    set_attention(student, run.attention)
     sets = {"forget": forget, "retain": retain}
-    trainer = Trainer(student, unlearner, run, folder, progress, after_phase, _spread(watched, _WATCHED), loader)
-    trainer.begin(started)
-    for number, phase in enumerate(unlearner.phases()):
-        if number < trainer.phase_number:
-            continue
-        if phase.samples == "all":
-            sets["all"] = concatenate(forget, retain)
-        trainer.run_phase(
-            number,
-            phase,
-            loader(sets[phase.samples], run.augment if phase.augment else "none", run.seed * 1009 + number),
-        )
-    return trainer.finish(resolved)
+    with attention_as(teacher, run.attention), attention_as(student, run.attention):
+        trainer = Trainer(student, unlearner, run, folder, progress, after_phase, _spread(watched, _WATCHED), loader)
+        trainer.begin(started)
+        for number, phase in enumerate(unlearner.phases()):
+            if number < trainer.phase_number:
+                continue
+            if phase.samples == "all":
+                sets["all"] = concatenate(forget, retain)
+            augment = run.augment if phase.augment else "none"
+            trainer.run_phase(number, phase, loader(sets[phase.samples], augment, run.seed * 1009 + number))
+        return trainer.finish(resolved)
 
 
 def _check_data(model: nn.Module, forget: Samples, retain: Samples, watched: Samples) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from engine.errors import UserError
 from engine.vit import ViTInfo, capture_queries_keys, outputs
 from kernels import attention_rollout
+from kernels.rollout import topk_mask
 
 MaskSource = Literal["rollout", "last", "mean", "lowest", "random"]
 HeadFusion = Literal["mean", "max", "min"]
@@ -66,8 +67,7 @@ def scores_and_outputs(
 
 def top_mask(scores: Tensor, k: int, source: str) -> Tensor:
     """Mask [B, P] of the k highest scores (the lowest for source="lowest"); ties go to the lowest index."""
-    order = scores.argsort(dim=-1, descending=source != "lowest", stable=True)[:, :k]
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, True)
+    return topk_mask(-scores if source == "lowest" else scores, k)
 
 
 def random_mask(num_images: int, info: ViTInfo, k: int, generator: torch.Generator) -> Tensor:

@@ -329,11 +329,17 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
     return usable if len(usable) == len(modules) else []
 
 
-def set_attention(model: nn.Module, implementation: str) -> None:
-    """Chooses timm's fused (`sdpa`) or explicit (`eager`) attention in every block."""
-    for module in model.modules():
-        if hasattr(module, "fused_attn"):
-            module.fused_attn = implementation == "sdpa"  # type: ignore[assignment]
+@contextlib.contextmanager
+def attention_as(model: nn.Module, implementation: str) -> Iterator[None]:
+    """Within it, every block of the model runs timm's fused (`sdpa`) or explicit (`eager`) attention."""
+    before = {module: module.fused_attn for module in model.modules() if hasattr(module, "fused_attn")}
+    for module in before:
+        module.fused_attn = implementation == "sdpa"  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module, fused in before.items():
+            module.fused_attn = fused
 
 
 def _keep(sink: list[Tensor], _module: nn.Module, _inputs: Any, output: Tensor) -> None:

@@ -61,7 +61,7 @@ def _mask_patches_eager(images_BCHW: Tensor, mask_BP: Tensor, patch_size: tuple[
 
 
 def _patch_size(op: str, patch_size: int | tuple[int, int], height: int, width: int) -> tuple[int, int]:
-    sizes = tuple(patch_size) if isinstance(patch_size, Sequence) else (patch_size, patch_size)
+    sizes = tuple(patch_size) if isinstance(patch_size, tuple | list) else (patch_size, patch_size)
     if len(sizes) != 2:
         raise ValueError(f"{op}: patch_size is {patch_size!r}, expected a number of pixels or (height, width)")
     return (
@@ -93,7 +93,7 @@ def _fill(op: str, value: float | Sequence[float] | Tensor, images_BCHW: Tensor)
             raise ValueError(f"{op}: {argument} is {element!r}, expected {expected}")
         return number
 
-    if not isinstance(value, Sequence):
+    if isinstance(value, str) or not isinstance(value, Sequence):
         return images_BCHW.new_full((1,), checked("value", value))
     if len(value) != channels:
         raise ValueError(f"{op}: value has {len(value)} numbers, expected {channels} to match images")

@@ -64,7 +64,7 @@ MEASURES = {
         "lower is better, down to the noise floor",
         "Mean of four absolute differences to a retrained model, in percentage points: forget, retain and test "
         "accuracy, and MIA efficacy. With several retrained models it is the mean over them. In the column of a "
-        "retrained model it is its gap to the other ones: the noise floor, which two honest retrains differ by.",
+        "retrained model it is its gap to the other ones: the noise floor, by which two honest retrains differ.",
     ),
     "top1": Measure(
         "Agreement, top-1",
@@ -91,6 +91,7 @@ def write_report(path: Path, data: ReportData) -> Path:
 
 
 def render(data: ReportData) -> str:
+    rows = table(data)
     # Ids, class names and paths are other people's text: everything is escaped, nothing in the template is `safe`.
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -111,9 +112,9 @@ def render(data: ReportData) -> str:
         results=results(data),
         cards=cards(data),
         columns=[shown.get(name, name.capitalize()) for name in data.evaluations],
-        rows=table(data),
+        rows=rows,
         references=len(_references(data)),
-        definitions=list(MEASURES.values()),
+        definitions=[row["measure"] for row in rows],
         losses=plots.loss_curves(data.history),
         watched=plots.watched_curves(data.history),
         histograms=plots.confidence_histograms(histograms),
@@ -197,7 +198,7 @@ def _time_sentence(data: ReportData) -> str:
         return f"Unlearning took {duration(took)}. No retraining was timed in this run to compare it with."
     return (
         f"Unlearning took {duration(took)}, {percent(took / data.retrain_seconds)} of the "
-        f"{duration(data.retrain_seconds)} of a retraining in the same run."
+        f"{duration(data.retrain_seconds)} that a retraining took in the same run."
     )
 
 
@@ -241,20 +242,20 @@ def _event(row: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def cards(data: ReportData) -> list[dict[str, str]]:
-    """Key figures: label, value, and the number beside which it is read."""
+def cards(data: ReportData) -> list[dict[str, Any]]:
+    """Key figures: label, value, and notes with the numbers beside which it is read."""
     after, before = data.metrics["accuracy"], _original(data).get("accuracy", {})
     reference = data.metrics.get("reference", {}).get("accuracy", {})
-    made = []
+    made: list[dict[str, Any]] = []
     for key in ("forget", "test"):
         notes = [f"before: {percent(before[key])}"] if before else []
         notes += [f"retrained: {percent(reference[key])}"] if reference else []
-        made.append({"label": MEASURES[key].name, "value": percent(after[key]), "note": " · ".join(notes)})
+        made.append({"label": MEASURES[key].name, "value": percent(after[key]), "notes": notes})
     gap, untouched, floor, _ = _gaps(data)
     if gap is not None:
         notes = [f"untouched: {untouched:.2f}"] if untouched is not None else []
         notes += [f"noise floor: {floor:.2f}"] if floor is not None else []
-        made.append({"label": "Average gap to retraining", "value": points(gap), "note": " · ".join(notes)})
+        made.append({"label": MEASURES["gap"].name, "value": points(gap), "notes": notes})
     took = data.metrics.get("seconds", {}).get("unlearn")
     if took is not None:
         note = (
@@ -262,7 +263,7 @@ def cards(data: ReportData) -> list[dict[str, str]]:
             if data.retrain_seconds
             else "retraining: not timed"
         )
-        made.append({"label": "Time", "value": duration(took), "note": note})
+        made.append({"label": "Time", "value": duration(took), "notes": [note]})
     return made
 
 

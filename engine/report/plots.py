@@ -16,6 +16,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from engine.evaluate import Evaluation
@@ -54,6 +55,7 @@ def loss_curves(history: Sequence[Mapping[str, Any]]) -> list[Picture]:
             steps, values = (np.array(column, dtype=float) for column in zip(*points, strict=True))
             _curve(axes, steps, values, term, colour)
             described.append(f"{term} from {values[0]:.3g} to {values[-1]:.3g} over {len(values)} steps")
+        _steps_from_zero(axes, rows)
         _legend(axes)
         pictures.append(Picture(_svg(figure), f"Loss curve of phase {phase}: {'; '.join(described)}"))
     return pictures
@@ -74,7 +76,8 @@ def watched_curves(history: Sequence[Mapping[str, Any]]) -> list[Picture]:
             axes.plot(
                 *zip(*crosses, strict=True), color=VERMILLION, marker="X", markersize=10, linestyle="", label="collapse"
             )
-        axes.set_ylim(0, 103)
+        _steps_from_zero(axes, rows)
+        axes.set_ylim(-4, 104)
         _legend(axes)
         values = [value for _, value in seen]
         pictures.append(
@@ -181,7 +184,7 @@ def _svg(figure: Figure) -> str:
 
 
 def _figure(title: str, x: str, y: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(4.4, 3.0), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(3.7, 2.7), layout="constrained", facecolor="white")
     axes = figure.add_subplot()
     axes.set_title(title, loc="left", fontsize=11, color=_INK, fontweight="bold", parse_math=False)
     axes.set_xlabel(x, fontsize=10, color=_INK)
@@ -191,7 +194,14 @@ def _figure(title: str, x: str, y: str) -> tuple[Figure, Axes]:
     axes.spines[["left", "bottom"]].set_color(_FAINT)
     axes.grid(axis="y", color=_FAINT, linewidth=0.7)
     axes.set_axisbelow(True)
+    if x == "step":
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
     return figure, axes
+
+
+def _steps_from_zero(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    last = max(row["step"] for row in rows)
+    axes.set_xlim(-0.04 * max(last, 1), 1.04 * max(last, 1))
 
 
 def _legend(axes: Axes, place: Literal["best", "upper center"] = "best") -> None:

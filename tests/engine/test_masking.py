@@ -7,20 +7,18 @@ from conftest import tiny_vit
 
 from engine.errors import UserError
 from engine.masking import count_masked, random_mask, scores_and_outputs, top_mask
-from engine.vit import ViTInfo, describe, outputs, set_attention
+from engine.vit import ViTInfo, attention_as, describe, outputs
 from kernels.rollout import attention_rollout_reference
 
 
 def explicit_attention(vit: torch.nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
     """Attention maps [B, H, N, N] of each block, from timm's explicit path."""
     maps: list[torch.Tensor] = []
-    set_attention(vit, "eager")
     hooks = [b.attn.attn_drop.register_forward_hook(lambda m, i, out: maps.append(out)) for b in vit.blocks]
-    with torch.no_grad():
+    with torch.no_grad(), attention_as(vit, "eager"):
         vit(images)
     for hook in hooks:
         hook.remove()
-    set_attention(vit, "sdpa")
     return maps
 
 
@@ -118,10 +116,9 @@ def test_swin_scores_are_attention_received_in_the_last_block(img_size: int, win
     with torch.no_grad():
         torch.testing.assert_close(logits, vit(images))
     # The same from timm's explicit attention: where tokens stand is found by sending each token's number along.
-    set_attention(vit, "eager")
     maps: list[torch.Tensor] = []
     hook = block.attn.attn_drop.register_forward_hook(lambda m, i, out: maps.append(out))
-    with torch.no_grad():
+    with torch.no_grad(), attention_as(vit, "eager"):
         vit(images)
     hook.remove()
     place = torch.arange(tokens * tokens).view(tokens, tokens)

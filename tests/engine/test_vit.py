@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 
 from engine.errors import RunStopped, UserError
 from engine.vit import (
+    attention_as,
     capture_queries_keys,
     describe,
     load_checkpoint,
     remember_model_args,
     save_checkpoint,
-    set_attention,
     spec_of,
     weights_sha256,
 )
@@ -99,9 +99,9 @@ def test_geometry_and_captured_attention(name: str, args: dict[str, object], pre
     hooks = [
         block.attn.attn_drop.register_forward_hook(lambda m, i, out: probabilities.append(out)) for block in vit.blocks
     ]
-    set_attention(vit, "eager")
-    with torch.no_grad():
+    with torch.no_grad(), attention_as(vit, "eager"):
         explicit = vit(images)
+    assert all(block.attn.fused_attn for block in vit.blocks)  # as it was
     for hook in hooks:
         hook.remove()
     torch.testing.assert_close(fused, explicit)
