@@ -42,8 +42,8 @@ class LetheConfig:
     """Options of LetheViT.
 
     forget_epochs, retain_epochs: passes over forget and retained samples; 0 leaves a stage out.
-    lr: peak rate of the retain stage; null: 0.064 / width. forget_lr: constant rate of the forget stage; null:
-        FORGET_LR_PER_WIDTH / width.
+    lr: peak rate of the retain stage; null: 0.192 / width.
+    forget_lr: constant rate of the forget stage; null: 3.84e-3 / width.
     mask_source: rollout | last | mean (attention), lowest | random (controls). head_fusion: mean | max | min.
     mask_share: share of patches that is masked, at least one patch.
     mask_value: zero (after normalisation) | black (before it) | mean (of the forget images, a channel each).
