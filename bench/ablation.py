@@ -20,7 +20,7 @@ from engine.config import parse_assignments
 from engine.console import console
 from engine.environment import environment
 from engine.errors import UserError
-from engine.evaluate import compare
+from engine.evaluate import Evaluation, compare
 from engine.files import write_json
 from engine.job import Task
 from engine.loop import unlearn
@@ -59,10 +59,12 @@ def run_ablation(
     rows = _kept(json_file, setting)
     done = {(row["variant"], row["seed"]) for row in rows}
     wanted = [(variant, seed) for seed in range(seeds) for variant in VARIANTS if (variant, seed) not in done]
+    evaluator = Task.open(data, forget).evaluator(setting["options"])
+    retrained = [evaluator(load_checkpoint(reference)) for reference in references]
     threads = max(1, torch.get_num_threads() // jobs)
     # spawn: a fork would copy this process's thread pools in whatever state they are
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(_one, setting, variant, seed, threads) for variant, seed in wanted]
+        futures = [pool.submit(_one, setting, retrained, variant, seed, threads) for variant, seed in wanted]
         for future in as_completed(futures):
             rows.extend(future.result())
             console.print(f"{len(rows)} rows: {rows[-1]['variant']}, seed {rows[-1]['seed']}")
@@ -85,11 +87,12 @@ def _kept(json_file: Path | None, setting: dict[str, Any]) -> list[dict[str, Any
     return list(before["rows"])
 
 
-def _one(setting: dict[str, Any], variant: str, seed: int, threads: int) -> list[dict[str, Any]]:
+def _one(
+    setting: dict[str, Any], retrained: list[Evaluation], variant: str, seed: int, threads: int
+) -> list[dict[str, Any]]:
     torch.set_num_threads(threads)
     task = Task.open(setting["data"], setting["forget"])
     evaluator = task.evaluator(setting["options"])
-    retrained = [evaluator(load_checkpoint(reference)) for reference in setting["references"]]
     rows: list[dict[str, Any]] = []
 
     def keep(phase: str, model: torch.nn.Module) -> None:

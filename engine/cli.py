@@ -197,12 +197,13 @@ def unlearn(
         )
     print_metrics(outcome.metrics)
     print_seconds(outcome.metrics["seconds"])
-    if outcome.result.collapsed:
-        console.print(
-            "[bold red]COLLAPSED[/]: accuracy on the watched samples fell by more than 10 points; do not use this model"
-        )
     console.print(f"checkpoint and report.html in {out}")
     _write_json(json_file, outcome.metrics)
+    if outcome.result.collapsed:
+        raise RunStopped(
+            "COLLAPSED: accuracy on the watched samples fell by more than 10 points; do not use this model. "
+            "Lower the rates (--set forget_lr=..., lr=...)"
+        )
 
 
 @app.command()

@@ -11,6 +11,7 @@ the scores are one distribution over the whole image.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
@@ -70,9 +71,16 @@ def top_mask(scores: Tensor, k: int, source: str) -> Tensor:
     return topk_mask(-scores if source == "lowest" else scores, k)
 
 
-def random_mask(num_images: int, info: ViTInfo, k: int, generator: torch.Generator) -> Tensor:
-    """Mask [B, P] of k patches drawn at random, on the CPU: the control for attention guidance."""
-    return top_mask(torch.rand(num_images, info.num_patches, generator=generator), k, "random")
+def random_masks(positions: Iterable[int], info: ViTInfo, k: int, seed: int) -> Tensor:
+    """Mask [B, P], on the CPU, of k patches drawn at random: the control for attention guidance.
+
+    A pure function of the seed and of each sample's position in the forget set, so the batch size changes nothing.
+    """
+    draws = [
+        torch.rand(info.num_patches, generator=torch.Generator().manual_seed(seed * 1_000_003 + int(position)))
+        for position in positions
+    ]
+    return topk_mask(torch.stack(draws), k)
 
 
 def _swin_scores_and_outputs(model: nn.Module, images: Tensor, what: str) -> tuple[Tensor, Tensor]:

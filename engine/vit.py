@@ -292,6 +292,11 @@ def describe(model: nn.Module) -> ViTInfo:
         raise UserError(
             f"{type(model).__name__} offers no usable attention: looked for `blocks[i].attn` with `q_norm` and `k_norm`"
         )
+    elif getattr(model, "rope", None) is not None:
+        raise UserError(
+            f"{type(model).__name__} rotates q and k after `q_norm` and `k_norm` (rotary position embedding), so its "
+            "attention cannot be captured there; models with learned position embeddings can be used"
+        )
     pool = getattr(model, "global_pool", "token")
     return ViTInfo(
         patch_size=patch,

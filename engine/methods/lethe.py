@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from engine.config import require
 from engine.data import Batch
-from engine.masking import HeadFusion, MaskSource, count_masked, random_mask, scores_and_outputs, top_mask
+from engine.masking import HeadFusion, MaskSource, count_masked, random_masks, scores_and_outputs, top_mask
 from engine.methods.base import Context, Method, Phase, register
 from engine.methods.finetune import RETAIN_LR_PER_WIDTH
 from engine.vit import outputs
@@ -148,14 +148,7 @@ class Lethe(Method):
         with context.autocast():
             if config.mask_source == "random":
                 negatives = outputs(context.original, batch.images, config.contrast)
-                # A pure function of seed and sample, so that the batch size changes nothing.
-                masks = [
-                    random_mask(
-                        1, context.info, self.k, torch.Generator().manual_seed(context.run.seed * 1_000_003 + int(i))
-                    )
-                    for i in batch.index
-                ]
-                mask = torch.cat(masks).to(batch.images.device)
+                mask = random_masks(batch.index, context.info, self.k, context.run.seed).to(batch.images.device)
             else:
                 scores, negatives = scores_and_outputs(
                     context.original,

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from engine.data import Loader, Preprocessing, Samples
-from engine.masking import HeadFusion, MaskSource, count_masked, random_mask, scores_and_outputs, top_mask
+from engine.masking import HeadFusion, MaskSource, count_masked, random_masks, scores_and_outputs, top_mask
 from engine.report.data import GalleryItem
-from engine.vit import ViTInfo, describe
+from engine.vit import describe
 
 
 @torch.no_grad()
@@ -41,7 +41,8 @@ def build_gallery(
 
     shown: MaskSource = "rollout" if source == "random" else source  # a random mask still has attention to be seen with
     scores, logits = scores_and_outputs(original, batch.images, info, source=shown, head_fusion=head_fusion)
-    mask = _mask(scores, info, count_masked(info, share), source, chosen, seed)
+    k = count_masked(info, share)
+    mask = random_masks(chosen, info, k, seed) if source == "random" else top_mask(scores, k, source)
     probabilities = {
         name: _true_class(logits if name == "original" else _logits(model, batch.images), batch.labels)
         for name, model in models.items()
@@ -59,14 +60,6 @@ def build_gallery(
         )
         for row, (index, label) in enumerate(zip(chosen.tolist(), batch.labels.tolist(), strict=True))
     ]
-
-
-def _mask(scores: Tensor, info: ViTInfo, k: int, source: MaskSource, chosen: np.ndarray, seed: int) -> Tensor:
-    if source != "random":
-        return top_mask(scores, k, source)
-    # The draw of engine.methods.lethe: a function of the seed and of the position in the forget set.
-    draws = [random_mask(1, info, k, torch.Generator().manual_seed(seed * 1_000_003 + int(i))) for i in chosen]
-    return torch.cat(draws)
 
 
 def _logits(model: nn.Module, images: Tensor) -> Tensor:

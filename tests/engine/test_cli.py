@@ -262,6 +262,19 @@ def test_a_run_that_stops_exits_with_1(lethe: Lethe, checkpoint: Path, tmp_path:
     assert "is not finite" in one_line(err)
 
 
+def test_a_collapsed_run_keeps_its_evidence_and_exits_with_1(lethe: Lethe, checkpoint: Path, tmp_path: Path) -> None:
+    learn = ["--epochs", "6", "--set", "lr=0.005", "--set", "batch_size=50", "--set", "precision=fp32"]
+    assert lethe("train", "--data", "digits", "--arch", checkpoint, "--out", tmp_path / "good", *learn)[0] == 0
+    settings = ["max_steps=20", "forget_lr=0.05", "forget_epochs=20", "retain_epochs=0", "collapse_drop=100"]
+    code, _, err = lethe(
+        *unlearn_args(tmp_path / "good", tmp_path / "run"), *(t for s in settings for t in ("--set", s))
+    )
+    assert code == 1
+    assert "COLLAPSED" in err
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["collapsed"] is True
+    assert "collapsed" in (tmp_path / "run" / "report.html").read_text()
+
+
 def test_a_yaml_file_of_options_and_set_over_it(lethe: Lethe, checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "options.yaml").write_text("temperature: 0.5\nseed: 4\n")
     code, _, err = lethe(

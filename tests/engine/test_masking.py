@@ -6,7 +6,7 @@ import torch
 from conftest import tiny_vit
 
 from engine.errors import UserError
-from engine.masking import count_masked, random_mask, scores_and_outputs, top_mask
+from engine.masking import count_masked, random_masks, scores_and_outputs, top_mask
 from engine.vit import ViTInfo, attention_as, describe, outputs
 from kernels.rollout import attention_rollout_reference
 
@@ -80,11 +80,12 @@ def test_masks_take_the_highest_or_lowest_and_ties_go_to_the_lowest_index() -> N
     assert top_mask(scores, 2, "lowest").tolist() == [[True, False, False, False, True]]
 
 
-def test_random_masks_have_k_patches_and_follow_the_generator() -> None:
+def test_random_masks_have_k_patches_and_follow_seed_and_position() -> None:
     info = describe(tiny_vit())
-    first = random_mask(50, info, 3, torch.Generator().manual_seed(1))
+    first = random_masks(range(50), info, 3, seed=1)
     assert first.sum(1).tolist() == [3] * 50
-    assert torch.equal(first, random_mask(50, info, 3, torch.Generator().manual_seed(1)))
+    assert torch.equal(first[20:30], random_masks(range(20, 30), info, 3, seed=1))
+    assert not torch.equal(first, random_masks(range(50), info, 3, seed=2))
     assert first.float().mean(0).min() > 0  # every patch comes up
 
 

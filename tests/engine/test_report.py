@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from conftest import few, tiny_vit
 from PIL import Image
 
@@ -21,7 +20,7 @@ from engine.data import Loader, Preprocessing, Samples, open_source
 from engine.errors import RunStopped
 from engine.evaluate import Evaluation, compare
 from engine.evaluate.predict import Predictions, predict
-from engine.masking import count_masked, random_mask, scores_and_outputs, top_mask
+from engine.masking import count_masked, random_masks, scores_and_outputs, top_mask
 from engine.report import GalleryItem, ReportData, build_gallery, write_report
 from engine.report.html import duration
 from engine.report.plots import confidence_histograms, loss_curves, sample_pictures
@@ -271,7 +270,7 @@ def test_gallery_masks_are_those_of_the_run(forget: Samples, source: Any) -> Non
         assert item.mask.sum() == k
         expected = top_mask(scores[i : i + 1], k, source)
         if source == "random":
-            expected = random_mask(1, info, k, torch.Generator().manual_seed(3 * 1_000_003 + i))
+            expected = random_masks([i], info, k, seed=3)
         np.testing.assert_array_equal(item.mask, expected.numpy().reshape(4, 4))
         np.testing.assert_allclose(item.scores, scores[i].reshape(4, 4), rtol=1e-4)
         original = np.asarray(forget.image(i))

@@ -125,6 +125,12 @@ def test_models_without_usable_attention_say_what_was_looked_for() -> None:
         describe(headless)
 
 
+def test_models_with_rotary_embeddings_are_refused() -> None:
+    small = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
+    with pytest.raises(UserError, match="rotary position embedding"):
+        describe(timm_model("vit_small_patch16_rope_224", **small))
+
+
 def test_the_same_seed_builds_the_same_model_and_spares_the_global_generator() -> None:
     torch.manual_seed(7)
     expected = torch.rand(3)

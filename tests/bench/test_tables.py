@@ -1,0 +1,54 @@
+"""The tables run end to end at toy size, and say what they measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import tiny_vit
+
+from bench.ablation import VARIANTS, run_ablation
+from bench.quality import run_quality
+from engine.errors import UserError
+from engine.vit import save_checkpoint
+
+QUICK = ["max_steps=1", "batch_size=16", "precision=fp32"]
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> list[str]:
+    return [str(save_checkpoint(tiny_vit(seed=seed), tmp_path / str(seed))) for seed in range(3)]
+
+
+def test_quality_sets_every_method_beside_the_retrain(
+    models: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = run_quality(
+        models[0], "digits", "random:0.01@0", models[1:], ["finetune", "lethe"], 1.0, QUICK, tmp_path / "q.json"
+    )
+    assert list(report["rows"]) == ["untouched", "finetune", "lethe, after forget stage", "lethe"]
+    assert report["retrain_seconds"] > 0
+    assert report["rows"]["lethe"]["seconds"]["unlearn"] > 0
+    assert report["rows"]["lethe"]["gap"]["average"] != report["rows"]["untouched"]["gap"]["average"]
+    assert json.loads((tmp_path / "q.json").read_text()) == report
+    assert "of retrain" in capsys.readouterr().out
+
+
+def test_ablation_runs_every_variant_and_goes_on_where_it_ended(models: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    arguments = (models[0], "digits", "random:0.01@0", models[1:])
+    report = run_ablation(*arguments, seeds=1, jobs=1, settings=QUICK, json_file=file)
+    stages = [(row["variant"], row["stage"]) for row in report["rows"]]
+    expected = [(v, s) for v in VARIANTS for s in ("forget", "retain") if s == "retain" or v != "retain stage alone"]
+    assert sorted(stages) == sorted(expected)
+    # Variants differ in what they do, so their results do.
+    gaps = {row["variant"]: (row["gap"], row["auc"]) for row in report["rows"] if row["stage"] == "retain"}
+    assert len(set(gaps.values())) == len(VARIANTS)
+    cut = json.loads(file.read_text())
+    cut["rows"] = [row for row in cut["rows"] if row["variant"] != "features"]
+    file.write_text(json.dumps(cut))
+    again = run_ablation(*arguments, seeds=1, jobs=1, settings=QUICK, json_file=file)
+    assert sorted(map(str, again["rows"])) == sorted(map(str, report["rows"]))
+    with pytest.raises(UserError, match="ablation of another options"):
+        run_ablation(*arguments, seeds=1, jobs=1, settings=["max_steps=2"], json_file=file)
