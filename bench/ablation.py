@@ -49,7 +49,7 @@ def run_ablation(
     json_file: Path | None,
 ) -> dict[str, Any]:
     """Prints and returns rows (variant, seed, stage) and their summary."""
-    setting = {
+    setting: dict[str, Any] = {
         "checkpoint": checkpoint,
         "data": data,
         "forget": forget,
@@ -117,7 +117,7 @@ def _one(
 
 def _print(rows: list[dict[str, Any]]) -> None:
     table = Table("variant", "stage", "seeds", header_style="bold")
-    for column in ("forget %", "retain %", "test %", "MIA efficacy %", "loss AUC", "average gap"):
+    for column in ("forget %", "retain %", "test %", "MIA %", "AUC", "gap"):
         table.add_column(column, justify="right")
     for variant in VARIANTS:
         for stage in ("forget", "retain"):

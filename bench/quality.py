@@ -85,8 +85,19 @@ def _keep(stages: dict[str, Evaluation], evaluator: Evaluator, phase: str, model
 
 def _print(rows: dict[str, Any], retrain_seconds: float | None) -> None:
     table = Table("model", header_style="bold")
-    columns = ("forget %", "retain %", "test %", "MIA efficacy %", "loss AUC", "gap", "gap / floor", "agreement %")
-    for column in (*columns, "seconds", "of retrain"):
+    columns = (
+        "forget %",
+        "retain %",
+        "test %",
+        "MIA %",
+        "AUC",
+        "gap",
+        "gap / floor",
+        "agree %",
+        "seconds",
+        "of retrain",
+    )
+    for column in columns:
         table.add_column(column, justify="right")
     for name, row in rows.items():
         floor = row.get("noise_floor", {}).get("average")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,7 +14,8 @@ from rich.table import Table
 from engine.evaluate.membership import DIRECTION
 from engine.trainer import Progress as Report
 
-console = Console()
+# A file or a pipe has no width: wide enough there for every table.
+console = Console(width=None if sys.stdout.isatty() else 150)
 
 
 @contextlib.contextmanager
@@ -40,30 +42,34 @@ def progress_bars() -> Iterator[Report]:
 
 def print_metrics(metrics: Mapping[str, Any], name: str = "unlearned") -> None:
     """The table original / unlearned / retrained of one metrics.json."""
-    table = Table(title=None, header_style="bold")
-    table.add_column("model")
-    for column in ("forget %", "retain %", "test %", "MIA efficacy %", "loss AUC", "average gap", "agreement %"):
+    table = Table(header_style="bold")
+    table.add_column("model", no_wrap=True)
+    for column in ("forget", "retain", "test", "MIA", "AUC", "gap", "agree"):
         table.add_column(column, justify="right")
     if "original" in metrics:
-        _row(table, "original, untouched", metrics["original"])
+        _row(table, "untouched", metrics["original"])
     _row(table, name, metrics)
     reference = metrics.get("reference")
     if reference:
         count = reference["count"]
         floor = metrics.get("noise_floor")
         table.add_row(
-            f"retrained (mean of {count})" if count > 1 else "retrained",
+            f"retrained, {count}" if count > 1 else "retrained",
             *_four(reference),
-            f"{floor['average']:.2f} (noise floor)" if floor else "-",
+            f"{floor['average']:.2f}" if floor else "-",
             f"{100 * floor['agreement']['top1']:.1f}" if floor else "-",
         )
     console.print(table)
-    console.print(f"[dim]MIA efficacy: {DIRECTION['efficacy']}.\nloss AUC: {DIRECTION['auc']}.[/dim]", soft_wrap=True)
+    console.print(
+        f"[dim]forget, retain, test: accuracy in percent. MIA, percent: {DIRECTION['efficacy']}. "
+        f"AUC: {DIRECTION['auc']}.[/dim]",
+        soft_wrap=True,
+    )
     if reference:
         console.print(
-            "[dim]average gap: mean absolute difference to the retrained model in forget, retain, test "
-            "accuracy and MIA efficacy, "
-            "percentage points. agreement: forget samples on which both give the same class.[/dim]",
+            "[dim]gap: mean absolute difference to the retrained model in forget, retain and test accuracy and MIA, in "
+            "points; in the last row, between retrained models: the noise floor. agree: percent of the forget samples on "
+            "which both give the same class.[/dim]",
             soft_wrap=True,
         )
     else:

@@ -67,7 +67,7 @@ def test_unlearn_fills_the_run_folder(lethe: Lethe, checkpoint: Path, tmp_path: 
     assert metrics == json.loads((tmp_path / "deep" / "m.json").read_text())
     assert {"accuracy", "mia", "reference", "gap", "seconds", "samples_seen", "original"} <= set(metrics)
     assert {"unlearn", "forget_phase", "retain_phase", "evaluate"} <= set(metrics["seconds"])
-    assert "average gap" in out
+    assert "gap: mean absolute difference" in out
     assert "higher = better forgotten" in out
     assert weights_sha256(load_checkpoint(checkpoint)) == before
     record = json.loads((tmp_path / "run" / "record.json").read_text())
