@@ -68,7 +68,8 @@ def print_metrics(metrics: Mapping[str, Any], name: str = "unlearned") -> None:
     if reference:
         console.print(
             "[dim]gap: mean absolute difference to the retrained model in forget, retain and test accuracy and MIA, in "
-            "points; in the last row, between retrained models: the noise floor. agree: percent of the forget samples on "
+            "points; in the last row, between retrained models: the noise floor. agree: percent of the forget "
+            "samples on "
             "which both give the same class.[/dim]",
             soft_wrap=True,
         )
