@@ -148,15 +148,17 @@ def test_each_mask_source_masks_its_patches(train: Samples, source: str) -> None
 
 
 def test_mask_values(train: Samples) -> None:
-    mean, std = 0.5, 0.5
-    fills = {
-        value: float(make("lethe", train, mask_value=value).fill(batch_of(make("lethe", train))))
-        for value in ("zero", "black", "mean")
-    }  # type: ignore[attr-defined]
-    assert fills["zero"] == 0.0
-    assert fills["black"] == pytest.approx(-mean / std)
+    model = tiny_vit()
+    model.pretrained_cfg.update(mean=(0.4,), std=(0.2,))
+
+    def fill(value: str) -> float:
+        method = make("lethe", train, model, mask_value=value)
+        return float(method.fill(batch_of(method)))  # type: ignore[attr-defined]
+
+    assert fill("zero") == 0.0
+    assert fill("black") == pytest.approx((0 - 0.4) / 0.2)
     pixels = np.mean([np.asarray(train.image(i)) / 255 for i in range(20)])
-    assert fills["mean"] == pytest.approx((pixels - mean) / std, abs=1e-5)
+    assert fill("mean") == pytest.approx((pixels - 0.4) / 0.2, abs=1e-5)
 
 
 def test_finetune_reads_retained_samples_only(train: Samples) -> None:
