@@ -245,7 +245,7 @@ class Trainer:
         )
 
     def finish(self, resolved: dict[str, Any]) -> UnlearnResult:
-        self.model.eval().requires_grad_(True)
+        self.model.eval()
         self.watched["after"] = self.watch(self.model)
         lost = 100 * (self.watched["before"] - self.watched["after"])
         collapsed = lost > _LOST
