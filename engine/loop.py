@@ -53,7 +53,7 @@ def unlearn(
         watched samples are retained ones, which the model has memorised: a collapse is still seen, a slow loss is not.
     output_dir: run folder; None writes nothing. resume: go on with the run in it. overwrite: replace that run.
     progress: called with (phase, step, steps, numbers) as losses are read. after_phase: called with (phase, model) at
-        the end of each phase; must not change the model; its time is not counted. notes: kept in config.yaml.
+        the end of each phase, under the run's attention; must not change the model; its time is not counted. notes: kept in config.yaml.
 
     Raises UserError for wrong use, RunStopped where a loss or gradient is not finite (the last good weights are
     then in output_dir/last_good) or no space is left.
