@@ -52,8 +52,9 @@ def unlearn(
     validation: samples that the original never trained on; what stops a collapse looks at them. Without any, the
         watched samples are retained ones, which the model has memorised: a collapse is still seen, a slow loss is not.
     output_dir: run folder; None writes nothing. resume: go on with the run in it. overwrite: replace that run.
-    progress: called with (phase, step, steps, numbers) as losses are read. after_phase: called with (phase, model) at
-        the end of each phase, under the run's attention; must not change the model; its time is not counted. notes: kept in config.yaml.
+    progress: called with (phase, step, steps, numbers) as losses are read. notes: kept in config.yaml.
+    after_phase: called with (phase, model) at the end of each phase, under the run's attention; must not change the
+        model; its time is not counted.
 
     Raises UserError for wrong use, RunStopped where a loss or gradient is not finite (the last good weights are
     then in output_dir/last_good) or no space is left.
