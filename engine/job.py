@@ -122,8 +122,8 @@ def _write_evidence(
         "weights before": weights_sha256(original),
         "weights after": weights_sha256(result.model),
         "model.safetensors": sha256(folder / "model.safetensors"),
-        "forget ids and labels": task.forget.fingerprint(),
-        "retain ids and labels": task.retain.fingerprint(),
+        "forget ids and labels": result.config["samples"]["forget_sha256"],
+        "retain ids and labels": result.config["samples"]["retain_sha256"],
     }
     request = {
         "spec": task.request.spec,

@@ -304,8 +304,7 @@ class _Guard:
         )
         logger.warning(
             "collapse in phase %s at step %d: accuracy on the watched samples %.1f%%, before the run %.1f%%; "
-            "taken back "
-            "to step %d and the phase ended (raise collapse_drop to go on, or lower the rate)",
+            "taken back to step %d and the phase ended (raise collapse_drop to go on, or lower the rate)",
             self.phase.name,
             step - 1,
             100 * now,

@@ -113,10 +113,7 @@ class Lethe(Method):
         return [phase for phase in (forget, retain) if phase.epochs > 0]
 
     def prepare(self, phase: Phase) -> None:
-        if phase.name != "forget":
-            return
-        self._fill = self._mask_fill()
-        if self.config.augment_forget:
+        if phase.name != "forget" or self.config.augment_forget:
             return
         outputs_of = [self.teacher(batch) for batch in self.context.loader(self.context.forget, "none").ordered()]
         positives, negatives = (torch.cat(each) for each in zip(*outputs_of, strict=True))
