@@ -1,13 +1,14 @@
-"""`python -m bench quality | ablation`: one command makes each table."""
+"""`python -m bench quality | ablation | kernels | compile`: one command makes each table."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from bench.ablation import run_ablation
+from bench.kernels import run_kernels
 from bench.quality import run_quality
 from engine.cli import run_app
 
@@ -51,6 +52,39 @@ def ablation(
 ) -> None:
     """Each choice of LetheViT against its alternative: mean and spread over seeds."""
     run_ablation(checkpoint, data, forget, reference, seeds, jobs, settings or [], json)
+
+
+@app.command()
+def kernels(
+    device: Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, cuda or cuda:N.")] = "auto",
+    quick: Annotated[bool, typer.Option("--quick", help="Toy sizes, seconds: shows that everything runs.")] = False,
+    only: Annotated[
+        Literal["rollout", "info_nce", "mask"] | None, typer.Option(help="One part.", show_default=False)
+    ] = None,
+    slow_peers: Annotated[
+        bool, typer.Option("--slow-peers", help="lightly's NTXentLoss too, ten times slower than the rest.")
+    ] = False,
+    json: Annotated[Path | None, typer.Option("--json", help="Results, with every round.")] = None,
+) -> None:
+    """Our kernels beside their peers: correctness first, then time and peak memory.
+
+    Prints each target with PASS or MISSED. It measures and does not judge: the exit code is 0 when a target is missed.
+    The extra `bench` of lethe-unlearning installs the peers, `bench-gpu` those that need CUDA.
+    """
+    run_kernels(json, device, quick, only, slow_peers)
+
+
+@app.command("compile")
+def compile_(
+    target: Annotated[list[str] | None, typer.Option(help="sm_80, sm_90, sm_100, gfx942.", show_default="all")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="rollout, info_nce or mask.", show_default="all")] = None,
+    json: Annotated[Path | None, typer.Option("--json", help="Results.")] = None,
+) -> None:
+    """The Triton kernels compiled for GPUs that are not here: registers, spills, occupancy; exit 1 for a problem."""
+    from bench.compile import run_compile
+
+    if run_compile(target or [], only or [], json):
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

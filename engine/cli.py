@@ -262,10 +262,12 @@ def methods(
 @app.command()
 def env(json_file: Json = None) -> None:
     """Versions, devices, optional packages, and whether the installation is sound."""
-    from engine.environment import environment, extras, kernels_problem
+    from engine.environment import environment, extras, kernel_backends, kernels_problem, rollout_launches
 
     console = Console()
     facts: dict[str, Any] = {**environment(), "extras": extras(), "kernels": kernels_problem() or "ours"}
+    if facts["kernels"] == "ours":
+        facts |= {"backends": kernel_backends(), "rollout": rollout_launches()}
     for key, value in facts.items():
         if isinstance(value, dict):
             value = ", ".join(f"{k} {v}" for k, v in value.items())

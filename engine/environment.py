@@ -50,6 +50,32 @@ def kernels_problem() -> str | None:
     )
 
 
+def kernel_backends() -> dict[str, str]:
+    """What `auto` takes on each device that is here, and why not Triton where it does not."""
+    import torch
+
+    from kernels import triton_problems
+
+    states = {}
+    for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
+        problems = triton_problems(device)
+        states[device] = f"eager; {'; '.join(problems)}" if problems else "triton"
+    return states
+
+
+def rollout_launches() -> str:
+    """How `kernels._triton.rollout.plan` shares out the work on this machine's GPU."""
+    import torch
+
+    images = "as many images as it has processors"
+    if torch.cuda.is_available():
+        images = f"{torch.cuda.get_device_properties(0).multi_processor_count} images"
+    return (
+        f"on a GPU all layers in one launch from a batch of {images} on; below that a launch a layer, shared out "
+        "over heads and query rows"
+    )
+
+
 def extras() -> dict[str, str]:
     """Optional packages: their version, or which extra installs them, or why they do not import."""
     states = {}

@@ -142,7 +142,7 @@ def _run(
     )
     try:
         for op in ("attention_rollout", "mask_patches", "info_nce"):
-            resolve_backend(op, run.kernels.backend)
+            resolve_backend(op, run.kernels.backend, device)
     except RuntimeError as error:
         raise UserError(f"option kernels.backend={run.kernels.backend!r}: {error}") from None
     info = describe(model)

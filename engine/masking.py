@@ -1,6 +1,7 @@
 """Which patches a model attends to most, and the mask over them, in one forward pass of the model.
 
-ViT and DeiT: `kernels.attention_rollout` on the captured q and k of all blocks.
+ViT and DeiT: attention rollout, by `kernels.rollout_topk_mask` on the captured q and k of all blocks, or on the CPU by
+`kernels.StreamedRollout` on the maps as explicit attention makes them.
 
 Swin has windows, and no token that reads the whole image. The rule here: in the last block of the last stage, with
 A_w = softmax(q k^T scale + relative position bias + shift mask) of window w, averaged over heads, the score of a
@@ -18,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import UserError
-from engine.vit import ViTInfo, capture_queries_keys, outputs
-from kernels import attention_rollout
+from engine.vit import ViTInfo, attention_modules, capture_queries_keys, outputs, stream_attention
+from kernels import StreamedRollout, attention_rollout, resolve_backend, rollout_topk_mask
 from kernels.rollout import topk_mask
 
 MaskSource = Literal["rollout", "last", "mean", "lowest", "random"]
@@ -47,23 +48,71 @@ def scores_and_outputs(
 
     source: rollout, last or mean (`kernels.attention_rollout`'s modes); lowest is rollout too.
     """
+    return _guided(model, images, info, None, source, head_fusion, what, backend)
+
+
+@torch.no_grad()
+def mask_and_outputs(
+    model: nn.Module,
+    images: Tensor,
+    info: ViTInfo,
+    k: int,
+    *,
+    source: MaskSource = "rollout",
+    head_fusion: HeadFusion = "mean",
+    what: str = "logits",
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Mask [B, P] bool of the k most attended patches (least for source="lowest"), and the outputs, as above."""
+    return _guided(model, images, info, k, source, head_fusion, what, backend)
+
+
+def _guided(
+    model: nn.Module,
+    images: Tensor,
+    info: ViTInfo,
+    k: int | None,
+    source: MaskSource,
+    head_fusion: HeadFusion,
+    what: str,
+    backend: Backend,
+) -> tuple[Tensor, Tensor]:
+    options: dict[str, Any] = {
+        "num_prefix_tokens": info.num_prefix_tokens,
+        "mode": source if source in ("last", "mean") else "rollout",
+        "head_fusion": head_fusion,
+        "pool": info.pool,
+    }
     if info.windowed:
         if source not in ("rollout", "lowest", "last"):
             raise UserError(f"option mask_source={source!r}: a windowed model (Swin) has one rule; use rollout")
-        return _swin_scores_and_outputs(model, images, what)
-    with capture_queries_keys(model) as (queries, keys):
-        result = outputs(model, images, what)
-    scores = attention_rollout(
-        queries,
-        keys,
-        num_prefix_tokens=info.num_prefix_tokens,
-        mode=source if source in ("last", "mean") else "rollout",
-        head_fusion=head_fusion,
-        pool=info.pool,
-        scale=float(model.blocks[0].attn.scale),  # type: ignore[union-attr, index]
-        backend=backend,
-    )
-    return scores, result
+        scores, result = _swin_scores_and_outputs(model, images, what)
+    elif _streams(model, images.device, backend):
+        stream = StreamedRollout(**options)
+        with stream_attention(model, stream.add):
+            result = outputs(model, images, what)
+        scores = stream.scores()
+    else:
+        with capture_queries_keys(model) as (queries, keys):
+            result = outputs(model, images, what)
+        options |= {"scale": float(model.blocks[0].attn.scale), "backend": backend}  # type: ignore[union-attr, index]
+        if k is not None and source != "lowest":
+            return rollout_topk_mask(queries, keys, k=k, **options), result
+        scores = attention_rollout(queries, keys, **options)
+    return (scores if k is None else top_mask(scores, k, source)), result
+
+
+def _streams(model: nn.Module, device: torch.device, backend: Backend) -> bool:
+    """Whether the maps are read as explicit attention makes them, rather than computed again from q and k.
+
+    On the CPU always, where explicit attention is no slower than fused (docs/notes.md) and q and k of all layers
+    take as much memory as the maps; elsewhere where the model's attention is explicit anyway.
+    """
+    if resolve_backend("attention_rollout", backend, device) == "triton":
+        return False
+    modules = attention_modules(model)
+    explicit = device.type == "cpu" or not any(getattr(module, "fused_attn", False) for module in modules)
+    return explicit and all(hasattr(module, "attn_drop") and hasattr(module, "fused_attn") for module in modules)
 
 
 def top_mask(scores: Tensor, k: int, source: str) -> Tensor:

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -347,10 +347,6 @@ def attention_as(model: nn.Module, implementation: str) -> Iterator[None]:
             module.fused_attn = fused
 
 
-def _keep(sink: list[Tensor], _module: nn.Module, _inputs: Any, output: Tensor) -> None:
-    sink.append(output.detach())
-
-
 @contextlib.contextmanager
 def capture_queries_keys(model: nn.Module) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
     """Collects the final q and k [B, H, N, d] of every block during one forward pass, first block first.
@@ -358,19 +354,41 @@ def capture_queries_keys(model: nn.Module) -> Iterator[tuple[list[Tensor], list[
     timm's attention passes q and k through `q_norm` and `k_norm` even where those are Identity, so hooks there
     see the strided views that fused attention reads: nothing is copied and nothing is switched off.
     """
+    queries: list[Tensor] = []
+    keys: list[Tensor] = []
+    with contextlib.ExitStack() as hooks:
+        for module in _usable_attention(model):
+            for norm, sink in ((module.q_norm, queries), (module.k_norm, keys)):
+                handle = norm.register_forward_hook(functools.partial(_hand_on, sink.append))  # type: ignore[union-attr]
+                hooks.callback(handle.remove)
+        yield queries, keys
+
+
+@contextlib.contextmanager
+def stream_attention(model: nn.Module, sink: Callable[[Tensor], None]) -> Iterator[None]:
+    """Hands the attention [B, H, N, N] of every block to `sink` as a forward pass makes it, first block first.
+
+    Within it the model's attention is explicit, and its maps pass through `attn_drop`, where they can be seen.
+    """
+    with contextlib.ExitStack() as hooks:
+        hooks.enter_context(attention_as(model, "eager"))
+        for module in _usable_attention(model):
+            handle = module.attn_drop.register_forward_hook(functools.partial(_hand_on, sink))  # type: ignore[union-attr]
+            hooks.callback(handle.remove)
+        yield
+
+
+def _usable_attention(model: nn.Module) -> list[nn.Module]:
     modules = attention_modules(model)
     if not modules:
         raise UserError(
             f"{type(model).__name__} offers no usable attention: looked for `blocks[i].attn` with `q_norm` and `k_norm`"
         )
-    queries: list[Tensor] = []
-    keys: list[Tensor] = []
-    with contextlib.ExitStack() as hooks:
-        for module in modules:
-            for norm, sink in ((module.q_norm, queries), (module.k_norm, keys)):
-                handle = norm.register_forward_hook(functools.partial(_keep, sink))  # type: ignore[union-attr]
-                hooks.callback(handle.remove)
-        yield queries, keys
+    return modules
+
+
+def _hand_on(sink: Callable[[Tensor], None], _module: nn.Module, _inputs: Any, output: Tensor) -> None:
+    sink(output.detach())
 
 
 def weights_sha256(model: nn.Module) -> str:

@@ -4,11 +4,22 @@ Another distribution on PyPI installs a package called `kernels` too; `DISTRIBUT
 this is.
 """
 
-from kernels._backend import resolve_backend
+from kernels._backend import resolve_backend, triton_problems
 from kernels.info_nce import info_nce
-from kernels.mask import mask_patches
+from kernels.mask import mask_patches, mask_tokens
 from kernels.rollout import attention_rollout, rollout_topk_mask
+from kernels.rollout_stream import StreamedRollout
 
 DISTRIBUTION = "lethe-unlearning"
 
-__all__ = ["DISTRIBUTION", "attention_rollout", "info_nce", "mask_patches", "resolve_backend", "rollout_topk_mask"]
+__all__ = [
+    "DISTRIBUTION",
+    "StreamedRollout",
+    "attention_rollout",
+    "info_nce",
+    "mask_patches",
+    "mask_tokens",
+    "resolve_backend",
+    "rollout_topk_mask",
+    "triton_problems",
+]

@@ -4,9 +4,11 @@ Nothing here asks a device anything at import time.
 """
 
 import difflib
+import importlib.util
 import math
 import numbers
 import operator
+import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, get_args
@@ -19,16 +21,47 @@ Backend = Literal["auto", "eager", "triton"]
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def resolve_backend(op: str, backend: str) -> Literal["eager"]:
-    """The backend that will run `op`: "auto" picks the best that can run, an explicit one runs or raises.
+def resolve_backend(
+    op: str, backend: str, device: torch.device | str = "cpu", unsupported: Sequence[str] = ()
+) -> Literal["eager", "triton"]:
+    """The backend that will run `op` on tensors of `device`; "auto" is Triton wherever it can run, else eager.
 
+    unsupported: what else keeps the Triton kernel of this op from running, one reason each.
     Raises ValueError for a name that does not exist, RuntimeError with every reason for one that cannot run.
     """
     check_choice(op, "backend", backend, get_args(Backend))
+    if backend == "eager":
+        return "eager"
+    reasons = [*triton_problems(torch.device(device).type), *unsupported]
+    if not reasons:
+        return "triton"
     if backend == "triton":
-        reasons = [f"this release holds no Triton kernel for {op}"]
         raise RuntimeError(f"{op}: backend 'triton' cannot run: {'; '.join(reasons)}. Use backend='auto' or 'eager'.")
     return "eager"
+
+
+@torch.compiler.assume_constant_result
+def triton_problems(device_type: str) -> list[str]:
+    """Why Triton cannot run on tensors of this kind of device; empty where it can.
+
+    TRITON_INTERPRET is looked at again at each call, because tests switch it within a process.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return ["the package triton is not installed"]
+    import triton
+
+    interpret = triton.knobs.runtime.interpret
+    if device_type not in ("cpu", "cuda"):
+        return [f"the tensors are on {device_type}, expected cuda"]
+    if device_type == "cpu" and not interpret:
+        return [
+            "the tensors are on the CPU, which Triton serves only as an interpreter (TRITON_INTERPRET=1, set"
+            " before Python starts; for tests, it is slow)"
+        ]
+    loaded = sys.modules.get("kernels._triton")
+    if loaded is not None and loaded.INTERPRETED != interpret:
+        return ["TRITON_INTERPRET was changed after the kernels had been loaded"]
+    return []
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

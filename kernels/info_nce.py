@@ -9,22 +9,40 @@
 A zero vector thus has similarity 0 to everything, a finite loss, and a finite gradient, though a steep one
 (1 / eps).
 
-Legend: B anchors, D features, K negatives of each anchor, M negatives shared by all, J = K, M, or B in-batch.
+Backward, with lse_b = logsumexp_n(s(a_b, n) / t), upstream gradient g_b, and x^ = x for dot:
+
+    w_b   = g_b sigmoid(lse_b - s(a_b, p_b) / t)        what one unit of lse_b is worth; the positive's is -w_b
+    G_bn  = w_b e^(s(a_b, n) / t - lse_b) / t
+    da^_b = sum_n G_bn n^ - w_b / t p^_b      dp^_b = -w_b / t a^_b      dn^ = sum_b G_bn a^_b
+    dx    = (dx^ - x^ (x^ . dx^) where |x| > eps) / max(|x|, eps)   for cosine
+    dt    = -1/t sum_b a^_b . da^_b           because t only ever divides a^; true for dot as well
+
+Legend: B anchors, D features, K negatives of each anchor, M negatives shared by all (B in-batch); a name that ends
+in `inverse_B` holds 1 / max(|x|, eps) of the rows of x, or ones for dot.
+
+Two forms. Paired, [B, K, D], is LetheViT's: every byte is used once, so one pass over the inputs is the cost. Shared,
+[M, D], and in-batch are a matrix product whose B x M similarities are never stored, only a chunk (eager) or a tile
+(Triton) at a time; backward computes them again. Shared form, backward, D > 256: both backends take the chunked
+matrix products of the eager path, since a Triton program cannot hold whole rows there and a product that long is
+bound by the multiplications, which the vendor's library does best.
 
 Source: van den Oord et al., arXiv 1807.03748; the roles (anchor: the model being changed, positive: the
 original on the masked image, negative: the original on the image) are LetheViT's, arXiv 2508.01569.
 
-Cost, forward: flops 2 B J D + 2 B D; bytes itemsize D (2 B + negatives) to read, with B K, M or no negatives
-beside the positives, and 4 B to write. The eager path adds a copy of every input in the compute type, another
-normalised for cosine, and B J similarities. Backward costs twice the forward.
+Cost. Paired: bytes itemsize B D (K + 2) forward, twice that backward; flops 4 and 8 an element. Shared: flops
+2 B M D forward and 6 B M D backward, and B M exponentials each; bytes itemsize D (2 B + M) at least. The eager path
+adds float32 copies of B D and M D numbers, a few of each.
 """
 
-from typing import Literal, get_args
+from collections.abc import Callable, Iterator
+from numbers import Real
+from typing import Any, Literal, get_args
 
 import torch
+import torch.distributed
 from torch import Tensor
 from torch.linalg import vector_norm
-from torch.nn import functional
+from torch.nn.functional import logsigmoid
 
 from kernels._backend import (
     Backend,
@@ -32,18 +50,24 @@ from kernels._backend import (
     check_device,
     check_dtype,
     check_float,
-    check_number,
     check_shape,
     check_tensor,
     compute_dtype,
     resolve_backend,
     without_autocast,
 )
+from kernels._gather import gather_rows
 
 Similarity = Literal["cosine", "dot"]
 Reduction = Literal["mean", "sum", "none"]
 
 EPS = 1e-8
+LONG_INVERSE = (1 - 1e-6) / EPS  # a row with a smaller inverse norm is longer than eps, whatever the rounding
+
+# Similarities are made in squares of this side. 4 MB of float32 stay in a CPU's cache between the product and the
+# exponential; an accelerator wants fewer, larger launches.
+CPU_CHUNK = 1024
+ACCELERATOR_CHUNK = 8192
 
 
 def info_nce_reference(
@@ -78,62 +102,386 @@ def info_nce_reference(
     return losses_B.mean() if reduction == "mean" else losses_B.sum()
 
 
-def _info_nce_eager(
-    anchors_BD: Tensor,
-    positives_BD: Tensor,
-    negatives: Tensor | None,
-    temperature: float | Tensor,
-    similarity: Similarity,
-    reduction: Reduction,
-) -> Tensor:
-    def prepared(x: Tensor) -> Tensor:
-        wide = x.to(compute_dtype(x.dtype))
-        return functional.normalize(wide, dim=-1, eps=EPS) if similarity == "cosine" else wide
+def _inverse_norms(x: Tensor, cosine: bool) -> Tensor:
+    """1 / max(|x|, eps) of each row, in the compute type; ones for dot."""
+    dtype = compute_dtype(x.dtype)
+    if not cosine:
+        return x.new_ones(x.shape[:-1], dtype=dtype)
+    return vector_norm(x, dim=-1, dtype=dtype).clamp_min_(EPS).reciprocal_()
 
-    # Dividing B x D numbers by the temperature, and not B x J.
-    anchors_BD = prepared(anchors_BD) / temperature
-    positives_BD = prepared(positives_BD)
-    positive_B = (anchors_BD * positives_BD).sum(dim=-1)
-    if negatives is None:
-        negative_BJ = anchors_BD @ positives_BD.T
-        itself_BJ = torch.eye(len(negative_BJ), dtype=torch.bool, device=negative_BJ.device)
-        negative_BJ = negative_BJ.masked_fill(itself_BJ, -torch.inf)
-    elif negatives.dim() == 2:
-        negative_BJ = anchors_BD @ prepared(negatives).T
-    else:
-        negative_BJ = (prepared(negatives) @ anchors_BD.unsqueeze(-1)).squeeze(-1)
 
+def _normalised(x: Tensor, inverse: Tensor, cosine: bool) -> Tensor:
+    wide = x.to(inverse.dtype)
+    return wide * inverse.unsqueeze(-1) if cosine else wide
+
+
+def _unnormalised(grad: Tensor, normalised: Tensor, inverse: Tensor, dtype: torch.dtype, cosine: bool) -> Tensor:
+    """dx from dx^; overwrites `grad`."""
+    if cosine:
+        radial = (grad * normalised).sum(dim=-1).where(inverse < LONG_INVERSE, 0)
+        grad.addcmul_(normalised, radial.unsqueeze(-1), value=-1).mul_(inverse.unsqueeze(-1))
+    return grad.to(dtype).contiguous()
+
+
+def _losses(lse_B: Tensor, positive_B: Tensor) -> Tensor:
     # -logsigmoid is softplus without its threshold: a loss near zero keeps its digits, and none is negative.
-    losses_B = -functional.logsigmoid(positive_B - negative_BJ.logsumexp(dim=-1))
-    if reduction == "none":
-        return losses_B
-    return losses_B.mean() if reduction == "mean" else losses_B.sum()
+    return -logsigmoid(positive_B - lse_B)
 
 
-def _temperature(op: str, temperature: float | Tensor, anchors_BD: Tensor) -> float | Tensor:
+def _chunk(device: torch.device) -> int:
+    return CPU_CHUNK if device.type == "cpu" else ACCELERATOR_CHUNK
+
+
+def _slices(length: int, size: int) -> Iterator[slice]:
+    for start in range(0, length, size):
+        yield slice(start, min(start + size, length))
+
+
+def _paired_slices(negatives_BKD: Tensor) -> Iterator[slice]:
+    """Rows whose float32 copies take no more than a chunk."""
+    batch, count, features = negatives_BKD.shape
+    return _slices(batch, max(1, _chunk(negatives_BKD.device) ** 2 // (count * features)))
+
+
+def _paired_forward_eager(
+    anchors: Tensor, positives: Tensor, negatives: Tensor, temperature: Tensor, cosine: bool
+) -> tuple[Tensor, ...]:
+    chunks = []
+    for rows in _paired_slices(negatives):
+        inputs = anchors[rows], positives[rows], negatives[rows]
+        a_inverse_B, p_inverse_B, n_inverse_BK = (_inverse_norms(x, cosine) for x in inputs)
+        a_BD, p_BD, n_BKD = (x.to(a_inverse_B.dtype) for x in inputs)
+        scale_B = a_inverse_B / temperature
+        positive_B = (a_BD * p_BD).sum(dim=-1) * p_inverse_B * scale_B
+        logits_BK = torch.bmm(n_BKD, a_BD.unsqueeze(-1)).squeeze(-1) * n_inverse_BK * scale_B.unsqueeze(-1)
+        lse_B = logits_BK.logsumexp(dim=-1)
+        losses_B = _losses(lse_B, positive_B)
+        chunks.append((losses_B, lse_B, positive_B, logits_BK, a_inverse_B, p_inverse_B, n_inverse_BK))
+    return tuple(torch.cat(parts) for parts in zip(*chunks, strict=True))
+
+
+def _paired_backward_eager(
+    grad_B: Tensor,
+    anchors: Tensor,
+    positives: Tensor,
+    negatives: Tensor,
+    temperature: Tensor,
+    statistics: list[Tensor],
+    cosine: bool,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    """Every coefficient of a row is known from forward, so each gradient is a weighted sum of input rows."""
+
+    def inward(inverse: Tensor) -> Tensor:
+        return inverse.square().where(inverse < LONG_INVERSE, 0) if cosine else torch.zeros_like(inverse)
+
+    grads = _empty_gradients((anchors, positives, negatives), temperature, needs)
+    radials = []
+    for rows in _paired_slices(negatives):
+        lse_B, positive_B, logits_BK, a_inverse_B, p_inverse_B, n_inverse_BK = (x[rows] for x in statistics)
+        a_BD, p_BD, n_BKD = (x[rows].to(lse_B.dtype) for x in (anchors, positives, negatives))
+        weight_B = grad_B[rows] * torch.sigmoid(lse_B - positive_B)
+        share_BK = weight_B.unsqueeze(-1) * (logits_BK - lse_B.unsqueeze(-1)).exp_()
+        radial_B = (share_BK * logits_BK).sum(dim=-1) - weight_B * positive_B
+        radials.append(radial_B)
+        scale_B = a_inverse_B / temperature
+        pull_B1 = (weight_B * p_inverse_B * scale_B).unsqueeze(-1)
+        push_BK = share_BK * n_inverse_BK * scale_B.unsqueeze(-1)
+        if needs[0]:
+            grad_BD = torch.bmm(push_BK.unsqueeze(-2), n_BKD).squeeze(-2).addcmul_(p_BD, pull_B1, value=-1)
+            grads[0][rows] = grad_BD.addcmul_(a_BD, (radial_B * inward(a_inverse_B)).unsqueeze(-1), value=-1)
+        if needs[1]:
+            inward_B = weight_B * positive_B * inward(p_inverse_B)
+            grads[1][rows] = (p_BD * inward_B.unsqueeze(-1)).addcmul_(a_BD, pull_B1, value=-1)
+        if needs[2]:
+            inward_BK = share_BK * logits_BK * inward(n_inverse_BK)
+            grad_BKD = a_BD.unsqueeze(-2) * push_BK.unsqueeze(-1)
+            grads[2][rows] = grad_BKD.addcmul_(n_BKD, inward_BK.unsqueeze(-1), value=-1)
+    if needs[3]:
+        grads[3].copy_(-torch.cat(radials).sum() / temperature)
+    return grads
+
+
+def _similarities(
+    buffer: Tensor, anchors_BD: Tensor, negatives_MD: Tensor, rows: slice, columns: slice, skip: int
+) -> Tensor:
+    """One chunk of the similarities, in `buffer`; -inf where the negative is the anchor's own positive."""
+    anchors, negatives = anchors_BD[rows], negatives_MD[columns]
+    logits = buffer[: len(anchors) * len(negatives)].view(len(anchors), len(negatives))
+    torch.mm(anchors, negatives.T, out=logits)
+    if skip >= 0:
+        logits.diagonal(skip + rows.start - columns.start).fill_(-torch.inf)
+    return logits
+
+
+def _similarity_buffer(anchors_BD: Tensor, negatives_MD: Tensor) -> tuple[Tensor, int]:
+    """Room for one chunk, and its side; made once, because a large allocation costs as much as the product."""
+    side = _chunk(anchors_BD.device)
+    return anchors_BD.new_empty(min(len(anchors_BD), side) * min(len(negatives_MD), side)), side
+
+
+def _shared_forward_eager(
+    anchors: Tensor, positives: Tensor, negatives: Tensor | None, temperature: Tensor, cosine: bool, skip: int
+) -> tuple[Tensor, ...]:
+    a_inverse_B, p_inverse_B = _inverse_norms(anchors, cosine), _inverse_norms(positives, cosine)
+    # Dividing B x D numbers by the temperature, and not B x M.
+    anchors_BD = _normalised(anchors, a_inverse_B, cosine) / temperature
+    negatives_MD = positives_BD = _normalised(positives, p_inverse_B, cosine)
+    n_inverse_M = a_inverse_B.new_empty(0)
+    if negatives is not None:
+        n_inverse_M = _inverse_norms(negatives, cosine)
+        negatives_MD = _normalised(negatives, n_inverse_M, cosine)
+    positive_B = (anchors_BD * positives_BD).sum(dim=-1)
+    lse_B = torch.full_like(positive_B, -torch.inf)
+    buffer, side = _similarity_buffer(anchors_BD, negatives_MD)
+    for rows in _slices(len(anchors_BD), side):
+        for columns in _slices(len(negatives_MD), side):
+            logits = _similarities(buffer, anchors_BD, negatives_MD, rows, columns, skip)
+            # Finite even where every column is skipped, because -inf - -inf is NaN.
+            largest = logits.amax(dim=-1, keepdim=True).clamp_min_(torch.finfo(logits.dtype).min)
+            total = logits.sub_(largest).exp_().sum(dim=-1).log_().add_(largest.squeeze(-1))
+            lse_B[rows] = torch.logaddexp(lse_B[rows], total)
+    return _losses(lse_B, positive_B), lse_B, positive_B, a_inverse_B, p_inverse_B, n_inverse_M
+
+
+def _shared_backward_eager(
+    grad_B: Tensor,
+    anchors: Tensor,
+    positives: Tensor,
+    negatives: Tensor | None,
+    temperature: Tensor,
+    statistics: list[Tensor],
+    cosine: bool,
+    skip: int,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    lse_B, positive_B, a_inverse_B, p_inverse_B, n_inverse_M = statistics
+    weight_B1 = (grad_B * torch.sigmoid(lse_B - positive_B) / temperature).unsqueeze(-1)
+    anchors_BD = _normalised(anchors, a_inverse_B, cosine)
+    negatives_MD = positives_BD = _normalised(positives, p_inverse_B, cosine)
+    if negatives is not None:
+        negatives_MD = _normalised(negatives, n_inverse_M, cosine)
+
+    pushes_anchors, pushes_negatives = needs[0] or needs[3], needs[1 if negatives is None else 2]
+    anchors_push_BD = lse_B.new_zeros(anchors.shape if pushes_anchors else 0)
+    negatives_push_MD = lse_B.new_zeros(negatives_MD.shape if pushes_negatives else 0)
+    if pushes_anchors or pushes_negatives:
+        scaled_BD = anchors_BD / temperature
+        buffer, side = _similarity_buffer(anchors_BD, negatives_MD)
+        for rows in _slices(len(anchors_BD), side):
+            weighted = anchors_BD[rows] * weight_B1[rows]
+            for columns in _slices(len(negatives_MD), side):
+                logits = _similarities(buffer, scaled_BD, negatives_MD, rows, columns, skip)
+                share = logits.sub_(lse_B[rows].unsqueeze(-1)).exp_()
+                if pushes_anchors:
+                    anchors_push_BD[rows].addmm_(share, negatives_MD[columns])
+                if pushes_negatives:
+                    negatives_push_MD[columns].addmm_(share.T, weighted)
+
+    grads = list(_empty_gradients((anchors, positives, negatives), temperature, [False] * 4))
+    if needs[1]:
+        grad_BD = anchors_BD * -weight_B1
+        if negatives is None:
+            grad_BD += negatives_push_MD
+        grads[1] = _unnormalised(grad_BD, positives_BD, p_inverse_B, positives.dtype, cosine)
+    if negatives is not None and needs[2]:
+        grads[2] = _unnormalised(negatives_push_MD, negatives_MD, n_inverse_M, negatives.dtype, cosine)
+    if pushes_anchors:
+        anchors_push_BD.sub_(positives_BD).mul_(weight_B1)
+    if needs[3]:
+        grads[3] = -(anchors_push_BD * anchors_BD).sum() / temperature
+    if needs[0]:
+        grads[0] = _unnormalised(anchors_push_BD, anchors_BD, a_inverse_B, anchors.dtype, cosine)
+    return tuple(grads)
+
+
+def _empty_gradients(
+    inputs: tuple[Tensor, Tensor, Tensor | None], temperature: Tensor, needs: list[bool]
+) -> tuple[Tensor, ...]:
+    """Room for each gradient that is needed; nothing, of size 0, for the others."""
+    grads = []
+    for x, needed in zip((*inputs, temperature), needs, strict=True):
+        like = temperature if x is None else x
+        grads.append(like.new_empty(like.shape if needed and x is not None else (0,)))
+    return tuple(grads)
+
+
+@torch.library.custom_op("lethe::info_nce_paired", mutates_args=())
+def _info_nce_paired(
+    anchors: Tensor, positives: Tensor, negatives: Tensor, temperature: Tensor, cosine: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Losses [B]; then what backward needs: lse [B], positive logit [B], logits [B, K], inverse norms of the three."""
+    _check_temperature_value(temperature)
+    forward = _paired_forward_eager
+    if backend == "triton":
+        from kernels._triton import info_nce as triton_kernels
+
+        forward = triton_kernels.paired_forward
+    with without_autocast(anchors.device), torch.cuda.device_of(anchors):
+        return forward(anchors, positives, negatives, temperature, cosine)  # type: ignore[return-value]
+
+
+@_info_nce_paired.register_fake
+def _(
+    anchors: Tensor, positives: Tensor, negatives: Tensor, temperature: Tensor, cosine: bool, backend: str
+) -> tuple[Tensor, ...]:
+    B, K, _ = negatives.shape
+    return tuple(temperature.new_empty(shape) for shape in ((B,), (B,), (B,), (B, K), (B,), (B,), (B, K)))
+
+
+@torch.library.custom_op("lethe::info_nce_paired_backward", mutates_args=())
+def _info_nce_paired_backward(
+    grad: Tensor,
+    anchors: Tensor,
+    positives: Tensor,
+    negatives: Tensor,
+    temperature: Tensor,
+    statistics: list[Tensor],
+    cosine: bool,
+    needs: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of anchors, positives, negatives and temperature; of size 0 where `needs` says no."""
+    backward = _paired_backward_eager
+    if backend == "triton":
+        from kernels._triton import info_nce as triton_kernels
+
+        backward = triton_kernels.paired_backward
+    inputs = grad, anchors, positives, negatives, temperature, statistics
+    with without_autocast(anchors.device), torch.cuda.device_of(anchors):
+        return backward(*inputs, cosine, needs)  # type: ignore[return-value]
+
+
+@torch.library.custom_op("lethe::info_nce_shared", mutates_args=())
+def _info_nce_shared(
+    anchors: Tensor,
+    positives: Tensor,
+    negatives: Tensor | None,
+    temperature: Tensor,
+    cosine: bool,
+    skip: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Losses [B]; then what backward needs: lse [B], positive logit [B], inverse norms of the three.
+
+    negatives: [M, D], or None for the positives. skip: anchor b does not see negative skip + b; -1 for none.
+    """
+    _check_temperature_value(temperature)
+    forward = _shared_forward_eager
+    if backend == "triton":
+        from kernels._triton import info_nce_shared as triton_kernels
+
+        forward = triton_kernels.shared_forward
+    with without_autocast(anchors.device), torch.cuda.device_of(anchors):
+        return forward(anchors, positives, negatives, temperature, cosine, skip)  # type: ignore[return-value]
+
+
+@_info_nce_shared.register_fake
+def _(
+    anchors: Tensor,
+    positives: Tensor,
+    negatives: Tensor | None,
+    temperature: Tensor,
+    cosine: bool,
+    skip: int,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    B, M = len(anchors), 0 if negatives is None else len(negatives)
+    return tuple(temperature.new_empty(size) for size in (B, B, B, B, B, M))
+
+
+@torch.library.custom_op("lethe::info_nce_shared_backward", mutates_args=())
+def _info_nce_shared_backward(
+    grad: Tensor,
+    anchors: Tensor,
+    positives: Tensor,
+    negatives: Tensor | None,
+    temperature: Tensor,
+    statistics: list[Tensor],
+    cosine: bool,
+    skip: int,
+    needs: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of anchors, positives, negatives and temperature; of size 0 where `needs` says no."""
+    backward = _shared_backward_eager
+    if backend == "triton":
+        from kernels._triton import info_nce_shared as triton_kernels
+
+        if anchors.shape[1] <= triton_kernels.WHOLE_ROW:
+            backward = triton_kernels.shared_backward
+    inputs = grad, anchors, positives, negatives, temperature, statistics
+    with without_autocast(anchors.device), torch.cuda.device_of(anchors):
+        return backward(*inputs, cosine, skip, needs)  # type: ignore[return-value]
+
+
+@_info_nce_paired_backward.register_fake
+@_info_nce_shared_backward.register_fake
+def _(
+    grad: Tensor,
+    anchors: Tensor,
+    positives: Tensor,
+    negatives: Tensor | None,
+    temperature: Tensor,
+    statistics: list[Tensor],
+    *options: Any,
+) -> tuple[Tensor, ...]:
+    *_, needs, _ = options
+    return _empty_gradients((anchors, positives, negatives), temperature, needs)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*inputs[:4], *output[1:])
+    ctx.options = inputs[4:]
+
+
+def _differentiated_by(backward_op: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        anchors, positives, negatives, temperature, *statistics = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[:4])
+        *options, backend = ctx.options
+        grads = backward_op(grad, anchors, positives, negatives, temperature, statistics, *options, needs, backend)
+        wanted = [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]
+        return *wanted, *[None for _ in ctx.options]
+
+    return backward
+
+
+_info_nce_paired.register_autograd(_differentiated_by(_info_nce_paired_backward), setup_context=_save)
+_info_nce_shared.register_autograd(_differentiated_by(_info_nce_shared_backward), setup_context=_save)
+
+
+def _temperature(op: str, temperature: float | Tensor, anchors: Tensor) -> Tensor:
+    """As a 0-d tensor in the compute type beside the anchors, without waiting for their device."""
+    dtype = compute_dtype(anchors.dtype)
     if not isinstance(temperature, Tensor):
-        number = check_number(op, "temperature", temperature, "a finite number above 0")
-        if number <= 0:
+        # Not math.isfinite, which torch.compile cannot trace once the number has changed between calls.
+        number = isinstance(temperature, Real) and not isinstance(temperature, bool)
+        if not number or not 0 < temperature < float("inf"):
             raise ValueError(f"{op}: temperature is {temperature!r}, expected a finite number above 0")
-        return number
+        return torch.full((), temperature, dtype=dtype, device=anchors.device)
     if temperature.dim() != 0:
         raise ValueError(f"{op}: temperature has shape {tuple(temperature.shape)}, expected () or a number")
     check_float(op, "temperature", temperature)
-    if temperature.device.type == "cpu":
-        value = float(temperature.detach())
-        if not 0 < value < float("inf"):
-            raise ValueError(f"{op}: temperature is {value!r}, expected a finite number above 0")
-    else:
-        check_device(op, "temperature", temperature, anchors_BD.device, "anchors")
-        # Reading it would stall the device at every step; a NaN loss says instead that it is out of range.
-        temperature = torch.where(temperature > 0, temperature, torch.nan)
-    return temperature.to(compute_dtype(anchors_BD.dtype))
+    if temperature.device.type != "cpu":
+        check_device(op, "temperature", temperature, anchors.device, "anchors")
+    temperature = temperature.to(anchors.device, dtype)
+    if anchors.device.type == "cpu":
+        return temperature  # its value is checked inside the op, where torch.compile does not look
+    # Reading it would stall the device at every step; a NaN loss says instead that it is out of range.
+    return torch.where(temperature > 0, temperature, torch.nan)
 
 
-def _check_negatives(op: str, negatives: Tensor | None, anchors_BD: Tensor) -> None:
+def _check_temperature_value(temperature: Tensor) -> None:
+    if temperature.device.type == "cpu" and not 0 < temperature.item() < float("inf"):
+        raise ValueError(f"info_nce: temperature is {temperature.item()!r}, expected a finite number above 0")
+
+
+def _check_negatives(op: str, negatives: Tensor | None, anchors_BD: Tensor, ranks: int) -> None:
     batch, features = anchors_BD.shape
     if negatives is None:
-        if batch == 1:
+        if batch * ranks == 1:
             raise ValueError(
                 f"{op}: anchors has shape {tuple(anchors_BD.shape)}, expected 2 or more rows for in-batch"
                 " negatives; with one the loss is always 0, so pass negatives or a larger batch"
@@ -151,6 +499,16 @@ def _check_negatives(op: str, negatives: Tensor | None, anchors_BD: Tensor) -> N
     check_device(op, "negatives", negatives, anchors_BD.device, "anchors")
 
 
+def _check_group(op: str, group: object, negatives: Tensor | None) -> None:
+    if not isinstance(group, torch.distributed.ProcessGroup):
+        raise ValueError(f"{op}: group is {group!r}, expected a torch.distributed.ProcessGroup that this rank is in")
+    if negatives is not None and negatives.dim() == 3:
+        raise ValueError(
+            f"{op}: negatives has shape {tuple(negatives.shape)}, expected (M, D) or None with a group, because"
+            " negatives of one anchor are not shared"
+        )
+
+
 def info_nce(
     anchors: Tensor,
     positives: Tensor,
@@ -159,6 +517,7 @@ def info_nce(
     temperature: float | Tensor = 0.1,
     similarity: Similarity = "cosine",
     reduction: Reduction = "mean",
+    group: "torch.distributed.ProcessGroup | None" = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """The loss, a scalar, or [B] with reduction="none"; never below zero.
@@ -166,12 +525,17 @@ def info_nce(
     anchors, positives: [B, D].
     negatives: [B, K, D] of each anchor, [M, D] shared by all, or None for the positives of the other anchors.
     temperature: above 0, in units of the similarity; a 0-d tensor may be learned.
+    group: adds the negatives of the other ranks: their [M, D], or in-batch their positives. Every rank passes the
+    same shapes and calls backward once. The result is still the loss of this rank's own anchors, and each gradient
+    is that of the sum over ranks of their losses: a rank's positives or negatives hear from every rank, its anchors
+    and temperature from its own loss. DistributedDataParallel, which averages gradients over ranks, makes the mean of
+    it. Checking the shapes waits for the device once a call, and breaks the graph of torch.compile.
     Half-precision inputs are computed and returned in float32, float64 in float64. Differentiable in anchors,
-    positives, negatives and temperature.
+    positives, negatives and temperature, once. The same input gives the same bits.
 
     Raises ValueError for shapes, dtypes, devices or values that do not fit. Two things give a NaN loss
     instead, because looking for them would stall an accelerator at every step: NaN in the inputs, and a
-    temperature tensor on the accelerator that is not above 0.
+    temperature tensor that is not above 0 with inputs on an accelerator.
     """
     op = "info_nce"
     check_tensor(op, "anchors", anchors, "B, D")
@@ -180,10 +544,25 @@ def info_nce(
     check_shape(op, "positives", positives, tuple(anchors.shape), "anchors")
     check_dtype(op, "positives", positives, anchors.dtype, "anchors")
     check_device(op, "positives", positives, anchors.device, "anchors")
-    _check_negatives(op, negatives, anchors)
-    checked_temperature = _temperature(op, temperature, anchors)
+    if group is not None:
+        _check_group(op, group, negatives)
+    _check_negatives(op, negatives, anchors, ranks=1 if group is None else group.size())
+    temperature = _temperature(op, temperature, anchors)
     check_choice(op, "similarity", similarity, get_args(Similarity))
     check_choice(op, "reduction", reduction, get_args(Reduction))
-    resolve_backend(op, backend)
-    with without_autocast(anchors.device):
-        return _info_nce_eager(anchors, positives, negatives, checked_temperature, similarity, reduction)
+    unsupported = ["float64 is for the interpreter alone"] if anchors.is_cuda and anchors.dtype == torch.float64 else []
+    backend = resolve_backend(op, backend, anchors.device, unsupported)
+
+    cosine = similarity == "cosine"
+    if negatives is not None and negatives.dim() == 3:
+        losses_B = _info_nce_paired(anchors, positives, negatives, temperature, cosine, backend)[0]
+    else:
+        skip = -1 if negatives is not None else 0
+        if group is not None and negatives is not None:
+            negatives = gather_rows(op, "negatives", negatives, group)
+        elif group is not None:
+            negatives, skip = gather_rows(op, "positives", positives, group), group.rank() * len(positives)
+        losses_B = _info_nce_shared(anchors, positives, negatives, temperature, cosine, skip, backend)[0]
+    if reduction == "none":
+        return losses_B
+    return losses_B.mean() if reduction == "mean" else losses_B.sum()

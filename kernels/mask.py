@@ -1,19 +1,25 @@
-"""Overwrite whole patches of images with a constant.
+"""Overwrite whole patches of images, or the tokens of patches, with a constant.
 
     out[b, c, y, x] = value[c]             if mask[b, (y // ph) * (W // pw) + x // pw]
                       images[b, c, y, x]   otherwise
 
+Token form: tokens are images with D channels and a grid of P x 1 patches of one pixel, so it is the same op. A
+patch of one constant embeds to the same token wherever it lies, so a model that runs on masked tokens needs
+neither the masked images nor a second patch embedding.
+
 Legend: B images, C channels, H x W pixels, patches of ph x pw pixels, a grid of gh x gw = P patches in
-row-major order (left to right, then top to bottom), which is the order of the tokens of a ViT.
+row-major order (left to right, then top to bottom), which is the order of the tokens of a ViT, D features.
 
 Source: LetheViT, arXiv 2508.01569 (top-attended patches set to zero). A zero before normalisation is
 value = -mean / std of each channel after it.
 
-Cost: no flops; bytes 2 B C H W itemsize for images in and out, plus B P for the mask. The eager path also
-writes and reads a pixel mask of B H W bytes.
+Cost: no flops; bytes 2 B C H W itemsize for images in and out, plus B P for the mask; 2 B P D itemsize for tokens.
+The eager path also writes and reads a pixel mask of B H W bytes. Backward costs the same again for the images; for
+the value it reads the gradient once.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,10 +27,13 @@ from torch import Tensor
 from kernels._backend import (
     Backend,
     check_device,
+    check_dtype,
+    check_float,
     check_int,
     check_number,
     check_shape,
     check_tensor,
+    compute_dtype,
     dtype_name,
     resolve_backend,
 )
@@ -49,15 +58,57 @@ def mask_patches_reference(
     return out_BCHW
 
 
-def _mask_patches_eager(images_BCHW: Tensor, mask_BP: Tensor, patch_size: tuple[int, int], fill: Tensor) -> Tensor:
+def _mask_patches_eager(images_BCHW: Tensor, mask_BP: Tensor, fill_C: Tensor, patch_size: tuple[int, int]) -> Tensor:
     batch, _, height, width = images_BCHW.shape
     patch_h, patch_w = patch_size
     grid = (batch, height // patch_h, 1, width // patch_w, 1)
     pixels = (batch, height // patch_h, patch_h, width // patch_w, patch_w)
     pixel_mask_B1HW = mask_BP.reshape(grid).expand(pixels).reshape(batch, 1, height, width)
-    # `where` lays its result out like the images, because neither other operand strides over channels and pixels
-    # both; masked_fill would lay it out like the mask.
-    return torch.where(pixel_mask_B1HW, fill.view(1, -1, 1, 1), images_BCHW)
+    # Into `out`, because the layout that `where` would choose depends on the strides of all three operands.
+    return torch.where(pixel_mask_B1HW, fill_C.view(1, -1, 1, 1), images_BCHW, out=torch.empty_like(images_BCHW))
+
+
+@torch.library.custom_op("lethe::mask_patches", mutates_args=())
+def _mask_patches_op(
+    images_BCHW: Tensor, mask_BP: Tensor, fill_C: Tensor, patch_h: int, patch_w: int, backend: str
+) -> Tensor:
+    if backend == "triton":
+        from kernels._triton.mask import mask_patches_triton
+
+        return mask_patches_triton(images_BCHW, mask_BP, fill_C, (patch_h, patch_w))
+    return _mask_patches_eager(images_BCHW, mask_BP, fill_C, (patch_h, patch_w))
+
+
+@_mask_patches_op.register_fake
+def _(images_BCHW: Tensor, mask_BP: Tensor, fill_C: Tensor, patch_h: int, patch_w: int, backend: str) -> Tensor:
+    return torch.empty_like(images_BCHW)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, mask_BP, _, *ctx.options = inputs
+    ctx.save_for_backward(mask_BP)
+
+
+def _backward(ctx: Any, grad_BCHW: Tensor) -> tuple[Tensor | None, ...]:
+    (mask_BP,) = ctx.saved_tensors
+    batch, channels, height, width = grad_BCHW.shape
+    patch_h, patch_w, backend = ctx.options
+    grad_images, grad_fill_C = None, None
+    if ctx.needs_input_grad[0]:
+        zero_C = grad_BCHW.new_zeros(1).expand(channels)
+        grad_images = _mask_patches_op(grad_BCHW, mask_BP, zero_C, patch_h, patch_w, backend)
+    if ctx.needs_input_grad[2]:
+        grid = (height // patch_h, width // patch_w)
+        # Sums of patches first: they are small, and selecting among them (rather than multiplying with the mask)
+        # keeps an infinite gradient of a kept patch out.
+        patches = grad_BCHW.unflatten(3, (grid[1], patch_w)).unflatten(2, (grid[0], patch_h))
+        sums_BCgg = patches.sum(dim=(3, 5), dtype=compute_dtype(grad_BCHW.dtype))
+        kept_BCgg = torch.where(mask_BP.reshape(batch, 1, *grid), sums_BCgg, 0)
+        grad_fill_C = kept_BCgg.sum(dim=(0, 2, 3)).to(grad_BCHW.dtype)
+    return grad_images, None, grad_fill_C, None, None, None
+
+
+_mask_patches_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _patch_size(op: str, patch_size: int | tuple[int, int], height: int, width: int) -> tuple[int, int]:
@@ -70,8 +121,15 @@ def _patch_size(op: str, patch_size: int | tuple[int, int], height: int, width: 
     )
 
 
+def _check_mask(op: str, mask: Tensor, shape: tuple[int, int], like: str) -> None:
+    check_tensor(op, "mask", mask, "B, P")
+    if mask.dtype != torch.bool:
+        raise ValueError(f"{op}: mask has dtype {dtype_name(mask.dtype)}, expected bool")
+    check_shape(op, "mask", mask, shape, like)
+
+
 def _fill(op: str, value: float | Sequence[float] | Tensor, images_BCHW: Tensor) -> Tensor:
-    """The value as a tensor [1] or [C] in the dtype and on the device of the images."""
+    """The value as a tensor [C] in the dtype and on the device of the images."""
     channels, dtype = images_BCHW.shape[1], images_BCHW.dtype
     if isinstance(value, Tensor):
         check_tensor(op, "value", value, "C")
@@ -94,7 +152,7 @@ def _fill(op: str, value: float | Sequence[float] | Tensor, images_BCHW: Tensor)
         return number
 
     if isinstance(value, str) or not isinstance(value, Sequence):
-        return images_BCHW.new_full((1,), checked("value", value))
+        return images_BCHW.new_full((1,), checked("value", value)).expand(channels)
     if len(value) != channels:
         raise ValueError(f"{op}: value has {len(value)} numbers, expected {channels} to match images")
     numbers = [checked(f"value[{channel}]", element) for channel, element in enumerate(value)]
@@ -128,13 +186,30 @@ def mask_patches(
             f"{op}: images has shape {tuple(images.shape)}, expected height and width to be multiples"
             f" of patch_size {sizes}"
         )
-    check_tensor(op, "mask", mask, "B, P")
-    if mask.dtype != torch.bool:
-        raise ValueError(f"{op}: mask has dtype {dtype_name(mask.dtype)}, expected bool")
     grid = (height // sizes[0], width // sizes[1])
     like = f"images {tuple(images.shape)} in patches of {sizes}: a grid of {grid}"
-    check_shape(op, "mask", mask, (batch, grid[0] * grid[1]), like)
+    _check_mask(op, mask, (batch, grid[0] * grid[1]), like)
     check_device(op, "mask", mask, images.device, "images")
     fill = _fill(op, value, images)
-    resolve_backend(op, backend)
-    return _mask_patches_eager(images, mask, sizes, fill)
+    return _mask_patches_op(images, mask, fill, *sizes, resolve_backend(op, backend, images.device))
+
+
+def mask_tokens(tokens: Tensor, mask: Tensor, token: Tensor, *, backend: Backend = "auto") -> Tensor:
+    """A copy of tokens [B, P, D] with those where mask [B, P] is True set to `token` [D], which has their dtype.
+
+    The layout is that of the tokens; gradient flows to the tokens that are kept and to `token`.
+
+    Raises ValueError for shapes, dtypes or devices that do not fit.
+    """
+    op = "mask_tokens"
+    check_tensor(op, "tokens", tokens, "B, P, D")
+    check_float(op, "tokens", tokens)
+    _check_mask(op, mask, (tokens.shape[0], tokens.shape[1]), "tokens")
+    check_device(op, "mask", mask, tokens.device, "tokens")
+    check_tensor(op, "token", token, "D")
+    check_shape(op, "token", token, (tokens.shape[2],), "tokens")
+    check_dtype(op, "token", token, tokens.dtype, "tokens")
+    check_device(op, "token", token, tokens.device, "tokens")
+    # The patches go down, not across: a row of the kernel's tile is then a token, and its columns the features.
+    as_images = tokens.transpose(1, 2).unsqueeze(3)
+    return _mask_patches_op(as_images, mask, token, 1, 1, resolve_backend(op, backend, tokens.device)).squeeze(3).mT

@@ -18,13 +18,12 @@ Cost: one row of the product is wanted, so row <- row A~_l goes from the last la
 the O(N^3) of a matrix product. The last layer needs just the R rows where `start` is not zero; the modes last
 and mean need just those in every layer.
 Flops: 2 B L H N^2 d (rollout); 2 B H R N d (last); 2 B L H R N d (mean).
-Bytes: 2 B L H N d itemsize to read Q and K. The eager path adds B H N^2 compute-type elements a layer for the
-attention of that layer, written and read a few times over.
+Bytes: 2 B L H N d itemsize to read Q and K; the Triton kernel (`kernels._triton.rollout`) adds a few rows of N floats.
+The eager path holds the attention of one layer and of as many images as fit in `CHUNK_BYTES`.
 """
 
-import math
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -43,6 +42,12 @@ from kernels._backend import (
     resolve_backend,
     without_autocast,
 )
+
+# Attention maps that the eager path makes at a time. On the CPU they then stay in its cache.
+CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
+
+# The widest head whose tiles a GPU's registers hold.
+MAX_WIDTH = 256
 
 Mode = Literal["rollout", "last", "mean"]
 HeadFusion = Literal["mean", "max", "min"]
@@ -137,29 +142,111 @@ def _rollout_row_eager(
     pool: Pool,
     scale: float,
 ) -> Tensor:  # [B, N]
+    batch, heads, tokens, _ = queries[0].shape
+    map_bytes = heads * tokens * tokens * compute_dtype(queries[0].dtype).itemsize
+    images = max(1, CHUNK_BYTES.get(queries[0].device.type, CHUNK_BYTES["cuda"]) // map_bytes)
     rows = slice(0, 1) if pool == "token" else slice(num_prefix_tokens, None)
 
-    def from_start(layer: int) -> Tensor:
-        """start A_l [B, N]: `start` is uniform over `rows`, so it is the mean of those rows."""
-        return _fused_attention(queries[layer][:, :, rows], keys[layer], scale, head_fusion).mean(dim=1)
+    def chunk_row(low: int) -> Tensor:
+        def fused(layer: int, rows: slice) -> Tensor:
+            query_BHRd = queries[layer][low : low + images, :, rows]
+            return _fused_attention(query_BHRd, keys[layer][low : low + images], scale, head_fusion)
 
-    last = len(queries) - 1
-    row_BN = from_start(last)
-    if mode == "last":
+        def from_start(layer: int) -> Tensor:
+            """start A_l [B, N]: `start` is uniform over `rows`, so it is the mean of those rows."""
+            return fused(layer, rows).mean(dim=1)
+
+        last = len(queries) - 1
+        row_BN = from_start(last)
+        if mode == "last":
+            return row_BN
+        if mode == "mean":
+            for layer in range(last):
+                row_BN += from_start(layer)
+            return row_BN / len(queries)
+
+        start_N = start_row(row_BN, num_prefix_tokens, pool)
+        row_BN = residual * start_N + (1 - residual) * row_BN
+        for layer in reversed(range(last)):
+            fused_BNN = fused(layer, slice(None))
+            row_BN = residual * row_BN + (1 - residual) * (row_BN.unsqueeze(1) @ fused_BNN).squeeze(1)
         return row_BN
-    if mode == "mean":
-        for layer in range(last):
-            row_BN += from_start(layer)
-        return row_BN / len(queries)
 
-    start_N = torch.zeros_like(row_BN[0])
-    start_N[rows] = 1
-    start_N /= start_N.sum()
-    row_BN = residual * start_N + (1 - residual) * row_BN
-    for layer in reversed(range(last)):
-        fused_BNN = _fused_attention(queries[layer], keys[layer], scale, head_fusion)
-        row_BN = residual * row_BN + (1 - residual) * (row_BN.unsqueeze(1) @ fused_BNN).squeeze(1)
-    return row_BN
+    return torch.cat([chunk_row(low) for low in range(0, batch, images)])
+
+
+def start_row(like_BN: Tensor, num_prefix_tokens: int, pool: Pool) -> Tensor:
+    """The row [N] that the rollout begins with: the class token's, or uniform over the patch tokens."""
+    start_N = torch.zeros_like(like_BN[0])
+    start_N[slice(0, 1) if pool == "token" else slice(num_prefix_tokens, None)] = 1
+    return start_N / start_N.sum()
+
+
+@torch.library.custom_op("lethe::attention_rollout", mutates_args=())
+def _rollout_op(
+    queries: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    k: int | None,
+    num_prefix_tokens: int,
+    mode: str,
+    head_fusion: str,
+    residual: float,
+    pool: str,
+    scale: float,
+    backend: str,
+) -> Tensor:
+    """Scores, or the mask where there is a k. What looks at the values of the inputs is in here, where no graph is."""
+    op = "attention_rollout" if k is None else "rollout_topk_mask"
+    options: dict[str, Any] = {
+        "num_prefix_tokens": num_prefix_tokens,
+        "mode": mode,
+        "head_fusion": head_fusion,
+        "residual": residual,
+        "pool": pool,
+        "scale": scale,
+    }
+    if backend == "triton":
+        from kernels._triton.rollout import launch
+
+        result_BP, finite = launch(queries, keys, k=k, **options)
+    else:
+        with without_autocast(queries[0].device):
+            row_BN = _rollout_row_eager(queries, keys, **options)
+        finite = row_BN.sum()  # finite only if every entry is
+        result_BP = row_BN[:, num_prefix_tokens:].to(torch.float32, copy=True)
+        if k is not None:
+            result_BP = _topk_mask(op, result_BP, k)
+    _check_finite(op, queries, keys, finite)
+    return result_BP
+
+
+@_rollout_op.register_fake
+def _(
+    queries: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    k: int | None,
+    num_prefix_tokens: int,
+    mode: str,
+    head_fusion: str,
+    residual: float,
+    pool: str,
+    scale: float,
+    backend: str,
+) -> Tensor:
+    batch, _, tokens, _ = queries[0].shape
+    dtype = torch.float32 if k is None else torch.bool
+    return queries[0].new_empty((batch, tokens - num_prefix_tokens), dtype=dtype)
+
+
+def _check_finite(op: str, queries: Sequence[Tensor], keys: Sequence[Tensor], finite: Tensor) -> None:
+    """Raise ValueError unless all of `finite` (a sum, or a flag an image) is finite and not zero.
+
+    Looking waits for the device, once a call; while a CUDA graph is recorded nobody may look.
+    """
+    if finite.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    if not bool((finite.isfinite() & (finite != 0)).all()):
+        _raise_not_finite(op, queries, keys)
 
 
 def _check_layers(op: str, queries: Sequence[Tensor], keys: Sequence[Tensor]) -> None:
@@ -196,10 +283,11 @@ def _raise_not_finite(op: str, queries: Sequence[Tensor], keys: Sequence[Tensor]
     )
 
 
-def _scores(
+def _rollout(
     op: str,
     queries: Sequence[Tensor],
     keys: Sequence[Tensor],
+    k: int | None,
     num_prefix_tokens: int,
     mode: Mode,
     head_fusion: HeadFusion,
@@ -208,38 +296,35 @@ def _scores(
     scale: float | None,
     backend: Backend,
 ) -> Tensor:
-    """The public functions less the decision on k; `op` is the name that errors carry."""
+    """Both public functions; `op` is the name that errors carry."""
     _check_layers(op, queries, keys)
-    check_choice(op, "mode", mode, get_args(Mode))
-    check_choice(op, "head_fusion", head_fusion, get_args(HeadFusion))
-    check_choice(op, "pool", pool, get_args(Pool))
+    check_rollout(op, mode, head_fusion, residual, pool)
     tokens, width = queries[0].shape[2:]
     prefix = check_int(op, "num_prefix_tokens", num_prefix_tokens, 0, tokens - 1, "at least one of N is a patch")
     if pool == "token" and prefix == 0:
         raise ValueError(f"{op}: num_prefix_tokens is 0, expected 1 or more for pool='token'; use pool='avg'")
-    residual = check_number(op, "residual", residual, "a number from 0 to 1")
-    if not 0 <= residual <= 1:
-        raise ValueError(f"{op}: residual is {residual!r}, expected a number from 0 to 1")
+    if op == "rollout_topk_mask":
+        k = check_int(op, "k", k, 0, tokens - prefix, "the number of patches")
     factor = width**-0.5 if scale is None else check_number(op, "scale", scale, "a finite number above 0")
     if factor <= 0:
         raise ValueError(f"{op}: scale is {scale!r}, expected a finite number above 0")
-    resolve_backend(op, backend)
+    unsupported = []
+    if width > MAX_WIDTH:
+        unsupported.append(f"heads are {width} wide, {MAX_WIDTH} at most")
+    if queries[0].dtype == torch.float64:
+        unsupported.append("float64 is not supported")
+    ran = resolve_backend(op, backend, queries[0].device, unsupported)
+    with torch.no_grad():
+        return _rollout_op(list(queries), list(keys), k, prefix, mode, head_fusion, float(residual), pool, factor, ran)
 
-    with torch.no_grad(), without_autocast(queries[0].device):
-        row_BN = _rollout_row_eager(
-            queries,
-            keys,
-            num_prefix_tokens=prefix,
-            mode=mode,
-            head_fusion=head_fusion,
-            residual=residual,
-            pool=pool,
-            scale=factor,
-        )
-        # The sum is finite only if every entry is; math.isfinite on it waits for the device, once a call.
-        if not math.isfinite(row_BN.sum()):
-            _raise_not_finite(op, queries, keys)
-        return row_BN[:, prefix:].to(torch.float32)
+
+def check_rollout(op: str, mode: str, head_fusion: str, residual: float, pool: str) -> None:
+    """Raise ValueError for an option that no rollout has."""
+    check_choice(op, "mode", mode, get_args(Mode))
+    check_choice(op, "head_fusion", head_fusion, get_args(HeadFusion))
+    check_choice(op, "pool", pool, get_args(Pool))
+    if not 0 <= check_number(op, "residual", residual, "a number from 0 to 1") <= 1:
+        raise ValueError(f"{op}: residual is {residual!r}, expected a number from 0 to 1")
 
 
 def topk_mask(scores_BP: Tensor, k: int) -> Tensor:
@@ -285,10 +370,11 @@ def attention_rollout(
     finite, naming the tensor that holds NaN or infinity. Only the scores are looked at: an infinity that
     merely leaves a token without attention passes.
     """
-    return _scores(
+    return _rollout(
         "attention_rollout",
         queries,
         keys,
+        None,
         num_prefix_tokens,
         mode,
         head_fusion,
@@ -317,5 +403,4 @@ def rollout_topk_mask(
     k: from 0 to P. Ties go to the lowest index. All else is as for `attention_rollout`.
     """
     op = "rollout_topk_mask"
-    scores_BP = _scores(op, queries, keys, num_prefix_tokens, mode, head_fusion, residual, pool, scale, backend)
-    return _topk_mask(op, scores_BP, k)
+    return _rollout(op, queries, keys, k, num_prefix_tokens, mode, head_fusion, residual, pool, scale, backend)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+
+# Triton decides at import whether a kernel is compiled or interpreted, its own (tl.sum, tl.max) included. The variable
+# is taken back at once, so that backend="auto" is eager but for the tests that set it (tests/kernels/conftest.py).
+os.environ["TRITON_INTERPRET"] = "1"
+import kernels._triton.info_nce
+import kernels._triton.mask
+import kernels._triton.rollout  # noqa: F401
+
+del os.environ["TRITON_INTERPRET"]
 
 from engine.data import Samples
 from engine.vit import ModelSpec, save_checkpoint

@@ -13,11 +13,13 @@ options here: s, t, the attention source, one or in-batch negatives, learning ra
 defaults were chosen.
 
 f_o runs once for each forget image and its masked copy: forget images are not augmented by default, so both of its
-outputs are cached before the stage (2 x forget samples x width floats).
+outputs are cached before the stage (2 x forget samples x width floats). Where the model allows it, the masked copy is
+never made: its patch tokens are those of the image but for the masked ones (`engine.tokens`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from typing import Literal
 
@@ -27,9 +29,10 @@ from torch import Tensor, nn
 
 from engine.config import require
 from engine.data import Batch
-from engine.masking import HeadFusion, MaskSource, count_masked, random_masks, scores_and_outputs, top_mask
+from engine.masking import HeadFusion, MaskSource, count_masked, mask_and_outputs, random_masks
 from engine.methods.base import Context, Method, Phase, register
 from engine.methods.finetune import RETAIN_LR_PER_WIDTH
+from engine.tokens import capture_patch_tokens, masked_outputs, masked_patch_token, supports_tokens
 from engine.vit import outputs
 from kernels import info_nce, mask_patches
 
@@ -92,6 +95,8 @@ class Lethe(Method):
         self.k = count_masked(context.info, config.mask_share)
         self._cache: tuple[Tensor, Tensor] | None = None
         self._fill: Tensor | None = None
+        self._by_tokens = supports_tokens(context.original)
+        self._token: Tensor | None = None
 
     def phases(self) -> list[Phase]:
         config = self.config
@@ -142,30 +147,36 @@ class Lethe(Method):
     def teacher(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(Z_p, Z_n) [B, D] float32: the original's outputs on the masked images and on the images."""
         config, context = self.config, self.context
-        with context.autocast():
+        with context.autocast(), contextlib.ExitStack() as stack:
+            tokens = stack.enter_context(capture_patch_tokens(context.original)) if self._by_tokens else []
             if config.mask_source == "random":
                 negatives = outputs(context.original, batch.images, config.contrast)
                 mask = random_masks(batch.index, context.info, self.k, context.run.seed).to(batch.images.device)
             else:
-                scores, negatives = scores_and_outputs(
+                mask, negatives = mask_and_outputs(
                     context.original,
                     batch.images,
                     context.info,
+                    self.k,
                     source=config.mask_source,
                     head_fusion=config.head_fusion,
                     what=config.contrast,
                     backend=context.run.kernels.backend,
                 )
-                mask = top_mask(scores, self.k, config.mask_source)
-            masked = mask_patches(
-                batch.images,
-                mask,
-                patch_size=context.info.patch_size,
-                value=self.fill(batch),
-                backend=context.run.kernels.backend,
-            )
-            positives = outputs(context.original, masked, config.contrast)
+            stack.close()  # the pass on masked tokens is not to be captured
+            positives = self._outputs_when_masked(batch, mask, tokens)
         return positives.float(), negatives.float()
+
+    def _outputs_when_masked(self, batch: Batch, mask: Tensor, tokens: list[Tensor]) -> Tensor:
+        """The original's outputs on masked images, from the tokens of the images where the model allows it."""
+        original, what, backend = self.context.original, self.config.contrast, self.context.run.kernels.backend
+        if not self._by_tokens:
+            patch_size = self.context.info.patch_size
+            masked = mask_patches(batch.images, mask, patch_size=patch_size, value=self.fill(batch), backend=backend)
+            return outputs(original, masked, what)
+        if self._token is None:
+            self._token = masked_patch_token(original, self.fill(batch))
+        return masked_outputs(original, tokens[0], mask, self._token, what=what, backend=backend)
 
     def fill(self, batch: Batch) -> Tensor:
         """Value [C] of a masked pixel, in normalised units."""

@@ -171,6 +171,8 @@ def test_env_prints_versions_and_that_kernels_is_ours(lethe: Lethe, tmp_path: Pa
     assert code == 0
     facts = json.loads((tmp_path / "env.json").read_text())
     assert facts["kernels"] == "ours"
+    assert facts["backends"]["cpu"].startswith("eager; the tensors are on the CPU")
+    assert "all layers in one launch from a batch of" in facts["rollout"]
     assert (
         facts["packages"]["torch"] == torch.__version__.split("+")[0] or torch.__version__ in facts["packages"]["torch"]
     )

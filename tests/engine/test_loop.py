@@ -348,3 +348,19 @@ def test_training_learns_digits(samples: Samples, good_model: torch.nn.Module, t
 
     held_out = Loader(samples.subset(range(400, 700)), Preprocessing.of(good_model), batch_size=100)
     assert predict(good_model, held_out).accuracy > 0.5  # chance is 0.1
+
+
+@pytest.mark.parametrize("negatives", ["paired", "in_batch"])
+def test_triton_and_eager_give_the_same_weights(
+    samples: Samples, negatives: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the forget stage, where the kernels run. AdamW divides the key bias' gradient, which is zero but for its
+    rounding, by its own size, so a retain stage would grow any difference, one between two thread counts too."""
+    options = {"forget_epochs": 3.0, "retain_epochs": 0.0, "negatives": negatives}
+    eager = run(samples, kernels={"backend": "eager"}, **options).model.state_dict()
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    triton = run(samples, kernels={"backend": "triton"}, **options).model.state_dict()
+    start = tiny_vit().state_dict()
+    assert max((eager[key] - start[key]).abs().max() for key in eager) > 1e-4
+    for key, weight in eager.items():
+        torch.testing.assert_close(triton[key], weight, rtol=0, atol=1e-5)

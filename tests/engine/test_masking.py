@@ -6,7 +6,7 @@ import torch
 from conftest import tiny_vit
 
 from engine.errors import UserError
-from engine.masking import count_masked, random_masks, scores_and_outputs, top_mask
+from engine.masking import MaskSource, count_masked, mask_and_outputs, random_masks, scores_and_outputs, top_mask
 from engine.vit import ViTInfo, attention_as, describe, outputs
 from kernels.rollout import attention_rollout_reference
 
@@ -44,6 +44,40 @@ def test_last_and_mean_sources_and_max_fusion() -> None:
     fused, _ = scores_and_outputs(vit, images, info, source="last", head_fusion="max")
     row = maps[-1].amax(1)
     torch.testing.assert_close(fused, (row / row.sum(-1, keepdim=True))[:, 0, 1:])
+
+
+@pytest.mark.parametrize("source", ["rollout", "last", "mean", "lowest"])
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_maps_and_queries_and_keys_give_the_same_masks(
+    source: MaskSource, pool: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vit = tiny_vit(global_pool=pool, class_token=pool == "token")
+    images, info = torch.randn(3, 1, 8, 8), describe(vit)
+    for block in vit.blocks:
+        block.attn.qkv.weight.data *= 10  # away from uniform attention, where rounding would decide
+    streamed, logits = scores_and_outputs(vit, images, info, source=source)
+    mask, _ = mask_and_outputs(vit, images, info, 5, source=source)
+    assert torch.equal(mask, top_mask(streamed, 5, source))
+    assert mask.sum(1).tolist() == [5, 5, 5]
+    monkeypatch.setattr("engine.masking._streams", lambda model, device, backend: False)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for backend in ("eager", "triton"):
+        captured, same_logits = scores_and_outputs(vit, images, info, source=source, backend=backend)
+        torch.testing.assert_close(captured, streamed)
+        torch.testing.assert_close(same_logits, logits)
+        assert torch.equal(mask_and_outputs(vit, images, info, 5, source=source, backend=backend)[0], mask)
+
+
+def test_on_the_cpu_maps_are_streamed_and_fused_attention_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    vit, images = tiny_vit(), torch.randn(2, 1, 8, 8)
+    fused = [block.attn.fused_attn for block in vit.blocks]
+    monkeypatch.setattr("engine.masking.attention_rollout", lambda *args, **options: pytest.fail("q and k were kept"))
+    scores_and_outputs(vit, images, describe(vit))
+    assert [block.attn.fused_attn for block in vit.blocks] == fused
+    assert not any(block.attn.attn_drop._forward_hooks for block in vit.blocks)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(pytest.fail.Exception, match="q and k were kept"):
+        scores_and_outputs(vit, images, describe(vit))  # auto is Triton here, which reads q and k
 
 
 def test_average_pooled_models_start_from_the_uniform_row() -> None:

@@ -135,16 +135,27 @@ def test_the_original_runs_once_an_image_and_its_masked_copy(train: Samples) -> 
 @pytest.mark.parametrize("source", ["rollout", "last", "mean", "lowest", "random"])
 def test_each_mask_source_masks_its_patches(train: Samples, source: str) -> None:
     method = make("lethe", train, mask_source=source, mask_share=0.25)
-    seen: list[torch.Tensor] = []
-    method.context.original.register_forward_pre_hook(lambda m, args: seen.append(args[0].clone()))
+    seen: list[torch.Tensor] = []  # images, then the patch tokens of the masked copy
+    original = method.context.original
+    original.register_forward_pre_hook(lambda m, args: seen.append(args[0].clone()))
     batch = batch_of(method)
     method.teacher(batch)  # type: ignore[attr-defined]
-    changed = (seen[0] != seen[1]).view(8, 4, 2, 4, 2).any(4).any(2).flatten(1)
+    assert torch.equal(seen[0], batch.images)
+    changed = (seen[1] != original.patch_embed(batch.images)).any(2)
     assert (changed.sum(1) <= 4).all()
     assert changed.any()
     if source != "random":
         scores, _ = scores_and_outputs(tiny_vit(), batch.images, method.context.info, source=source)  # type: ignore[arg-type]
         assert not (changed & ~top_mask(scores, 4, source)).any()
+
+
+@pytest.mark.parametrize("contrast", ["logits", "features"])
+@pytest.mark.parametrize("value", ["zero", "black", "mean"])
+def test_masked_tokens_and_masked_images_give_the_same_teacher(train: Samples, value: str, contrast: str) -> None:
+    by_tokens, by_images = (make("lethe", train, mask_value=value, contrast=contrast) for _ in range(2))
+    by_images._by_tokens = False  # type: ignore[attr-defined]
+    batch = batch_of(by_tokens)
+    torch.testing.assert_close(by_tokens.teacher(batch), by_images.teacher(batch))  # type: ignore[attr-defined]
 
 
 def test_mask_values(train: Samples) -> None:

@@ -6,6 +6,25 @@ import pytest
 import torch
 from torch import Tensor
 
+
+@pytest.fixture
+def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton kernels run in this test, on the CPU, and backend="auto" picks them."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture
+def poisoned(interpreter: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results and scratch of the Triton kernels start as NaN (or the largest integer), not as lucky zeros."""
+    from kernels import _triton
+
+    def poison(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        worst = float("nan") if dtype.is_floating_point else True if dtype == torch.bool else torch.iinfo(dtype).max
+        return torch.full(tuple(shape), worst, dtype=dtype, device=device)
+
+    monkeypatch.setattr(_triton, "empty", poison)
+
+
 AssertNear = Callable[[Tensor, Sequence[Tensor], Tensor], None]
 
 ULPS = 16  # another order of summation, on another machine, moves cancelling sums by 8 now and then

@@ -1,7 +1,8 @@
-"""info_nce against its float64 reference, gradcheck, hand-computed examples, invariants, and each error."""
+"""info_nce against its float64 reference, gradcheck, hand-computed examples, invariants, memory, and each error."""
 
 import math
 import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import info_nce
 from kernels.info_nce import EPS, info_nce_reference
@@ -53,11 +55,13 @@ def reordered(inputs: Inputs, order: Tensor, dtype: torch.dtype) -> Inputs:
     return anchors, positives, negatives
 
 
-def check_against_float64(assert_near: Any, inputs: Inputs, dtype: torch.dtype, **options: Any) -> None:
+def check_against_float64(
+    assert_near: Any, inputs: Inputs, dtype: torch.dtype, backend: str = "eager", **options: Any
+) -> None:
     # Everybody starts from numbers that the narrowest type can hold; 0.25 is one.
     rounded = reordered(inputs, torch.arange(inputs[0].shape[-1]), dtype)
     compute = torch.float64 if dtype == torch.float64 else torch.float32
-    actual = loss_and_gradients(info_nce, rounded, dtype, 0.25, **options)
+    actual = loss_and_gradients(info_nce, rounded, dtype, 0.25, backend=backend, **options)
     truth = loss_and_gradients(info_nce_reference, rounded, torch.float64, 0.25, **options)
     same_dtype = []
     for seed in range(4):
@@ -194,6 +198,111 @@ def test_in_batch_and_shared_are_own_negatives_written_shorter() -> None:
     torch.testing.assert_close(info_nce(anchors, positives, shared), info_nce(anchors, positives, own))
     others = torch.stack([positives[[j for j in range(4) if j != i]] for i in range(4)])
     torch.testing.assert_close(info_nce(anchors, positives), info_nce(anchors, positives, others))
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    # `kernels.info_nce` is the function; the module of that name is found here.
+    monkeypatch.setattr(sys.modules["kernels.info_nce"], "CPU_CHUNK", 4)
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+@pytest.mark.parametrize(("batch", "negatives"), [(4, 4), (5, 8), (11, 3), (3, 11)])
+def test_chunks_of_any_size_add_up(assert_near: Any, form: str, similarity: str, batch: int, negatives: int) -> None:
+    inputs = make(form, batch, 5, negatives=negatives)
+    check_against_float64(assert_near, inputs, torch.float32, similarity=similarity, reduction="none")
+
+
+class LargestTensor(TorchDispatchMode):
+    """The number of elements of the largest tensor that an operation returns, outside and inside of custom ops."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for each in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(each, Tensor):
+                self.elements = max(self.elements, each.untyped_storage().nbytes() // each.element_size())
+        return result
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("form", ["in-batch", "shared"])
+def test_similarities_are_never_stored_whole(form: str) -> None:
+    leaves = [x.float().requires_grad_() for x in make(form, 40, 3, negatives=30) if x is not None]
+    with LargestTensor() as largest:
+        info_nce(*leaves).backward()
+    # The op's body runs below the mode's eyes, so run that too.
+    module = sys.modules["kernels.info_nce"]
+    inputs = [x.detach() for x in leaves] + [None] * (3 - len(leaves))
+    skip, temperature = 0 if form == "in-batch" else -1, torch.tensor(0.1)
+    with largest:
+        losses, *statistics = module._shared_forward_eager(*inputs, temperature, True, skip)
+        module._shared_backward_eager(losses, *inputs, temperature, statistics, True, skip, [True] * 4)
+    assert 40 * 3 <= largest.elements < 40 * 30 / 4
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_only_the_gradients_asked_for(form: str) -> None:
+    inputs = make(form, 3, 4)
+    every = loss_and_gradients(info_nce, inputs, torch.float32, 0.25)[1:]
+    count = sum(x is not None for x in inputs)
+    for wanted in range(count + 1):
+        leaves = [None if x is None else x.float().requires_grad_(i == wanted) for i, x in enumerate(inputs)]
+        temperature = torch.tensor(0.25, requires_grad=wanted == count)
+        loss = info_nce(*leaves, temperature=temperature)
+        (gradient,) = torch.autograd.grad(loss, [temperature if wanted == count else leaves[wanted]])
+        torch.testing.assert_close(gradient, every[wanted])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_zero_upstream_gradient_gives_exactly_zero(form: str) -> None:
+    leaves = [x.float().requires_grad_() for x in make(form, 3, 4) if x is not None]
+    leaves.append(torch.tensor(0.2, requires_grad=True))
+    loss = info_nce(*leaves[:-1], temperature=leaves[-1], reduction="none")
+    for gradient in torch.autograd.grad(loss, leaves, torch.zeros_like(loss)):
+        assert gradient.eq(0).all()
+
+
+def op_calls(form: str, backend: str) -> list[tuple[Any, tuple[Any, ...]]]:
+    """Each op of this form, with arguments for `torch.library.opcheck`."""
+    leaves = [None if x is None else x.float().requires_grad_() for x in make(form, 3, 10)]
+    leaves.append(torch.tensor(0.2, requires_grad=True))
+    name, options = (
+        ("info_nce_paired", [True]) if form == "own" else ("info_nce_shared", [True, 1 - 2 * (form != FORMS[0])])
+    )
+    forward, backward = (getattr(torch.ops.lethe, each).default for each in (name, f"{name}_backward"))
+    constants = [None if x is None else x.detach() for x in leaves]
+    losses, *statistics = forward(*constants, *options, backend)
+    calls = [(forward, (*leaves, *options, backend))]
+    for needs in ([True, True, leaves[2] is not None, True], [False, True, False, False]):
+        calls.append((backward, (losses, *constants, statistics, *options, needs, backend)))
+    return calls
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_opcheck(form: str) -> None:
+    for op, arguments in op_calls(form, "eager"):
+        torch.library.opcheck(op, arguments)
+
+
+def check_compiled(form: str, **options: Any) -> None:
+    inputs = make(form, 3, 10)
+    torch._dynamo.reset()  # the recompilations of other tests count against the limit
+    compiled = torch.compile(info_nce, fullgraph=True, backend="aot_eager")
+    expected, actual = (loss_and_gradients(f, inputs, torch.float32, 0.25, **options) for f in (info_nce, compiled))
+    for each, wanted in zip(actual, expected, strict=True):
+        torch.testing.assert_close(each, wanted)
+    for temperature in (0.25, 0.5):  # a number that changes becomes symbolic
+        both = [f(*inputs, temperature=temperature, **options) for f in (info_nce, compiled)]
+        torch.testing.assert_close(*both)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_compiles_into_one_graph(form: str) -> None:
+    check_compiled(form)
 
 
 FORM, SIMILARITY = st.sampled_from(FORMS), st.sampled_from(SIMILARITIES)

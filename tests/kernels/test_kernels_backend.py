@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import kernels
+import kernels._triton
 from kernels._backend import resolve_backend
 
 LAYERS = [torch.ones(1, 1, 3, 2)]
@@ -26,19 +27,54 @@ def test_marker_tells_this_package_from_its_namesake() -> None:
     assert {*CALLS, "DISTRIBUTION"} <= set(kernels.__all__)
 
 
+ON_THE_CPU = (
+    "the tensors are on the CPU, which Triton serves only as an interpreter (TRITON_INTERPRET=1, set before Python"
+    " starts; for tests, it is slow)"
+)
+
+
 @pytest.mark.parametrize("backend", ["auto", "eager"])
-def test_auto_and_eager_resolve_to_eager(backend: str) -> None:
-    assert resolve_backend("info_nce", backend) == "eager"
+def test_auto_and_eager_resolve_to_eager_on_the_cpu(backend: str) -> None:
+    assert resolve_backend("info_nce", backend, "cpu") == "eager"
 
 
 @pytest.mark.parametrize("op", CALLS)
 def test_triton_raises_with_the_reason_and_the_remedy(op: str) -> None:
     with pytest.raises(RuntimeError) as caught:
         CALLS[op]("triton")
-    assert str(caught.value) == (
-        f"{op}: backend 'triton' cannot run: this release holds no Triton kernel for {op}."
-        " Use backend='auto' or 'eager'."
-    )
+    assert str(caught.value) == (f"{op}: backend 'triton' cannot run: {ON_THE_CPU}. Use backend='auto' or 'eager'.")
+
+
+@pytest.mark.usefixtures("interpreter")
+def test_auto_is_triton_in_the_interpreter() -> None:
+    assert resolve_backend("info_nce", "auto", "cpu") == "triton"
+    assert resolve_backend("info_nce", "eager", "cpu") == "eager"
+
+
+def test_auto_is_triton_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels._triton, "INTERPRETED", False)
+    assert resolve_backend("info_nce", "auto", "cuda") == "triton"
+
+
+def test_every_reason_is_named() -> None:
+    for device, reason in (
+        ("cpu", ON_THE_CPU),
+        ("cuda", "TRITON_INTERPRET was changed after the kernels had been loaded"),
+        ("mps", "the tensors are on mps, expected cuda"),
+    ):
+        assert resolve_backend("info_nce", "auto", device) == "eager"
+        with pytest.raises(RuntimeError) as caught:
+            resolve_backend("info_nce", "triton", device, ["float64 is not supported"])
+        assert str(caught.value) == (
+            f"info_nce: backend 'triton' cannot run: {reason}; float64 is not supported. Use backend='auto' or 'eager'."
+        )
+
+
+def test_without_triton_the_reason_is_that_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kernels._backend.importlib.util.find_spec", lambda name: None)
+    assert resolve_backend("info_nce", "auto", "cuda") == "eager"
+    with pytest.raises(RuntimeError, match="cannot run: the package triton is not installed"):
+        resolve_backend("info_nce", "triton", "cuda")
 
 
 @pytest.mark.parametrize("op", CALLS)

@@ -2,15 +2,14 @@
 
 import itertools
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layers import Layers, cast, make
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import attention_rollout, rollout_topk_mask
@@ -23,25 +22,6 @@ from kernels.rollout import (
 
 MODES, FUSIONS, POOLS = ["rollout", "last", "mean"], ["mean", "max", "min"], ["token", "avg"]
 WAYS = list(itertools.product(MODES, FUSIONS, POOLS))
-Layers = list[Tensor]
-
-
-def make(
-    tokens: int, heads: int, width: int, *, layers: int = 3, batch: int = 2, seed: int = 0
-) -> tuple[Layers, Layers]:
-    """Float64 queries and keys as timm's hooks hand them over: strided views of one qkv output a layer."""
-    generator = torch.Generator().manual_seed(seed)
-    queries, keys = [], []
-    for _ in range(layers):
-        qkv = 1.5 * torch.randn(batch, tokens, 3, heads, width, generator=generator, dtype=torch.float64)
-        query, key, _ = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        queries.append(query)
-        keys.append(key)
-    return queries, keys
-
-
-def cast(layers: Sequence[Tensor], dtype: torch.dtype) -> Layers:
-    return [x.to(dtype) for x in layers]  # `to` keeps the strides
 
 
 def from_maps(*maps: list[list[list[float]]]) -> tuple[Layers, Layers]:
@@ -221,8 +201,9 @@ class Products(TorchDispatchMode):
 ])  # fmt: skip
 def test_computes_only_the_rows_it_needs(mode: str, pool: str, expected: list[tuple[int, int, int]]) -> None:
     queries, keys = make(11, 2, 4)
+    options: dict[str, Any] = {"mode": mode, "pool": pool, "head_fusion": "mean", "residual": 0.5, "scale": 0.5}
     with Products() as products:
-        attention_rollout(queries, keys, mode=mode, pool=pool)
+        _rollout_row_eager(queries, keys, num_prefix_tokens=1, **options)
     assert products.shapes == expected
 
 

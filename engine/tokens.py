@@ -1,0 +1,117 @@
+"""A model on masked images without the masked images: replace the tokens of masked patches instead.
+
+A patch whose pixels are one constant per channel embeds to the same token wherever it lies, so a second pass needs
+the tokens that the first one had anyway, and one token more:
+
+    with capture_patch_tokens(model) as captured:
+        logits = model(images)
+    token = masked_patch_token(model, value)  # once
+    masked_logits = masked_outputs(model, captured[0], mask, token)
+
+equals `model(mask_patches(images, mask, patch_size=..., value=value))` but for rounding, where `supports_tokens`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from timm.layers.format import Format
+from timm.layers.patch_embed import PatchEmbed
+from torch import Tensor, nn
+
+from engine.errors import UserError
+from engine.vit import describe, outputs
+from kernels import mask_tokens
+
+Backend = Literal["auto", "triton", "eager"]
+
+
+def supports_tokens(model: nn.Module) -> bool:
+    """Whether the token form gives what masked images give.
+
+    It does where each maskable patch becomes one token that depends on its own pixels alone: timm's plain patch
+    embedding, its output [B, P, D] or (dynamic_img_size) [B, gh, gw, D]. It does not for Swin, whose maskable patch
+    is many tokens, nor where patches overlap, are padded, or go through a convolutional stem.
+    Raises UserError for models that `engine.vit.describe` does not know.
+    """
+    info, embed = describe(model), model.patch_embed
+    if info.windowed or type(embed) is not PatchEmbed or embed.dynamic_img_pad:
+        return False
+    projection = embed.proj
+    return (
+        (embed.flatten or embed.output_fmt == Format.NHWC)
+        and isinstance(embed.norm, (nn.Identity, nn.LayerNorm))
+        and type(projection) is nn.Conv2d
+        and projection.kernel_size == projection.stride == tuple(embed.patch_size)
+        and projection.padding == (0, 0)
+        and projection.dilation == (1, 1)
+    )
+
+
+def _patch_embed(model: nn.Module) -> Any:
+    if not supports_tokens(model):
+        raise UserError(
+            f"{type(model).__name__} does not embed each patch by itself, so patches cannot be masked as tokens; "
+            "mask the images (kernels.mask_patches)"
+        )
+    return model.patch_embed
+
+
+@contextlib.contextmanager
+def capture_patch_tokens(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Collects what the patch embedding gives in each forward pass: [B, P, D], or [B, gh, gw, D]; nothing is copied.
+
+    Raises UserError unless `supports_tokens(model)`.
+    """
+    captured: list[Tensor] = []
+    handle = _patch_embed(model).register_forward_hook(lambda _module, _inputs, output: captured.append(output))
+    try:
+        yield captured
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def masked_patch_token(model: nn.Module, value: Tensor) -> Tensor:
+    """The token [D] of a patch whose pixels are `value` [C] (normalised units), in the dtype of the model's tokens.
+
+    Convolution, bias and norm of the patch embedding are the model's own. Call it under the same autocast as the
+    passes it is for. Raises UserError unless `supports_tokens(model)`, or for a value that is not [C].
+    """
+    embed = _patch_embed(model)
+    if value.shape != (embed.proj.in_channels,):
+        raise UserError(
+            f"masked_patch_token: value has shape {tuple(value.shape)}, expected ({embed.proj.in_channels},), a number "
+            "a channel"
+        )
+    image = value.to(embed.proj.weight).view(1, -1, 1, 1).expand(1, -1, *embed.img_size)
+    return embed(image).flatten(0, -2)[0]
+
+
+def masked_outputs(
+    model: nn.Module, tokens: Tensor, mask: Tensor, token: Tensor, *, what: str = "logits", backend: Backend = "auto"
+) -> Tensor:
+    """`engine.vit.outputs` of a model whose patch tokens are `tokens`, as captured, with `token` where mask [B, P].
+
+    Neither images nor patch embedding are needed. Raises UserError unless `supports_tokens(model)`.
+    """
+    masked = mask_tokens(tokens.flatten(1, -2), mask, token, backend=backend).view(tokens.shape)
+    with _tokens_as_input(model):
+        return outputs(model, masked, what)
+
+
+@contextlib.contextmanager
+def _tokens_as_input(model: nn.Module) -> Iterator[None]:
+    """Within it, the model takes patch tokens where it took images: its patch embedding hands on what it is given."""
+    embed = _patch_embed(model)
+    before = vars(embed).get("forward")  # another wrapper's, if there is one
+    embed.forward = lambda tokens: tokens
+    try:
+        yield
+    finally:
+        del embed.forward
+        if before is not None:
+            embed.forward = before

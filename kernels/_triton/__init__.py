@@ -1,0 +1,20 @@
+"""The Triton kernels, one operation a file; imported at the first call that runs one, so triton stays optional."""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+from torch import Tensor
+
+# `triton.jit` decides when it decorates, that is when a module of this package is loaded.
+INTERPRETED: bool = triton.knobs.runtime.interpret
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory for results and scratch; all of it comes from here, so that tests can fill it with NaN first."""
+    return torch.empty(tuple(shape), dtype=dtype, device=device)
+
+
+def platform() -> str:
+    """What kernels are compiled for: "cuda", "hip" or "interpreter"."""
+    return "interpreter" if INTERPRETED else triton.runtime.driver.active.get_current_target().backend

@@ -1,0 +1,126 @@
+"""Triton kernel of `kernels.mask`: formula, legend and cost are there.
+
+One program copies a tile of one image, rows x columns, and replaces what the mask says. Columns are what lies
+side by side in memory, so that reads and writes are whole lines:
+
+    planar            rows are (channel, y), columns are x
+    transposed        the same with x and y exchanged; a convolution's tokens are this
+    channels inside   rows are y, columns are (x, channel)
+
+In each the divisions that find channel and patch are of rows and of columns, never of each element.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels import _triton
+
+
+@triton.jit
+def _mask_patches_kernel(
+    images_ptr: tl.tensor,
+    mask_ptr: tl.tensor,
+    fill_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    channels: int,
+    height: int,
+    width: int,
+    patch_h: int,
+    patch_w: int,
+    image_b: int,
+    image_c: int,
+    image_h: int,
+    image_w: int,
+    mask_b: int,
+    mask_h: int,
+    mask_w: int,
+    fill_c: int,
+    out_b: int,
+    out_c: int,
+    out_h: int,
+    out_w: int,
+    CHANNELS_INSIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+) -> None:
+    rows = height if CHANNELS_INSIDE else channels * height
+    cols = width * channels if CHANNELS_INSIDE else width
+    row_tiles, col_tiles = tl.cdiv(rows, ROWS), tl.cdiv(cols, COLS)
+    tile = tl.program_id(0)
+    image = (tile // (row_tiles * col_tiles)).to(tl.int64)
+    row_R1 = ((tile // col_tiles) % row_tiles * ROWS + tl.arange(0, ROWS))[:, None]
+    col_1C = (tile % col_tiles * COLS + tl.arange(0, COLS))[None, :]
+    inside_RC = (row_R1 < rows) & (col_1C < cols)
+    if CHANNELS_INSIDE:
+        y, x, channel = row_R1, col_1C // channels, col_1C % channels
+    else:
+        y, x, channel = row_R1 % height, col_1C, row_R1 // height
+
+    # 64 bits wherever a stride multiplies: a tensor may hold more than 2^31 elements.
+    patch_y, patch_x = (y // patch_h).to(tl.int64), (x // patch_w).to(tl.int64)
+    y, x, channel = y.to(tl.int64), x.to(tl.int64), channel.to(tl.int64)
+    masked_RC = tl.load(
+        mask_ptr + image * mask_b + patch_y * mask_h + patch_x * mask_w,
+        mask=inside_RC,
+        other=0,
+    )
+    fill = tl.load(fill_ptr + channel * fill_c, mask=channel < channels, other=0)
+    pixels_RC = tl.load(
+        images_ptr + image * image_b + channel * image_c + y * image_h + x * image_w,
+        mask=inside_RC,  # and not what the mask keeps alone: loads of single elements would cost more than they spare
+        other=0,
+    )
+    tl.store(
+        out_ptr + image * out_b + channel * out_c + y * out_h + x * out_w,
+        tl.where(masked_RC, fill, pixels_RC),
+        mask=inside_RC,
+    )
+
+
+def _launch(rows: int, cols: int) -> tuple[int, int]:
+    """(ROWS, COLS): 2,048 elements, 16 a thread; no wider than 256, so that 224 or 672 columns waste few threads."""
+    width = min(triton.next_power_of_2(cols), 256)
+    return min(triton.next_power_of_2(rows), 2048 // width), width
+
+
+def _strides(tensor: Tensor) -> list[int]:
+    """Strides, 0 where the size is 1: any number will do there, and 0 is one that keeps wide loads possible."""
+    return [stride if size > 1 else 0 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)]
+
+
+def mask_patches_triton(images_BCHW: Tensor, mask_BP: Tensor, fill_C: Tensor, patch_size: tuple[int, int]) -> Tensor:
+    """`kernels.mask`'s op; reads every input through its strides, and lays the result out as `empty_like` would."""
+    batch, channels, height, width = images_BCHW.shape
+    result_BCHW = _triton.empty((images_BCHW.numel(),), images_BCHW.dtype, images_BCHW.device)
+    result_BCHW = result_BCHW.as_strided(images_BCHW.shape, torch.empty_like(images_BCHW, device="meta").stride())
+    out_BCHW, mask_Bgg = result_BCHW, mask_BP.unflatten(1, (height // patch_size[0], width // patch_size[1]))
+
+    # The result has no gaps, so the dimension with stride 1 is the one that lies side by side in memory.
+    channels_inside = channels > 1 and out_BCHW.stride(1) == 1
+    if not channels_inside and height > 1 and out_BCHW.stride(2) == 1:
+        images_BCHW, mask_Bgg, out_BCHW = images_BCHW.mT, mask_Bgg.mT, out_BCHW.mT
+        height, width, patch_size = width, height, (patch_size[1], patch_size[0])
+    rows, cols = (height, width * channels) if channels_inside else (channels * height, width)
+    tile_rows, tile_cols = _launch(rows, cols)
+    tiles = batch * triton.cdiv(rows, tile_rows) * triton.cdiv(cols, tile_cols)
+    _mask_patches_kernel[(tiles,)](
+        images_BCHW,
+        mask_Bgg,
+        fill_C,
+        out_BCHW,
+        channels,
+        height,
+        width,
+        *patch_size,
+        *_strides(images_BCHW),
+        *_strides(mask_Bgg),
+        *fill_C.stride(),
+        *_strides(out_BCHW),
+        CHANNELS_INSIDE=channels_inside,
+        ROWS=tile_rows,
+        COLS=tile_cols,
+        num_warps=4,
+    )
+    return result_BCHW
