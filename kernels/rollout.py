@@ -208,7 +208,8 @@ def _rollout_op(
     if backend == "triton":
         from kernels._triton.rollout import launch
 
-        result_BP, finite = launch(queries, keys, k=k, **options)
+        with torch.cuda.device_of(queries[0]):
+            result_BP, finite = launch(queries, keys, k=k, **options)
     else:
         with without_autocast(queries[0].device):
             row_BN = _rollout_row_eager(queries, keys, **options)

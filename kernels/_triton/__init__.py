@@ -4,7 +4,12 @@ from collections.abc import Sequence
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
+
+# The annotation of a kernel's whole numbers. For `int` Triton would make every one an i32, and no longer compile a
+# stride of 1 in, without which features that lie side by side are loaded one by one.
+Scalar = tl.tensor
 
 # `triton.jit` decides when it decorates, that is when a module of this package is loaded.
 INTERPRETED: bool = triton.knobs.runtime.interpret

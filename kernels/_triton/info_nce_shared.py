@@ -14,6 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import _triton
+from kernels._info_nce_eager import LONG_INVERSE
+from kernels._triton import Scalar
 from kernels._triton.info_nce import (
     Launch,
     inverse_norms,
@@ -22,7 +24,6 @@ from kernels._triton.info_nce import (
     softplus_terms,
     temperature_gradient,
 )
-from kernels.info_nce import LONG_INVERSE
 
 WHOLE_ROW = 256  # features that a program of the shared backward can hold
 PROGRAMS = 512  # to keep every unit of a large card busy, a few times over
@@ -32,11 +33,6 @@ PRECISION = "ieee"  # of float32 products: TF32 would lose half the digits
 
 
 Rows = tuple[Tensor, Tensor]  # [R, D], and the inverse norms [R]
-
-
-def device_kind() -> str:
-    """Which of the launch tables below applies."""
-    return "hip" if torch.version.hip else "cuda"
 
 
 def shared_forward_launch(D: int, itemsize: int, kind: str) -> Launch:
@@ -80,10 +76,10 @@ def _tile(
     x_ptr: tl.tensor,
     first_row: tl.tensor,
     first_feature: tl.tensor,
-    R: int,
-    D: int,
-    stride_r: int,
-    stride_d: int,
+    R: Scalar,
+    D: Scalar,
+    stride_r: Scalar,
+    stride_d: Scalar,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> tl.tensor:
@@ -115,15 +111,15 @@ def _shared_forward_kernel(
     n_inverse_ptr: tl.tensor,
     peak_ptr: tl.tensor,
     total_ptr: tl.tensor,
-    B: int,
-    M: int,
-    D: int,
-    stride_ab: int,
-    stride_ad: int,
-    stride_nm: int,
-    stride_nd: int,
-    skip: int,
-    tiles_each: int,
+    B: Scalar,
+    M: Scalar,
+    D: Scalar,
+    stride_ab: Scalar,
+    stride_ad: Scalar,
+    stride_nm: Scalar,
+    stride_nd: Scalar,
+    skip: Scalar,
+    tiles_each: Scalar,
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -165,8 +161,8 @@ def _combine_kernel(
     positive_ptr: tl.tensor,
     lse_ptr: tl.tensor,
     losses_ptr: tl.tensor,
-    B: int,
-    S: int,
+    B: Scalar,
+    S: Scalar,
     TERMS: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ) -> None:
@@ -199,15 +195,15 @@ def _push_kernel(
     lse_ptr: tl.tensor,
     weight_ptr: tl.tensor,
     push_ptr: tl.tensor,
-    R: int,
-    C: int,
-    D: int,
-    stride_rr: int,
-    stride_rd: int,
-    stride_cc: int,
-    stride_cd: int,
-    skip: int,
-    tiles_each: int,
+    R: Scalar,
+    C: Scalar,
+    D: Scalar,
+    stride_rr: Scalar,
+    stride_rd: Scalar,
+    stride_cc: Scalar,
+    stride_cd: Scalar,
+    skip: Scalar,
+    tiles_each: Scalar,
     ROWS_ARE_ANCHORS: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
@@ -272,13 +268,13 @@ def _project_kernel(
     push_scale_ptr: tl.tensor,
     grad_ptr: tl.tensor,
     radial_ptr: tl.tensor,
-    R: int,
-    S: int,
-    D: int,
-    stride_xr: int,
-    stride_xd: int,
-    stride_yr: int,
-    stride_yd: int,
+    R: Scalar,
+    S: Scalar,
+    D: Scalar,
+    stride_xr: Scalar,
+    stride_xd: Scalar,
+    stride_yr: Scalar,
+    stride_yd: Scalar,
     HAS_PULL: tl.constexpr,
     COSINE: tl.constexpr,
     LONG_INVERSE: tl.constexpr,
@@ -335,7 +331,7 @@ def shared_forward(
         negatives_MD, inverse_M = _addressable(negatives), inverse_norms(negatives, cosine, dtype)
         n_inverse_M = inverse_M
     M = len(negatives_MD)
-    launch = shared_forward_launch(D, anchors.itemsize, device_kind())
+    launch = shared_forward_launch(D, anchors.itemsize, _triton.platform())
     shares, tiles_each = splits(B, M, launch)
     peak_SB, total_SB = (_triton.empty((shares, B), dtype, device) for _ in range(2))
     _shared_forward_kernel[(triton.cdiv(B, launch.rows), shares)](
@@ -392,7 +388,7 @@ def shared_backward(
     def pushed(rows: Rows, columns: Rows, rows_are_anchors: bool) -> Tensor:
         (rows_RD, r_inverse), (columns_CD, c_inverse) = rows, columns
         (R, D), C = rows_RD.shape, len(columns_CD)
-        launch = shared_backward_launch(D, anchors.itemsize, device_kind())
+        launch = shared_backward_launch(D, anchors.itemsize, _triton.platform())
         shares, tiles_each = splits(R, C, launch)
         push_SRD = _triton.empty((shares, R, D), temperature.dtype, anchors.device)
         _push_kernel[(triton.cdiv(R, launch.rows), shares)](

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import _triton
+from kernels._triton import Scalar
 
 
 @triton.jit
@@ -24,23 +25,23 @@ def _mask_patches_kernel(
     mask_ptr: tl.tensor,
     fill_ptr: tl.tensor,
     out_ptr: tl.tensor,
-    channels: int,
-    height: int,
-    width: int,
-    patch_h: int,
-    patch_w: int,
-    image_b: int,
-    image_c: int,
-    image_h: int,
-    image_w: int,
-    mask_b: int,
-    mask_h: int,
-    mask_w: int,
-    fill_c: int,
-    out_b: int,
-    out_c: int,
-    out_h: int,
-    out_w: int,
+    channels: Scalar,
+    height: Scalar,
+    width: Scalar,
+    patch_h: Scalar,
+    patch_w: Scalar,
+    image_b: Scalar,
+    image_c: Scalar,
+    image_h: Scalar,
+    image_w: Scalar,
+    mask_b: Scalar,
+    mask_h: Scalar,
+    mask_w: Scalar,
+    fill_c: Scalar,
+    out_b: Scalar,
+    out_c: Scalar,
+    out_h: Scalar,
+    out_w: Scalar,
     CHANNELS_INSIDE: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,

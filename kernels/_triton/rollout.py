@@ -41,10 +41,12 @@ def plan(batch: int, heads: int, tokens: int, width: int, itemsize: int, fusion:
     # `python -m bench compile` shows the registers; none of these spills.
     half = itemsize < 4
     whole = keys <= (256 if half else 64)
-    if half:
-        block_i, block_j, warps = (32, 256, 4 if fusion == "mean" else 8) if whole else (64, 128, 8)
-        if not whole and fusion != "mean":
-            block_j = 64
+    if half and whole:
+        # Two programs of four warps fit on a processor, and each hides what the other waits for. Fusing heads takes a
+        # tile more, and adding up parts some registers.
+        block_i, block_j, warps = 32, 256, 4 if fusion == "mean" and batch >= processors else 8
+    elif half:
+        block_i, block_j, warps = 64, 128 if fusion == "mean" else 64, 8
     else:
         block_i, block_j, warps = 32, 64, 4
     block_i, block_j = max(16, min(keys, block_i)), max(16, min(keys, block_j))

@@ -2,7 +2,6 @@
 
 import math
 import re
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import info_nce
+from kernels import _info_nce_eager, info_nce
 from kernels.info_nce import EPS, info_nce_reference
 
 FORMS = ["in-batch", "own", "shared"]
@@ -202,8 +201,7 @@ def test_in_batch_and_shared_are_own_negatives_written_shorter() -> None:
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    # `kernels.info_nce` is the function; the module of that name is found here.
-    monkeypatch.setattr(sys.modules["kernels.info_nce"], "CPU_CHUNK", 4)
+    monkeypatch.setattr(_info_nce_eager, "CPU_CHUNK", 4)
 
 
 @pytest.mark.usefixtures("small_chunks")
@@ -235,12 +233,11 @@ def test_similarities_are_never_stored_whole(form: str) -> None:
     with LargestTensor() as largest:
         info_nce(*leaves).backward()
     # The op's body runs below the mode's eyes, so run that too.
-    module = sys.modules["kernels.info_nce"]
     inputs = [x.detach() for x in leaves] + [None] * (3 - len(leaves))
     skip, temperature = 0 if form == "in-batch" else -1, torch.tensor(0.1)
     with largest:
-        losses, *statistics = module._shared_forward_eager(*inputs, temperature, True, skip)
-        module._shared_backward_eager(losses, *inputs, temperature, statistics, True, skip, [True] * 4)
+        losses, *statistics = _info_nce_eager.shared_forward(*inputs, temperature, True, skip)
+        _info_nce_eager.shared_backward(losses, *inputs, temperature, statistics, True, skip, [True] * 4)
     assert 40 * 3 <= largest.elements < 40 * 30 / 4
 
 

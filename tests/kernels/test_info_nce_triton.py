@@ -1,7 +1,6 @@
 """The Triton kernels of info_nce, in the interpreter: against float64, with results and scratch that start as NaN."""
 
 import math
-import sys
 from typing import Any
 
 import pytest
@@ -20,7 +19,7 @@ from test_info_nce import (
 )
 from torch import Tensor
 
-from kernels import info_nce
+from kernels import _info_nce_eager, info_nce
 from kernels.info_nce import EPS, info_nce_reference
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -268,7 +267,7 @@ def test_losses_keep_their_digits(gap: float, dtype: torch.dtype, paired: bool) 
 
 def test_a_skipped_negative_may_be_alone_in_its_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of another rank: anchor b leaves out negative skip + b, wherever that falls."""
-    monkeypatch.setattr(sys.modules["kernels.info_nce"], "CPU_CHUNK", 4)
+    monkeypatch.setattr(_info_nce_eager, "CPU_CHUNK", 4)
     leaves = [x.requires_grad_() for x in make("shared", 3, 4, negatives=65) if x is not None]
     anchors, positives, negatives = leaves
     temperature = torch.tensor(0.25, dtype=torch.float64)
