@@ -78,12 +78,13 @@ def kernels(
 def compile_(
     target: Annotated[list[str] | None, typer.Option(help="sm_80, sm_90, sm_100, gfx942.", show_default="all")] = None,
     only: Annotated[list[str] | None, typer.Option(help="rollout, info_nce or mask.", show_default="all")] = None,
+    match: Annotated[str, typer.Option(help="Cases with this in their name, such as 'N=197 H=12'.")] = "",
     json: Annotated[Path | None, typer.Option("--json", help="Results.")] = None,
 ) -> None:
     """The Triton kernels compiled for GPUs that are not here: registers, spills, occupancy; exit 1 for a problem."""
     from bench.compile import run_compile
 
-    if run_compile(target or [], only or [], json):
+    if run_compile(target or [], only or [], match, json):
         raise typer.Exit(1)
 
 

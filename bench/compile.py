@@ -345,15 +345,17 @@ def compile_case(case: Case, target: str) -> list[Compiled]:
     return results
 
 
-def run_compile(targets: list[str], ops: list[str], json_path: Path | None) -> int:
-    """Prints the table, a line a kernel; returns the number of problems."""
+def run_compile(targets: list[str], ops: list[str], match: str, json_path: Path | None) -> int:
+    """Prints the table, a line a kernel, for the cases whose name and type hold `match`; returns how many problems."""
     for given, known, what in ((targets, TARGETS, "--target"), (ops, OPS, "--only")):
         for name in given:
             if name not in known:
                 raise UserError(f"{what} {name!r}{nearest(name, known)}")
     console = Console()
     results: list[Compiled] = []
-    cases = [case for op in ops or OPS for case in OPS[op]()]
+    cases = [case for op in ops or OPS for case in OPS[op]() if match in f"{case.name} {case.dtype}"]
+    if not cases:
+        raise UserError(f"--match {match!r}: no case has that in its name, such as 'N=197 H=12' or 'bf16'")
     with Progress(console=Console(stderr=True), transient=True) as progress:
         for target, case in progress.track(list(itertools.product(targets or TARGETS, cases))):
             results += compile_case(case, target)

@@ -75,7 +75,8 @@ def _mask_patches_op(
     if backend == "triton":
         from kernels._triton.mask import mask_patches_triton
 
-        return mask_patches_triton(images_BCHW, mask_BP, fill_C, (patch_h, patch_w))
+        with torch.cuda.device_of(images_BCHW):
+            return mask_patches_triton(images_BCHW, mask_BP, fill_C, (patch_h, patch_w))
     return _mask_patches_eager(images_BCHW, mask_BP, fill_C, (patch_h, patch_w))
 
 

@@ -27,8 +27,122 @@ def group(prefix: str, file: str, targets: tuple[str, ...], *mutants: tuple[str,
 
 MASK_TESTS = ("tests/kernels/test_mask_triton.py", "tests/kernels/test_mask_patches.py")
 ROLLOUT_TESTS = ("tests/kernels/test_rollout_triton.py", "tests/kernels/test_rollout_ops.py")
+INFO_NCE_TESTS = ("tests/kernels/test_info_nce_triton.py",)
 
 MUTANTS = [
+    *group(
+        "paired",
+        "kernels/_triton/info_nce.py",
+        INFO_NCE_TESTS,
+        ("temperature-dropped", "logits = logits * (a_inverse / temperature)", "logits = logits * a_inverse"),
+        ("negatives-not-normalised", "logits = logits * n_inverse", "logits = logits * 1.0"),
+        ("eps-dropped", "1 / tl.maximum(tl.sqrt(squares), EPS)", "1 / tl.sqrt(squares)"),
+        (
+            "padded-negatives-count",
+            'logits = tl.where(negatives < K, logits, -float("inf"))',
+            "logits = tl.where(negatives < K, logits, 0.0)",
+        ),
+        ("no-maximum-taken-off", "higher = tl.maximum(peak, tl.max(logits, 0))", "higher = tl.full([], 0.0, dtype)"),
+        ("running-sum-not-rescaled", "total = total * tl.exp(peak - higher) +", "total = total +"),
+        ("positive-not-normalised", "positive = positive * p_inverse", "positive = positive * 1.0"),
+        ("series-one-term-off", "1.0 / (2 * (TERMS - term) - 1)", "1.0 / (2 * (TERMS - term) + 1)"),
+        (
+            "negative-stride-of-anchor",
+            "negatives_ptr + row * stride_nb + negatives[:, None] * stride_nk + features[None, :] * stride_nd,\n                mask=(negatives",
+            "negatives_ptr + row * stride_ab + negatives[:, None] * stride_nk + features[None, :] * stride_nd,\n                mask=(negatives",
+        ),
+        (
+            "weight-without-sigmoid",
+            "tl.load(grad_ptr + row * stride_g) / (1 + tl.exp(positive - lse))",
+            "tl.load(grad_ptr + row * stride_g)",
+        ),
+        ("upstream-stride-ignored", "tl.load(grad_ptr + row * stride_g) /", "tl.load(grad_ptr + row) /"),
+        ("anchor-gradient-without-pull", "a_grad -= pull * p + radial", "a_grad -= radial"),
+        ("anchor-gradient-not-projected", "radial * _inward(a_inverse, COSINE, LONG_INVERSE) * a", "0 * a"),
+        (
+            "positive-gradient-not-projected",
+            "weight * positive * _inward(p_inverse, COSINE, LONG_INVERSE) * p - pull * a",
+            "-pull * a",
+        ),
+        (
+            "negative-gradient-not-projected",
+            "push[:, None] * a[None, :] - inward[:, None] * n",
+            "push[:, None] * a[None, :]",
+        ),
+        ("short-rows-projected", "tl.where(inverse < LONG_INVERSE, inverse * inverse, 0)", "inverse * inverse"),
+        ("temperature-gradient-without-positive", "radial = -weight * positive", "radial = 0 * positive"),
+        ("temperature-gradient-sign", "return -radial_B.sum() / temperature", "return radial_B.sum() / temperature"),
+    ),
+    *group(
+        "shared",
+        "kernels/_triton/info_nce_shared.py",
+        INFO_NCE_TESTS,
+        ("temperature-dropped", "other=0.0) / tl.load(temperature_ptr)\n    peak", "other=0.0)\n    peak"),
+        (
+            "itself-not-skipped",
+            "((skip < 0) | (negatives[None, :] != anchors[:, None] + skip))",
+            "(negatives[None, :] >= 0)",
+        ),
+        (
+            "skip-off-by-one",
+            "((skip < 0) | (negatives[None, :] != anchors[:, None] + skip))",
+            "((skip < 0) | (negatives[None, :] != anchors[:, None] + skip + 1))",
+        ),
+        ("padded-negatives-count", "seen = (negatives < M)[None, :] &", "seen = (negatives >= 0)[None, :] &"),
+        ("all-skipped-is-nan", 'tl.where(higher == -float("inf"), 0.0, higher)', "higher"),
+        ("running-sum-not-rescaled", "total = total * tl.exp(peak - finite) +", "total = total +"),
+        ("last-share-dropped", "for _ in range(0, S):\n        peak", "for _ in range(0, S - 1):\n        peak"),
+        ("shares-not-rescaled", "* tl.exp(share_peak - peak)", "* 1.0"),
+        ("push-scale-dropped", "grad *= tl.load(push_scale_ptr)", "grad *= 1.0"),
+        (
+            "push-skips-the-other-way",
+            "(rows[:, None] != columns[None, :] + skip)",
+            "(rows[:, None] + skip != columns[None, :])",
+        ),
+        (
+            "push-weight-of-the-row",
+            "weight = tl.load(weight_ptr + columns, mask=columns < C, other=0.0)[None, :]",
+            "weight = tl.load(weight_ptr + rows, mask=rows < R, other=0.0)[:, None]",
+        ),
+        (
+            "columns-not-normalised",
+            "push = _dot(share * inverse[None, :], y, push, PRECISION, WIDEN)",
+            "push = _dot(share, y, push, PRECISION, WIDEN)",
+        ),
+        ("pull-dropped", "HAS_PULL=pulled_to is not None", "HAS_PULL=False"),
+        (
+            "strides-swapped",
+            "*rows_RD.stride(),\n            *columns_CD.stride(),",
+            "*columns_CD.stride(),\n            *rows_RD.stride(),",
+        ),
+        (
+            "last-tiles-dropped",
+            "return triton.cdiv(tiles, tiles_each), tiles_each",
+            "return max(1, tiles // tiles_each), tiles_each",
+        ),
+        ("feature-bound-dropped", "(features < D - first_feature)[None, :]", "(features >= 0)[None, :]"),
+    ),
+    *group(
+        "info-nce",
+        "kernels/_info_nce_eager.py",
+        ("tests/kernels/test_info_nce.py",),
+        ("itself-not-skipped", "logits.diagonal(skip + rows.start - columns.start).fill_(-torch.inf)", "pass"),
+        ("skip-of-a-chunk-wrong", "logits.diagonal(skip + rows.start - columns.start)", "logits.diagonal(skip)"),
+        ("eps-dropped", "clamp_min_(EPS).reciprocal_()", "reciprocal_()"),
+        (
+            "not-projected",
+            "grad.addcmul_(normalised, radial.unsqueeze(-1), value=-1).mul_(inverse.unsqueeze(-1))",
+            "grad.mul_(inverse.unsqueeze(-1))",
+        ),
+        ("chunks-not-added-up", "lse_B[rows] = torch.logaddexp(lse_B[rows], total)", "lse_B[rows] = total"),
+        (
+            "no-maximum-taken-off",
+            "largest = logits.amax(dim=-1, keepdim=True).clamp_min_(torch.finfo(logits.dtype).min)",
+            "largest = logits.new_zeros(len(logits), 1)",
+        ),
+        ("whole-similarities", "side = _chunk(anchors_BD.device)", "side = 10**6"),
+        ("temperature-gradient-sign", "grads[3] = -(anchors_push_BD", "grads[3] = (anchors_push_BD"),
+    ),
     *group(
         "rollout",
         "kernels/_triton/rollout_kernel.py",
