@@ -4,6 +4,7 @@ Nothing here asks a device anything at import time.
 """
 
 import difflib
+import importlib.metadata
 import importlib.util
 import math
 import numbers
@@ -62,6 +63,16 @@ def triton_problems(device_type: str) -> list[str]:
     if loaded is not None and loaded.INTERPRETED != interpret:
         return ["TRITON_INTERPRET was changed after the kernels had been loaded"]
     return []
+
+
+@torch.compiler.assume_constant_result
+def triton_has_float64_products() -> bool:
+    """Whether tl.dot takes float64, which it does since Triton 3.5."""
+    try:
+        major, minor, *_ = importlib.metadata.version("triton").split(".")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return (int(major), int(minor)) >= (3, 5)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -54,6 +54,7 @@ from kernels._backend import (
     check_tensor,
     compute_dtype,
     resolve_backend,
+    triton_has_float64_products,
     without_autocast,
 )
 from kernels._gather import gather_rows
@@ -339,11 +340,15 @@ def info_nce(
     temperature = _temperature(op, temperature, anchors)
     check_choice(op, "similarity", similarity, get_args(Similarity))
     check_choice(op, "reduction", reduction, get_args(Reduction))
-    unsupported = ["float64 is for the interpreter alone"] if anchors.is_cuda and anchors.dtype == torch.float64 else []
+    cosine, paired = similarity == "cosine", negatives is not None and negatives.dim() == 3
+    unsupported = []
+    if anchors.dtype == torch.float64 and anchors.is_cuda:
+        unsupported.append("float64 is for the interpreter alone")
+    if anchors.dtype == torch.float64 and not paired and not triton_has_float64_products():
+        unsupported.append("float64 with shared negatives needs triton 3.5 or newer")
     backend = resolve_backend(op, backend, anchors.device, unsupported)
 
-    cosine = similarity == "cosine"
-    if negatives is not None and negatives.dim() == 3:
+    if negatives is not None and paired:
         losses_B = _info_nce_paired(anchors, positives, negatives, temperature, cosine, backend)[0]
     else:
         skip = -1 if negatives is not None else 0

@@ -45,7 +45,7 @@ def mask_patches_reference(
     """Patch by patch, in the dtype of the images."""
     batch, channels, height, width = images_BCHW.shape
     patch_h, patch_w = patch_size
-    values = [value] * channels if isinstance(value, int | float) else value
+    values = [value] * channels if isinstance(value, (int, float)) else value
     out_BCHW = images_BCHW.clone()
     for image in range(batch):
         patch = 0
@@ -113,7 +113,7 @@ _mask_patches_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _patch_size(op: str, patch_size: int | tuple[int, int], height: int, width: int) -> tuple[int, int]:
-    sizes = tuple(patch_size) if isinstance(patch_size, tuple | list) else (patch_size, patch_size)
+    sizes = tuple(patch_size) if isinstance(patch_size, (tuple, list)) else (patch_size, patch_size)
     if len(sizes) != 2:
         raise ValueError(f"{op}: patch_size is {patch_size!r}, expected a number of pixels or (height, width)")
     return (

@@ -17,28 +17,20 @@ from PIL import Image
 # Triton decides at import whether a kernel is compiled or interpreted, its own (tl.sum, tl.max) included. The variable
 # is taken back at once, so that backend="auto" is eager but for the tests that set it (tests/kernels/conftest.py).
 os.environ["TRITON_INTERPRET"] = "1"
-import kernels._triton.info_nce
+import kernels._triton.info_nce_shared
 import kernels._triton.mask
 import kernels._triton.rollout  # noqa: F401
 
 del os.environ["TRITON_INTERPRET"]
 
-from engine.data import Samples
-from engine.vit import ModelSpec, save_checkpoint
+from toys import tiny_vit
 
-TINY = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 32, "depth": 2, "num_heads": 2}
+from engine.vit import save_checkpoint
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)  # the models are too small for more, and threads that wait spin
-
-
-def tiny_vit(seed: int = 0, num_classes: int = 10, **changed: object) -> torch.nn.Module:
-    spec = ModelSpec(
-        architecture="vit_tiny_patch16_224", num_classes=num_classes, model_args={**TINY, **changed}, pretrained_cfg={}
-    )
-    return spec.build(seed=seed).eval()
 
 
 @pytest.fixture
@@ -49,10 +41,6 @@ def model() -> torch.nn.Module:
 @pytest.fixture
 def checkpoint(tmp_path: Path, model: torch.nn.Module) -> Path:
     return save_checkpoint(model, tmp_path / "original")
-
-
-def few(samples: Samples, count: int) -> Samples:
-    return samples.subset(range(count))
 
 
 @pytest.fixture

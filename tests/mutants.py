@@ -48,8 +48,10 @@ MUTANTS = [
         ("series-one-term-off", "1.0 / (2 * (TERMS - term) - 1)", "1.0 / (2 * (TERMS - term) + 1)"),
         (
             "negative-stride-of-anchor",
-            "negatives_ptr + row * stride_nb + negatives[:, None] * stride_nk + features[None, :] * stride_nd,\n                mask=(negatives",
-            "negatives_ptr + row * stride_ab + negatives[:, None] * stride_nk + features[None, :] * stride_nd,\n                mask=(negatives",
+            "negatives_ptr + row * stride_nb + negatives[:, None] * stride_nk + features[None, :] * stride_nd,\n"
+            "                mask=(negatives",
+            "negatives_ptr + row * stride_ab + negatives[:, None] * stride_nk + features[None, :] * stride_nd,\n"
+            "                mask=(negatives",
         ),
         (
             "weight-without-sigmoid",

@@ -61,7 +61,8 @@ def test_spills_shared_memory_and_missing_matrix_instructions_are_problems() -> 
         plan = rollout.plan(256, 12, 197, 64, 4, "mean", 132)
         big = dataclasses.replace(plan, block_i=64, block_j=256, whole=True)
         rollout.plan = lambda *shape: big
-        case = next(c for c in compile.rollout_cases() if c.name.startswith("rollout B=256 N=197") and c.dtype == "fp32")
+        name = "rollout B=256 N=197 H=12 d=64 mean rollout"
+        case = next(case for case in compile.rollout_cases() if (case.name, case.dtype) == (name, "fp32"))
         small = dataclasses.replace(compile.TARGETS["sm_80"], shared=1000)
         compile.TARGETS["sm_80"] = small
         half = dataclasses.replace(case, dtype="bf16")

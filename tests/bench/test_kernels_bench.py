@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_vit
 from torch import Tensor
 from torch.nn import functional
+from toys import tiny_vit
 from typer.testing import CliRunner
 
 from bench import kernels as command

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import tiny_vit
+from toys import tiny_vit
 
 from bench.ablation import VARIANTS, run_ablation
 from bench.quality import run_quality

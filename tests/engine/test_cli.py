@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_vit
+from toys import tiny_vit
 
 from engine import cli
 from engine.vit import load_checkpoint, save_checkpoint, weights_sha256

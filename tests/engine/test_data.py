@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import few, tiny_vit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from toys import few, tiny_vit
 
 from engine.data import Loader, Preprocessing, Samples, from_dataset, open_source, read_forget_request
 from engine.data.samples import concatenate

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import few, tiny_vit
+from toys import few, tiny_vit
 
 from engine.data import Loader, Preprocessing, Samples, open_source
 from engine.errors import UserError

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import few, tiny_vit
+from toys import few, tiny_vit
 
 import engine
 from engine.data import Samples, open_source

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-from conftest import tiny_vit
+from toys import tiny_vit
 
 from engine.errors import UserError
 from engine.masking import MaskSource, count_masked, mask_and_outputs, random_masks, scores_and_outputs, top_mask

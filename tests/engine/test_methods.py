@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import few, tiny_vit
+from toys import few, tiny_vit
 
 from engine.config import RunConfig, split_options
 from engine.data import Batch, Loader, Preprocessing, Samples, open_source

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import few, tiny_vit
 from PIL import Image
+from toys import few, tiny_vit
 
 from engine.data import Loader, Preprocessing, Samples, open_source
 from engine.errors import RunStopped

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import TINY, tiny_vit
 from safetensors.torch import load_file, save_file
+from toys import TINY, tiny_vit
 
 from engine.errors import RunStopped, UserError
 from engine.vit import (

@@ -77,6 +77,22 @@ def test_without_triton_the_reason_is_that_it_is_missing(monkeypatch: pytest.Mon
         resolve_backend("info_nce", "triton", "cuda")
 
 
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize(
+    ("version", "fits"), [("3.4.0", False), ("3.5.0", True), ("3.10.1+git1", True), ("4.0.0", True)]
+)
+def test_float64_products_need_a_newer_triton(version: str, fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kernels._backend.importlib.metadata.version", lambda name: version)
+    inputs = torch.eye(3, dtype=torch.float64), torch.eye(3, dtype=torch.float64)
+    if fits:
+        kernels.info_nce(*inputs, backend="triton")
+        return
+    with pytest.raises(RuntimeError, match=r"cannot run: float64 with shared negatives needs triton 3\.5 or newer\."):
+        kernels.info_nce(*inputs, backend="triton")
+    kernels.info_nce(*inputs)  # auto takes eager
+    kernels.info_nce(*inputs, torch.ones(3, 1, 3, dtype=torch.float64), backend="triton")  # has no products of tiles
+
+
 @pytest.mark.parametrize("op", CALLS)
 def test_unknown_backend_names_the_nearest(op: str) -> None:
     with pytest.raises(ValueError, match=f"^{op}: ") as caught:
