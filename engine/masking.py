@@ -1,7 +1,7 @@
 """Which patches a model attends to most, and the mask over them, in one forward pass of the model.
 
-ViT and DeiT: attention rollout, by `kernels.rollout_topk_mask` on the captured q and k of all blocks, or on the CPU by
-`kernels.StreamedRollout` on the maps as explicit attention makes them.
+ViT and DeiT: attention rollout, by `kernels.rollout_topk_mask` on the captured q and k of all blocks, or on the CPU in
+float32 by `kernels.StreamedRollout` on the maps as explicit attention makes them.
 
 Swin has windows, and no token that reads the whole image. The rule here: in the last block of the last stage, with
 A_w = softmax(q k^T scale + relative position bias + shift mask) of window w, averaged over heads, the score of a
@@ -105,10 +105,12 @@ def _guided(
 def _streams(model: nn.Module, device: torch.device, backend: Backend) -> bool:
     """Whether the maps are read as explicit attention makes them, rather than computed again from q and k.
 
-    On the CPU always, where explicit attention is no slower than fused (docs/notes.md) and q and k of all layers
-    take as much memory as the maps; elsewhere where the model's attention is explicit anyway.
+    On the CPU, where explicit attention is no slower than fused (docs/notes.md) and q and k of all layers take as much
+    memory as the maps; elsewhere where the model's attention is explicit anyway. Not in half precision: its maps come
+    of rounded logits, and would mask other patches than q and k in float32 do, which every backend reads alike.
     """
-    if resolve_backend("attention_rollout", backend, device) == "triton":
+    half = torch.is_autocast_enabled(device.type) or next(model.parameters()).dtype.itemsize < 4
+    if half or resolve_backend("attention_rollout", backend, device) == "triton":
         return False
     modules = attention_modules(model)
     explicit = device.type == "cpu" or not any(getattr(module, "fused_attn", False) for module in modules)

@@ -246,7 +246,7 @@ MUTANTS = [
             "bits = tl.where(patch, row.to(tl.int32, bitcast=True), -1)",
             "bits = row.to(tl.int32, bitcast=True)",
         ),
-        ("threshold-strictly-below", "0) >= k, higher, threshold)", "0) > k, higher, threshold)"),
+        ("ties-not-counted", "(bits >= higher).to(tl.int32)", "(bits > higher).to(tl.int32)"),
         ("lowest-bit-not-looked-at", "for step in range(31):", "for step in range(30):"),
         ("finite-always", '(tl.abs(total) < float("inf")).to(tl.int8)', "(total == total).to(tl.int8) * 0 + 1"),
         (

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import timm
 import torch
@@ -75,9 +77,23 @@ def test_on_the_cpu_maps_are_streamed_and_fused_attention_is_put_back(monkeypatc
     scores_and_outputs(vit, images, describe(vit))
     assert [block.attn.fused_attn for block in vit.blocks] == fused
     assert not any(block.attn.attn_drop._forward_hooks for block in vit.blocks)
+    for half in (torch.autocast("cpu", dtype=torch.bfloat16), None):
+        with half or contextlib.nullcontext(), pytest.raises(pytest.fail.Exception, match="q and k were kept"):
+            scores_and_outputs(vit if half else vit.bfloat16(), images if half else images.bfloat16(), describe(vit))
+    vit.float()
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(pytest.fail.Exception, match="q and k were kept"):
         scores_and_outputs(vit, images, describe(vit))  # auto is Triton here, which reads q and k
+
+
+def test_masks_in_half_precision_are_those_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    vit, images = tiny_vit(), torch.randn(64, 1, 8, 8)
+    info = describe(vit)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        eager, _ = mask_and_outputs(vit, images, info, 5)
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        triton, _ = mask_and_outputs(vit, images, info, 5, backend="triton")
+    assert torch.equal(eager, triton)
 
 
 def test_average_pooled_models_start_from_the_uniform_row() -> None:

@@ -232,7 +232,7 @@ def test_public_functions_agree_with_eager_and_auto_is_triton_here(monkeypatch: 
 def test_what_the_kernel_does_not_take_is_named() -> None:
     for tensors, reason in (
         ([torch.zeros(1, 1, 4, 8, dtype=torch.float64)], "float64 is not supported"),
-        ([torch.zeros(1, 1, 4, 260)], "heads are 260 wide, 256 at most"),
+        ([torch.zeros(1, 1, 4, 130)], "heads are 130 wide, 128 at most"),
     ):
         with pytest.raises(RuntimeError, match=rf"^attention_rollout: backend 'triton' cannot run: {reason}\."):
             attention_rollout(tensors, tensors, backend="triton")
