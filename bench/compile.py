@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import json
 import re
 import subprocess
 import tempfile
@@ -35,7 +34,7 @@ from triton.runtime.jit import JITFunction
 from bench.roofline import PEAKS, Cost, info_nce_cost, predict, rollout_cost
 from engine.environment import environment
 from engine.errors import UserError, nearest
-from engine.files import replacing
+from engine.files import write_json
 from kernels import _triton
 from kernels._triton import info_nce, info_nce_shared, mask, rollout
 
@@ -185,7 +184,7 @@ def _examine(case: Case, kernel: Any, name: str) -> Compiled:
         problems.append(f"spills {spilled} bytes a thread")
     if shared > target.shared:
         problems.append(f"asks for {shared} bytes of shared memory, {target.shared} at most")
-    # Not every kernel of a case multiplies, so the case as a whole is looked at too (`run_compile`).
+    # Not every kernel of a case multiplies, so the case as a whole is looked at too (`compile_case`).
     predicted = {}
     if case.cost:
         predicted = {card: predict(case.cost, PEAKS[card], DTYPES[case.dtype]).seconds for card in target.cards}
@@ -362,8 +361,7 @@ def run_compile(targets: list[str], ops: list[str], match: str, json_path: Path 
     _print(console, results)
     if json_path:
         content = {"environment": environment(), "kernels": [dataclasses.asdict(result) for result in results]}
-        with replacing(json_path) as temporary:
-            temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        write_json(json_path, content)
     return sum(len(result.problems) for result in results)
 
 

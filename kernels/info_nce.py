@@ -112,9 +112,7 @@ def _info_nce_paired(
 
 
 @_info_nce_paired.register_fake
-def _(
-    anchors: Tensor, positives: Tensor, negatives: Tensor, temperature: Tensor, cosine: bool, backend: str
-) -> tuple[Tensor, ...]:
+def _(anchors: Tensor, positives: Tensor, negatives: Tensor, temperature: Tensor, *options: Any) -> tuple[Tensor, ...]:
     B, K, _ = negatives.shape
     return tuple(temperature.new_empty(shape) for shape in ((B,), (B,), (B,), (B, K), (B,), (B,), (B, K)))
 
@@ -168,13 +166,7 @@ def _info_nce_shared(
 
 @_info_nce_shared.register_fake
 def _(
-    anchors: Tensor,
-    positives: Tensor,
-    negatives: Tensor | None,
-    temperature: Tensor,
-    cosine: bool,
-    skip: int,
-    backend: str,
+    anchors: Tensor, positives: Tensor, negatives: Tensor | None, temperature: Tensor, *options: Any
 ) -> tuple[Tensor, ...]:
     B, M = len(anchors), 0 if negatives is None else len(negatives)
     return tuple(temperature.new_empty(size) for size in (B, B, B, B, B, M))

@@ -223,16 +223,7 @@ def _rollout_op(
 
 @_rollout_op.register_fake
 def _(
-    queries: Sequence[Tensor],
-    keys: Sequence[Tensor],
-    k: int | None,
-    num_prefix_tokens: int,
-    mode: str,
-    head_fusion: str,
-    residual: float,
-    pool: str,
-    scale: float,
-    backend: str,
+    queries: Sequence[Tensor], keys: Sequence[Tensor], k: int | None, num_prefix_tokens: int, *options: Any
 ) -> Tensor:
     batch, _, tokens, _ = queries[0].shape
     dtype = torch.float32 if k is None else torch.bool

@@ -147,23 +147,26 @@ class Lethe(Method):
     def teacher(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(Z_p, Z_n) [B, D] float32: the original's outputs on the masked images and on the images."""
         config, context = self.config, self.context
-        with context.autocast(), contextlib.ExitStack() as stack:
-            tokens = stack.enter_context(capture_patch_tokens(context.original)) if self._by_tokens else []
-            if config.mask_source == "random":
-                negatives = outputs(context.original, batch.images, config.contrast)
-                mask = random_masks(batch.index, context.info, self.k, context.run.seed).to(batch.images.device)
-            else:
-                mask, negatives = mask_and_outputs(
-                    context.original,
-                    batch.images,
-                    context.info,
-                    self.k,
-                    source=config.mask_source,
-                    head_fusion=config.head_fusion,
-                    what=config.contrast,
-                    backend=context.run.kernels.backend,
-                )
-            stack.close()  # the pass on masked tokens is not to be captured
+        # The first pass alone: that on masked tokens is not to be captured.
+        capture: contextlib.AbstractContextManager[list[Tensor]] = contextlib.nullcontext([])
+        if self._by_tokens:
+            capture = capture_patch_tokens(context.original)
+        with context.autocast():
+            with capture as tokens:
+                if config.mask_source == "random":
+                    negatives = outputs(context.original, batch.images, config.contrast)
+                    mask = random_masks(batch.index, context.info, self.k, context.run.seed).to(batch.images.device)
+                else:
+                    mask, negatives = mask_and_outputs(
+                        context.original,
+                        batch.images,
+                        context.info,
+                        self.k,
+                        source=config.mask_source,
+                        head_fusion=config.head_fusion,
+                        what=config.contrast,
+                        backend=context.run.kernels.backend,
+                    )
             positives = self._outputs_when_masked(batch, mask, tokens)
         return positives.float(), negatives.float()
 
