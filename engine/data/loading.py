@@ -1,14 +1,14 @@
 """From samples to normalised batches, the same for every number of worker processes.
 
 Every random choice is a pure function of (seed, epoch, sample): a table drawn once an epoch and indexed by the
-sample's position. So the order and the augmentation do not depend on workers, on batch size or, later, on ranks.
+sample's position. So the order and the augmentation do not depend on workers, on batch size or on ranks.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode
 
 from engine.data.samples import Samples, as_tensor
+from engine.data.sampling import Sampler, epoch_order
+from engine.distributed.world import World
 from engine.errors import UserError
 from engine.vit import describe
 
@@ -27,11 +29,17 @@ _CACHE_BYTES = 1 << 30
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """images: normalised float32 [B, C, H, W]. labels: int64 [B]. index: int64 [B], positions in the samples."""
+    """images: normalised float32 [B, C, H, W]. labels: int64 [B]. index: int64 [B], positions in the samples.
+
+    weight: what the mean over these samples counts in the mean over the step, see `engine.data.sampling`; 0 for
+    a batch that is there only to keep this rank in step. total: samples of the step, over all ranks.
+    """
 
     images: Tensor
     labels: Tensor
     index: Tensor
+    weight: float = 1.0
+    total: int = 0
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -91,8 +99,12 @@ class Loader:
         augment: str = "none",
         workers: int | None = None,
         device: torch.device | str = "cpu",
+        world: World | None = None,
+        micro: int = 1,
     ) -> None:
-        self.samples, self.preprocessing, self.batch_size, self.seed = samples, preprocessing, batch_size, seed
+        self.world = world or World()
+        self.sampler = Sampler(len(samples), batch_size, self.world.rank, self.world.size, micro)
+        self.samples, self.preprocessing, self.seed = samples, preprocessing, seed
         self.device = torch.device(device)
         channels = len(preprocessing.mean)
         size = len(samples) * channels * preprocessing.size[0] * preprocessing.size[1]
@@ -111,31 +123,42 @@ class Loader:
         return "flip" if fits else "crop"
 
     def steps(self) -> int:
-        return -(-len(self.samples) // self.batch_size)
+        """Optimizer steps of one pass; `micro` batches each."""
+        return self.sampler.steps()
 
-    def ordered(self, limit: int | None = None) -> Iterator[Batch]:
-        """Every sample once, in order, never augmented."""
-        yield from self._batches(np.arange(len(self.samples))[:limit], None)
+    def ordered(self) -> Iterator[Batch]:
+        """Every sample once, in order, never augmented; this rank's share of them."""
+        yield from self._batches(np.arange(len(self.samples)), None)
 
-    def epoch(self, epoch: int, steps: int | None = None) -> Iterator[Batch]:
-        """Every sample once, in the order of (seed, epoch), augmented; the first `steps` batches of it if given."""
-        rng = np.random.default_rng([self.seed, epoch])
-        order = rng.permutation(len(self.samples))
-        table = rng.random((len(self.samples), 5), dtype=np.float32) if self.augment != "none" else None
-        yield from self._batches(order if steps is None else order[: steps * self.batch_size], table)
+    def epoch(self, epoch: int, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
+        """Every sample once, in the order of (seed, epoch), augmented; of the steps [start, stop) if given."""
+        order, table = epoch_order(self.seed, epoch, len(self.samples), 0 if self.augment == "none" else 5)
+        yield from self._batches(order, table, start, stop)
 
-    def _batches(self, order: np.ndarray, table: np.ndarray | None) -> Iterator[Batch]:
+    def rows(self, of: Callable[[Batch], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """What `of` gives for every sample [n, ...], in order, on the CPU of every rank; each rank computes its share."""
+        kept: list[tuple[Tensor, ...]] = []
+        for batch in self.ordered():
+            results = (batch.index, *of(batch))
+            kept.append(tuple(rows[: len(batch) if batch.weight else 0].cpu() for rows in results))
+        index, *rows = (self.world.gather_rows(torch.cat(each)) for each in zip(*kept, strict=True))
+        order = index.argsort()
+        return tuple(each[order] for each in rows)
+
+    def _batches(
+        self, order: np.ndarray, table: np.ndarray | None, start: int = 0, stop: int | None = None
+    ) -> Iterator[Batch]:
         self._dataset.table = table
-        batches = [order[i : i + self.batch_size].tolist() for i in range(0, len(order), self.batch_size)]
+        slices = list(self.sampler.slices(order, start, stop))
         loader = DataLoader(
             self._dataset,
-            batch_sampler=batches,
+            batch_sampler=[each.index.tolist() for each in slices],
             collate_fn=_identity,
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # else every pass draws from the caller's global one
         )
-        for images, labels, index in loader:
+        for piece, (images, labels, index) in zip(slices, loader, strict=True):
             moved = images.to(self.device, non_blocking=True)
             normalised = self.preprocessing.normalise(moved)
             if images.dtype != torch.uint8 and not torch.isfinite(normalised).all():
@@ -146,7 +169,7 @@ class Loader:
             if self.augment != "none" and table is not None:
                 flip = torch.from_numpy(table[index.numpy(), 0] < 0.5).to(self.device)
                 normalised = torch.where(flip[:, None, None, None], normalised.flip(-1), normalised)
-            yield Batch(normalised, labels.to(self.device, non_blocking=True), index)
+            yield Batch(normalised, labels.to(self.device, non_blocking=True), index, piece.weight, piece.total)
 
 
 def _identity(batch: Any) -> Any:
