@@ -1,4 +1,4 @@
-"""`python -m bench quality | ablation | kernels | compile`: one command makes each table."""
+"""`python -m bench quality | ablation | kernels | compile | data`: one command makes each table."""
 
 from __future__ import annotations
 
@@ -86,6 +86,28 @@ def compile_(
 
     if run_compile(target or [], only or [], match, json):
         raise typer.Exit(1)
+
+
+@app.command()
+def data(
+    images: Annotated[int, typer.Option(help="Samples of the synthetic training set.")] = 1_281_167,
+    real: Annotated[
+        Path | None,
+        typer.Option(help="Folder CLASS/FILE of real JPEGs; without it decoding is not measured.", show_default=False),
+    ] = None,
+    scratch: Annotated[
+        Path | None, typer.Option(help="Where the shards are made, 4 GB, and removed.", show_default="temporary folder")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Of the decoding race.")] = 9,
+    json: Annotated[Path | None, typer.Option("--json", help="Results, with every round.")] = None,
+) -> None:
+    """The data path on a synthetic ImageNet in size, and decoding beside torchvision's ImageFolder.
+
+    Prints each target with PASS or MISSED. It measures and does not judge: the exit code is 0 when a target is missed.
+    """
+    from bench.data import run_data
+
+    run_data(images, real, scratch, rounds, json)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +14,9 @@ from rich.logging import RichHandler
 from rich.markup import escape
 
 from engine.errors import RunStopped, UserError
+
+# Of this process, where a launcher started several: the first one speaks for all.
+RANK = int(os.environ.get("RANK", "0"))
 
 app = typer.Typer(
     name="lethe",
@@ -28,8 +32,9 @@ Data = Annotated[
     str,
     typer.Option(
         help="Data source: digits, cifar10[:ROOT], cifar100[:ROOT], parquet:FOLDER "
-        "(Hugging Face images: train-*.parquet, test-*.parquet) or imagefolder:FOLDER (train/CLASS/FILE, "
-        "val/CLASS/FILE).",
+        "(Hugging Face images: train-*.parquet, test-*.parquet), imagefolder:FOLDER (train/CLASS/FILE, "
+        "val/CLASS/FILE) or webdataset:FOLDER|PATTERN (tar shards train-*.tar, val-*.tar; "
+        "imagenet-train-{000000..001280}.tar).",
         show_default=False,
     ),
 ]
@@ -72,8 +77,30 @@ ConfigFile = Annotated[
 ]
 Out = Annotated[Path, typer.Option(help="Run folder to write.", show_default=False)]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, after its last whole epoch.")]
+DeepSpeed = Annotated[
+    Path | None,
+    typer.Option(
+        "--deepspeed",
+        help="DeepSpeed configuration, such as configs/zero2.json; needed under a launcher (deepspeed --num_gpus N "
+        "--module engine unlearn ...).",
+        show_default=False,
+    ),
+]
+OnBadImage = Annotated[
+    str | None,
+    typer.Option(
+        help="What to do with an image that does not decode: raise (the default) or skip.", show_default=False
+    ),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file too.", show_default=False)]
+
+
+@app.callback()
+def common(
+    local_rank: Annotated[int, typer.Option("--local_rank", hidden=True, help="Passed by launchers.")] = 0,
+) -> None:
+    """LOCAL_RANK says the same."""
 
 
 @app.command()
@@ -118,6 +145,8 @@ def train(
         ),
     ] = None,
     settings: Settings = None,
+    deepspeed: DeepSpeed = None,
+    on_bad_image: OnBadImage = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
     json_file: Json = None,
@@ -129,7 +158,7 @@ def train(
     from engine.job import Task, architecture
     from engine.loop import train as run_train
 
-    options = {**parse_assignments(settings or []), "epochs": epochs, "seed": seed}
+    options = {**_options(settings, on_bad_image), "epochs": epochs, "seed": seed}
     source = open_source(data)
     samples, notes = source.train, {"data": data, "arch": arch}
     if forget is not None:
@@ -146,6 +175,7 @@ def train(
             resume=resume,
             overwrite=overwrite,
             progress=progress,
+            deepspeed=deepspeed,
             notes=notes,
         )
     accuracy = {"train": result.accuracy(samples), "test": result.accuracy(source.test)}
@@ -166,6 +196,8 @@ def unlearn(
     settings: Settings = None,
     config: ConfigFile = None,
     reference: Reference = None,
+    deepspeed: DeepSpeed = None,
+    on_bad_image: OnBadImage = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
     json_file: Json = None,
@@ -174,11 +206,11 @@ def unlearn(
 
     The original is never changed. Test samples are looked at only after the model is final.
     """
-    from engine.config import parse_assignments, read_yaml
+    from engine.config import read_yaml
     from engine.console import console, print_metrics, print_seconds, progress_bars
     from engine.job import Task, run_job
 
-    options = {**(read_yaml(config) if config else {}), **parse_assignments(settings or [])}
+    options = {**(read_yaml(config) if config else {}), **_options(settings, on_bad_image)}
     task = Task.open(data, forget)
     if task.request.duplicates:
         console.print(f"{task.request.duplicates} ids were named more than once and merged")
@@ -194,6 +226,7 @@ def unlearn(
             resume=resume,
             overwrite=overwrite,
             progress=progress,
+            deepspeed=deepspeed,
         )
     print_metrics(outcome.metrics)
     print_seconds(outcome.metrics["seconds"])
@@ -279,8 +312,105 @@ def env(json_file: Json = None) -> None:
         raise UserError(facts["kernels"])
 
 
+@app.command()
+def plan(
+    arch: Annotated[str, typer.Option(help="timm architecture, such as vit_large_patch16_224.", show_default=False)],
+    images: Annotated[int, typer.Option(help="Training images.", show_default=False)],
+    forget_share: Annotated[float, typer.Option(help="Share of them to forget, between 0 and 1.")] = 0.1,
+    test_images: Annotated[int, typer.Option(help="Test images that the evaluation passes over.")] = 50_000,
+    gpus: Annotated[int, typer.Option(help="GPUs, or ranks on the CPU.")] = 1,
+    stage: Annotated[int | None, typer.Option(help="ZeRO stage, 0 to 3.", show_default="0")] = None,
+    offload: Annotated[
+        bool, typer.Option("--offload", help="Optimizer states in host memory; weights too at stage 3.")
+    ] = False,
+    deepspeed: Annotated[
+        Path | None,
+        typer.Option(help="DeepSpeed JSON: stage, offload and bucket sizes are read from it.", show_default=False),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cuda, or cpu: then all that a rank holds is counted.")] = "cuda",
+    method: Annotated[str, typer.Option(help="One of `lethe methods`.")] = "lethe",
+    batch_size: Annotated[int, typer.Option(help="Samples a micro-batch and GPU.")] = 64,
+    accumulation: Annotated[int, typer.Option(help="Micro-batches an optimizer step.")] = 1,
+    precision: Annotated[str, typer.Option(help="bf16 or fp32.")] = "bf16",
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Compute blocks again in the backward pass.")
+    ] = False,
+    attention: Annotated[str, typer.Option(help="auto, sdpa, eager or xformers.")] = "auto",
+    teacher: Annotated[str, typer.Option(help="The original: replicated on every rank, or sharded.")] = "replicated",
+    num_classes: Annotated[int, typer.Option(help="Classes of the head.")] = 1000,
+    model_arg: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="Argument of timm.create_model; repeat for more.", show_default=False),
+    ] = None,
+    settings: Settings = None,
+    retrain_recipe: Annotated[
+        str,
+        typer.Option(help="What retraining is compared with: deit (300 epochs), plain-vit (90) or a name of yours."),
+    ] = "deit",
+    retrain_epochs: Annotated[
+        float | None, typer.Option(help="Epochs of the retrain, in place of the recipe's.", show_default=False)
+    ] = None,
+    throughput: Annotated[
+        float | None,
+        typer.Option(help="Training images (forward and backward) a second and GPU, for times.", show_default=False),
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Time a few real steps here instead, on random images.")
+    ] = False,
+    gpu_memory: Annotated[
+        float | None, typer.Option(help="GiB of a GPU (of a rank, on the CPU): does it fit?", show_default=False)
+    ] = None,
+    price: Annotated[float | None, typer.Option(help="Of an hour of a GPU.", show_default=False)] = None,
+    json_file: Json = None,
+) -> None:
+    """What unlearning needs, before anybody asks for the GPUs: memory, flops, bytes and time, beside a retrain."""
+    from engine.config import parse_assignments
+    from engine.distributed.zero import read_deepspeed
+    from engine.plan import plan as make_plan
+    from engine.plan.table import print_plan
+
+    options = {
+        "batch_size": batch_size,
+        "accumulation_steps": accumulation,
+        "precision": precision,
+        "gradient_checkpointing": gradient_checkpointing,
+        "attention": attention,
+        "teacher": teacher,
+        **parse_assignments(settings or []),
+    }
+    made = make_plan(
+        arch,
+        images=images,
+        forget_share=forget_share,
+        test_images=test_images,
+        gpus=gpus,
+        stage=stage,
+        offload=offload,
+        deepspeed=read_deepspeed(deepspeed) if deepspeed else None,
+        device=device,  # type: ignore[arg-type]  # checked there
+        method=method,
+        options=options,
+        num_classes=num_classes,
+        model_args=parse_assignments(model_arg or []),
+        retrain_recipe=retrain_recipe,
+        retrain_epochs=retrain_epochs,
+        throughput=throughput,
+        measure=measure,
+        capacity=None if gpu_memory is None else round(gpu_memory * 2**30),
+        price=price,
+    )
+    print_plan(made)
+    _write_json(json_file, made.to_dict())
+
+
+def _options(settings: list[str] | None, on_bad_image: str | None) -> dict[str, Any]:
+    from engine.config import parse_assignments
+
+    return {**parse_assignments(settings or []), **({"on_bad_image": on_bad_image} if on_bad_image else {})}
+
+
 def _write_json(path: Path | None, values: Any) -> None:
-    if path is None:
+    if path is None or RANK > 0:
         return
     from engine.files import write_json
 
@@ -300,15 +430,16 @@ def run_app(command: typer.Typer) -> None:
     """Runs a command; what a user did wrong becomes one line and exit code 2, a stopped run exit code 1."""
     stderr = Console(stderr=True)
     handler = RichHandler(show_time=False, show_path=False, console=stderr)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    logging.basicConfig(level=logging.WARNING if RANK == 0 else logging.ERROR, format="%(message)s", handlers=[handler])
     try:
         command()
-    except UserError as error:
-        stderr.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
-        sys.exit(2)
-    except RunStopped as error:
-        stderr.print(f"[bold red]stopped:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
-        sys.exit(1)
+    except (UserError, RunStopped) as error:
+        wrong = isinstance(error, UserError)
+        if not error.shared:
+            rank = f" (rank {RANK})" if RANK > 0 else ""
+            label = f"[bold red]{'error' if wrong else 'stopped'}{rank}:[/]"
+            stderr.print(f"{label} {escape(str(error))}", soft_wrap=True, highlight=False)
+        sys.exit(2 if wrong else 1)
     except KeyboardInterrupt:
         sys.exit(130)
 

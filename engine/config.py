@@ -31,13 +31,25 @@ class RunConfig:
     """What every method shares.
 
     seed: of the sample order, the augmentation, dropout and the method's own draws.
-    batch_size: samples a step and process.
+    batch_size: samples a micro-batch and process.
+    accumulation_steps: micro-batches an optimizer step; a step takes batch_size x accumulation_steps x ranks samples.
     max_steps: optimizer steps a phase at most; for trials. None: as the epochs say.
     precision: fp32, bf16 (autocast), or auto: bf16 where the device multiplies it natively, else fp32.
     device: auto (CUDA if there is one) | cpu | cuda | cuda:N.
-    attention: sdpa (fused) | eager (explicit), of timm's implementations. auto: sdpa on CUDA, eager on the CPU, where
-        the backward pass of fused attention takes longer than the maps it saves (docs/notes.md).
+    attention: sdpa (fused) | eager (explicit), of timm's implementations; xformers (memory-efficient attention of that
+        package, an extra). auto: sdpa on CUDA, eager on the CPU, where the backward pass of fused attention takes
+        longer than the maps it saves (docs/notes.md).
+    gradient_checkpointing: keep the input of each block alone for the backward pass, and compute the block again.
+    teacher: where the original lies while it is needed, when there are several ranks: replicated (a copy a rank, in
+        bf16 where DeepSpeed keeps weights so) or sharded (ZeRO-3).
+    checkpoint_every: optimizer steps between checkpoints to resume from, beside those at the end of each epoch; null:
+        those alone.
+    timeout: seconds after which a rank that does not answer is given up.
     workers: processes that decode images. None: 0 where decoded images fit in memory, else up to 8.
+    decode: draft (JPEGs at 1/2, 1/4 or 1/8 of their size, never below what the model's input is resized to; pixels of
+        such images then differ by some 2 of 255 levels) | full. Images less than twice that size are the same bits.
+    on_bad_image: raise (stop at the first image that does not decode, naming it and its file) | skip (leave it out).
+    max_bad_share: with skip, the share of the samples [0, 1] that may be bad before the run is given up.
     augment: auto | none | flip | crop (random resized crop and flip). auto: crop where images are larger than the
         model's input, flip for natural images of its size, none for digits.
     weight_decay, grad_clip: AdamW's decoupled decay; the largest global gradient norm (0: no clipping).
@@ -47,11 +59,19 @@ class RunConfig:
 
     seed: int = 0
     batch_size: int = 100
+    accumulation_steps: int = 1
     max_steps: int | None = None
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     device: str = "auto"
-    attention: Literal["auto", "sdpa", "eager"] = "auto"
+    attention: Literal["auto", "sdpa", "eager", "xformers"] = "auto"
+    gradient_checkpointing: bool = False
+    teacher: Literal["replicated", "sharded"] = "replicated"
+    checkpoint_every: int | None = None
+    timeout: float = 1800.0
     workers: int | None = None
+    decode: Literal["draft", "full"] = "draft"
+    on_bad_image: Literal["raise", "skip"] = "raise"
+    max_bad_share: float = 0.01
     augment: Literal["auto", "none", "flip", "crop"] = "auto"
     weight_decay: float = 0.05
     grad_clip: float = 1.0
@@ -60,8 +80,17 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
+        require(self.accumulation_steps >= 1, "accumulation_steps", self.accumulation_steps, "at least 1")
+        require(
+            self.checkpoint_every is None or self.checkpoint_every >= 1,
+            "checkpoint_every",
+            self.checkpoint_every,
+            "at least 1, or null",
+        )
+        require(self.timeout > 0, "timeout", self.timeout, "above 0 seconds")
         require(self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "at least 1, or null")
         require(self.workers is None or self.workers >= 0, "workers", self.workers, "0 or more, or null")
+        require(0 <= self.max_bad_share <= 1, "max_bad_share", self.max_bad_share, "in [0, 1]")
         require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
         require(self.grad_clip >= 0, "grad_clip", self.grad_clip, "0 or more")
         require(0 < self.collapse_drop <= 100, "collapse_drop", self.collapse_drop, "in (0, 100] points")

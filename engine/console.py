@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -14,8 +15,11 @@ from rich.table import Table
 from engine.evaluate.membership import DIRECTION
 from engine.trainer import Progress as Report
 
+# Of several ranks the first one speaks.
+_SILENT = int(os.environ.get("RANK", "0")) > 0
+
 # A file or a pipe has no width: wide enough there for every table.
-console = Console(width=None if sys.stdout.isatty() else 150)
+console = Console(width=None if sys.stdout.isatty() else 150, quiet=_SILENT)
 
 
 @contextlib.contextmanager
@@ -28,7 +32,7 @@ def progress_bars() -> Iterator[Report]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[numbers]}"),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=False) as bars:
+    with Progress(*columns, console=Console(stderr=True, quiet=_SILENT), transient=False) as bars:
         tasks: dict[str, Any] = {}
 
         def report(phase: str, step: int, total: int, numbers: dict[str, float]) -> None:
@@ -82,13 +86,15 @@ def print_metrics(metrics: Mapping[str, Any], name: str = "unlearned") -> None:
 
 
 def print_seconds(seconds: Mapping[str, float]) -> None:
-    shown = ", ".join(f"{key.replace('_', ' ')} {value:.1f} s" for key, value in seconds.items())
+    shown = ", ".join(f"{key.replace('_', ' ')} {value:.1f} s" for key, value in seconds.items() if key != "data")
     share = (
         f"; unlearning took {100 * seconds['unlearn'] / seconds['retrain']:.0f}% of the retrain"
         if seconds.get("retrain")
         else ""
     )
-    console.print(f"time: {shown}{share}", soft_wrap=True)
+    phases = sum(value for key, value in seconds.items() if key.endswith("_phase"))
+    waiting = f"; {100 * seconds['data'] / phases:.0f}% of the phases was waiting for data" if phases else ""
+    console.print(f"time: {shown}{share}{waiting}", soft_wrap=True)
 
 
 def _row(table: Table, name: str, numbers: Mapping[str, Any]) -> None:

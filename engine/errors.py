@@ -7,11 +7,18 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Wrong use: the message is one line that names the thing and the remedy. The command exits with 2."""
+    """Wrong use: the message is one line that names the thing and the remedy. The command exits with 2.
+
+    shared: another rank raised it too and shows it.
+    """
+
+    shared = False
 
 
 class RunStopped(RuntimeError):
     """A run that cannot go on (a loss that is not finite, no space left). The command exits with 1."""
+
+    shared = False
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

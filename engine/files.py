@@ -22,19 +22,38 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        yield temporary
-        temporary.chmod(mode)  # safetensors makes files that only their owner can read
-        with open(temporary, "rb+") as handle:
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
-    except Exception as error:
-        if _is_full(error):
-            raise RunStopped(f"no space left to write {path}; the earlier file, if there was one, is intact") from error
-        raise
+        with full_disk(path, "the earlier file, if there was one, is intact"):
+            temporary.touch()
+            mode = temporary.stat().st_mode
+            yield temporary
+            temporary.chmod(mode)  # safetensors makes files that only their owner can read
+            sync(temporary)
+            os.replace(temporary, path)
+            sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def full_disk(path: Path, otherwise: str) -> Iterator[None]:
+    """Turns the errors of a full disk into RunStopped, with what is left to the user."""
+    try:
+        yield
+    except RunStopped:
+        raise
+    except Exception as error:
+        if _is_full(error):
+            raise RunStopped(f"no space left to write {path}; {otherwise}") from error
+        raise
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or what a folder lists, has reached the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _is_full(error: BaseException) -> bool:

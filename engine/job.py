@@ -12,6 +12,7 @@ from torch import nn
 
 from engine.config import build, to_dict
 from engine.data import ForgetRequest, Preprocessing, Samples, Source, open_source, read_forget_request
+from engine.distributed.world import World
 from engine.environment import environment
 from engine.errors import UserError, nearest
 from engine.evaluate import Evaluation, Evaluator, compare
@@ -24,7 +25,7 @@ from engine.trainer import Progress, UnlearnResult
 from engine.vit import ModelSpec, load_checkpoint, weights_sha256
 
 # Options of a run that an evaluation has too.
-_EVALUATION_KEYS = ("precision", "device", "workers")
+_EVALUATION_KEYS = ("precision", "device", "workers", "decode", "on_bad_image", "max_bad_share")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,10 +70,44 @@ def run_job(
     resume: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
+    deepspeed: str | Path | None = None,
 ) -> Outcome:
     """Unlearns a checkpoint, evaluates it beside the original and the references, and fills the run folder."""
     original = load_checkpoint(checkpoint)
     retrained = [load_checkpoint(reference) for reference in references]
+    metrics: dict[str, Any] = {}
+
+    def evaluate(result: UnlearnResult) -> None:
+        began = time.perf_counter()
+        world = World.current()
+        evaluator = task.evaluator(result.config)
+        evaluations = {"original": evaluator(original), "unlearned": evaluator(result.model)}
+        evaluations.update({f"retrained {i}": evaluator(model) for i, model in enumerate(retrained, 1)})
+        seconds = {**result.seconds, "evaluate": time.perf_counter() - began}
+        metrics.update(
+            compare(
+                evaluations["unlearned"],
+                _references(evaluations),
+                evaluations["original"],
+                seconds,
+                result.samples_seen,
+            )
+        )
+        metrics["collapsed"] = result.collapsed
+        if retrain_seconds is not None:
+            metrics["seconds"]["retrain"] = retrain_seconds
+        models = {
+            "original": original,
+            "unlearned": result.model,
+            **({"retrained": retrained[0]} if retrained else {}),
+        }
+
+        def write() -> None:
+            write_json(output_dir / "metrics.json", metrics)
+            _write_evidence(task, output_dir, method, result, metrics, evaluations, models, retrain_seconds)
+
+        world.on_main(write)
+
     result = unlearn(
         original,
         task.forget,
@@ -85,21 +120,9 @@ def run_job(
         overwrite=overwrite,
         progress=progress,
         notes={"checkpoint": checkpoint, **task.notes()},
+        deepspeed=deepspeed,
+        finalize=evaluate,
     )
-    began = time.perf_counter()
-    evaluator = task.evaluator(result.config)
-    evaluations = {"original": evaluator(original), "unlearned": evaluator(result.model)}
-    evaluations.update({f"retrained {i}": evaluator(model) for i, model in enumerate(retrained, 1)})
-    seconds = {**result.seconds, "evaluate": time.perf_counter() - began}
-    metrics = compare(
-        evaluations["unlearned"], _references(evaluations), evaluations["original"], seconds, result.samples_seen
-    )
-    metrics["collapsed"] = result.collapsed
-    if retrain_seconds is not None:
-        metrics["seconds"]["retrain"] = retrain_seconds
-    write_json(output_dir / "metrics.json", metrics)
-    models = {"original": original, "unlearned": result.model, **({"retrained": retrained[0]} if retrained else {})}
-    _write_evidence(task, output_dir, method, result, metrics, evaluations, models, retrain_seconds)
     return Outcome(result, metrics)
 
 
@@ -144,6 +167,7 @@ def _write_evidence(
             "sha256": hashes,
             "metrics": metrics,
             "events": result.events,
+            "bad_images": result.bad_images,
         },
     )
     masking = result.config if method == "lethe" else to_dict(build(LetheConfig, {}))

@@ -1,4 +1,10 @@
-"""The folder of a run: config.yaml, history.jsonl, resume.pt while it runs, and what it ends with."""
+"""The folder of a run: config.yaml, history.jsonl, resume/ while it runs, and what it ends with.
+
+resume/TAG/ holds one checkpoint: state.pt (where the run is) and the files of the updater, of every rank. It counts
+from the moment that resume/current.json names it; that file is replaced in one step, after everything in the folder
+has reached the disk, and older checkpoints are removed after that. So a process that dies at any moment leaves one
+checkpoint that is whole. Several hosts need one file system that all of them see.
+"""
 
 from __future__ import annotations
 
@@ -6,27 +12,28 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from engine.config import read_yaml, write_yaml
+from engine.distributed.world import World
 from engine.errors import RunStopped, UserError
-from engine.files import replacing
+from engine.files import full_disk, replacing, sync, write_json
 
 # What a run folder may hold; --overwrite removes these and nothing else.
 _FILES = (
     "config.yaml",
     "history.jsonl",
-    "resume.pt",
     "config.json",
     "model.safetensors",
     "metrics.json",
     "record.json",
     "report.html",
 )
+_FOLDERS = ("resume", "last_good")
 
 
 class RunFolder:
@@ -37,14 +44,27 @@ class RunFolder:
     """
 
     def __init__(
-        self, folder: str | os.PathLike[str], config: dict[str, Any], *, resume: bool = False, overwrite: bool = False
+        self,
+        folder: str | os.PathLike[str],
+        config: dict[str, Any],
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        world: World | None = None,
     ) -> None:
-        self.path = Path(folder)
+        self.path, self.world = Path(folder), world or World()
         if resume and overwrite:
             raise UserError("give --resume or --overwrite, not both")
+        self.world.on_main(lambda: self._open(config, resume, overwrite))
+        if not self.path.is_dir():
+            raise UserError(
+                f"rank {self.world.rank} does not see the output folder {self.path}; all hosts need one file system"
+            )
+
+    def _open(self, config: dict[str, Any], resume: bool, overwrite: bool) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"output folder {self.path} is a file; name a folder")
-        held = [name for name in (*_FILES, "last_good") if (self.path / name).exists()]
+        held = [name for name in (*_FILES, *_FOLDERS) if (self.path / name).exists()]
         if resume:
             self._check_same(config, held)
         elif held and not overwrite:
@@ -52,19 +72,22 @@ class RunFolder:
                 f"output folder {self.path} holds another run ({', '.join(held[:3])}, ...); "
                 "go on with it by --resume, replace it by --overwrite, or name another folder"
             )
-        elif any(self.path.glob("*")) and not held:
+        elif not held and any(not path.name.endswith(".tmp") for path in self.path.glob("*")):
             raise UserError(f"output folder {self.path} holds files that are not a run's; name another folder")
         self.path.mkdir(parents=True, exist_ok=True)
+        for leftover in self.path.glob(".*.tmp"):  # of a process that was killed
+            leftover.unlink()
         if not resume:
             for name in held:
-                shutil.rmtree(self.path / name) if name == "last_good" else (self.path / name).unlink()
-            write_yaml(self.path / "config.yaml", config)
-            (self.path / "history.jsonl").touch()
+                shutil.rmtree(self.path / name) if name in _FOLDERS else (self.path / name).unlink()
+            with replacing(self.path / "config.yaml") as temporary:
+                write_yaml(temporary, config)
+        (self.path / "history.jsonl").touch()
 
     def _check_same(self, config: dict[str, Any], held: list[str]) -> None:
         if "config.yaml" not in held:
             raise UserError(f"output folder {self.path} holds no run to resume; leave --resume out")
-        if "model.safetensors" in held:
+        if "model.safetensors" in held and "resume" not in held:
             raise UserError(f"output folder {self.path} holds a finished run; there is nothing to resume")
         before = _flat(read_yaml(self.path / "config.yaml"))
         now = _flat(config)
@@ -77,6 +100,9 @@ class RunFolder:
             )
 
     def append(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Adds rows to history.jsonl; on the main rank alone."""
+        if not self.world.is_main:
+            return
         text = "".join(json.dumps(row) + "\n" for row in rows)
         try:
             with open(self.path / "history.jsonl", "a", encoding="utf-8") as handle:
@@ -89,30 +115,95 @@ class RunFolder:
     def history(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (self.path / "history.jsonl").read_text(encoding="utf-8").splitlines()]
 
-    def save_state(self, state: dict[str, Any]) -> None:
-        """Keeps what is needed to go on; `state` holds tensors and plain values only."""
-        size = (self.path / "history.jsonl").stat().st_size
-        with replacing(self.path / "resume.pt") as temporary:
-            torch.save({**state, "history_bytes": size}, temporary)
+    def save(self, state: dict[str, Any], write: Callable[[Path], None]) -> None:
+        """Keeps a checkpoint: `state` (tensors and plain values, the main rank's) and what `write` puts in its folder.
 
-    def load_state(self) -> dict[str, Any] | None:
-        """The last kept state, history cut back to it; None where there is none yet."""
-        path = self.path / "resume.pt"
-        if not path.is_file():
-            (self.path / "history.jsonl").write_text("")
+        Every rank calls it. Raises RunStopped where there is no space left; the checkpoint before is intact then.
+        """
+        place = self.path / "resume" / f"{state['phase']}-{state['step']:08d}"
+
+        def begin() -> None:
+            shutil.rmtree(place, ignore_errors=True)  # of an earlier attempt that was not finished
+            place.mkdir(parents=True)
+
+        def commit() -> None:
+            torch.save({**state, "history_bytes": (self.path / "history.jsonl").stat().st_size}, place / "state.pt")
+            files = sorted(path for path in place.iterdir() if path.is_file())
+            for path in [*files, place, self.path / "history.jsonl"]:
+                sync(path)
+            write_json(
+                self.path / "resume" / "current.json",
+                {"tag": place.name, "files": {path.name: path.stat().st_size for path in files}},
+            )
+            for other in (self.path / "resume").iterdir():
+                if other.is_dir() and other != place:
+                    shutil.rmtree(other, ignore_errors=True)
+
+        with full_disk(place, f"{self.path / 'resume'} holds the checkpoint before, intact; free space and --resume"):
+            self.world.on_main(begin)
+            write(place)
+            self.world.barrier()
+            self.world.on_main(commit)
+
+    def keep(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
+        """Keeps tensors beside the checkpoints, for as long as there are any."""
+        if not tensors:
+            return
+
+        def write() -> None:
+            (self.path / "resume").mkdir(exist_ok=True)
+            with replacing(self.path / "resume" / f"{name}.pt") as temporary:
+                torch.save(tensors, temporary)
+
+        self.world.on_main(write)
+
+    def kept(self, name: str) -> dict[str, torch.Tensor] | None:
+        path = self.path / "resume" / f"{name}.pt"
+        return torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else None
+
+    def checkpoint(self) -> Path | None:
+        """The folder of the checkpoint that counts, checked to be whole; None where there is none yet."""
+        current = self.path / "resume" / "current.json"
+        if not current.is_file():
             return None
+        again = "start again with --overwrite"
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise UserError(
-                f"{path} is damaged ({str(error).splitlines()[0][:80]}); start again with --overwrite"
-            ) from None
-        with open(self.path / "history.jsonl", "rb+") as handle:
-            handle.truncate(state["history_bytes"])
-        return state
+            listed = json.loads(current.read_text(encoding="utf-8"))
+            place, files = current.parent / listed["tag"], listed["files"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{current} is damaged; {again}") from None
+        for name, size in files.items():
+            path = place / name
+            if not path.is_file() or path.stat().st_size != size:
+                raise UserError(f"{path} is missing or damaged; {again}")
+        return place
 
-    def clear_state(self) -> None:
-        (self.path / "resume.pt").unlink(missing_ok=True)
+    def load_state(self) -> tuple[dict[str, Any], Path] | None:
+        """(state, folder) of the checkpoint that counts, the history cut back to it; None where there is none yet."""
+        place = self.checkpoint()
+        size = 0
+        loaded = None
+        if place is not None:
+            try:
+                state = torch.load(place / "state.pt", map_location="cpu", weights_only=True)
+            except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+                raise UserError(
+                    f"{place / 'state.pt'} is damaged ({str(error).splitlines()[0][:80]}); start again with --overwrite"
+                ) from None
+            size, loaded = state["history_bytes"], (state, place)
+
+        def cut() -> None:
+            with open(self.path / "history.jsonl", "ab") as handle:
+                handle.truncate(size)
+
+        self.world.on_main(cut)
+        return loaded
+
+    def finished(self) -> None:
+        """The run is done: nothing is left to resume."""
+        self.world.barrier()
+        if self.world.is_main:
+            shutil.rmtree(self.path / "resume", ignore_errors=True)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -23,7 +23,7 @@ from timm.layers.patch_embed import PatchEmbed
 from torch import Tensor, nn
 
 from engine.errors import UserError
-from engine.vit import describe, outputs
+from engine.vit import describe, forwarding, outputs
 from kernels import mask_tokens
 
 Backend = Literal["auto", "triton", "eager"]
@@ -99,19 +99,5 @@ def masked_outputs(
     Neither images nor patch embedding are needed. Raises UserError unless `supports_tokens(model)`.
     """
     masked = mask_tokens(tokens.flatten(1, -2), mask, token, backend=backend).view(tokens.shape)
-    with _tokens_as_input(model):
+    with forwarding(_patch_embed(model), lambda tokens: tokens):
         return outputs(model, masked, what)
-
-
-@contextlib.contextmanager
-def _tokens_as_input(model: nn.Module) -> Iterator[None]:
-    """Within it, the model takes patch tokens where it took images: its patch embedding hands on what it is given."""
-    embed = _patch_embed(model)
-    before = vars(embed).get("forward")  # another wrapper's, if there is one
-    embed.forward = lambda tokens: tokens
-    try:
-        yield
-    finally:
-        del embed.forward
-        if before is not None:
-            embed.forward = before

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from engine.config import RunConfig
-from engine.data import Loader, Samples
+from engine.data import Batch, Loader, Samples
+from engine.distributed.updater import Updater
 from engine.errors import RunStopped
 from engine.evaluate.predict import predict
 from engine.methods import Method, Phase
 from engine.runfolder import RunFolder
-from engine.vit import save_checkpoint
+from engine.vit import ModelSpec, save_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +32,9 @@ _CHECKS = 8
 # Points of watched accuracy lost at the end of a run that are reported as a collapse.
 _LOST = 10.0
 
+# What a checkpoint keeps of the trainer itself.
+_KEPT = ("samples_seen", "watched", "seconds", "bad_images")
+
 Progress = Callable[[str, int, int, dict[str, float]], None]
 AfterPhase = Callable[[str, nn.Module], None]
 
@@ -39,11 +44,13 @@ class UnlearnResult:
     """What a run gives back.
 
     model: the unlearned model, eval mode, on the run's device. config: every option as resolved.
-    seconds: unlearn (all of it), prepare (masks and teacher passes), and one entry a phase.
+    seconds: unlearn (all of it), prepare (masks and teacher passes), one entry a phase, and data: the part of the
+        phases that was spent waiting for images, on the main rank.
     samples_seen: training samples by phase. history: one row a step, and one an event.
     events: the rows that say something went wrong (collapse).
     watched: accuracy [0, 1] on the watched samples before and after. collapsed: it fell by more than 10 points.
     output_dir: the run folder, or None. accuracy: top-1 [0, 1] of the model on any samples.
+    bad_images: ids of training images that were left out, and why (on_bad_image=skip).
     """
 
     model: nn.Module
@@ -55,6 +62,7 @@ class UnlearnResult:
     collapsed: bool
     output_dir: Path | None
     accuracy: Callable[[Samples], float]
+    bad_images: dict[str, str]
 
     @property
     def events(self) -> list[dict[str, Any]]:
@@ -66,7 +74,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: nn.Module,
+        updater: Updater,
         method: Method,
         run: RunConfig,
         folder: RunFolder | None,
@@ -74,122 +82,165 @@ class Trainer:
         after_phase: AfterPhase | None,
         watched: Samples,
         loader: Callable[[Samples, str], Loader],
+        release: Callable[[], None],
+        spec: ModelSpec | None,
     ) -> None:
-        self.model, self.method, self.run, self.folder, self.progress = model, method, run, folder, progress
-        self.after_phase, self.loader = after_phase, loader
+        self.updater, self.method, self.run, self.folder, self.progress = updater, method, run, folder, progress
+        self.after_phase, self.loader, self.release, self.spec = after_phase, loader, release, spec
+        self.world = method.context.world
         self.watch_loader = loader(watched, "none")
         self.history: list[dict[str, Any]] = []
         self.state: dict[str, Any] | None = None
-        self.phase_number, self.seconds, self.samples_seen = 0, {"prepare": 0.0}, {}  # type: ignore[var-annotated]
+        self.phase_number, self.seconds, self.samples_seen = 0, {"prepare": 0.0, "data": 0.0}, {}  # type: ignore[var-annotated]
+        self.bad_images: dict[str, str] = {}
         self.watched: dict[str, float] = {}
+
+    @property
+    def model(self) -> nn.Module:
+        return self.updater.model
 
     def begin(self, started: float) -> None:
         self.started = started
-        self.state = self.folder.load_state() if self.folder else None
-        if self.state is None:
+        loaded = self.folder.load_state() if self.folder else None
+        if loaded is None:
             self.watched["before"] = self.watch(self.method.context.original)
             return
+        self.state, place = loaded
         self.history = self.folder.history() if self.folder else []
-        self.model.load_state_dict(self.state["model"])
-        self.phase_number, self.samples_seen, self.watched = (
-            self.state[k] for k in ("phase", "samples_seen", "watched")
-        )
-        self.seconds = self.state["seconds"]
+        self.updater.load(place)
+        self.phase_number = self.state["phase"]
+        for key in _KEPT:
+            setattr(self, key, self.state[key])
         self.started -= self.seconds["unlearn"]
-        logger.info("resumed at phase %d, epoch %d", self.phase_number, self.state["epoch"])
+        logger.info("resumed at phase %d, step %d", self.phase_number, self.state["step"])
 
     def watch(self, model: nn.Module) -> float:
         """Accuracy [0, 1] on the watched samples."""
         return predict(model, self.watch_loader, self.run.precision).accuracy
 
-    def run_phase(self, number: int, phase: Phase, loader: Loader) -> None:
+    def run_phase(self, number: int, phase: Phase, loader: Loader, original_needed: bool) -> None:
+        """Runs a phase, or what a resumed run has left of it. original_needed: by a phase that comes later."""
         began = time.perf_counter()
-        self.method.prepare(phase)
+        self._prepare(number, phase)
+        if not original_needed and not self.method.needs_original(phase, prepared=True):
+            self.release()
         self.seconds["prepare"] += time.perf_counter() - began
         total = math.ceil(round(phase.epochs * loader.steps(), 6))
         total = min(total, self.run.max_steps) if self.run.max_steps else total
-        optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=phase.lr, weight_decay=self.run.weight_decay, fused=True
-        )
-        scheduler = _schedule(phase, optimizer, total)
-        epoch = 0
-        if self.state is not None and self.state["epoch"] > 0:  # resumed inside this phase
-            optimizer.load_state_dict(self.state["optimizer"])
-            scheduler.load_state_dict(self.state["scheduler"])
-            epoch = self.state["epoch"]
-        self.state = None
+        step, stopped = self._step_of(number), False
+        if step == 0:
+            self.updater.begin_phase(phase.lr)
+        scheduler = _schedule(phase, self.updater.optimizer, total)
         guard = _Guard(self, phase, total) if phase.guarded else None
-        stopped = False
-        while epoch * loader.steps() < total and not stopped:
-            with torch.random.fork_rng(devices=[loader.device] if loader.device.type == "cuda" else []):
-                torch.manual_seed(loader.seed * 10_007 + epoch)  # dropout
-                stopped = self._run_epoch(phase, loader, epoch, total, optimizer, scheduler, guard)
-            epoch += 1
+        if step and self.state is not None:
+            scheduler.load_state_dict(self.state["scheduler"])
+            self.updater.set_groups(self.state["groups"])
+            if guard:
+                guard.load_state(self.state["guard"])
+        self.state = None
+        while step < total and not stopped:
+            stop = self._next_checkpoint(step, total, loader)
+            stopped = self._run_steps(phase, loader, step, stop, total, scheduler, guard)
+            step = stop
+            self.seconds["data"] += loader.waited
+            loader.waited = 0.0
+            if self.run.on_bad_image == "skip":
+                for found in self.world.gather(loader.bad_ids):
+                    self.bad_images.update(found)
             self._keep(
-                number,
-                epoch,
-                optimizer,
-                scheduler,
-                done=stopped or epoch * loader.steps() >= total,
+                phase,
+                {"phase": number, "step": step, "scheduler": scheduler.state_dict(), "groups": self.updater.groups()}
+                | ({"guard": guard.state()} if guard else {}),
+                done=stopped or step == total,
                 seconds=time.perf_counter() - began,
-                phase=phase,
             )
             began = time.perf_counter()
         if self.after_phase:
             self.after_phase(phase.name, self.model.eval())
             self.started += time.perf_counter() - began
 
-    def _run_epoch(
+    def _step_of(self, number: int) -> int:
+        """Where a phase begins: at its start, or where a resumed run left it."""
+        return self.state["step"] if self.state is not None and self.state["phase"] == number else 0
+
+    def _prepare(self, number: int, phase: Phase) -> None:
+        name = f"prepared-{number}"
+        kept = self.folder.kept(name) if self.folder and self.state is not None else None
+        if kept is not None:
+            self.method.restore(phase, kept)
+            return
+        self.method.prepare(phase)
+        if self.folder:
+            self.folder.keep(name, self.method.prepared(phase))
+
+    def _next_checkpoint(self, step: int, total: int, loader: Loader) -> int:
+        """The end of the epoch or of the phase, or `checkpoint_every` steps on."""
+        ends = [total, (step // loader.steps() + 1) * loader.steps()]
+        return min(*ends, step + self.run.checkpoint_every if self.run.checkpoint_every else total)
+
+    def _run_steps(
         self,
         phase: Phase,
         loader: Loader,
-        epoch: int,
+        step: int,
+        stop: int,
         total: int,
-        optimizer: torch.optim.Optimizer,
         scheduler: Any,
         guard: _Guard | None,
     ) -> bool:
-        """One pass; True where the guard ended the phase."""
-        pending: list[tuple[int, float, dict[str, Tensor], Tensor]] = []
-        step = epoch * loader.steps()
+        """The steps [step, stop) of a phase, all of one epoch; True where the guard ended the phase."""
+        pending: list[_Row] = []
+        epoch = step // loader.steps()
+        first = epoch * loader.steps()
         self.model.train()
-        for batch in loader.epoch(epoch, steps=min(loader.steps(), total - step)):
-            with self.method.context.autocast():
-                terms = self.method.loss(self.model, batch, phase)
-            optimizer.zero_grad(set_to_none=True)
-            sum(terms.values()).backward()  # type: ignore[union-attr]
-            norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.run.grad_clip or math.inf)
-            pending.append((step, scheduler.get_last_lr()[0], {k: v.detach() for k, v in terms.items()}, norm.detach()))
-            optimizer.step()
-            scheduler.step()
+        batches = loader.epoch(epoch, step - first, stop - first)
+        while step < stop:
+            # Dropout is a function of seed, step and rank, so that a run can go on from any step.
+            with torch.random.fork_rng(devices=[loader.device] if loader.device.type == "cuda" else []):
+                torch.manual_seed((loader.seed * 1_000_003 + step) * 8_191 + self.world.rank)
+                row = self._step(phase, batches, step, scheduler)
+            pending.append(row)
             step += 1
-            self.samples_seen[phase.name] = self.samples_seen.get(phase.name, 0) + len(batch)
-            if len(pending) == _FLUSH or step == total or (guard and step in guard.steps):
+            if len(pending) == _FLUSH or step == stop or (guard and step in guard.steps):
                 self._flush(phase, epoch, total, pending)
                 if guard and step in guard.steps and guard.collapsed(step):
                     return True
                 self.model.train()
-        self._flush(phase, epoch, total, pending)
         return False
 
-    def _flush(
-        self, phase: Phase, epoch: int, total: int, pending: list[tuple[int, float, dict[str, Tensor], Tensor]]
-    ) -> None:
+    def _step(self, phase: Phase, batches: Iterator[Batch], step: int, scheduler: Any) -> _Row:
+        """One optimizer step over its micro-batches."""
+        micro = self.run.accumulation_steps
+        sums: dict[str, Tensor] = {}
+        for batch in itertools.islice(batches, micro):
+            with self.method.context.autocast():
+                terms = self.method.loss(self.model, batch, phase)
+            loss: Tensor = sum(terms.values())  # type: ignore[assignment]
+            self.updater.backward(loss * batch.weight if batch.weight != 1 else loss)
+            for name, value in terms.items():
+                sums[name] = sums.get(name, 0) + value.detach() * (batch.weight / micro)
+        lr = scheduler.get_last_lr()[0]
+        norm = self.updater.step()
+        scheduler.step()
+        self.samples_seen[phase.name] = self.samples_seen.get(phase.name, 0) + batch.total
+        return _Row(step, lr, sums, norm)
+
+    def _flush(self, phase: Phase, epoch: int, total: int, pending: list[_Row]) -> None:
         """Reads the losses of the last steps: into the history, and stops the run where one is not finite."""
         rows: list[dict[str, Any]] = []
-        for step, lr, terms, norm in pending:
-            numbers = {name: float(value) for name, value in terms.items()}
-            bad = [
-                name for name, value in {**numbers, "gradient norm": float(norm)}.items() if not math.isfinite(value)
-            ]
+        names = list(pending[0].terms)
+        # The mean over ranks of what each has weighted: the mean over the samples of the step.
+        values = torch.stack([torch.stack([row.terms[name] for name in names]).float() for row in pending])
+        values = (self.world.sum(values) / self.world.size).cpu()
+        for row, terms in zip(pending, values.tolist(), strict=True):
+            numbers = {**dict(zip(names, terms, strict=True)), "grad_norm": float(row.norm)}
+            bad = [name for name, value in numbers.items() if not math.isfinite(value)]
             if bad:
                 self._record(rows)
-                self._stop(phase, step, bad[0])
-            rows.append(
-                {"phase": phase.name, "epoch": epoch, "step": step, **numbers, "grad_norm": float(norm), "lr": lr}
-            )
+                self._stop(phase, row.step, "gradient norm" if bad[0] == "grad_norm" else bad[0])
+            rows.append({"phase": phase.name, "epoch": epoch, "step": row.step, **numbers, "lr": row.lr})
         self._record(rows)
-        if rows and self.progress:
+        if rows and self.progress and self.world.is_main:
             self.progress(
                 phase.name, rows[-1]["step"] + 1, total, {k: v for k, v in rows[-1].items() if isinstance(v, float)}
             )
@@ -205,48 +256,37 @@ class Trainer:
 
     def _stop(self, phase: Phase, step: int, term: str) -> None:
         where = "start again with a lower rate"
-        if self.folder:
-            state = self.folder.load_state()
-            if state is not None:
-                self.model.load_state_dict(state["model"])
-                save_checkpoint(self.model, self.folder.path / "last_good")
-                where = f"the last good weights are in {self.folder.path / 'last_good'}; lower the rate"
+        place = self.folder.checkpoint() if self.folder else None
+        if self.folder and place is not None:
+            last_good = self.folder.path / "last_good"
+
+            def save() -> None:
+                assert self.spec is not None  # there is a folder
+                model = self.spec.build()
+                model.load_state_dict(self.updater.read_weights(place))
+                save_checkpoint(model, last_good)
+
+            self.world.on_main(save)
+            where = f"the last good weights are in {last_good}; lower the rate"
         raise RunStopped(
             f"phase {phase.name}, step {step}: {term} is not finite; {where} (--set lr=... or forget_lr=...) "
             "or the precision (--set precision=fp32)"
         )
 
-    def _keep(
-        self,
-        number: int,
-        epoch: int,
-        optimizer: torch.optim.Optimizer,
-        scheduler: Any,
-        done: bool,
-        seconds: float,
-        phase: Phase,
-    ) -> None:
+    def _keep(self, phase: Phase, state: dict[str, Any], done: bool, seconds: float) -> None:
         key = f"{phase.name}_phase"
         self.seconds[key] = self.seconds.get(key, 0.0) + seconds
         self.seconds["unlearn"] = time.perf_counter() - self.started
         if self.folder is None:
             return
-        self.folder.save_state(
-            {
-                "phase": number + 1 if done else number,
-                "epoch": 0 if done else epoch,
-                "model": self.model.state_dict(),
-                "optimizer": optimizer.state_dict() if not done else {},
-                "scheduler": scheduler.state_dict() if not done else {},
-                "samples_seen": dict(self.samples_seen),
-                "watched": dict(self.watched),
-                "seconds": dict(self.seconds),
-            }
-        )
+        if done:
+            state = {"phase": state["phase"] + 1, "step": 0}
+        kept = {key: dict(getattr(self, key)) for key in _KEPT}
+        self.folder.save({**state, **kept}, self.updater.save)
 
-    def finish(self, resolved: dict[str, Any]) -> UnlearnResult:
-        self.model.eval()
-        self.watched["after"] = self.watch(self.model)
+    def finish(self, resolved: dict[str, Any], finalize: Callable[[UnlearnResult], None] | None) -> UnlearnResult:
+        model = self.updater.finish().eval()
+        self.watched["after"] = self.watch(model)
         lost = 100 * (self.watched["before"] - self.watched["after"])
         collapsed = lost > _LOST
         if collapsed:
@@ -258,11 +298,11 @@ class Trainer:
                 100 * self.watched["after"],
             )
         if self.folder:
-            save_checkpoint(self.model, self.folder.path)
-            self.folder.clear_state()
+            path = self.folder.path
+            self.world.on_main(lambda: save_checkpoint(model, path) and None)
         self.seconds["unlearn"] = time.perf_counter() - self.started
-        return UnlearnResult(
-            self.model,
+        result = UnlearnResult(
+            model,
             resolved,
             self.seconds,
             self.samples_seen,
@@ -270,8 +310,24 @@ class Trainer:
             self.watched,
             collapsed,
             self.folder.path if self.folder else None,
-            lambda samples: predict(self.model, self.loader(samples, "none"), self.run.precision).accuracy,
+            lambda samples: predict(model, self.loader(samples, "none"), self.run.precision).accuracy,
+            self.bad_images,
         )
+        if finalize:
+            finalize(result)
+        if self.folder:
+            self.folder.finished()
+        return result
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    """A step before its numbers are read: the rank's weighted loss terms, and the gradient's norm."""
+
+    step: int
+    lr: float
+    terms: dict[str, Tensor]
+    norm: Tensor | float
 
 
 class _Guard:
@@ -280,19 +336,22 @@ class _Guard:
     def __init__(self, trainer: Trainer, phase: Phase, total: int) -> None:
         self.trainer, self.phase = trainer, phase
         self.steps = {math.ceil(total * (i + 1) / _CHECKS) for i in range(_CHECKS)}
-        self.good_step, self.good = 0, self._copy()
+        self.good_step, self.good = 0, trainer.updater.weights()
 
-    def _copy(self) -> dict[str, Tensor]:
-        return {key: value.detach().clone() for key, value in self.trainer.model.state_dict().items()}
+    def state(self) -> dict[str, Any]:
+        return {"step": self.good_step, "weights": self.good}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.good_step, self.good = state["step"], state["weights"] if self.trainer.world.is_main else None
 
     def collapsed(self, step: int) -> bool:
         trainer = self.trainer
         before, now = trainer.watched["before"], trainer.watch(trainer.model)
         trainer.event({"phase": self.phase.name, "step": step - 1, "watched_accuracy": now})
         if 100 * (before - now) <= trainer.run.collapse_drop:
-            self.good_step, self.good = step, self._copy()
+            self.good_step, self.good = step, trainer.updater.weights()
             return False
-        trainer.model.load_state_dict(self.good)
+        trainer.updater.load_weights(self.good)
         trainer.event(
             {
                 "event": "collapse",

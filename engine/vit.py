@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from engine.errors import UserError, nearest
 from engine.files import replacing
+from engine.memory_efficient import through_xformers
 
 # Model attribute that holds the ModelSpec; timm itself does not keep the arguments a model was built with.
 _SPEC = "_lethe_spec"
@@ -321,10 +322,32 @@ def _is_swin(model: nn.Module) -> bool:
 
 
 def outputs(model: nn.Module, images: Tensor, what: str = "logits") -> Tensor:
-    """`logits` [B, classes], or `features` [B, width]: what the last linear layer reads."""
+    """`logits` [B, classes], or `features` [B, width]: what the last linear layer reads. In the precision of the pass.
+
+    Always one call of the model itself, never of its parts, and what that call returns: DeepSpeed gathers sharded
+    weights at the call, and begins the backward pass at what was returned.
+    """
+    images = images.to(next(model.parameters()).dtype)
     if what == "logits":
         return model(images)
-    return model.forward_head(model.forward_features(images), pre_logits=True)  # type: ignore[operator]
+    classifier = model.get_classifier()  # type: ignore[operator]
+    with contextlib.ExitStack() as replaced:
+        for head in classifier if isinstance(classifier, tuple) else (classifier,):  # DeiT has two, and takes the mean
+            replaced.enter_context(forwarding(head, lambda features: features))
+        return model(images)
+
+
+@contextlib.contextmanager
+def forwarding(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Within it, a module computes something else; its hooks still run."""
+    before = vars(module).get("forward")  # another wrapper's, if there is one
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
 
 
 def attention_modules(model: nn.Module) -> list[nn.Module]:
@@ -336,15 +359,29 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
 
 @contextlib.contextmanager
 def attention_as(model: nn.Module, implementation: str) -> Iterator[None]:
-    """Within it, every block of the model runs timm's fused (`sdpa`) or explicit (`eager`) attention."""
+    """Within it, every block of the model runs timm's fused (`sdpa`) or explicit (`eager`) attention, or `xformers`'.
+
+    Raises UserError for xformers where the model's attention is windowed or cannot be captured.
+    """
     before = {module: module.fused_attn for module in model.modules() if hasattr(module, "fused_attn")}
+    redirected = _usable_attention(_without_windows(model)) if implementation == "xformers" else []
     for module in before:
-        module.fused_attn = implementation == "sdpa"  # type: ignore[assignment]
+        module.fused_attn = implementation != "eager"  # type: ignore[assignment]
     try:
-        yield
+        with through_xformers(redirected) if redirected else contextlib.nullcontext():
+            yield
     finally:
         for module, fused in before.items():
             module.fused_attn = fused
+
+
+def _without_windows(model: nn.Module) -> nn.Module:
+    if _is_swin(model):
+        raise UserError(
+            f"option attention='xformers': {type(model).__name__} adds a relative position bias, and a mask where "
+            "windows are shifted, to the attention of each window, which xformers is not given; use attention=sdpa"
+        )
+    return model
 
 
 @contextlib.contextmanager
@@ -389,6 +426,28 @@ def _usable_attention(model: nn.Module) -> list[nn.Module]:
 
 def _hand_on(sink: Callable[[Tensor], None], _module: nn.Module, _inputs: Any, output: Tensor) -> None:
     sink(output.detach())
+
+
+def still_key_biases(model: nn.Module) -> list[Any]:
+    """Sets the gradient of key biases to zero, which it is but for rounding; returns the handles of the hooks.
+
+    A key bias adds the same number to all logits of a query, and softmax does not see it. Adam divides what rounding
+    leaves of its gradient by its own size, so the bias would wander at full rate, elsewhere on every number of ranks.
+    Not where keys are normalised after the bias.
+    """
+    handles = []
+    for module in model.modules():
+        qkv = getattr(module, "qkv", None)
+        plain = isinstance(getattr(module, "k_norm", None), (nn.Identity, type(None)))
+        if isinstance(qkv, nn.Linear) and qkv.bias is not None and plain:
+            handles.append(qkv.bias.register_hook(_without_key_part))
+    return handles
+
+
+def _without_key_part(gradient: Tensor) -> Tensor:
+    gradient = gradient.clone()
+    gradient.view(3, -1)[1] = 0
+    return gradient
 
 
 def weights_sha256(model: nn.Module) -> str:

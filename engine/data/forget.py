@@ -51,14 +51,14 @@ def read_forget_request(spec: str, train: Samples) -> ForgetRequest:
         rows = _read_rows(Path(spec))
         provenance = {row.pop("id"): row for row in map(dict, rows)}
         duplicates = len(rows) - len(provenance)
-        position = {sample_id: i for i, sample_id in enumerate(train.ids)}
-        unknown = [i for i in provenance if i not in position]
+        positions = train.ids.positions(list(provenance))
+        unknown = [i for i, position in zip(provenance, positions.tolist(), strict=True) if position < 0]
         if unknown:
             raise UserError(
                 f"forget request {spec}: {len(unknown)} of {len(provenance)} ids are not in {train.name}, "
                 f"the first: {', '.join(map(repr, unknown[:3]))}; its ids look like {train.ids[0]!r}"
             )
-        indices = np.array(sorted(position[i] for i in provenance), dtype=np.int64)
+        indices = np.sort(positions)
         provenance = {key: row for key, row in provenance.items() if row}
     if len(indices) == 0:
         raise UserError(f"forget request {spec}: names no samples; nothing to forget")

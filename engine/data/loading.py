@@ -7,8 +7,11 @@ sample's position. So the order and the augmentation do not depend on workers, o
 from __future__ import annotations
 
 import dataclasses
+import functools
+import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -18,13 +21,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode
 
-from engine.data.samples import Samples, as_tensor
+from engine.data.samples import BadImageError, Reduce, Samples
 from engine.data.sampling import Sampler, epoch_order
 from engine.distributed.world import World
-from engine.errors import UserError
+from engine.errors import RunStopped, UserError
 from engine.vit import describe
 
+logger = logging.getLogger(__name__)
+
 _CACHE_BYTES = 1 << 30
+_AHEAD_BYTES = 256 << 20  # of decoded images that a worker may have ready, two batches at least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +38,8 @@ class Batch:
     """images: normalised float32 [B, C, H, W]. labels: int64 [B]. index: int64 [B], positions in the samples.
 
     weight: what the mean over these samples counts in the mean over the step, see `engine.data.sampling`; 0 for
-    a batch that is there only to keep this rank in step. total: samples of the step, over all ranks.
+    a batch that is there only to keep this rank in step. An image left out as bad lowers it, as if its gradient were
+    zero. total: samples of the step, over all ranks.
     """
 
     images: Tensor
@@ -71,10 +78,18 @@ class Preprocessing:
         """timm's evaluation transform: shorter side to size / crop_pct, then the centre. An image that fits is left."""
         if tuple(image.shape[-2:]) == self.size:
             return image
-        height, width = (int(s / self.crop_pct) for s in self.size)
-        ratio = max(height / image.shape[-2], width / image.shape[-1])
-        target = [max(height, round(image.shape[-2] * ratio)), max(width, round(image.shape[-1] * ratio))]
+        target = self._target(*image.shape[-2:])
         return TF.center_crop(TF.resize(image, target, self.interpolation, antialias=True), list(self.size))
+
+    def reduction(self, height: int, width: int) -> int:
+        """How many times smaller an image may be decoded, so that `resize` still makes it no larger."""
+        target = self._target(height, width)
+        return min(height // target[0], width // target[1])
+
+    def _target(self, height: int, width: int) -> list[int]:
+        wanted = [int(s / self.crop_pct) for s in self.size]
+        ratio = max(wanted[0] / height, wanted[1] / width)
+        return [max(wanted[0], round(height * ratio)), max(wanted[1], round(width * ratio))]
 
     def normalise(self, images: Tensor) -> Tensor:
         if images.dtype != torch.uint8:
@@ -87,6 +102,10 @@ class Loader:
     """Batches of some samples as one model wants them.
 
     Decoded images are kept in memory where all of them fit into 1 GiB, unless they are cropped at random.
+
+    on_bad_image: raise BadImageError, or skip: an image that does not decode is left out of its batch, logged, and kept
+    in `bad_ids`; more than `max_bad_share` of the samples stop the run. decode: see RunConfig.
+    waited: seconds that passes of this loader have waited for their batches.
     """
 
     def __init__(
@@ -101,26 +120,38 @@ class Loader:
         device: torch.device | str = "cpu",
         world: World | None = None,
         micro: int = 1,
+        on_bad_image: str = "raise",
+        max_bad_share: float = 0.01,
+        decode: str = "draft",
     ) -> None:
         self.world = world or World()
         self.sampler = Sampler(len(samples), batch_size, self.world.rank, self.world.size, micro)
         self.samples, self.preprocessing, self.seed = samples, preprocessing, seed
         self.device = torch.device(device)
+        self.on_bad_image, self.max_bad_share = on_bad_image, max_bad_share
+        self.bad_ids: dict[str, str] = {}  # with what is wrong with each
+        self.waited = 0.0
         channels = len(preprocessing.mean)
         size = len(samples) * channels * preprocessing.size[0] * preprocessing.size[1]
         self.augment = self._resolve(augment, channels)
         fits = size <= _CACHE_BYTES and self.augment != "crop"
         self.workers = (0 if fits else min(8, os.cpu_count() or 1)) if workers is None else workers
-        self._dataset = _Decoded(samples, preprocessing, self.augment, cached=fits and self.workers == 0)
+        self._dataset = _Decoded(samples, preprocessing, self.augment, decode, cached=fits and self.workers == 0)
 
     def _resolve(self, augment: str, channels: int) -> str:
         if augment != "auto":
             return augment
         if not self.samples.natural or not len(self.samples):
             return "none"
-        first = as_tensor(self.samples.image(0), channels)
-        fits = all(side <= wanted for side, wanted in zip(first.shape[-2:], self.preprocessing.size, strict=True))
-        return "flip" if fits else "crop"
+        for index in range(len(self.samples)):
+            try:
+                first = self.samples.tensor(index, channels)
+            except BadImageError as error:
+                self._leave_out(index, error)
+                continue
+            fits = all(side <= wanted for side, wanted in zip(first.shape[-2:], self.preprocessing.size, strict=True))
+            return "flip" if fits else "crop"
+        return "none"  # unreachable but for max_bad_share=1: no image is left to augment
 
     def steps(self) -> int:
         """Optimizer steps of one pass; `micro` batches each."""
@@ -136,40 +167,79 @@ class Loader:
         yield from self._batches(order, table, start, stop)
 
     def rows(self, of: Callable[[Batch], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """What `of` gives for every sample [n, ...], in order, on the CPU of every rank; each rank computes its share."""
+        """What `of` gives for every sample [n, ...], in order, on the CPU of every rank; each rank computes its share.
+
+        The row of a sample that was left out as bad is 0, or -1 where rows are whole numbers.
+        """
         kept: list[tuple[Tensor, ...]] = []
         for batch in self.ordered():
             results = (batch.index, *of(batch))
             kept.append(tuple(rows[: len(batch) if batch.weight else 0].cpu() for rows in results))
         index, *rows = (self.world.gather_rows(torch.cat(each)) for each in zip(*kept, strict=True))
-        order = index.argsort()
-        return tuple(each[order] for each in rows)
+        if len(index) == len(self.samples):
+            order = index.argsort()
+            return tuple(each[order] for each in rows)
+        return tuple(_spread(each, index, len(self.samples)) for each in rows)
 
     def _batches(
         self, order: np.ndarray, table: np.ndarray | None, start: int = 0, stop: int | None = None
     ) -> Iterator[Batch]:
         self._dataset.table = table
         slices = list(self.sampler.slices(order, start, stop))
+        image_bytes = len(self.preprocessing.mean) * self.preprocessing.size[0] * self.preprocessing.size[1]
+        ahead = _AHEAD_BYTES // max(1, image_bytes * self.sampler.batch_size)
         loader = DataLoader(
             self._dataset,
-            batch_sampler=[each.index.tolist() for each in slices],
+            batch_sampler=[each.index for each in slices],  # type: ignore[misc]
             collate_fn=_identity,
             num_workers=self.workers,
+            prefetch_factor=min(8, max(2, ahead)) if self.workers else None,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # else every pass draws from the caller's global one
         )
-        for piece, (images, labels, index) in zip(slices, loader, strict=True):
-            moved = images.to(self.device, non_blocking=True)
-            normalised = self.preprocessing.normalise(moved)
-            if images.dtype != torch.uint8 and not torch.isfinite(normalised).all():
-                bad = int(torch.isfinite(normalised).flatten(1).all(1).logical_not().nonzero()[0])
-                raise UserError(
-                    f"{self.samples.name}: image {self.samples.ids[int(index[bad])]!r} holds values that are not finite"
-                )
-            if self.augment != "none" and table is not None:
-                flip = torch.from_numpy(table[index.numpy(), 0] < 0.5).to(self.device)
-                normalised = torch.where(flip[:, None, None, None], normalised.flip(-1), normalised)
-            yield Batch(normalised, labels.to(self.device, non_blocking=True), index, piece.weight, piece.total)
+        batches = iter(loader)
+        try:
+            for piece in slices:
+                began = time.perf_counter()
+                images, labels, index, bad = next(batches)
+                self.waited += time.perf_counter() - began
+                for position, error in bad:
+                    self._leave_out(position, error)
+                if images is None:  # nothing is left: a black image keeps this rank in step
+                    index = torch.as_tensor(piece.index[:1])
+                    labels = self._dataset.labels[index]
+                    images = torch.zeros(1, len(self.preprocessing.mean), *self.preprocessing.size, dtype=torch.uint8)
+                normalised = self.preprocessing.normalise(images.to(self.device, non_blocking=True))
+                if self.augment != "none" and table is not None:
+                    flip = torch.from_numpy(table[index.numpy(), 0] < 0.5).to(self.device)
+                    normalised = torch.where(flip[:, None, None, None], normalised.flip(-1), normalised)
+                weight = piece.weight * (1 - len(bad) / len(piece.index))
+                yield Batch(normalised, labels.to(self.device, non_blocking=True), index, weight, piece.total)
+        finally:
+            # Ends the workers now: found by the garbage collector after an error, they would be waited for in vain.
+            del batches
+
+    def _leave_out(self, index: int, error: UserError) -> None:
+        """Notes a bad image, or raises its error where that is what was asked for."""
+        if self.on_bad_image == "raise" or not isinstance(error, BadImageError):
+            raise error
+        sample_id = self.samples.ids[index]
+        if sample_id in self.bad_ids:
+            return
+        self.bad_ids[sample_id] = str(error)
+        logger.warning("left out: %s", error)
+        if len(self.bad_ids) > self.max_bad_share * len(self.samples):
+            raise RunStopped(
+                f"{self.samples.name}: {len(self.bad_ids)} of {len(self.samples)} images are bad, more than "
+                f"max_bad_share={self.max_bad_share:g} allows, the last: {sample_id!r}; repair them or raise the share"
+            )
+
+
+def _spread(rows: Tensor, index: Tensor, count: int) -> Tensor:
+    """Rows at their places among `count`."""
+    full = torch.full((count, *rows.shape[1:]), 0 if rows.is_floating_point() else -1, dtype=rows.dtype)
+    full[index] = rows
+    return full
 
 
 def _identity(batch: Any) -> Any:
@@ -179,8 +249,9 @@ def _identity(batch: Any) -> Any:
 class _Decoded(Dataset[Any]):
     """Decodes and resizes whole batches (`__getitems__`); keeps what it decoded where told to."""
 
-    def __init__(self, samples: Samples, preprocessing: Preprocessing, augment: str, cached: bool) -> None:
-        self.samples, self.preprocessing, self.augment, self.cached = samples, preprocessing, augment, cached
+    def __init__(self, samples: Samples, preprocessing: Preprocessing, augment: str, decode: str, cached: bool) -> None:
+        self.samples, self.preprocessing, self.augment = samples, preprocessing, augment
+        self.decode, self.cached = decode, cached
         self.labels = torch.tensor(samples.labels)
         self.table: np.ndarray | None = None
         self._known = np.zeros(len(samples) if cached else 0, dtype=bool)
@@ -189,34 +260,70 @@ class _Decoded(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        index = torch.as_tensor(indices)
+    def __getitems__(self, indices: np.ndarray) -> tuple[Tensor | None, Tensor, Tensor, list[tuple[int, UserError]]]:
+        """Images (None where none is good), labels, positions, and the errors of those that are left out.
+
+        Errors are handed over, because a worker that raises would put its traceback into the message.
+        """
+        good: list[int] = []
+        images: list[Tensor] = []
+        bad: list[tuple[int, UserError]] = []
+        for i in indices.tolist():
+            try:
+                if not self.cached:
+                    images.append(self._load(i))
+                elif not self._known[i]:
+                    self._keep(i, self._load(i))
+                good.append(i)
+            except UserError as error:
+                bad.append((i, type(error)(*error.args)))  # a copy: without the traceback and the cause
+        index = torch.tensor(good, dtype=torch.int64)
+        if not good:
+            return None, self.labels[index], index, bad
         if not self.cached:
-            return torch.stack([self._load(i) for i in indices]), self.labels[index], index
-        for i in indices:
-            if not self._known[i]:
-                image = self._load(i)
-                if self._kept is None:
-                    self._kept = torch.empty((len(self.samples), *image.shape), dtype=image.dtype)
-                self._kept[i] = image
-                self._known[i] = True
+            return torch.stack(images), self.labels[index], index, bad
         assert self._kept is not None
-        return self._kept[index], self.labels[index], index
+        return self._kept[index], self.labels[index], index, bad
+
+    def _keep(self, i: int, image: Tensor) -> None:
+        if self._kept is None:
+            self._kept = torch.empty((len(self.samples), *image.shape), dtype=image.dtype)
+        self._kept[i] = image
+        self._known[i] = True
 
     def _load(self, i: int) -> Tensor:
-        image = as_tensor(self.samples.image(i), len(self.preprocessing.mean))
-        if self.augment == "crop" and self.table is not None and image.dtype == torch.uint8:
-            return _random_resized_crop(image, self.table[i, 1:], self.preprocessing)
+        draws = self.table[i, 1:] if self.augment == "crop" and self.table is not None else None
+        reduce: Reduce | None = None
+        if self.decode == "draft" and draws is not None:
+            reduce = functools.partial(_crop_reduction, draws=draws, preprocessing=self.preprocessing)
+        elif self.decode == "draft":
+            reduce = self.preprocessing.reduction
+        image = self.samples.tensor(i, len(self.preprocessing.mean), reduce)
+        if draws is not None and image.dtype == torch.uint8:
+            top, left, height, width = _crop_box(image.shape[-2], image.shape[-1], draws)
+            return TF.resized_crop(
+                image,
+                top,
+                left,
+                height,
+                width,
+                list(self.preprocessing.size),
+                self.preprocessing.interpolation,
+                antialias=True,
+            )
         return self.preprocessing.resize(image)
 
 
-def _random_resized_crop(image: Tensor, draws: np.ndarray, preprocessing: Preprocessing) -> Tensor:
-    """Inception crop: area share in [0.08, 1], aspect ratio in [3/4, 4/3], uniform place; from four uniform draws."""
-    height, width = image.shape[-2:]
+def _crop_reduction(height: int, width: int, draws: np.ndarray, preprocessing: Preprocessing) -> int:
+    """How many times smaller an image may be decoded, so that its crop is still as large as the model's input."""
+    _, _, h, w = _crop_box(height, width, draws)
+    return min(h // preprocessing.size[0], w // preprocessing.size[1])
+
+
+def _crop_box(height: int, width: int, draws: np.ndarray) -> tuple[int, int, int, int]:
+    """Top, left, height and width of the inception crop: area share in [0.08, 1], aspect ratio in [3/4, 4/3], uniform
+    place; from four uniform draws, so that an image decoded smaller is cropped at the same place but for rounding."""
     area = height * width * (0.08 + 0.92 * float(draws[0]))
     ratio = float(np.exp(np.log(3 / 4) + (np.log(4 / 3) - np.log(3 / 4)) * float(draws[1])))
     w, h = min(width, max(1, round((area * ratio) ** 0.5))), min(height, max(1, round((area / ratio) ** 0.5)))
-    top, left = int(float(draws[2]) * (height - h + 1)), int(float(draws[3]) * (width - w + 1))
-    return TF.resized_crop(
-        image, top, left, h, w, list(preprocessing.size), preprocessing.interpolation, antialias=True
-    )
+    return int(float(draws[2]) * (height - h + 1)), int(float(draws[3]) * (width - w + 1)), h, w

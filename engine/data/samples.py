@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import Dataset
 
+from engine.data.ids import Ids
 from engine.errors import UserError
 
-# Decodes sample i into a PIL image, or a float tensor [C, H, W] that is already normalised.
+# Opens sample i: a PIL image, or a float tensor [C, H, W] that is already normalised.
 Decode = Callable[[int], Any]
+# (height, width) of an image -> how many times smaller it may be decoded.
+Reduce = Callable[[int, int], int]
+
+_FINGERPRINT_CHUNK = 1 << 16  # ids that are text at a time
+
+
+class BadImageError(UserError):
+    """An image that cannot be read or used: the message names it and its place. `--on-bad-image skip` leaves it out."""
 
 
 class Samples:
@@ -21,6 +32,7 @@ class Samples:
 
     ids: one stable string a sample. labels: int64 [n]. decode(i): the image of sample i, see `Decode`.
     class_names: names by label. natural: photographs, for which a mirrored copy shows the same thing.
+    where(i): the place of sample i for people, such as the shard that holds it; for errors.
     """
 
     def __init__(
@@ -31,10 +43,12 @@ class Samples:
         decode: Decode,
         class_names: Sequence[str] = (),
         natural: bool = True,
+        where: Callable[[int], str] | None = None,
     ) -> None:
-        self.name, self.ids, self.class_names, self.natural = name, list(ids), list(class_names), natural
+        self.name, self.class_names, self.natural = name, list(class_names), natural
+        self.ids = Ids(ids)
         self.labels = np.asarray(labels, dtype=np.int64)
-        self._decode = decode
+        self._decode, self._where = decode, where
         if len(self.ids) != len(self.labels):
             raise UserError(f"{name}: {len(self.ids)} ids for {len(self.labels)} labels")
         if len(self.labels) and self.labels.min() < 0:
@@ -45,50 +59,94 @@ class Samples:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def image(self, index: int) -> Any:
-        """The image of a sample. Raises UserError with the sample's id where it does not decode."""
+    def image(self, index: int, reduce: Reduce | None = None) -> Any:
+        """The image of a sample, decoded. Raises BadImageError with its id and place where that fails.
+
+        reduce: how many times smaller than it is stored the image may be; JPEGs are then decoded at 1/2, 1/4 or 1/8.
+        """
+        return self._checked(index, lambda: self._open(index, reduce))
+
+    def tensor(self, index: int, channels: int, reduce: Reduce | None = None) -> torch.Tensor:
+        """The same as uint8 [C, H, W], or as the float tensor that the sample is, whose values must be finite."""
+        image = self._checked(index, lambda: as_tensor(self._open(index, reduce), channels))
+        if image.dtype != torch.uint8 and not torch.isfinite(image).all():
+            raise BadImageError(f"{self.place(index)} holds values that are not finite")
+        return image
+
+    def place(self, index: int) -> str:
+        """Set, id and, where it is known, the file of a sample, for messages."""
+        inside = self.where(index)
+        return f"{self.name}: image {self.ids[index]!r}{inside and f' in {inside}'}"
+
+    def where(self, index: int) -> str:
+        """The file or shard that holds a sample, empty where that is not known."""
+        return self._where(index) if self._where else ""
+
+    def _open(self, index: int, reduce: Reduce | None) -> Any:
+        image = self._decode(index)
+        if isinstance(image, Image.Image):
+            times = reduce(image.height, image.width) if reduce else 1
+            if times > 1:
+                # Pillow takes the smallest of 1/1, 1/2, 1/4, 1/8 that is no smaller than this; other formats ignore it.
+                image.draft(None, (image.width // times, image.height // times))
+            image.load()
+        return image
+
+    def _checked(self, index: int, read: Callable[[], Any]) -> Any:
         try:
-            return self._decode(index)
-        except UserError:
+            return read()
+        except (UserError, MemoryError):
             raise
         except Exception as error:
             reason = str(error).splitlines()[0] if str(error) else ""
-            raise UserError(
-                f"{self.name}: image {self.ids[index]!r} does not decode ({type(error).__name__}: {reason}); "
-                "repair or remove it"
+            raise BadImageError(
+                f"{self.place(index)} does not decode ({type(error).__name__}: {reason}); repair or remove it, or "
+                "leave such images out with on_bad_image=skip"
             ) from error
 
     def subset(self, indices: Sequence[int] | np.ndarray, name: str | None = None) -> Samples:
         chosen = np.asarray(indices, dtype=np.int64)
-        decode = self._decode
         return Samples(
             name or self.name,
-            [self.ids[i] for i in chosen],
+            self.ids.take(chosen),
             self.labels[chosen],
-            lambda i: decode(int(chosen[i])),
+            functools.partial(_of_chosen, self._decode, chosen),
             self.class_names,
             self.natural,
+            functools.partial(_of_chosen, self._where, chosen) if self._where else None,
         )
 
     def fingerprint(self) -> str:
         """SHA-256 over ids and labels in order: which samples these are, without the images."""
         digest = hashlib.sha256()
-        for sample_id, label in zip(self.ids, self.labels, strict=True):
-            digest.update(f"{sample_id}\0{label}\n".encode())
+        for start in range(0, len(self), _FINGERPRINT_CHUNK):
+            part = slice(start, start + _FINGERPRINT_CHUNK)
+            lines = map("{}\0{}\n".format, self.ids[part], self.labels[part].tolist())
+            digest.update("".join(lines).encode())
         return digest.hexdigest()
+
+
+def _of_chosen(function: Callable[[int], Any], chosen: np.ndarray, index: int) -> Any:
+    return function(int(chosen[index]))
 
 
 def concatenate(first: Samples, second: Samples) -> Samples:
     """The samples of both, the first's before the second's; ids may repeat."""
-    n = len(first)
     return Samples(
         f"{first.name} + {second.name}",
         first.ids + second.ids,
         np.concatenate([first.labels, second.labels]),
-        lambda i: first.image(i) if i < n else second.image(i - n),
+        functools.partial(_of_either, first._decode, second._decode, len(first)),
         first.class_names,
         first.natural,
+        functools.partial(_of_either, first._where, second._where, len(first))
+        if first._where and second._where
+        else None,
     )
+
+
+def _of_either(first: Callable[[int], Any], second: Callable[[int], Any], count: int, index: int) -> Any:
+    return first(index) if index < count else second(index - count)
 
 
 def from_dataset(dataset: Dataset[Any] | Samples, name: str) -> Samples:
@@ -107,15 +165,19 @@ def from_dataset(dataset: Dataset[Any] | Samples, name: str) -> Samples:
     labels = getattr(dataset, "labels", getattr(dataset, "targets", None))
     if labels is None or len(labels) != count:
         labels = [dataset[i][1] for i in range(count)]
-    ids = getattr(dataset, "ids", None) or [str(i) for i in range(count)]
+    ids = getattr(dataset, "ids", None) or range(count)
     return Samples(
         name,
-        ids,
+        [str(i) for i in ids],
         np.asarray([int(label) for label in labels], dtype=np.int64),
-        lambda i: dataset[i][0],
+        functools.partial(_of_item, dataset),
         getattr(dataset, "classes", ()),
         natural=False,
     )
+
+
+def _of_item(dataset: Dataset[Any], index: int) -> Any:
+    return dataset[index][0]
 
 
 def as_tensor(image: Any, channels: int) -> torch.Tensor:
@@ -125,4 +187,5 @@ def as_tensor(image: Any, channels: int) -> torch.Tensor:
             raise UserError(f"an image tensor has shape {tuple(image.shape)}, expected ({channels}, H, W)")
         return image
     array = np.array(image.convert("L" if channels == 1 else "RGB"))
-    return torch.from_numpy(array.reshape(*array.shape[:2], channels)).permute(2, 0, 1).contiguous()
+    # A view: torch resizes pixels that lie together faster than planes, to the same bits.
+    return torch.from_numpy(array.reshape(*array.shape[:2], channels)).permute(2, 0, 1)

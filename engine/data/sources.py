@@ -1,4 +1,4 @@
-"""Data sources, each named by one string: digits, cifar10, cifar100, parquet:FOLDER, imagefolder:FOLDER."""
+"""Data sources, each named by one string: digits, cifar10, cifar100, parquet:, imagefolder: and webdataset:."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ import functools
 import hashlib
 import io
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from engine.data.ids import Ids
 from engine.data.samples import Samples
+from engine.data.shards import SPLIT_WORDS, by_split
+from engine.data.webdataset import open_webdataset
 from engine.errors import UserError, nearest
 
 VALIDATION_SHARE = 0.2
@@ -32,7 +36,20 @@ class Source:
 
 
 def open_source(spec: str) -> Source:
-    """Opens a data source by its spec string. Raises UserError for an unknown kind or a folder without data."""
+    """Opens a data source by its spec string. Raises UserError for an unknown kind or a folder without data.
+
+    digits; cifar10[:ROOT]; cifar100[:ROOT]
+    parquet:FOLDER       train-*.parquet, validation-*, test-*: Hugging Face's image layout
+    imagefolder:FOLDER   FOLDER/{train,validation,val,test}/CLASS/FILE
+    webdataset:FOLDER    *.tar with one of the words train, validation, val, test in the name, or in folders so called
+    webdataset:PATTERN   a path with `{split}`, which stands for each of these words, or with the word train in it: it
+                         names the training shards, and with another word in its place the others. Wildcards (*, ?, [])
+                         and braces ({000000..001280}, {a,b}) name many. All shards of a brace range have to be there;
+                         for the other splits it stands for whatever numbers there are.
+
+    Where there is no validation split, the fifth of the test samples whose ids hash lowest is validation; `val` alone
+    counts as test, beside test as validation.
+    """
     kind, _, location = spec.partition(":")
     if kind not in _SOURCES:
         raise UserError(f"unknown data source {spec!r}{nearest(kind, _SOURCES)}")
@@ -40,9 +57,9 @@ def open_source(spec: str) -> Source:
     train, test = splits["train"], splits.get("test")
     validation = splits.get("validation")
     if validation is None and test is not None:
-        validation, test = _hold_out(test)
+        validation, test = _held_out(kind, test)
     if test is None:
-        validation, test = _hold_out(validation) if validation is not None else (None, None)
+        validation, test = _held_out(kind, validation) if validation is not None else (None, None)
     if validation is None or test is None:
         raise UserError(
             f"data source {spec!r} has neither test nor validation samples; add files test-* or validation-*"
@@ -52,24 +69,28 @@ def open_source(spec: str) -> Source:
     return Source(spec, train, validation, test)
 
 
-def _hold_out(samples: Samples) -> tuple[Samples, Samples]:
-    """The fifth whose ids hash lowest, as validation, and the rest: the same whoever asks, whatever the order."""
+def _held_out(kind: str, samples: Samples) -> tuple[Samples, Samples]:
+    """(validation, test) of the one split that there is."""
+    fifth, rest = _lowest_fifth(samples)
+    return samples.subset(fifth, f"{kind} validation"), samples.subset(rest, f"{kind} test")
+
+
+def _lowest_fifth(samples: Samples) -> tuple[np.ndarray, np.ndarray]:
+    """The positions of the fifth whose ids hash lowest, and of the rest: the same whoever asks, whatever the order."""
     hashes = np.array(
         [int.from_bytes(hashlib.sha256(i.encode()).digest()[:8], "big") for i in samples.ids], dtype=np.uint64
     )
     count = int(len(samples) * VALIDATION_SHARE)
     order = np.argsort(hashes, kind="stable")
-    return (
-        samples.subset(np.sort(order[:count]), samples.name.replace("test", "validation")),
-        samples.subset(np.sort(order[count:])),
-    )
+    return np.sort(order[:count]), np.sort(order[count:])
 
 
 def _check_unique(samples: Samples) -> None:
-    if len(set(samples.ids)) != len(samples.ids):
-        seen: set[str] = set()
-        double = next(i for i in samples.ids if i in seen or seen.add(i))  # type: ignore[func-returns-value]
-        raise UserError(f"{samples.name}: the id {double!r} stands twice; ids must be unique within a split")
+    double = samples.ids.first_double()
+    if double is not None:
+        places = [samples.where(i) for i, sample_id in enumerate(samples.ids) if sample_id == double]
+        found = f" ({places[0]}, {places[1]})" if places[0] else ""
+        raise UserError(f"{samples.name}: the id {double!r} stands twice{found}; ids must be unique within a split")
 
 
 def _digits(location: str) -> dict[str, Samples]:
@@ -88,10 +109,10 @@ def _digits(location: str) -> dict[str, Samples]:
         natural=False,
     )
     # scikit-learn's digits have no split of their own: the fifth whose ids hash lowest is the test set.
-    test, train = _hold_out(everything)
+    test, train = _lowest_fifth(everything)
     return {
-        "train": train.subset(range(len(train)), "digits train"),
-        "test": test.subset(range(len(test)), "digits test"),
+        "train": everything.subset(train, "digits train"),
+        "test": everything.subset(test, "digits test"),
     }
 
 
@@ -166,28 +187,58 @@ def _parquet_split(name: str, table: Any) -> Samples:
 
 def _imagefolder(location: str) -> dict[str, Samples]:
     folder = _folder("imagefolder", location)
-    splits = {}
-    for split, directory in (("train", "train"), ("validation", "validation"), ("test", "val"), ("test", "test")):
-        root = folder / directory
-        if root.is_dir():
-            splits[split] = root
-    if "train" not in splits:
+    roots = by_split(
+        {word: folder / word for word in SPLIT_WORDS if (folder / word).is_dir()}, f"imagefolder:{location}"
+    )
+    if "train" not in roots:
         raise UserError(f"data source 'imagefolder:{folder}' has no folder train/CLASS/FILE")
-    classes = sorted(p.name for p in splits["train"].iterdir() if p.is_dir())
-    return {split: _folder_split(f"imagefolder {split}", root, classes) for split, root in splits.items()}
+    with os.scandir(roots["train"]) as entries:
+        classes = sorted(entry.name for entry in entries if entry.is_dir())
+    return {split: _folder_split(f"imagefolder {split}", root, classes) for split, root in roots.items()}
 
 
 def _folder_split(name: str, root: Path, classes: list[str]) -> Samples:
     number = {c: i for i, c in enumerate(classes)}
-    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in _IMAGE_SUFFIXES)
-    ids = [p.relative_to(root).as_posix() for p in files]
-    unknown = [i for i in ids if i.split("/")[0] not in number]
-    if unknown:
-        raise UserError(f"{name}: {unknown[0]!r} lies in a class folder that train/ does not have")
-    if not files:
+    ids = list(_images_below(str(root), "", ()))
+    labels = np.array([number.get(i.split("/", 1)[0], -1) for i in ids], dtype=np.int64)
+    if not ids:
         raise UserError(f"{name}: {root} holds no images")
-    labels = np.array([number[i.split("/")[0]] for i in ids])
-    return Samples(name, ids, labels, lambda i: Image.open(files[i]), classes)
+    if labels.min() < 0:
+        raise UserError(f"{name}: {ids[int(labels.argmin())]!r} lies in a class folder that train/ does not have")
+    files = Ids(ids)
+    return Samples(
+        name,
+        files,
+        labels,
+        functools.partial(_open_file, str(root), files),
+        classes,
+        where=functools.partial(_file_of, str(root), files),
+    )
+
+
+def _images_below(root: str, below: str, above: tuple[str, ...]) -> Iterator[str]:
+    """Paths relative to the root, in the order of sorted(Path): by name within each folder, links followed."""
+    folder = f"{root}/{below}"
+    if os.path.islink(folder.rstrip("/")):
+        real = os.path.realpath(folder)
+        if real in above or os.path.realpath(root).startswith(f"{real}/"):
+            raise UserError(f"{folder} is a link to a folder that it lies in; remove it")
+        above = (*above, real)
+    with os.scandir(folder) as entries:
+        listed = sorted(entries, key=lambda entry: entry.name)
+    for entry in listed:
+        if entry.is_dir():
+            yield from _images_below(root, f"{below}{entry.name}/", above)
+        elif os.path.splitext(entry.name)[1].lower() in _IMAGE_SUFFIXES:
+            yield below + entry.name
+
+
+def _file_of(root: str, ids: Ids, index: int) -> str:
+    return f"{root}/{ids[index]}"
+
+
+def _open_file(root: str, ids: Ids, index: int) -> Image.Image:
+    return Image.open(_file_of(root, ids, index))
 
 
 def _folder(kind: str, location: str) -> Path:
@@ -205,4 +256,5 @@ _SOURCES: dict[str, Callable[[str], dict[str, Samples]]] = {
     "cifar100": _cifar("cifar100"),
     "parquet": _parquet,
     "imagefolder": _imagefolder,
+    "webdataset": open_webdataset,
 }

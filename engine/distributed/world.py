@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -61,6 +61,36 @@ class World:
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values (small picklable objects) of all ranks, in their order, on each of them."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def on_main(self, action: Callable[[], Any]) -> None:
+        """Runs something on the main rank while the others wait; if it raises UserError or RunStopped, so do they.
+
+        Only the main rank's error is to be shown: those of the others are marked by `shared`.
+        """
+        if self.size == 1:
+            action()
+            return
+        error: UserError | RunStopped | None = None
+        if self.is_main:
+            try:
+                action()
+            except (UserError, RunStopped) as raised:
+                error = raised
+        said = self.broadcast(error and (type(error), str(error)))
+        if error:
+            raise error
+        if said:
+            kind, text = said
+            theirs = kind(text)
+            theirs.shared = True
+            raise theirs
 
     def gather_rows(self, rows: Tensor) -> Tensor:
         """The rows [n_r, ...] of all ranks, on the CPU, in the order of ranks: [sum n_r, ...] on each of them."""

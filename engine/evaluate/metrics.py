@@ -11,6 +11,7 @@ from torch import nn
 
 from engine.data import Loader, Preprocessing, Samples
 from engine.device import resolve_device, resolve_precision
+from engine.distributed.world import World
 from engine.errors import UserError
 from engine.evaluate.agreement import mean_kl, top1_agreement
 from engine.evaluate.membership import DIRECTION, loss_auc, mia_efficacy
@@ -57,6 +58,9 @@ class Evaluator:
         precision: Literal["auto", "fp32", "bf16"] = "auto",
         device: str = "auto",
         workers: int | None = None,
+        decode: str = "draft",
+        on_bad_image: str = "raise",
+        max_bad_share: float = 0.01,
     ) -> None:
         self.sets = {"forget": forget, "retain": retain, "test": test}
         for name, samples in self.sets.items():
@@ -64,7 +68,13 @@ class Evaluator:
                 raise UserError(f"evaluate: the {name} set has no samples")
         self.device = resolve_device(device)
         self.precision = resolve_precision(precision, self.device)
-        self.batch_size, self.workers = batch_size, workers
+        self.loading: dict[str, Any] = {
+            "batch_size": batch_size,
+            "workers": workers,
+            "decode": decode,
+            "on_bad_image": on_bad_image,
+            "max_bad_share": max_bad_share,
+        }
         self._loaders: dict[tuple[Preprocessing, str], Loader] = {}
 
     def __call__(self, model: nn.Module) -> Evaluation:
@@ -99,7 +109,7 @@ class Evaluator:
         key = (preprocessing, name)
         if key not in self._loaders:  # decoded images are kept between models
             self._loaders[key] = Loader(
-                self.sets[name], preprocessing, batch_size=self.batch_size, workers=self.workers, device=self.device
+                self.sets[name], preprocessing, device=self.device, world=World.current(), **self.loading
             )
         return self._loaders[key]
 

@@ -6,10 +6,11 @@ import dataclasses
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from engine.data import Loader
+from engine.data import Batch, Loader
 from engine.device import autocast
+from engine.vit import outputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +50,19 @@ class Predictions:
 
 @torch.inference_mode()
 def predict(model: nn.Module, loader: Loader, precision: str = "fp32") -> Predictions:
-    """Runs the model in eval mode over all samples of a loader, in order."""
+    """Runs the model in eval mode over all samples of a loader, in order; each rank takes its share of them.
+
+    Images that the loader leaves out as bad are left out. precision: of autocast, for a model whose weights are
+    float32; others keep their own.
+    """
     model.eval()
-    logits, labels = [], []
-    for batch in loader.ordered():
+    if next(model.parameters()).dtype.itemsize < 4:
+        precision = "fp32"
+
+    def answer(batch: Batch) -> tuple[Tensor, Tensor]:
         with autocast(loader.device, precision):
-            logits.append(model(batch.images).float().cpu())
-        labels.append(batch.labels.cpu())
-    return Predictions(torch.cat(logits).numpy(), torch.cat(labels).numpy())
+            return outputs(model, batch.images).float(), batch.labels
+
+    logits, labels = loader.rows(answer)
+    found = labels >= 0
+    return Predictions(logits[found].numpy(), labels[found].numpy())

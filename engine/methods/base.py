@@ -7,12 +7,14 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.config import RunConfig
 from engine.data import Batch, Loader, Preprocessing, Samples
+from engine.distributed.world import World
 from engine.errors import UserError, nearest
-from engine.vit import ViTInfo
+from engine.vit import ViTInfo, outputs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,7 @@ class Context:
     """What a method may look at. Neither test data nor any retrained model is here.
 
     original: the model before unlearning, frozen, in eval mode. loader: makes a Loader as the run wants it.
+    world: the ranks; each sees all samples and is dealt its share of every batch.
     """
 
     run: RunConfig
@@ -49,6 +52,7 @@ class Context:
     device: torch.device
     autocast: Callable[[], Any]
     loader: Callable[[Samples, str], Loader]
+    world: World = dataclasses.field(default_factory=World)
 
     @property
     def num_classes(self) -> int:
@@ -75,14 +79,31 @@ class Method:
     def prepare(self, phase: Phase) -> None:
         """Passes of the original that a phase needs; runs once before it, and its time counts."""
 
+    def prepared(self, phase: Phase) -> dict[str, Tensor]:
+        """What `prepare` computed, on the CPU; kept beside the checkpoints, so that a resumed run can `restore` it."""
+        return {}
+
+    def restore(self, phase: Phase, prepared: dict[str, Tensor]) -> None:
+        """Takes what `prepared` gave, in place of `prepare`."""
+
+    def needs_original(self, phase: Phase, prepared: bool) -> bool:
+        """Whether a phase still runs the original, before or after it is prepared; where none does, its memory is
+        given back."""
+        return not prepared
+
     def loss(self, model: nn.Module, batch: Batch, phase: Phase) -> dict[str, Tensor]:
-        """Named terms, each a scalar; the loop minimises their sum."""
+        """Named terms, each a scalar, a mean over the batch; the loop minimises their sum."""
         raise NotImplementedError
 
     def learning_rate(self, given: float | None, per_width: float) -> float:
         """The given rate, or `per_width` / width: Adam moves a layer's output by about lr x width a step, so one
         number serves ViTs of every width (the scaling of Yang et al. 2022, arXiv 2203.03466, for hidden weights)."""
         return per_width / self.context.info.width if given is None else given
+
+
+def cross_entropy(model: nn.Module, batch: Batch, labels: Tensor | None = None) -> Tensor:
+    """Mean cross-entropy of a batch, to its own labels or to others [B]."""
+    return F.cross_entropy(outputs(model, batch.images).float(), batch.labels if labels is None else labels)
 
 
 _REGISTRY: dict[str, type[Method]] = {}

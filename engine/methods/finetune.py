@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.config import require
 from engine.data import Batch
-from engine.methods.base import Method, Phase, register
+from engine.methods.base import Method, Phase, cross_entropy, register
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,4 +38,4 @@ class Finetune(Method):
         return [Phase(name="retain", samples="retain", epochs=self.config.retain_epochs, lr=lr)]
 
     def loss(self, model: nn.Module, batch: Batch, phase: Phase) -> dict[str, Tensor]:
-        return {"retain_ce": F.cross_entropy(model(batch.images), batch.labels)}
+        return {"retain_ce": cross_entropy(model, batch)}

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.config import require
 from engine.data import Batch
-from engine.methods.base import Method, Phase, register
+from engine.methods.base import Method, Phase, cross_entropy, register
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,4 +47,4 @@ class GradientAscent(Method):
         ]
 
     def loss(self, model: nn.Module, batch: Batch, phase: Phase) -> dict[str, Tensor]:
-        return {"forget_ascent": -F.cross_entropy(model(batch.images), batch.labels)}
+        return {"forget_ascent": -cross_entropy(model, batch)}

@@ -13,8 +13,8 @@ options here: s, t, the attention source, one or in-batch negatives, learning ra
 defaults were chosen.
 
 f_o runs once for each forget image and its masked copy: forget images are not augmented by default, so both of its
-outputs are cached before the stage (2 x forget samples x width floats). Where the model allows it, the masked copy is
-never made: its patch tokens are those of the image but for the masked ones (`engine.tokens`).
+outputs are cached before the stage (2 x forget samples x classes floats, in host memory). Where the model allows it,
+the masked copy is never made: its patch tokens are those of the image but for the masked ones (`engine.tokens`).
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ import dataclasses
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.config import require
 from engine.data import Batch
+from engine.errors import UserError
 from engine.masking import HeadFusion, MaskSource, count_masked, mask_and_outputs, random_masks
-from engine.methods.base import Context, Method, Phase, register
+from engine.methods.base import Context, Method, Phase, cross_entropy, register
 from engine.methods.finetune import RETAIN_LR_PER_WIDTH
 from engine.tokens import capture_patch_tokens, masked_outputs, masked_patch_token, supports_tokens
 from engine.vit import outputs
@@ -92,6 +92,11 @@ class Lethe(Method):
 
     def __init__(self, config: LetheConfig, context: Context) -> None:
         super().__init__(config, context)
+        if config.negatives == "in_batch" and context.run.accumulation_steps > 1:
+            raise UserError(
+                "option negatives='in_batch' takes its negatives from the whole step, and accumulation_steps="
+                f"{context.run.accumulation_steps} shows a step in parts; use negatives=paired, or a larger batch_size"
+            )
         self.k = count_masked(context.info, config.mask_share)
         self._cache: tuple[Tensor, Tensor] | None = None
         self._fill: Tensor | None = None
@@ -120,28 +125,45 @@ class Lethe(Method):
     def prepare(self, phase: Phase) -> None:
         if phase.name != "forget" or self.config.augment_forget:
             return
-        outputs_of = [self.teacher(batch) for batch in self.context.loader(self.context.forget, "none").ordered()]
-        positives, negatives = (torch.cat(each) for each in zip(*outputs_of, strict=True))
+        positives, negatives = self.context.loader(self.context.forget, "none").rows(self.teacher)
         self._cache = positives, negatives
+
+    def prepared(self, phase: Phase) -> dict[str, Tensor]:
+        if phase.name != "forget" or self._cache is None:
+            return {}
+        return {"positives": self._cache[0], "negatives": self._cache[1]}
+
+    def restore(self, phase: Phase, prepared: dict[str, Tensor]) -> None:
+        if prepared:
+            self._cache = prepared["positives"], prepared["negatives"]
+
+    def needs_original(self, phase: Phase, prepared: bool) -> bool:
+        return phase.name == "forget" and (self.config.augment_forget or not prepared)
 
     def loss(self, model: nn.Module, batch: Batch, phase: Phase) -> dict[str, Tensor]:
         if phase.name == "retain":
-            return {"retain_ce": F.cross_entropy(model(batch.images), batch.labels)}
+            return {"retain_ce": cross_entropy(model, batch)}
         config = self.config
         if self._cache is None:
             positives, negatives = self.teacher(batch)
         else:
-            index = batch.index.to(self._cache[0].device)
-            positives, negatives = (cached[index] for cached in self._cache)
+            positives, negatives = (cached[batch.index].to(batch.images.device) for cached in self._cache)
         loss = info_nce(
             outputs(model, batch.images, config.contrast).float(),
             positives,
-            negatives[:, None] if config.negatives == "paired" else negatives,
+            negatives[:, None] if config.negatives == "paired" else self._of_all_ranks(negatives, batch),
             temperature=config.temperature,
             similarity=config.similarity,
             backend=self.context.run.kernels.backend,
         )
         return {"contrast": loss}
+
+    def _of_all_ranks(self, negatives: Tensor, batch: Batch) -> Tensor:
+        """The negatives [M, D] of the whole step: those of every rank, without the placeholders of empty ranks."""
+        world = self.context.world
+        if world.size == 1:
+            return negatives
+        return world.gather_rows(negatives[: len(batch) if batch.weight else 0]).to(negatives.device)
 
     @torch.no_grad()
     def teacher(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -194,8 +216,6 @@ class Lethe(Method):
             return zero
         if self.config.mask_value == "black":
             return (zero - torch.tensor(preprocessing.mean)) / torch.tensor(preprocessing.std)
-        total, count = zero.double(), 0
-        for batch in self.context.loader(self.context.forget, "none").ordered():
-            total += batch.images.double().mean((2, 3)).sum(0).cpu()
-            count += len(batch)
-        return (total / count).float()
+        loader = self.context.loader(self.context.forget, "none")
+        means, present = loader.rows(lambda batch: (batch.images.double().mean((2, 3)), torch.ones(len(batch))))
+        return (means.sum(0) / present.sum()).float()

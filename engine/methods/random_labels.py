@@ -8,13 +8,12 @@ import dataclasses
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.config import require
 from engine.data import Batch
 from engine.errors import UserError
-from engine.methods.base import Context, Method, Phase, register
+from engine.methods.base import Context, Method, Phase, cross_entropy, register
 from engine.methods.finetune import RETAIN_LR_PER_WIDTH
 
 
@@ -51,4 +50,4 @@ class RandomLabels(Method):
         return [Phase(name="forget", samples="all", epochs=self.config.epochs, lr=lr)]
 
     def loss(self, model: nn.Module, batch: Batch, phase: Phase) -> dict[str, Tensor]:
-        return {"relabelled_ce": F.cross_entropy(model(batch.images), self.labels[batch.index.to(self.labels.device)])}
+        return {"relabelled_ce": cross_entropy(model, batch, self.labels[batch.index.to(self.labels.device)])}

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.config import require
 from engine.data import Batch
-from engine.methods.base import Method, Phase, register
+from engine.methods.base import Method, Phase, cross_entropy, register
 from engine.vit import spec_of
 
 
@@ -42,4 +41,4 @@ class Retrain(Method):
         return [Phase(name="retain", samples="retain", epochs=self.config.epochs, lr=self.config.lr)]
 
     def loss(self, model: nn.Module, batch: Batch, phase: Phase) -> dict[str, Tensor]:
-        return {"retain_ce": F.cross_entropy(model(batch.images), batch.labels)}
+        return {"retain_ce": cross_entropy(model, batch)}

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from toys import few, tiny_vit
 
+import engine.data.ids as ids_module
+import engine.data.samples as samples_module
 from engine.data import Loader, Preprocessing, Samples, from_dataset, open_source, read_forget_request
+from engine.data.ids import Ids
 from engine.data.samples import concatenate
 from engine.errors import UserError
 
@@ -308,3 +313,91 @@ def test_double_ids_and_negative_labels_are_refused(parquet_folder) -> None:
     pq.write_table(table.set_column(table.column_names.index("id"), "id", pa.array(["same"] * len(table))), file)
     with pytest.raises(UserError, match="the id 'same' stands twice"):
         open_source(f"parquet:{folder}")
+
+
+# Ids
+
+
+def test_ids_are_a_sequence_of_strings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ids_module, "_CHUNK", 2)
+    words = ["b", "ä", "", "b/c", "d"]
+    ids = Ids(words)
+    assert (list(ids), len(ids), ids[-1], ids.index("b/c")) == (words, 5, "d", 3)
+    assert ids == words
+    assert ids != words[:4]
+    assert ids != [*words[:4], "x"]
+    assert ids[1:3] == ["ä", ""]
+    assert ids[::-2] == ["d", "", "b"]
+    assert ids + ["x"] == [*words, "x"]  # noqa: RUF005
+    assert "ä" in ids
+    assert "x" not in ids
+    assert "".join(words).encode() == b"b\xc3\xa4b/cd"
+    text = np.frombuffer("".join(words).encode(), dtype=np.uint8)
+    assert Ids.from_bytes(text, np.cumsum([len(w.encode()) for w in words])) == ids
+    assert ids.positions(["d", "nobody", "b"]).tolist() == [4, -1, 0]
+    assert ids.positions([]).tolist() == []
+    assert ids.first_double() is None
+    assert Ids(["a", "b", "c", "b", "a"]).first_double() == "b"
+    with pytest.raises(IndexError):
+        ids[5]
+    with pytest.raises(UserError, match="is not UTF-8"):
+        Ids(["\udcff"])
+
+
+def test_a_fingerprint_is_of_ids_and_labels_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(samples_module, "_FINGERPRINT_CHUNK", 3)
+    labels = np.arange(8) ** 2
+    samples = Samples("s", [f"id{i}" for i in range(8)], labels, lambda i: None)
+    lines = "".join(f"id{i}\0{i * i}\n" for i in range(8))
+    assert samples.fingerprint() == hashlib.sha256(lines.encode()).hexdigest()
+    order = [3, 0, 7]
+    expected = hashlib.sha256("".join(f"id{i}\0{i * i}\n" for i in order).encode()).hexdigest()
+    assert samples.subset(range(8)).subset(order).fingerprint() == expected
+
+
+def test_a_million_ids_match_and_split_within_seconds(tmp_path: Path) -> None:
+    count = 300_000  # a quarter of ImageNet; `python -m bench data` measures all of it
+    text = np.frombuffer("".join(f"n{i:09d}" for i in range(count)).encode(), dtype=np.uint8)
+    samples = Samples("s", Ids.from_bytes(text, np.arange(1, count + 1) * 10), np.zeros(count), lambda i: None)
+    chosen = np.random.default_rng(0).permutation(count)[:30_000]
+    (tmp_path / "ids.txt").write_text("\n".join(f"n{i:09d}" for i in chosen))
+    began = time.perf_counter()
+    request = read_forget_request(str(tmp_path / "ids.txt"), samples)
+    forget, retain = request.split(samples)
+    assert time.perf_counter() - began < 5
+    assert request.indices.tolist() == sorted(chosen.tolist())
+    assert (len(forget), len(retain)) == (30_000, 270_000)
+    assert forget.ids[0] == f"n{min(chosen):09d}"
+
+
+# Image folders
+
+
+def test_imagefolder_lists_as_sorted_paths_do_and_follows_links(tmp_path: Path) -> None:
+    stored = tmp_path / "stored"
+    names = ["a/x.png", "a-b/x.PNG", "a/sub/y.jpeg", "a/sub-1/y.png", "a/.png", "a/notes.txt", "B/z.tif", "a/10.png"]
+    for name in names:
+        (stored / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(stored / name, "PNG")
+    folder = tmp_path / "set"
+    (folder / "val").mkdir(parents=True)
+    shutil.copytree(stored, folder / "train")
+    (folder / "val" / "a").symlink_to(stored / "a")
+    images = [p for p in (folder / "train").rglob("*") if p.suffix.lower() in (".png", ".jpeg", ".tif")]
+    source = open_source(f"imagefolder:{folder}")
+    assert source.train.ids == [p.relative_to(folder / "train").as_posix() for p in sorted(images)]
+    assert source.train.class_names == ["B", "a", "a-b"]
+    assert source.train.labels.tolist() == [0, 1, 1, 1, 1, 2]
+    assert len(source.validation) + len(source.test) == 4
+    (folder / "train" / "a" / "loop").symlink_to(folder / "train" / "a")
+    with pytest.raises(UserError, match="is a link to a folder that it lies in"):
+        open_source(f"imagefolder:{folder}")
+
+
+def test_imagefolder_with_val_and_test_uses_both(tmp_path: Path) -> None:
+    for split, count in (("train", 3), ("val", 2), ("test", 5)):
+        (tmp_path / split / "cat").mkdir(parents=True)
+        for i in range(count):
+            Image.new("RGB", (8, 8)).save(tmp_path / split / "cat" / f"{i}.png")
+    source = open_source(f"imagefolder:{tmp_path}")
+    assert (len(source.validation), len(source.test)) == (2, 5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import engine
 from engine.data import Samples, open_source
 from engine.errors import RunStopped, UserError
 from engine.loop import train, unlearn
+from engine.methods.lethe import Lethe
 from engine.trainer import Trainer
 from engine.vit import load_checkpoint, save_checkpoint, weights_sha256
 
@@ -29,7 +31,7 @@ def samples() -> Samples:
 def run(samples: Samples, model: Any = None, **options: Any) -> engine.UnlearnResult:
     keywords = {
         key: options.pop(key)
-        for key in ("output_dir", "resume", "overwrite", "inplace", "validation", "method", "progress")
+        for key in ("output_dir", "resume", "overwrite", "inplace", "validation", "method", "progress", "finalize")
         if key in options
     }
     return unlearn(
@@ -272,44 +274,95 @@ class _Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("kill_after", [1, 2, 3])
-def test_a_killed_run_resumes_to_the_same_bits(
-    samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kill_after: int
-) -> None:
-    """Killed after the first, second or third kept epoch (the end of the forget phase is the first)."""
-    model = tiny_vit(drop_path_rate=0.2)
-    whole = run(samples, model, output_dir=tmp_path / "whole", retain_epochs=3.0)
+def cut_short(samples: Samples, folder: Path, model: Any = None, checkpoints: int = 1, **options: Any) -> Path:
+    """A run that dies right after some of its checkpoints, with a row in its history that no checkpoint covers."""
     keep, kept = Trainer._keep, []
 
     def killed(self: Any, *args: Any, **kwargs: Any) -> None:
         keep(self, *args, **kwargs)
         kept.append(1)
-        if len(kept) == kill_after:
-            self._record([{"phase": "retain", "step": 99, "epoch": 9}])  # written after the state: to be cut off
+        if len(kept) == checkpoints:
+            self._record([{"phase": "retain", "step": 99, "epoch": 9}])
             raise _Killed
 
-    monkeypatch.setattr(Trainer, "_keep", killed)
-    with pytest.raises(_Killed):
-        run(samples, model, output_dir=tmp_path / "cut", retain_epochs=3.0)
-    monkeypatch.setattr(Trainer, "_keep", keep)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(_Killed):
+        patch.setattr(Trainer, "_keep", killed)
+        run(samples, model, output_dir=folder, **options)
+    return folder
+
+
+@pytest.mark.parametrize("options", [{}, {"checkpoint_every": 1}, {"checkpoint_every": 3, "accumulation_steps": 2}])
+@pytest.mark.parametrize("checkpoints", [1, 2, 3])
+def test_a_killed_run_resumes_to_the_same_bits(
+    samples: Samples, tmp_path: Path, checkpoints: int, options: dict[str, Any]
+) -> None:
+    model = tiny_vit(drop_path_rate=0.2)
+    options = {"forget_epochs": 2.0, "batch_size": 8, "retain_epochs": 3.0, **options}
+    whole = run(samples, model, output_dir=tmp_path / "whole", **options)
+    cut = cut_short(samples, tmp_path / "cut", model, checkpoints, **options)
     with pytest.raises(UserError, match=r"another configuration \(seed: 0 before, 5 now\)"):
-        run(samples, model, output_dir=tmp_path / "cut", retain_epochs=3.0, resume=True, seed=5)
-    resumed = run(samples, model, output_dir=tmp_path / "cut", retain_epochs=3.0, resume=True)
+        run(samples, model, output_dir=cut, resume=True, **options, seed=5)
+    resumed = run(samples, model, output_dir=cut, resume=True, **options)
     assert weights_sha256(resumed.model) == weights_sha256(whole.model)
-    assert (tmp_path / "cut" / "history.jsonl").read_text() == (tmp_path / "whole" / "history.jsonl").read_text()
+    assert (cut / "history.jsonl").read_text() == (tmp_path / "whole" / "history.jsonl").read_text()
     assert resumed.samples_seen == whole.samples_seen
-    assert not (tmp_path / "cut" / "resume.pt").exists()
+    assert resumed.watched == whole.watched
+    assert not (cut / "resume").exists()
 
 
-def test_resuming_nothing_and_a_damaged_state_are_errors(samples: Samples, tmp_path: Path) -> None:
+def test_a_collapse_after_resuming_goes_back_as_far_as_it_would_have(samples: Samples, tmp_path: Path) -> None:
+    """The last good weights lie before the checkpoint that the run is resumed from."""
+    options = {"forget_epochs": 4.0, "batch_size": 4, "forget_lr": 0.05, "collapse_drop": 1.0, "checkpoint_every": 1}
+    model = train(tiny_vit(), samples.subset(range(84)), config={"epochs": 20.0, "lr": 3e-3, "batch_size": 16}).model
+    whole = run(samples, model, output_dir=tmp_path / "whole", **options)
+    (collapse,) = (event for event in whole.events if "back_to_step" in event)
+    checkpoints = collapse["step"]  # the one before the check that finds the collapse
+    assert collapse["back_to_step"] < checkpoints
+    cut = cut_short(samples, tmp_path / "cut", model, checkpoints, **options)
+    resumed = run(samples, model, output_dir=cut, resume=True, **options)
+    assert weights_sha256(resumed.model) == weights_sha256(whole.model)
+
+
+def test_a_resumed_run_takes_over_what_was_prepared(
+    samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut = cut_short(samples, tmp_path / "cut", checkpoint_every=1, batch_size=8)
+    monkeypatch.setattr(Lethe, "teacher", lambda self, batch: pytest.fail("the original ran again"))
+    run(samples, output_dir=cut, resume=True, checkpoint_every=1, batch_size=8)
+
+
+def test_a_run_killed_while_it_is_finalized_does_that_again(samples: Samples, tmp_path: Path) -> None:
+    def dies(result: engine.UnlearnResult) -> None:
+        raise _Killed
+
+    seen = []
+    with pytest.raises(_Killed):
+        run(samples, output_dir=tmp_path / "cut", finalize=dies)
+    resumed = run(samples, output_dir=tmp_path / "cut", resume=True, finalize=lambda r: seen.append(r.output_dir))
+    assert seen == [tmp_path / "cut"]
+    assert weights_sha256(resumed.model) == weights_sha256(run(samples).model)
+    assert [row["step"] for row in resumed.history if "lr" in row] == [0, 1, *range(8)]
+
+
+def test_resuming_nothing_and_a_finished_run_are_errors(samples: Samples, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     with pytest.raises(UserError, match="holds no run to resume"):
         run(samples, output_dir=tmp_path / "run", resume=True)
     run(samples, output_dir=tmp_path / "done", max_steps=1)
-    (tmp_path / "done" / "model.safetensors").unlink()
-    (tmp_path / "done" / "resume.pt").write_bytes(b"PK\x03\x04 cut")
-    with pytest.raises(UserError, match="is damaged"):
+    with pytest.raises(UserError, match="holds a finished run"):
         run(samples, output_dir=tmp_path / "done", max_steps=1, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "contents"),
+    [("current.json", b"{"), ("current.json", b"[]"), ("state.pt", None), ("model.pt", None), ("model.pt", b"PK cut")],
+)
+def test_a_damaged_checkpoint_is_named(samples: Samples, tmp_path: Path, name: str, contents: bytes | None) -> None:
+    folder = cut_short(samples, tmp_path / "run")
+    (path,) = (folder / "resume").rglob(name)
+    path.write_bytes(contents) if contents is not None else path.unlink()
+    with pytest.raises(UserError, match=rf"{re.escape(str(path))} is (missing or )?damaged; start again"):
+        run(samples, output_dir=folder, resume=True)
 
 
 def test_devices_that_are_not_here(samples: Samples) -> None:

@@ -1,0 +1,195 @@
+"""Which tar shards a `webdataset:` location names, by split; missing ones are errors.
+
+`{split}` or the word `train` in a pattern stands for every split in turn: train, validation, val, test. Numbers in
+braces or brackets are those of the training shards; other splits have as many as there are.
+"""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from engine.errors import UserError
+
+T = TypeVar("T")
+
+# Names that a split goes by, in files and folders.
+SPLIT_WORDS = ("train", "validation", "val", "test")
+_WORD = re.compile(r"(?<![a-zA-Z])(train|validation|val|test)(?![a-zA-Z])")
+# A number of which braces or brackets name several values, with the digits around them.
+_NUMBERS = re.compile(r"\d*(?:\{\d+\.\.\d+\}|\{\d+(?:,\d+)*\}|\[[\d-]+\])+\d*")
+_BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")
+_MOST = 1_000_000  # shards that a pattern may stand for
+
+
+def by_split(found: Mapping[str, T], spec: str) -> dict[str, T]:
+    """From the words of `SPLIT_WORDS` to train, validation, test.
+
+    `val` is the validation split beside a `test`, and the test split without one: then the fifth of it whose ids hash
+    lowest is validation.
+    """
+    splits = {word: value for word, value in found.items() if word != "val"}
+    if "val" in found:
+        place = "validation" if "test" in found else "test"
+        if place in splits:
+            raise UserError(f"data source {spec!r} has both val and validation beside test; keep one of the two")
+        splits[place] = found["val"]
+    return splits
+
+
+def find_shards(location: str, spec: str) -> dict[str, list[Path]]:
+    """The shards of each split, in the order of their numbers. Raises UserError for missing ones, naming them."""
+    location = os.path.expanduser(location)
+    if not location:
+        raise UserError(f"data source {spec!r}: write webdataset:FOLDER or webdataset:PATTERN")
+    if os.path.isdir(location):
+        found = _in_folder(Path(location), spec)
+    else:
+        found = _of_pattern(location, spec)
+    if "train" not in found:
+        raise UserError(f"data source {spec!r} has no train shards")
+    return by_split(found, spec)
+
+
+def _in_folder(folder: Path, spec: str) -> dict[str, list[Path]]:
+    found: dict[str, list[Path]] = {}
+    for path in sorted(folder.glob("*.tar")):
+        words = set(_WORD.findall(path.name))
+        if len(words) != 1:
+            raise UserError(
+                f"data source {spec!r}: the name of {path.name} says {' and '.join(sorted(words)) or 'no split'}; name "
+                "shards train-*.tar, val-*.tar, ..., or give a pattern with {split} in it"
+            )
+        found.setdefault(words.pop(), []).append(path)
+    for word in SPLIT_WORDS:
+        shards = sorted((folder / word).glob("*.tar"))
+        if shards and word in found:
+            raise UserError(f"data source {spec!r} has {word} shards both in {folder} and in {folder / word}; name one")
+        if shards:
+            found[word] = shards
+    if not found:
+        raise UserError(f"data source {spec!r}: {folder} holds no train-*.tar and no train/*.tar")
+    for shards in found.values():
+        _check_sequence(shards, spec)
+    return found
+
+
+def _of_pattern(pattern: str, spec: str) -> dict[str, list[Path]]:
+    if "{split}" in pattern:
+        forms = {word: pattern.replace("{split}", word) for word in SPLIT_WORDS}
+        train = _expand(forms["train"], spec)
+        others = [{word: form for word, form in forms.items() if word != "train"}]
+    elif "train" in _WORD.findall(pattern):
+        train = _expand(pattern, spec)
+        folder, name = os.path.split(pattern)
+        others = [
+            {word: os.path.join(folder, _replace_train(name, word)) for word in SPLIT_WORDS[1:]},
+            {word: _replace_train(pattern, word) for word in SPLIT_WORDS[1:]},
+        ]
+    else:
+        raise UserError(
+            f"data source {spec!r}: a pattern has to tell the splits apart; put {{split}} where the shards say train, "
+            "val or test, or name the train shards by a pattern with the word train in it"
+        )
+    found = {"train": train}
+    for candidates in others:
+        for word, form in candidates.items():
+            shards = [] if form == pattern else _counterpart(form, spec)
+            if shards:
+                found.setdefault(word, shards)
+        if len(found) > 1:
+            break
+    return found
+
+
+def _replace_train(text: str, word: str) -> str:
+    return _WORD.sub(lambda match: word if match[1] == "train" else match[1], text)
+
+
+def _expand(pattern: str, spec: str) -> list[Path]:
+    """Every shard of a pattern; all that its braces name have to be there."""
+    paths: list[str] = []
+    missing: list[str] = []
+    for name in _names(pattern, spec):
+        matches = sorted(glob.glob(name)) if glob.has_magic(name) else [name] * os.path.isfile(name)
+        paths += matches
+        if not matches:
+            missing.append(name)
+    if not paths:
+        raise UserError(f"data source {spec!r}: no file matches {pattern}")
+    if missing:
+        _raise_missing(missing, len(missing) + len(paths), spec)
+    shards = [Path(path) for path in dict.fromkeys(paths)]
+    # A wildcard beside a digit picks some of the numbers on purpose.
+    if glob.has_magic(pattern) and not re.search(r"\d[*?\[]|[*?\]]\d|[{\[]", pattern):
+        _check_sequence(shards, spec)
+    return shards
+
+
+def _counterpart(pattern: str, spec: str) -> list[Path]:
+    """The shards of another split than train: {0..9}, {0,1} and [01] stand for whatever numbers there are."""
+    found: list[Path] = []
+    for form in _names(_NUMBERS.sub("\0", pattern), spec):
+        parts = [re.escape(part).replace(r"\*", ".*").replace(r"\?", ".") for part in form.split("\0")]
+        numbered = re.compile(r"\d+".join(parts))
+        matches = sorted(glob.glob(form.replace("\0", "*")))
+        found += [Path(name) for name in matches if "\0" not in form or numbered.fullmatch(name)]
+    if _NUMBERS.search(pattern):
+        _check_sequence(found, spec)
+    return found
+
+
+def _names(pattern: str, spec: str) -> Iterator[str]:
+    """`a-{08..10}.tar` -> a-08.tar, a-09.tar, a-10.tar; `{x,y}` likewise."""
+    literals: list[str] = []
+    choices: list[list[str]] = []
+    position, total = 0, 1
+    for match in _BRACES.finditer(pattern):
+        literals.append(pattern[position : match.start()])
+        position = match.end()
+        if match[3] is not None:
+            choices.append(match[3].split(","))
+            continue
+        first, last = int(match[1]), int(match[2])
+        total *= last - first + 1
+        if not 1 <= total <= _MOST:
+            raise UserError(f"data source {spec!r}: the range {match[0]} names {max(0, last - first + 1)} shards")
+        choices.append([str(number).zfill(len(match[1])) for number in range(first, last + 1)])
+    for chosen in itertools.product(*choices):
+        yield "".join(a + b for a, b in zip(literals, chosen, strict=True)) + pattern[position:]
+
+
+def _check_sequence(shards: Sequence[Path], spec: str) -> None:
+    """Refuses a gap in the numbers of shards, and `00003-of-00010` without the other nine.
+
+    A shard that is missing after the last one can only be told from a brace range or an `-of-`.
+    """
+    series: dict[tuple[str, str], dict[int, str]] = {}
+    totals: dict[tuple[str, str], int] = {}
+    for shard in shards:
+        match = re.fullmatch(r"(.*?)(\d+)(-of-(\d+)\D*|\D*)", shard.name)
+        if match:
+            key = (str(shard.parent / match[1]), match[3])
+            series.setdefault(key, {})[int(match[2])] = match[2]
+            if match[4]:
+                totals[key] = int(match[4])
+    for key, numbers in series.items():
+        wanted = range(totals[key]) if key in totals else range(min(numbers), max(numbers) + 1)
+        if len(wanted) > _MOST:
+            continue  # dates or hashes rather than numbers
+        width = len(next(iter(numbers.values())))
+        missing = [f"{key[0]}{number:0{width}d}{key[1]}" for number in wanted if number not in numbers]
+        if missing:
+            _raise_missing(missing, len(wanted), spec)
+
+
+def _raise_missing(missing: Sequence[str], total: int, spec: str) -> None:
+    raise UserError(
+        f"data source {spec!r}: {len(missing)} of {total} shards are missing, the first: {', '.join(missing[:3])}; "
+        "copy them again, or name only those that are there"
+    )

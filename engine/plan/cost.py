@@ -1,0 +1,230 @@
+"""What one pass of an architecture takes: bytes and flops, counted on tensors that have shapes but no storage.
+
+The model runs forward and backward on fake tensors. Every storage that an operation makes is counted while it lives, so
+what is read off is the peak of the real pass, temporaries of the backward pass and recomputed blocks included, and not
+the allocator's rounding. Weights, buffers and gradients are left out: `engine.plan.memory` counts those by stage.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from engine.errors import UserError
+from engine.vit import ModelSpec, ViTInfo, attention_as, attention_modules, capture_queries_keys, describe
+
+# Batches at which a pass is counted; bytes are a line through both.
+_BATCHES = (2, 4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bytes:
+    """Bytes of a pass at a batch size: fixed + per_image x batch."""
+
+    fixed: float
+    per_image: float
+
+    def at(self, batch: int) -> int:
+        return max(0, round(self.fixed + self.per_image * batch))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cost:
+    """One architecture under one precision, attention and checkpointing.
+
+    parameters: all weights. largest_layer: weights of the largest layer. outputs: width of the logits; features: of
+    what the head reads.
+    activations: peak of a training pass above weights and gradients. guided: of a pass without gradients, in which
+    the q and k of all blocks are kept for attention rollout.
+    forward_flops, backward_flops: of one image; backward counts what checkpointing computes again. rollout_flops: the
+    class row through all blocks.
+    """
+
+    parameters: int
+    largest_layer: int
+    outputs: int
+    features: int
+    activations: Bytes
+    guided: Bytes
+    forward_flops: int
+    backward_flops: int
+    rollout_flops: int
+
+
+def count_cost(spec: ModelSpec, *, precision: str, autocast: bool, checkpointing: bool, attention: str) -> Cost:
+    """Counts a model of `spec`; takes a few seconds for ViT-L, no data, no weights and no GPU.
+
+    autocast: bf16 as autocast over float32 weights (one process) rather than as bf16 weights (DeepSpeed).
+    Raises UserError for an architecture that is not known or not a ViT of timm.
+    """
+    info = describe(_on_meta(spec))
+    measured = {batch: _bytes(spec, info, batch, precision, autocast, checkpointing, attention) for batch in _BATCHES}
+    lines = []
+    for one, other in zip(*measured.values(), strict=True):
+        slope = (other - one) / (_BATCHES[1] - _BATCHES[0])
+        lines.append(Bytes(one - slope * _BATCHES[0], slope))
+    forward, backward = _flops(spec, info, checkpointing)
+    model = _on_meta(spec)
+    parameters, largest_layer = count_parameters(spec)
+    return Cost(
+        parameters=parameters,
+        largest_layer=largest_layer,
+        outputs=spec.num_classes,
+        features=info.width,
+        activations=lines[0],
+        guided=lines[1],
+        forward_flops=forward,
+        backward_flops=backward,
+        rollout_flops=_rollout_flops(model, info),
+    )
+
+
+def _rollout_flops(model: nn.Module, info: ViTInfo) -> int:
+    """2 H N^2 d a block: the logits of all heads, read once (kernels/rollout.py)."""
+    tokens = info.num_patches + info.num_prefix_tokens
+    heads: list[Any] = attention_modules(model)
+    return sum(2 * attention.num_heads * tokens**2 * attention.head_dim for attention in heads)
+
+
+def count_parameters(spec: ModelSpec) -> tuple[int, int]:
+    """All weights, and those of the largest layer. Raises UserError for an architecture that is not known."""
+    model = _on_meta(spec)
+    layers = [sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules()]
+    return sum(layers), max(layers)
+
+
+def _on_meta(spec: ModelSpec) -> nn.Module:
+    with torch.device("meta"):
+        return spec.build().eval()
+
+
+def _bytes(
+    spec: ModelSpec,
+    info: ViTInfo,
+    batch: int,
+    precision: str,
+    autocast: bool,
+    checkpointing: bool,
+    attention: str,
+) -> tuple[int, int]:
+    """Peaks of a training pass, and of the teacher's."""
+    dtype = torch.bfloat16 if precision == "bf16" and not autocast else torch.float32
+    casts = precision == "bf16" and autocast
+    peaks = []
+    model = _on_meta(spec)  # building reads numbers off tensors, which fake ones do not have
+    with FakeTensorMode():
+        _as_fake(model, dtype)
+        if checkpointing:
+            _checkpoint(model)
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(_drop_gradient)
+        with attention_as(model, attention):
+            for one_pass in (_train, functools.partial(_teach, keep=not info.windowed)):
+                with _Tracker(model) as tracker:
+                    images = torch.empty(batch, info.in_chans, *info.input_size, dtype=dtype)
+                    one_pass(model, images, torch.autocast("cpu", torch.bfloat16, enabled=casts))
+                peaks.append(tracker.peak)
+    return peaks[0], peaks[1]
+
+
+def _train(model: nn.Module, images: Tensor, autocast: Any) -> None:
+    with autocast:
+        loss = F.cross_entropy(model.train()(images).float(), torch.empty(len(images), dtype=torch.long))
+    loss.backward()
+
+
+@torch.no_grad()
+def _teach(model: nn.Module, images: Tensor, autocast: Any, keep: bool) -> None:
+    with autocast, capture_queries_keys(model) if keep else contextlib.nullcontext():
+        model.eval()(images)
+
+
+def _flops(spec: ModelSpec, info: ViTInfo, checkpointing: bool) -> tuple[int, int]:
+    """Of one image, forward and backward; explicit attention, whose products any implementation has to make."""
+    model = _on_meta(spec)
+    if checkpointing:
+        _checkpoint(model)
+    images = torch.empty(1, info.in_chans, *info.input_size, device="meta")
+    counts = []
+    with attention_as(model.train(), "eager"):
+        with FlopCounterMode(display=False) as counter:
+            output = model(images)
+        counts.append(counter.get_total_flops())
+        with FlopCounterMode(display=False) as counter:
+            output.sum().backward()
+        counts.append(counter.get_total_flops())
+    return counts[0], counts[1]
+
+
+def _checkpoint(model: nn.Module) -> None:
+    try:
+        model.set_grad_checkpointing(True)  # type: ignore[operator]
+    except (AttributeError, AssertionError):
+        raise UserError(
+            f"{type(model).__name__} of timm has no gradient checkpointing; plan without --gradient-checkpointing"
+        ) from None
+
+
+def _as_fake(model: nn.Module, dtype: torch.dtype) -> None:
+    """Puts fake tensors of the CPU in the place of a model's meta tensors; call within FakeTensorMode.
+
+    The CPU's fused attention saves q, k, v, its output and a row sum, as that of a GPU does; on the meta device it
+    would be taken apart into explicit attention.
+    """
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(torch.empty(parameter.shape, dtype=dtype))
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                kind = dtype if buffer.is_floating_point() else buffer.dtype
+                module._buffers[name] = torch.empty(buffer.shape, dtype=kind)
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+class _Tracker(TorchDispatchMode):
+    """Bytes of all storages that operations made and that still live, and the most there were."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.known = WeakIdKeyDictionary()
+        for tensor in _tensors(model):
+            self.known[tensor.untyped_storage()] = True
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage() not in self.known:
+                storage = tensor.untyped_storage()
+                self.known[storage] = True
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self._gone, storage.nbytes())
+        self.peak = max(self.peak, self.live)
+        return result
+
+    def _gone(self, size: int) -> None:
+        self.live -= size
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()

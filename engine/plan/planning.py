@@ -1,0 +1,353 @@
+"""plan(): what a run needs, before anybody asks for the GPUs."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from engine.config import RunConfig, require, split_options
+from engine.errors import UserError
+from engine.methods import get_method
+from engine.plan.cost import Cost, count_cost, count_parameters
+from engine.plan.host import ask
+from engine.plan.memory import Memory, Run, Zero, count_memory
+from engine.plan.timing import Measured, measure_rates
+from engine.plan.work import Sizes, Work, communication, phases_of, recipe, retraining_work, seconds_of, unlearning_work
+from engine.vit import ModelSpec
+
+GIB = 2**30
+
+NOT_COUNTED = (
+    "time: starting processes, reading the checkpoint and the data index, decoding where it is slower than the model, "
+    "communication where it is not hidden, checkpoints to resume from",
+    "memory: the CUDA context and libraries, what the GPU's allocator rounds up, decoding workers, decoded images that "
+    "are kept, logits of the evaluation",
+)
+NO_TIME = (
+    "no time: give --throughput IMAGES_PER_SECOND_PER_GPU (training images, forward and backward), or --measure on the "
+    "machine that will run it"
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What `plan` found; bytes, flops and seconds are plain numbers.
+
+    setup: what was asked, as resolved. cost: of one image. memory: of one rank, by part. estimates: DeepSpeed's own
+    view of the model's states, with what it assumes, or why it has none. work: unlearn and retrain, item by item, with
+    images, steps, flops, and seconds and money where a rate was given. fits: None without a capacity. advice: what
+    to change where it does not fit, with the total each change comes to.
+    """
+
+    setup: dict[str, Any]
+    cost: Cost
+    memory: Memory
+    estimates: dict[str, Any]
+    communication: dict[str, Any]
+    work: dict[str, Any]
+    share: dict[str, float]
+    rate: dict[str, Any]
+    capacity: int | None
+    fits: bool | None
+    advice: list[dict[str, Any]]
+    notes: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `--json` writes it."""
+        memory = {
+            "moment": self.memory.moment,
+            "total": {"device": self.memory.total("device"), "host": self.memory.host_peak},
+            "parts": [dataclasses.asdict(part) for part in self.memory.parts],
+            "moments": self.memory.moments,
+        }
+        return {**dataclasses.asdict(self), "memory": memory}
+
+
+def plan(
+    architecture: str,
+    *,
+    images: int,
+    forget_share: float,
+    test_images: int = 50_000,
+    gpus: int = 1,
+    stage: int | None = None,
+    offload: bool = False,
+    deepspeed: Mapping[str, Any] | None = None,
+    device: Literal["cpu", "cuda"] = "cuda",
+    method: str = "lethe",
+    options: Mapping[str, Any] | None = None,
+    num_classes: int = 1000,
+    model_args: Mapping[str, Any] | None = None,
+    retrain_recipe: str = "deit",
+    retrain_epochs: float | None = None,
+    throughput: float | None = None,
+    measure: bool = False,
+    capacity: int | None = None,
+    price: float | None = None,
+) -> Plan:
+    """Memory, flops, bytes and time of unlearning `forget_share` of `images` training images, beside a retrain.
+
+    Needs neither data nor weights nor a GPU; a few seconds for ViT-L.
+    stage, offload: of ZeRO; offload moves optimizer states to host memory, and weights too at stage 3. deepspeed: a
+    DeepSpeed configuration, which says all of that and the sizes of its buckets. gpus: ranks. device: cpu adds what a
+    rank on the CPU holds beside tensors. options: `RunConfig`'s and the method's by name, as `engine.unlearn` takes
+    them. throughput: training images a second and GPU. measure: time real steps here instead. capacity: bytes of a
+    GPU (a rank, on the CPU). price: of an hour of a GPU, in any currency.
+
+    Raises UserError for an architecture that is not known, and for numbers that contradict each other.
+    """
+    zero = _zero(stage, offload, deepspeed)
+    run, method_config = split_options(options or {}, get_method(method).Config)
+    forget = round(images * forget_share)
+    _check(
+        images, forget_share, forget, test_images, gpus, zero.stage, device, run, throughput, measure, price, capacity
+    )
+    spec = ModelSpec(
+        architecture=architecture, num_classes=num_classes, model_args=dict(model_args or {}), pretrained_cfg={}
+    )
+    precision = "fp32" if run.precision == "auto" and device == "cpu" else run.precision.replace("auto", "bf16")
+    attention = {"cuda": "sdpa", "cpu": "eager"}[device] if run.attention == "auto" else run.attention
+    taught = method == "lethe" and method_config.forget_epochs > 0
+    job = Run(
+        zero=zero,
+        ranks=gpus,
+        batch_size=run.batch_size,
+        accumulation=run.accumulation_steps,
+        bf16=precision == "bf16",
+        deepspeed=gpus > 1 or zero.stage > 0,
+        device=device,
+        teacher=run.teacher if taught else "none",
+        augmented=taught and method_config.augment_forget,
+        contrast=method_config.contrast if taught else "logits",
+        forget=forget,
+        watched=any(phase.guarded for phase in phases_of(method, method_config)),
+    )
+    cost, answer = _count(spec, job, attention, run.gradient_checkpointing)
+    memory = count_memory(cost, job, answer.get("baseline"))
+    sizes = Sizes(
+        forget=forget,
+        retain=images - forget,
+        test=test_images,
+        ranks=gpus,
+        batch=run.batch_size * run.accumulation_steps * gpus,
+    )
+    chosen = recipe(retrain_recipe, retrain_epochs)
+    work = {
+        "unlearn": unlearning_work(cost, sizes, method, method_config, run.max_steps),
+        "retrain": retraining_work(cost, sizes, chosen["epochs"]),
+    }
+    measured = measure_rates(spec, method, options or {}, run.batch_size, device) if measure else None
+    rate = _rate(throughput, measured)
+    tables = {name: _table(items, cost, gpus, rate["rates"], price) for name, items in work.items()}
+    fits = None if capacity is None else memory.total("device") <= capacity
+    return Plan(
+        setup={
+            "architecture": architecture,
+            "method": method,
+            "images": images,
+            "forget": forget,
+            "test_images": test_images,
+            "gpus": gpus,
+            "device": device,
+            "precision": precision,
+            "attention": attention,
+            "gradient_checkpointing": run.gradient_checkpointing,
+            "batch_size": run.batch_size,
+            "accumulation_steps": run.accumulation_steps,
+            "teacher": job.teacher,
+            "zero": dataclasses.asdict(zero),
+            "retrain": chosen,
+            "price": price,
+        },
+        cost=cost,
+        memory=memory,
+        estimates=_estimates(zero, precision, answer),
+        communication=communication(
+            cost, gpus, zero, 2 if job.bf16 and not job.by_autocast else 4, run.accumulation_steps
+        ),
+        work=tables,
+        share={
+            key: tables["unlearn"]["total"][key] / tables["retrain"]["total"][key]
+            for key in ("flops", "seconds")
+            if tables["retrain"]["total"].get(key)
+        },
+        rate={key: value for key, value in rate.items() if key != "rates"} | {"images_per_second": rate["rates"]},
+        capacity=capacity,
+        fits=fits,
+        advice=_advice(cost, job, spec, attention, run, memory, capacity, answer.get("baseline"))
+        if fits is False
+        else [],
+        notes=list(NOT_COUNTED),
+    )
+
+
+def _zero(stage: int | None, offload: bool, deepspeed: Mapping[str, Any] | None) -> Zero:
+    zero = Zero.read(deepspeed) if deepspeed else Zero(stage=stage or 0, overlap_comm=stage == 3)
+    if deepspeed and stage is not None and stage != zero.stage:
+        raise UserError(f"--stage {stage}: the DeepSpeed configuration says stage {zero.stage}; leave one out")
+    if zero.stage not in (0, 1, 2, 3) or isinstance(zero.stage, bool):
+        raise UserError(f"--stage {zero.stage}: expected a ZeRO stage, 0, 1, 2 or 3")
+    if offload:
+        zero = dataclasses.replace(zero, offload_optimizer=True, offload_param=zero.stage == 3)
+    if (zero.offload_optimizer or zero.offload_param) and zero.stage < 2:
+        raise UserError(
+            f"--offload at stage {zero.stage}: optimizer states are moved to the host at stages 2 and 3; use --stage 2"
+        )
+    return zero
+
+
+def _check(
+    images: int,
+    share: float,
+    forget: int,
+    test_images: int,
+    gpus: int,
+    stage: int,
+    device: str,
+    run: RunConfig,
+    throughput: float | None,
+    measure: bool,
+    price: float | None,
+    capacity: int | None,
+) -> None:
+    require(device in ("cpu", "cuda"), "device", device, "cpu or cuda")
+    require(images >= 2, "images", images, "at least 2 training images")
+    require(0 < share < 1, "forget_share", share, "between 0 and 1, both left out")
+    require(
+        0 < forget < images, "forget_share", share, f"a share that forgets and keeps at least one of {images} images"
+    )
+    require(test_images >= 0, "test_images", test_images, "0 or more")
+    require(gpus >= 1, "gpus", gpus, "at least 1")
+    require(gpus <= forget, "gpus", gpus, f"no more than the {forget} images to forget, so that every rank has one")
+    step = run.batch_size * run.accumulation_steps * gpus
+    smaller = min(forget, images - forget)
+    require(
+        step <= smaller,
+        "batch_size",
+        run.batch_size,
+        f"a step (batch_size x accumulation_steps x gpus = {step}) of no more images than the smaller set has "
+        f"({smaller})",
+    )
+    require(throughput is None or throughput > 0, "throughput", throughput, "above 0 images a second")
+    require(price is None or price >= 0, "price", price, "0 or more")
+    require(capacity is None or capacity > 0, "gpu_memory", capacity, "above 0")
+    if run.device != "auto":
+        raise UserError(f"option device={run.device!r}: a plan takes --device cuda or cpu")
+    if measure and throughput is not None:
+        raise UserError("--measure and --throughput both say how fast it runs; leave one out")
+    if run.teacher == "sharded" and (gpus == 1 or stage != 3):
+        raise UserError("option teacher='sharded': needs ZeRO stage 3 and several ranks; use teacher=replicated")
+
+
+def _count(spec: ModelSpec, job: Run, attention: str, checkpointing: bool) -> tuple[Cost, dict[str, Any]]:
+    """The cost of a pass, and what a process with DeepSpeed answers meanwhile."""
+    baseline = job.device == "cpu"
+    if job.zero.stage < 2 and not baseline:
+        return _pass(spec, job, attention, checkpointing), {}
+    parameters, largest = count_parameters(spec)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(
+            ask,
+            parameters=parameters,
+            largest_layer=largest,
+            gpus=job.ranks,
+            zero=job.zero,
+            deepspeed=job.deepspeed,
+            baseline=baseline,
+        )
+        return _pass(spec, job, attention, checkpointing), answer.result()
+
+
+def _pass(spec: ModelSpec, job: Run, attention: str, checkpointing: bool) -> Cost:
+    return count_cost(
+        spec,
+        precision="bf16" if job.bf16 else "fp32",
+        autocast=job.by_autocast,
+        checkpointing=checkpointing,
+        # Fused attention saves the same tensors, whoever computes it.
+        attention="eager" if attention == "eager" else "sdpa",
+    )
+
+
+def _estimates(zero: Zero, precision: str, answer: Mapping[str, Any]) -> dict[str, Any]:
+    if zero.stage < 2:
+        return {"missing": "DeepSpeed has estimators for ZeRO-2 and ZeRO-3 alone"}
+    found = dict(answer["estimates"])
+    if "missing" in found:
+        return {
+            "missing": f"deepspeed is not installed ({found['missing']}); pip install 'lethe-unlearning[distributed]'"
+        }
+    return {
+        **found,
+        "assumes": "weights, gradients and optimizer states alone; half-precision weights"
+        + (" (this run has float32 ones)" if precision == "fp32" else "")
+        + ", 18 bytes a parameter shared out, the whole model built on every rank of a node, host memory x 1.5; no "
+        "activations, buckets or teacher",
+    }
+
+
+def _rate(throughput: float | None, measured: Measured | None) -> dict[str, Any]:
+    if measured is not None:
+        return {"rates": measured.rates, "source": measured.words}
+    if throughput is not None:
+        words = f"stated: {throughput:g} training images a second and GPU; other passes by their flops"
+        return {"rates": {"training": throughput}, "source": words}
+    return {"rates": {}, "source": NO_TIME}
+
+
+def _table(items: list[Work], cost: Cost, gpus: int, rates: Mapping[str, float], price: float | None) -> dict[str, Any]:
+    """Items and their total, with GPU-hours and money where there is a rate."""
+    seconds = seconds_of(items, cost, gpus, rates) if rates else {}
+    rows = [{**dataclasses.asdict(item), **({"seconds": seconds[item.name]} if seconds else {})} for item in items]
+    total: dict[str, Any] = {key: sum(row[key] for row in rows) for key in ("images", "steps", "flops")}
+    if seconds:
+        total["seconds"] = sum(seconds.values())
+        total["gpu_hours"] = total["seconds"] * gpus / 3600
+        if price is not None:
+            total["money"] = total["gpu_hours"] * price
+    return {"items": rows, "total": total}
+
+
+def _advice(
+    cost: Cost,
+    job: Run,
+    spec: ModelSpec,
+    attention: str,
+    run: RunConfig,
+    memory: Memory,
+    capacity: int | None,
+    baseline: int | None,
+) -> list[dict[str, Any]]:
+    """Single changes that hold less, each with the total it comes to; all of them as the last."""
+    assert capacity is not None
+    checkpointed = cost if run.gradient_checkpointing else _pass(spec, job, attention, True)
+    changes: list[tuple[str, Run, Cost]] = []
+    if not run.gradient_checkpointing:
+        changes.append(("--gradient-checkpointing", job, checkpointed))
+    for stage in range(job.zero.stage + 1, 4):
+        if job.ranks > 1:
+            changes.append((f"--stage {stage}", _with(job, stage=stage), cost))
+    if job.zero.stage >= 2 and not job.zero.offload_optimizer and job.device == "cuda":
+        changes.append(("--offload", _with(job, offload_optimizer=True, offload_param=job.zero.stage == 3), cost))
+    batch = job.batch_size
+    while batch > 1:
+        batch //= 2
+        smaller = dataclasses.replace(job, batch_size=batch)
+        if count_memory(cost, smaller, baseline).total("device") <= capacity or batch == 1:
+            changes.append((f"--batch-size {batch} (and --accumulation to keep the step)", smaller, cost))
+            break
+    least = dataclasses.replace(_with(job, stage=3, offload_optimizer=True, offload_param=True), batch_size=1)
+    if job.ranks > 1:
+        changes.append(("--stage 3 --offload --gradient-checkpointing --batch-size 1", least, checkpointed))
+    advice = []
+    for words, changed, its_cost in changes:
+        total = count_memory(its_cost, changed, baseline).total("device")
+        if total < memory.total("device"):
+            advice.append({"change": words, "total": total, "fits": total <= capacity})
+    return advice
+
+
+def _with(job: Run, **changed: Any) -> Run:
+    return dataclasses.replace(job, zero=dataclasses.replace(job.zero, **changed))
