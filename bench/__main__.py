@@ -1,4 +1,4 @@
-"""`python -m bench quality | ablation | kernels | compile | data`: one command makes each table."""
+"""`python -m bench quality | ablation | kernels | compile | data | chaos | two-hosts`: one command makes each table."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def data(
         typer.Option(help="Folder CLASS/FILE of real JPEGs; without it decoding is not measured.", show_default=False),
     ] = None,
     scratch: Annotated[
-        Path | None, typer.Option(help="Where the shards are made, 4 GB, and removed.", show_default="temporary folder")
+        Path | None, typer.Option(help="Where the shards are made, 5 GB, and removed.", show_default="temporary folder")
     ] = None,
     rounds: Annotated[int, typer.Option(help="Of the decoding race.")] = 9,
     json: Annotated[Path | None, typer.Option("--json", help="Results, with every round.")] = None,
@@ -108,6 +108,67 @@ def data(
     from bench.data import run_data
 
     run_data(images, real, scratch, rounds, json)
+
+
+@app.command()
+def chaos(
+    runs: Annotated[int, typer.Option(help="Runs that are killed.")] = 20,
+    stages: Annotated[str, typer.Option(help="ZeRO stages of the runs on two ranks.")] = "2,3",
+    seed: Annotated[int, typer.Option(help="Of what is killed, and when.")] = 0,
+    json: Annotated[Path | None, typer.Option("--json", help="Results, with every kill.")] = None,
+) -> None:
+    """Runs killed with SIGKILL and resumed: identical to an undisturbed one, or exit 1. Also a full disk, as root."""
+    from bench.chaos import run_chaos
+
+    if not run_chaos(runs, [int(stage) if stage.isdecimal() else -1 for stage in stages.split(",")], seed, json)[
+        "passed"
+    ]:
+        raise typer.Exit(1)
+
+
+@app.command("two-hosts")
+def two_hosts(json: Annotated[Path | None, typer.Option("--json", help="Results.")] = None) -> None:
+    """One job on two network namespaces: the result of one host, and a link that is cut. Needs root; exit 1 if not."""
+    from bench.two_hosts import run_two_hosts
+
+    if not run_two_hosts(json)["passed"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def equality(
+    checkpoint: Checkpoint,
+    data: Data,
+    forget: Forget,
+    steps: Annotated[int, typer.Option(help="Optimizer steps a phase at most.")] = 30,
+    batch_size: Annotated[int, typer.Option(help="Of one process; two ranks have half of it each.")] = 100,
+    precision: Annotated[list[str] | None, typer.Option(help="fp32 or bf16.", show_default="both")] = None,
+    json: Annotated[Path | None, typer.Option("--json", help="Results.")] = None,
+) -> None:
+    """DeepSpeed and two ranks at ZeRO 0 to 3 against one process, on the CPU; exit 1 beyond 1e-5 in fp32."""
+    from bench.scale import run_equality
+
+    if not run_equality(checkpoint, data, forget, steps, batch_size, precision or ["fp32", "bf16"], json):
+        raise typer.Exit(1)
+
+
+@app.command()
+def memory(
+    images: Annotated[Path, typer.Option(help="Folder CLASS/FILE of real images.", show_default=False)],
+    arch: Annotated[str, typer.Option(help="timm architecture.")] = "vit_large_patch16_224",
+    case: Annotated[
+        list[str] | None, typer.Option(help="STAGE:PRECISION; zero0 is plain data parallel.", show_default="four")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Of a rank.")] = 2,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of each phase.")] = 2,
+    json: Annotated[Path | None, typer.Option("--json", help="Results.")] = None,
+) -> None:
+    """Real steps on two CPU ranks: peak memory of each beside what `lethe plan` says; exit 1 beyond 20%."""
+    from bench.scale import run_memory
+
+    cases = case or ["zero2:fp32", "zero3_offload:fp32", "zero0:fp32", "zero2:bf16"]
+    if not run_memory(arch, images, cases, batch_size, steps, json):
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

@@ -159,6 +159,7 @@ def train(
     from engine.loop import train as run_train
 
     options = {**_options(settings, on_bad_image), "epochs": epochs, "seed": seed}
+    _join(options)
     source = open_source(data)
     samples, notes = source.train, {"data": data, "arch": arch}
     if forget is not None:
@@ -211,6 +212,7 @@ def unlearn(
     from engine.job import Task, run_job
 
     options = {**(read_yaml(config) if config else {}), **_options(settings, on_bad_image)}
+    _join(options)
     task = Task.open(data, forget)
     if task.request.duplicates:
         console.print(f"{task.request.duplicates} ids were named more than once and merged")
@@ -407,6 +409,15 @@ def _options(settings: list[str] | None, on_bad_image: str | None) -> dict[str, 
     from engine.config import parse_assignments
 
     return {**parse_assignments(settings or []), **({"on_bad_image": on_bad_image} if on_bad_image else {})}
+
+
+def _join(options: dict[str, Any]) -> None:
+    """Meets the other ranks, where a launcher started several, before any of them opens the data."""
+    from engine.config import RunConfig, build
+    from engine.distributed.world import join
+
+    run = build(RunConfig, {key: options[key] for key in ("device", "timeout") if key in options})
+    join(run.device, run.timeout)
 
 
 def _write_json(path: Path | None, values: Any) -> None:

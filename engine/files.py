@@ -13,6 +13,8 @@ from typing import Any
 
 from engine.errors import RunStopped
 
+_FULL = ("No space left on device", "file write failed", "basic_ios::clear: iostream error", "unexpected pos")
+
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -57,9 +59,9 @@ def sync(path: Path) -> None:
 
 
 def _is_full(error: BaseException) -> bool:
-    # safetensors and torch.save wrap the OSError in errors of their own, with its text kept.
+    # safetensors and torch.save wrap the OSError in errors of their own; torch.save's say only that a write failed.
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-    return full or "No space left on device" in str(error) or "file write failed" in str(error)
+    return full or any(text in str(error) for text in _FULL)
 
 
 def write_json(path: Path, values: Any) -> None:

@@ -39,6 +39,9 @@ class Task:
 
     @classmethod
     def open(cls, data: str, forget: str) -> Task:
+        world = World.current()
+        if world.size > 1:  # an index is built by one rank, and then read by all
+            world.on_main(lambda: open_source(data))
         source = open_source(data)
         request = read_forget_request(forget, source.train)
         return cls(source, request, *request.split(source.train))

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from engine import runfolder
 from engine.config import RunConfig, split_options, to_dict
 from engine.data import Loader, Preprocessing, Samples, from_dataset
-from engine.data.samples import concatenate
+from engine.data.samples import concatenate, spread
 from engine.device import autocast, resolve_attention, resolve_device, resolve_precision
 from engine.distributed.updater import Updater
 from engine.distributed.world import World, join, watching_ranks
@@ -36,7 +36,7 @@ from engine.vit import attention_as, describe, load_checkpoint, spec_of
 from kernels import resolve_backend
 
 # Samples that each look at a model's accuracy takes.
-_WATCHED = 500
+WATCHED = 500
 
 
 def unlearn(
@@ -164,12 +164,9 @@ def _run(
     method_class = get_method(method)
     run, method_config = split_options(options, method_class.Config)
     device = resolve_device(run.device)
-    run = dataclasses.replace(
-        run,
-        device=str(device),
-        precision=resolve_precision(run.precision, device),
-        attention=resolve_attention(run.attention, device),
-    )
+    precision = resolve_precision(run.precision, device)
+    attention = resolve_attention(run.attention, device, precision)
+    run = dataclasses.replace(run, device=str(device), precision=precision, attention=attention)
     try:
         for op in ("attention_rollout", "mask_patches", "info_nce"):
             resolve_backend(op, run.kernels.backend, device)
@@ -244,7 +241,16 @@ def _run(
         updater = ZeroUpdater(student, run, zero) if zero else Updater(student, run)
         del student
         trainer = Trainer(
-            updater, unlearner, run, folder, progress, after_phase, _spread(watched, _WATCHED), loader, release, spec
+            updater,
+            unlearner,
+            run,
+            folder,
+            progress,
+            after_phase,
+            spread(watched, WATCHED, "watched"),
+            loader,
+            release,
+            spec,
         )
         trainer.begin(started)
         for number, phase in enumerate(phases):
@@ -325,9 +331,3 @@ def _check_data(model: nn.Module, forget: Samples, retain: Samples, watched: Sam
                 "model's head has "
                 f"{model.num_classes} classes; use the checkpoint trained on these labels"
             )
-
-
-def _spread(samples: Samples, count: int) -> Samples:
-    """At most `count` samples at equal distances, so that sorted classes are all there."""
-    step = max(1, len(samples) // count)
-    return samples.subset(range(0, len(samples), step)[:count], f"{samples.name} (watched)")

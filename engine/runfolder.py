@@ -87,7 +87,8 @@ class RunFolder:
     def _check_same(self, config: dict[str, Any], held: list[str]) -> None:
         if "config.yaml" not in held:
             raise UserError(f"output folder {self.path} holds no run to resume; leave --resume out")
-        if "model.safetensors" in held and "resume" not in held:
+        if "model.safetensors" in held and not (self.path / "resume" / "current.json").exists():
+            shutil.rmtree(self.path / "resume", ignore_errors=True)  # of a process that was killed in `finished`
             raise UserError(f"output folder {self.path} holds a finished run; there is nothing to resume")
         before = _flat(read_yaml(self.path / "config.yaml"))
         now = _flat(config)
@@ -121,11 +122,14 @@ class RunFolder:
         Every rank calls it. Raises RunStopped where there is no space left; the checkpoint before is intact then.
         """
         place = self.path / "resume" / f"{state['phase']}-{state['step']:08d}"
+        intact = f"{self.path / 'resume'} holds the checkpoint before, intact; free space and --resume"
 
+        @full_disk(place, intact)
         def begin() -> None:
             shutil.rmtree(place, ignore_errors=True)  # of an earlier attempt that was not finished
             place.mkdir(parents=True)
 
+        @full_disk(place, intact)
         def commit() -> None:
             torch.save({**state, "history_bytes": (self.path / "history.jsonl").stat().st_size}, place / "state.pt")
             files = sorted(path for path in place.iterdir() if path.is_file())
@@ -139,11 +143,11 @@ class RunFolder:
                 if other.is_dir() and other != place:
                     shutil.rmtree(other, ignore_errors=True)
 
-        with full_disk(place, f"{self.path / 'resume'} holds the checkpoint before, intact; free space and --resume"):
-            self.world.on_main(begin)
+        self.world.on_main(begin)
+        with full_disk(place, intact):
             write(place)
-            self.world.barrier()
-            self.world.on_main(commit)
+        self.world.barrier()
+        self.world.on_main(commit)
 
     def keep(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
         """Keeps tensors beside the checkpoints, for as long as there are any."""
@@ -203,6 +207,7 @@ class RunFolder:
         """The run is done: nothing is left to resume."""
         self.world.barrier()
         if self.world.is_main:
+            (self.path / "resume" / "current.json").unlink(missing_ok=True)  # first: half a checkpoint must not count
             shutil.rmtree(self.path / "resume", ignore_errors=True)
 
 

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 # Steps between reads of the losses: a read waits for the device.
 _FLUSH = 10
 # Checks of a guarded phase, spread over its steps.
-_CHECKS = 8
+CHECKS = 8
 # Points of watched accuracy lost at the end of a run that are reported as a collapse.
 _LOST = 10.0
 
@@ -335,7 +335,7 @@ class _Guard:
 
     def __init__(self, trainer: Trainer, phase: Phase, total: int) -> None:
         self.trainer, self.phase = trainer, phase
-        self.steps = {math.ceil(total * (i + 1) / _CHECKS) for i in range(_CHECKS)}
+        self.steps = {math.ceil(total * (i + 1) / CHECKS) for i in range(CHECKS)}
         self.good_step, self.good = 0, trainer.updater.weights()
 
     def state(self) -> dict[str, Any]:
@@ -349,6 +349,7 @@ class _Guard:
         before, now = trainer.watched["before"], trainer.watch(trainer.model)
         trainer.event({"phase": self.phase.name, "step": step - 1, "watched_accuracy": now})
         if 100 * (before - now) <= trainer.run.collapse_drop:
+            self.good = None  # before the next copy is made: one is enough to hold
             self.good_step, self.good = step, trainer.updater.weights()
             return False
         trainer.updater.load_weights(self.good)

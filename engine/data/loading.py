@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -228,9 +229,10 @@ class Loader:
             return
         self.bad_ids[sample_id] = str(error)
         logger.warning("left out: %s", error)
-        if len(self.bad_ids) > self.max_bad_share * len(self.samples):
+        mine = math.ceil(len(self.samples) / self.world.size)  # each rank sees about as many
+        if len(self.bad_ids) > self.max_bad_share * mine:
             raise RunStopped(
-                f"{self.samples.name}: {len(self.bad_ids)} of {len(self.samples)} images are bad, more than "
+                f"{self.samples.name}: {len(self.bad_ids)} of {mine} images are bad, more than "
                 f"max_bad_share={self.max_bad_share:g} allows, the last: {sample_id!r}; repair them or raise the share"
             )
 

@@ -149,6 +149,13 @@ def _of_either(first: Callable[[int], Any], second: Callable[[int], Any], count:
     return first(index) if index < count else second(index - count)
 
 
+def spread(samples: Samples, count: int, why: str = "part") -> Samples:
+    """At most `count` samples at equal distances, so that sorted classes are all there."""
+    if len(samples) <= count:
+        return samples
+    return samples.subset(np.linspace(0, len(samples) - 1, count).astype(np.int64), f"{samples.name} ({why})")
+
+
 def from_dataset(dataset: Dataset[Any] | Samples, name: str) -> Samples:
     """Samples over a user's own map-style `torch.utils.data.Dataset` of (image, label).
 

@@ -48,7 +48,7 @@ class Predictions:
         return Predictions(self.logits[indices], self.labels[indices])
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: ZeRO-3 may keep what it gathers here for the next step
 def predict(model: nn.Module, loader: Loader, precision: str = "fp32") -> Predictions:
     """Runs the model in eval mode over all samples of a loader, in order; each rank takes its share of them.
 

@@ -378,8 +378,8 @@ def _teacher(cost: Cost, run: Run, passing: bool = False) -> list[Part]:
 def _guard(cost: Cost, run: Run) -> list[Part]:
     if not run.watched:
         return []
-    why = "8 P on the main rank: what a collapse goes back to, and the copy that replaces it"
-    return [Part("last good weights", 8 * cost.parameters, "host", why)]
+    why = "4 P on the main rank: what a collapse goes back to"
+    return [Part("last good weights", 4 * cost.parameters, "host", why)]
 
 
 def _share(total: int, ranks: int) -> int:

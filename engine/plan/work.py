@@ -13,11 +13,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from engine.errors import UserError
-from engine.loop import _WATCHED
+from engine.evaluate.metrics import MOST_RETAINED
+from engine.loop import WATCHED
 from engine.methods import Method, Phase, get_method
 from engine.plan.cost import Cost
 from engine.plan.memory import Zero
-from engine.trainer import _CHECKS
+from engine.trainer import CHECKS
 
 # Epochs of the recipes a ViT may have been trained by on ImageNet, and whose they are.
 RECIPES = {
@@ -50,6 +51,11 @@ class Sizes:
     ranks: int
     batch: int
 
+    @property
+    def evaluated(self) -> int:
+        """Samples that an evaluation looks at."""
+        return self.forget + min(self.retain, MOST_RETAINED) + self.test
+
 
 def unlearning_work(cost: Cost, sizes: Sizes, method: str, config: Any, max_steps: int | None) -> list[Work]:
     """Everything that `lethe unlearn` does with the model, in order. config: the method's; max_steps: a phase."""
@@ -68,20 +74,18 @@ def unlearning_work(cost: Cost, sizes: Sizes, method: str, config: Any, max_step
             passes = sizes.forget if cached else images
             items.append(_teacher(cost, passes))
         items.append(_training(f"{phase.name} phase", cost, images, steps, phase.name))
-        looks += min(_CHECKS, steps) if phase.guarded else 0
-    items.append(_forward("watched accuracy", cost, looks * min(_WATCHED, sizes.test or sizes.retain)))
-    evaluated = sizes.forget + sizes.retain + sizes.test
-    items.append(_forward("evaluation of the original and the result", cost, 2 * evaluated))
+        looks += min(CHECKS, steps) if phase.guarded else 0
+    items.append(_forward("watched accuracy", cost, looks * min(WATCHED, sizes.test or sizes.retain)))
+    items.append(_forward("evaluation of the original and the result", cost, 2 * sizes.evaluated))
     return items
 
 
 def retraining_work(cost: Cost, sizes: Sizes, epochs: float) -> list[Work]:
     """The same architecture from fresh weights on the retained samples, and one evaluation."""
     steps = math.ceil(epochs * math.ceil(sizes.retain / sizes.batch))
-    evaluated = sizes.forget + sizes.retain + sizes.test
     return [
         _training("training", cost, epochs * sizes.retain, steps, "retain"),
-        _forward("evaluation of the result", cost, evaluated),
+        _forward("evaluation of the result", cost, sizes.evaluated),
     ]
 
 

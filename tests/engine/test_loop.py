@@ -285,9 +285,10 @@ def cut_short(samples: Samples, folder: Path, model: Any = None, checkpoints: in
             self._record([{"phase": "retain", "step": 99, "epoch": 9}])
             raise _Killed
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(_Killed):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "_keep", killed)
-        run(samples, model, output_dir=folder, **options)
+        with pytest.raises(_Killed):
+            run(samples, model, output_dir=folder, **options)
     return folder
 
 

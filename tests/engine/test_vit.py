@@ -15,13 +15,16 @@ from toys import TINY, tiny_vit
 
 from engine.errors import RunStopped, UserError
 from engine.vit import (
+    ModelSpec,
     attention_as,
     capture_queries_keys,
     describe,
     load_checkpoint,
+    outputs,
     remember_model_args,
     save_checkpoint,
     spec_of,
+    still_key_biases,
     weights_sha256,
 )
 
@@ -211,3 +214,42 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path: Path, model: torch.
         assert sorted(p.name for p in (disk / "c").iterdir()) == ["config.json", "model.safetensors"]
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+def test_still_key_biases_zero_what_softmax_does_not_see_and_nothing_else() -> None:
+    model, images = tiny_vit(), torch.randn(4, 1, 8, 8)
+    model(images).square().sum().backward()
+    before = {name: p.grad.clone() for name, p in model.named_parameters()}
+    handles = still_key_biases(model)
+    assert len(handles) == len(model.blocks)
+    model.zero_grad()
+    model(images).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        if name.endswith("qkv.bias"):
+            queries, keys, values = parameter.grad.chunk(3)
+            assert not keys.any()
+            assert before[name].chunk(3)[1].abs().max() < 1e-5 * before[name].abs().max(), "it was rounding"
+            assert torch.equal(torch.cat([queries, values]), torch.cat([*before[name].chunk(3)[::2]]))
+        else:
+            assert torch.equal(parameter.grad, before[name])
+    for handle in handles:
+        handle.remove()
+    assert not still_key_biases(tiny_vit(qk_norm=True)), "a normalised key feels its bias"
+
+
+@pytest.mark.parametrize("name", ["tiny", "deit"])
+def test_features_are_what_the_classifier_reads(name: str) -> None:
+    if name == "tiny":
+        model, images = tiny_vit(), torch.randn(3, 1, 8, 8)
+    else:
+        spec = ModelSpec(
+            architecture="deit_tiny_distilled_patch16_224",
+            num_classes=7,
+            model_args={"img_size": 32, "embed_dim": 32, "depth": 1, "num_heads": 2},
+            pretrained_cfg={},
+        )
+        model, images = spec.build(seed=0).eval(), torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        expected = model.forward_head(model.forward_features(images), pre_logits=True)
+        assert torch.equal(outputs(model, images, "features"), expected)
+        assert torch.equal(outputs(model, images), model(images)), "and the model is as it was"
