@@ -32,7 +32,7 @@ ZERO_STAGE = 2
 TIMEOUT, MARGIN = 20.0, 20.0
 # The cut comes once so many checkpoints have been begun.
 CUT_AFTER = 4
-INTERFACE, ADDRESSES, PORT = "link", ("10.213.7.1", "10.213.7.2"), "29533"
+INTERFACE, ADDRESSES, PORT = "veth0", ("10.213.7.1", "10.213.7.2"), "29533"
 
 
 class Hosts:

@@ -192,11 +192,6 @@ def _run(
             "retain_sha256": retain.fingerprint(),
         },
     }
-    folder = spec = None
-    if output_dir is not None:
-        spec = spec_of(original)  # a model that cannot be saved is an error now, not after the work
-        folder = runfolder.RunFolder(output_dir, resolved, resume=resume, overwrite=overwrite, world=world)
-
     half = zero is not None and half_weights(zero)
     teacher, release = _frozen(original, device, run, zero if world.size > 1 else None, inplace)
     preprocessing = Preprocessing.of(original)
@@ -232,14 +227,19 @@ def _run(
             world=world,
         ),
     )
+    folder = spec = None
+    if output_dir is not None:
+        spec = spec_of(original)  # a model that cannot be saved is an error now, not after the work
+        folder = runfolder.RunFolder(output_dir, resolved, resume=resume, overwrite=overwrite, world=world)
+
     student = unlearner.initial_model(original if inplace else copy.deepcopy(original)).to(device)
     if run.gradient_checkpointing:
         student.set_grad_checkpointing(True)  # type: ignore[operator]
     sets = {"forget": forget, "retain": retain}
     phases = unlearner.phases()
-    with attention_as(teacher, run.attention), attention_as(student, run.attention):
-        updater = ZeroUpdater(student, run, zero) if zero else Updater(student, run)
-        del student
+    updater = ZeroUpdater(student, run, zero) if zero else Updater(student, run)
+    del student
+    with attention_as(teacher, run.attention), attention_as(updater.model, run.attention):
         trainer = Trainer(
             updater,
             unlearner,

@@ -21,7 +21,7 @@ from engine.errors import RunStopped
 from engine.evaluate.predict import predict
 from engine.methods import Method, Phase
 from engine.runfolder import RunFolder
-from engine.vit import ModelSpec, save_checkpoint
+from engine.vit import ModelSpec, attention_as, save_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -286,6 +286,14 @@ class Trainer:
 
     def finish(self, resolved: dict[str, Any], finalize: Callable[[UnlearnResult], None] | None) -> UnlearnResult:
         model = self.updater.finish().eval()
+        if self.run.gradient_checkpointing:
+            model.set_grad_checkpointing(False)  # type: ignore[operator]
+        with attention_as(model, self.run.attention):  # DeepSpeed's is not the model that was trained
+            return self._finish(model, resolved, finalize)
+
+    def _finish(
+        self, model: nn.Module, resolved: dict[str, Any], finalize: Callable[[UnlearnResult], None] | None
+    ) -> UnlearnResult:
         self.watched["after"] = self.watch(model)
         lost = 100 * (self.watched["before"] - self.watched["after"])
         collapsed = lost > _LOST

@@ -11,14 +11,16 @@ from typing import Any
 
 import pytest
 import safetensors.torch
-from ranks import EQUAL, LETHE, STAGES, run
+from ranks import EQUAL, LETHE, STAGES, data, run
 from toys import tiny_vit
 
 from engine.config import RunConfig
 from engine.data import open_source
+from engine.distributed.world import World
 from engine.distributed.zero import read_deepspeed, resolve_deepspeed
 from engine.errors import UserError
-from engine.loop import train
+from engine.loop import _check_ranks, _resolve_zero, train
+from engine.runfolder import RunFolder
 from engine.vit import load_checkpoint, save_checkpoint, weights_sha256
 
 ROOT = Path(__file__).parents[2]
@@ -153,6 +155,36 @@ def test_all_contradictions_are_listed_at_once_and_what_agrees_passes() -> None:
         resolve_deepspeed({"train_micro_batch_size_per_gpu": 4, "gradient_clipping": 9}, RUN, ranks=1)
     agreeing = {"train_batch_size": 64, "optimizer": {"type": "AdamW", "params": {"lr": "auto", "torch_adam": True}}}
     assert "optimizer" not in resolve_deepspeed(agreeing, RUN, ranks=4)
+
+
+def test_more_ranks_than_samples() -> None:
+    forget, retain = data()
+    zero = resolve_deepspeed({}, RUN, ranks=21)
+    _check_ranks(RUN, World(0, 20), zero, forget, retain)
+    with pytest.raises(UserError, match=r"21 ranks for the 20 samples of digits train: .* start at most 20"):
+        _check_ranks(RUN, World(0, 21), zero, forget, retain)
+
+
+def test_ranks_that_nobody_configured() -> None:
+    with pytest.raises(UserError, match=r"2 ranks were started without a DeepSpeed configuration"):
+        _resolve_zero(None, RUN, World(0, 2))
+    assert _resolve_zero(None, RUN, World()) is None
+
+
+def test_resuming_with_another_number_of_ranks_or_stage_is_refused(tmp_path: Path) -> None:
+    before = {"method": "lethe", "ranks": 2, "deepspeed": {"zero_optimization": {"stage": 2}}}
+    RunFolder(tmp_path, before)
+    RunFolder(tmp_path, before, resume=True)
+    with pytest.raises(UserError, match=r"another configuration \(ranks: 2 before, 4 now\)"):
+        RunFolder(tmp_path, {**before, "ranks": 4}, resume=True)
+    with pytest.raises(UserError, match=r"deepspeed.zero_optimization.stage: 2 before, 3 now"):
+        RunFolder(tmp_path, {**before, "deepspeed": {"zero_optimization": {"stage": 3}}}, resume=True)
+
+
+def test_the_negatives_of_a_step_cannot_be_shown_in_parts(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"negatives='in_batch' .* accumulation_steps=2 shows a step in parts"):
+        run(tmp_path / "run", None, 8, **LETHE, negatives="in_batch", accumulation_steps=2)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_file_that_is_not_json(tmp_path: Path) -> None:
