@@ -30,8 +30,11 @@ from engine.files import write_json
 ZERO_STAGE = 2
 # Seconds after which a rank that does not answer is given up, and until its launcher has to have ended after that.
 TIMEOUT, MARGIN = 20.0, 20.0
-# The cut comes once so many checkpoints have been begun.
-CUT_AFTER = 4
+# When the link is cut: a name, options, and how many checkpoints have been begun by then and how long ago (seconds).
+CUTS: tuple[tuple[str, dict[str, int], int, float], ...] = (
+    ("while a checkpoint is written", {"checkpoint_every": 2}, 4, 0.0),
+    ("in a step", {"checkpoint_every": 1000}, 1, 0.3),  # the one at the end of the first phase
+)
 INTERFACE, ADDRESSES, PORT = "veth0", ("10.213.7.1", "10.213.7.2"), "29533"
 
 
@@ -96,8 +99,7 @@ def run_two_hosts(json_file: Path | None = None) -> dict[str, Any]:
         expected = stage.expected(Job(ZERO_STAGE, "torchrun"))
         console.print("two hosts, undisturbed")
         whole = _whole(hosts, stage, expected, alive)
-        console.print("two hosts, the link is cut in the middle and comes back")
-        cut = _cut(hosts, stage, expected, alive)
+        cuts = [_cut(hosts, stage, expected, alive, *cut) for cut in CUTS]
     report = {
         "command": "python -m bench two-hosts",
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -107,8 +109,8 @@ def run_two_hosts(json_file: Path | None = None) -> dict[str, Any]:
         "load_average": {"before": load, "after": _load()},
         "seconds": round(time.perf_counter() - began, 1),
         "two_hosts": whole,
-        "cut_link": cut,
-        "passed": not whole["problems"] and not cut["problems"],
+        "cut_links": cuts,
+        "passed": not any(case["problems"] for case in (whole, *cuts)),
     }
     _print(report)
     if json_file:
@@ -135,13 +137,24 @@ def _whole(hosts: Hosts, stage: Stage, expected: Path, alive: contextlib.ExitSta
     return {"exit_codes": codes, "equal": not problems, "problems": problems}
 
 
-def _cut(hosts: Hosts, stage: Stage, expected: Path, alive: contextlib.ExitStack) -> dict[str, Any]:
-    out = stage.folder / "cut"
-    launched = _launch(hosts, stage, out, alive)
+def _cut(
+    hosts: Hosts,
+    stage: Stage,
+    expected: Path,
+    alive: contextlib.ExitStack,
+    moment: str,
+    options: dict[str, int],
+    after: int,
+    pause: float,
+) -> dict[str, Any]:
+    console.print(f"two hosts, the link is cut {moment} and comes back")
+    out = stage.folder / f"cut {moment}"
+    launched = _launch(hosts, stage, out, alive, **options)
     problems, begun = [], set[str]()
-    while len(begun) < CUT_AFTER and all(one.running() for one in launched):
+    while len(begun) < after and all(one.running() for one in launched):
         begun |= checkpoints(out)
         time.sleep(0.002)
+    time.sleep(pause)
     hosts.link("down")
     at = time.perf_counter()
     ended: dict[int, float] = {}
@@ -162,12 +175,13 @@ def _cut(hosts: Hosts, stage: Stage, expected: Path, alive: contextlib.ExitStack
         one.kill()
     problems += unreadable(out)
     hosts.link("up")
-    resumed = _launch(hosts, stage, out, alive, resume=True)
+    resumed = _launch(hosts, stage, out, alive, resume=True, **options)
     codes = [one.wait() for one in resumed]
     if codes != [0, 0]:
         problems.append(f"exit codes {codes} when resumed: {' | '.join(one.tail() for one in resumed)}")
     differing = differences(expected, out)
     return {
+        "cut": moment,
         "checkpoints_before_the_cut": len(begun),
         "sides": sides,
         "exit_codes_resumed": codes,
@@ -176,8 +190,11 @@ def _cut(hosts: Hosts, stage: Stage, expected: Path, alive: contextlib.ExitStack
     }
 
 
-def _launch(hosts: Hosts, stage: Stage, out: Path, alive: contextlib.ExitStack, resume: bool = False) -> list[Launched]:
-    arguments = unlearn_arguments(stage.original, out, SAMPLES_A_STEP // 2, ZERO_STAGE, resume=resume, timeout=TIMEOUT)
+def _launch(
+    hosts: Hosts, stage: Stage, out: Path, alive: contextlib.ExitStack, resume: bool = False, **options: int
+) -> list[Launched]:
+    batch = SAMPLES_A_STEP // len(ADDRESSES)
+    arguments = unlearn_arguments(stage.original, out, batch, ZERO_STAGE, resume=resume, timeout=TIMEOUT, **options)
     launched = hosts.launch(arguments, stage.folder / f"{out.name}{' resumed' if resume else ''}.log")
     for one in launched:
         alive.callback(one.kill)  # before the namespaces go
@@ -188,13 +205,13 @@ def _print(report: dict[str, Any]) -> None:
     table = Table("", "result", header_style="bold")
     same = {True: "[green]same as on one host[/green]", False: "[red]ANOTHER RESULT[/red]"}
     table.add_row("a rank on each of two hosts", same[report["two_hosts"]["equal"]])
-    cut = report["cut_link"]
-    for side in cut["sides"]:
-        ended = f"exit code {side['exit_code']} after {side['seconds_to_end']} s"
-        table.add_row(f"link cut, host of rank {side['rank']}", ended)
-    table.add_row("link back, --resume", same[cut["equal"]])
+    for cut in report["cut_links"]:
+        for side in cut["sides"]:
+            ended = f"exit code {side['exit_code']} after {side['seconds_to_end']} s"
+            table.add_row(f"link cut {cut['cut']}, rank {side['rank']}", ended)
+        table.add_row("link back, --resume", same[cut["equal"]])
     console.print(table)
-    for line in [side["said"] for side in cut["sides"]]:
+    for line in [side["said"] for cut in report["cut_links"] for side in cut["sides"]]:
         console.print(line, soft_wrap=True, markup=False)
-    for problem in [*report["two_hosts"]["problems"], *cut["problems"]]:
+    for problem in [p for case in (report["two_hosts"], *report["cut_links"]) for p in case["problems"]]:
         console.print(problem, soft_wrap=True, markup=False, style="red")

@@ -139,8 +139,13 @@ def join(device: str = "auto", timeout: float = 1800.0) -> World:
                 "GPUs; start no more ranks than GPUs, or use --set device=cpu"
             )
         torch.cuda.set_device(local_rank)
+    limit = datetime.timedelta(seconds=timeout)
+    # DeepSpeed makes groups of its own and names no timeout: they would wait for torch's, 30 minutes on gloo.
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        if getattr(dist.distributed_c10d, name, None) is not None:
+            setattr(dist.distributed_c10d, name, limit)
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=datetime.timedelta(seconds=timeout))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=limit)
     except (RuntimeError, ValueError) as error:
         raise RunStopped(
             f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} found no other ranks at "
