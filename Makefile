@@ -19,7 +19,7 @@ help: ## list the targets
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --upgrade pip
-	$(BIN)/python -m pip install -e '.[dev,bench]'
+	$(BIN)/python -m pip install -e '.[dev,bench,distributed]'
 	@touch $@
 
 venv: $(STAMP) ## build .venv with everything that the tests use
@@ -28,7 +28,7 @@ demo: $(STAMP) ## train, unlearn, retrain and compare on the embedded digits
 	$(BIN)/lethe demo $(ARGS)
 
 test: $(STAMP) ## run the tests that are not slow, with coverage
-	$(BIN)/python -m pytest --cov=engine --cov=kernels --cov-report=term --cov-fail-under=85 --durations=15 $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadscope --cov=engine --cov=kernels --cov-report=term --cov-fail-under=85 --durations=15 $(ARGS)
 
 lint: $(STAMP) ## ruff: rules and formatting
 	$(BIN)/ruff check .

@@ -154,6 +154,11 @@ def join(device: str = "auto", timeout: float = 1800.0) -> World:
     return World.current()
 
 
+def backends(device: str) -> str:
+    """What carries tensors: gloo those on the CPU, NCCL those on a GPU."""
+    return "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+
+
 def leave() -> None:
     """Leaves the process group, if there is one."""
     if dist.is_available() and dist.is_initialized():

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from engine.config import RunConfig
 from engine.distributed.updater import Updater
-from engine.distributed.world import World
+from engine.distributed.world import World, backends
 from engine.errors import UserError
 
 
@@ -156,7 +156,7 @@ class ZeroUpdater(Updater):
         super().__init__(model, run)
         if not dist.is_initialized():  # one process that no launcher started
             store = dist.HashStore()  # type: ignore[attr-defined]
-            dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+            dist.init_process_group(backends(run.device), store=store, rank=0, world_size=1)
         self._deepspeed, self._config, self._world = deepspeed, dict(config), World.current()
         self._stage = config["zero_optimization"]["stage"]
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=self._config)

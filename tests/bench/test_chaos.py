@@ -207,7 +207,7 @@ def test_a_checkpoint_that_does_not_open_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "run" / "resume" / "0-00000002" / "model.pt"
     whole = path.read_bytes()
     assert unreadable(tmp_path / "run") == []
-    for content in (whole[:-1], b"\0" * len(whole), whole[:700] + b"\x7f" * 9 + whole[709:]):
+    for content in (whole[:-1], whole + b"\0", b"\0" * len(whole), whole[:700] + b"\x7f" * 9 + whole[709:]):
         path.write_bytes(content)
         assert unreadable(tmp_path / "run") == ["model.pt of the checkpoint is missing or damaged"]
     path.unlink()

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from engine.config import RunConfig, build, parse_assignments, read_yaml, split_options, to_dict, write_yaml
@@ -64,3 +66,10 @@ def test_yaml_errors(tmp_path) -> None:
     (tmp_path / "bad.yaml").write_text("a: [\n")
     with pytest.raises(UserError, match="is not YAML"):
         read_yaml(tmp_path / "bad.yaml")
+
+
+def test_the_shipped_configuration_of_vit_l_is_one() -> None:
+    path = Path(__file__).parents[2] / "configs" / "vit_l_imagenet.yaml"
+    run, method = split_options(read_yaml(path), LetheConfig)
+    assert (run.batch_size, run.precision, run.on_bad_image) == (64, "bf16", "skip")
+    assert method == LetheConfig()
