@@ -133,6 +133,7 @@ def run_equality(
                 done = launch(arguments, ranks, _config(stage, folder), folder / "log")
                 rows.append({"case": label, "precision": precision, "seconds": done.seconds, **_compare(alone, out)})
                 console.print(f"{precision} {label}: {done.seconds:.0f} s", highlight=False)
+                _write(json_file, {"steps": steps, "batch_size": batch_size, "rows": rows})
     table = Table(
         "run", "precision", "worst tensor", "worst weight", "loss", "accuracies", "seconds", title="against one process"
     )
@@ -156,7 +157,6 @@ def run_equality(
     )
     within = all(row["tensor"] <= 1e-5 for row in rows if row["precision"] == "fp32")
     console.print(f"fp32: worst tensor at most 1e-5: {'PASS' if within else 'MISSED'}", highlight=False)
-    _write(json_file, {"steps": steps, "batch_size": batch_size, "rows": rows})
     return within
 
 

@@ -110,6 +110,12 @@ def test_each_moment_comes_and_a_second_kill_hits_the_resumed_run(tmp_path: Path
 
 
 @pytest.mark.usefixtures("modules")
+def test_a_run_that_is_over_before_its_kill_is_started_again(tmp_path: Path) -> None:
+    row = disturbed_run(Stage(tmp_path), 1, FakeJob(None, "none"), [Kill("report", 1.5, 0.0, None)])
+    assert (len(row["kills"]), row["equal"]) == (1, True)
+
+
+@pytest.mark.usefixtures("modules")
 def test_one_rank_is_killed_alone_and_everything_at_once(tmp_path: Path) -> None:
     launched = Launched(["fake_launcher"], tmp_path / "log")
 
