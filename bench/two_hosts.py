@@ -129,7 +129,7 @@ def _check_here() -> None:
 
 def _whole(hosts: Hosts, stage: Stage, expected: Path, alive: contextlib.ExitStack) -> dict[str, Any]:
     out = stage.folder / "two hosts"
-    launched = _launch(hosts, stage, out, alive)
+    launched = _launch(hosts, stage, out, alive, {})
     codes = [one.wait() for one in launched]
     problems = differences(expected, out)
     if codes != [0, 0]:
@@ -149,7 +149,7 @@ def _cut(
 ) -> dict[str, Any]:
     console.print(f"two hosts, the link is cut {moment} and comes back")
     out = stage.folder / f"cut {moment}"
-    launched = _launch(hosts, stage, out, alive, **options)
+    launched = _launch(hosts, stage, out, alive, options)
     problems, begun = [], set[str]()
     while len(begun) < after and all(one.running() for one in launched):
         begun |= checkpoints(out)
@@ -175,7 +175,7 @@ def _cut(
         one.kill()
     problems += unreadable(out)
     hosts.link("up")
-    resumed = _launch(hosts, stage, out, alive, resume=True, **options)
+    resumed = _launch(hosts, stage, out, alive, options, resume=True)
     codes = [one.wait() for one in resumed]
     if codes != [0, 0]:
         problems.append(f"exit codes {codes} when resumed: {' | '.join(one.tail() for one in resumed)}")
@@ -191,7 +191,12 @@ def _cut(
 
 
 def _launch(
-    hosts: Hosts, stage: Stage, out: Path, alive: contextlib.ExitStack, resume: bool = False, **options: int
+    hosts: Hosts,
+    stage: Stage,
+    out: Path,
+    alive: contextlib.ExitStack,
+    options: dict[str, int],
+    resume: bool = False,
 ) -> list[Launched]:
     batch = SAMPLES_A_STEP // len(ADDRESSES)
     arguments = unlearn_arguments(stage.original, out, batch, ZERO_STAGE, resume=resume, timeout=TIMEOUT, **options)

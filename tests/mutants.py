@@ -387,7 +387,6 @@ MUTANTS = [
         ("tests/engine/test_tokens.py",),
         ("norm-left-out", "embed(image).flatten(0, -2)[0]", "embed.proj(image)[0, :, 0, 0]"),
         ("value-zero", "value.to(embed.proj.weight)", "(value * 0).to(embed.proj.weight)"),
-        ("forward-not-restored", "        del embed.forward\n", "        pass\n"),
         ("hook-not-removed", "        handle.remove()\n", "        pass\n"),
         (
             "overlap-accepted",
@@ -396,5 +395,11 @@ MUTANTS = [
         ),
         ("padding-accepted", "        and projection.padding == (0, 0)\n", ""),
         ("swin-accepted", "info.windowed or type(embed) is not PatchEmbed", "type(embed) is not PatchEmbed"),
+    ),
+    *group(
+        "tokens",
+        "engine/vit.py",
+        ("tests/engine/test_tokens.py",),
+        ("forward-not-restored", "        del module.forward\n", "        pass\n"),
     ),
 ]
