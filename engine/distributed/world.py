@@ -145,7 +145,7 @@ def join(device: str = "auto", timeout: float = 1800.0) -> World:
         if getattr(dist.distributed_c10d, name, None) is not None:
             setattr(dist.distributed_c10d, name, limit)
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=limit)
+        dist.init_process_group(backends("cuda" if gpu else "cpu"), timeout=limit)
     except (RuntimeError, ValueError) as error:
         raise RunStopped(
             f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} found no other ranks at "
