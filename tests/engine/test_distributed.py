@@ -71,24 +71,29 @@ def distance(first: Path, second: Path) -> float:
     return max(float((a[key] - b[key]).norm() / a[key].norm()) for key in a)
 
 
-@pytest.mark.parametrize("name", EQUAL)
-def test_two_ranks_do_the_mathematics_of_one_process(folder: Path, alone: Any, name: str) -> None:
-    options = EQUAL[name][1]
-    one = alone("zero0" if options is LETHE else name, options)
-    assert distance(one, folder / name) < 1e-5
-    rows = list(zip(history(one), history(folder / name), strict=True))
+def check_histories(one: Path, other: Path) -> None:
+    """The same rows, but for rounding."""
+    rows = list(zip(history(one), history(other), strict=True))
     assert len(rows) > 8
     for expected, found in rows:
         assert expected.keys() == found.keys()
         for key, value in expected.items():
             assert found[key] == (pytest.approx(value, rel=1e-4, abs=1e-5) if isinstance(value, float) else value)
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_two_ranks_do_the_mathematics_of_one_process(folder: Path, alone: Any, name: str) -> None:
+    options = EQUAL[name][1]
+    one = alone("zero0" if options is LETHE else name, options)
+    assert distance(one, folder / name) < 1e-5
+    check_histories(one, folder / name)
     line = json.loads((folder / f"{name}.json").read_text())
     assert len(set(line["weights"])) == 1, "every rank gets the same model"
     assert not (folder / name / "resume").exists()
 
 
 def test_every_sample_is_seen_once_an_epoch(folder: Path) -> None:
-    assert json.loads((folder / "zero2.json").read_text())["samples_seen"] == {"forget": 40, "retain": 130}
+    assert json.loads((folder / "zero2.json").read_text())["samples_seen"] == {"forget": 34, "retain": 130}
 
 
 def test_the_run_that_collapsed_did_go_back(folder: Path) -> None:
@@ -96,7 +101,9 @@ def test_the_run_that_collapsed_did_go_back(folder: Path) -> None:
 
 
 def test_micro_batches_are_one_step(folder: Path, alone: Any) -> None:
-    assert distance(alone("zero0", LETHE), folder / "accumulated") < 1e-5
+    one = alone("zero0", LETHE)
+    assert distance(one, folder / "accumulated") < 1e-5
+    check_histories(one, folder / "accumulated")
 
 
 def test_bf16_is_near_and_its_checkpoint_float32(folder: Path, alone: Any) -> None:
@@ -159,10 +166,10 @@ def test_all_contradictions_are_listed_at_once_and_what_agrees_passes() -> None:
 
 def test_more_ranks_than_samples() -> None:
     forget, retain = data()
-    zero = resolve_deepspeed({}, RUN, ranks=21)
-    _check_ranks(RUN, World(0, 20), zero, forget, retain)
-    with pytest.raises(UserError, match=r"21 ranks for the 20 samples of digits train: .* start at most 20"):
-        _check_ranks(RUN, World(0, 21), zero, forget, retain)
+    zero = resolve_deepspeed({}, RUN, ranks=18)
+    _check_ranks(RUN, World(0, 17), zero, forget, retain)
+    with pytest.raises(UserError, match=r"18 ranks for the 17 samples of digits train: .* start at most 17"):
+        _check_ranks(RUN, World(0, 18), zero, forget, retain)
 
 
 def test_ranks_that_nobody_configured() -> None:
