@@ -40,6 +40,7 @@ class RunConfig:
         package, an extra). auto: sdpa on CUDA, eager on the CPU, where the backward pass of fused attention takes
         longer than the maps it saves (docs/notes.md).
     gradient_checkpointing: keep the input of each block alone for the backward pass, and compute the block again.
+    compile: torch.compile the model that is changed. Costs a compilation a phase (docs/notes.md has what it gains).
     teacher: where the original lies while it is needed, when there are several ranks: replicated (a copy a rank, in
         bf16 where DeepSpeed keeps weights so) or sharded (ZeRO-3).
     checkpoint_every: optimizer steps between checkpoints to resume from, beside those at the end of each epoch; null:
@@ -65,6 +66,7 @@ class RunConfig:
     device: str = "auto"
     attention: Literal["auto", "sdpa", "eager", "xformers"] = "auto"
     gradient_checkpointing: bool = False
+    compile: bool = False
     teacher: Literal["replicated", "sharded"] = "replicated"
     checkpoint_every: int | None = None
     timeout: float = 1800.0

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from engine import runfolder
+from engine.allocator import keeping_freed_memory
 from engine.config import RunConfig, split_options, to_dict
 from engine.data import Loader, Preprocessing, Samples, from_dataset
 from engine.data.samples import concatenate, spread
@@ -30,7 +32,8 @@ from engine.distributed.zero import (
     shard_frozen,
 )
 from engine.errors import UserError
-from engine.methods import Context, get_method
+from engine.last_block import only_tokens_of_the_head
+from engine.methods import Context, Method, Phase, get_method
 from engine.trainer import AfterPhase, Progress, Trainer, UnlearnResult
 from engine.vit import attention_as, describe, load_checkpoint, spec_of
 from kernels import resolve_backend
@@ -81,24 +84,25 @@ def unlearn(
     forget, retain = from_dataset(forget, "forget"), from_dataset(retain, "retain")
     if not len(forget):
         raise UserError(f"{forget.name}: no samples; nothing to forget")
+    started = time.perf_counter()
     with watching_ranks(resumable=output_dir is not None):
-        result = _run(
+        run = set_up(
             original,
-            inplace,
             forget,
             retain,
-            method,
-            dict(config or {}),
-            validation,
-            output_dir,
-            resume,
-            overwrite,
-            progress,
-            after_phase,
-            dict(notes or {}),
-            deepspeed,
-            finalize,
+            method=method,
+            options=config or {},
+            validation=validation,
+            inplace=inplace,
+            output_dir=output_dir,
+            resume=resume,
+            overwrite=overwrite,
+            progress=progress,
+            after_phase=after_phase,
+            notes=notes,
+            deepspeed=deepspeed,
         )
+        result = _run(run, started, finalize)
     if inplace and result.model is not original:
         original.load_state_dict(result.model.state_dict())
         result.model = original
@@ -123,44 +127,87 @@ def train(
     Options and errors are those of `unlearn`; config holds `epochs`, `lr` and `engine.RunConfig`'s.
     """
     samples = from_dataset(samples, "train")
+    started = time.perf_counter()
     with watching_ranks(resumable=output_dir is not None):
-        return _run(
+        run = set_up(
             model,
-            False,
             samples.subset([], "forget"),
             samples,
-            "retrain",
-            dict(config or {}),
-            validation,
-            output_dir,
-            resume,
-            overwrite,
-            progress,
-            None,
-            dict(notes or {}),
-            deepspeed,
-            None,
+            method="retrain",
+            options=config or {},
+            validation=validation,
+            output_dir=output_dir,
+            resume=resume,
+            overwrite=overwrite,
+            progress=progress,
+            notes=notes,
+            deepspeed=deepspeed,
         )
+        return _run(run, started, None)
 
 
-def _run(
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run that is set up and has not begun: what its steps are made of, `computing` around them.
+
+    resolved: every option, and what was decided. teacher: the original as the method looks at it.
+    loader_of: the batches of a phase, by the phase and its number.
+    """
+
+    resolved: dict[str, Any]
+    method: Method
+    teacher: nn.Module
+    updater: Updater
+    trainer: Trainer
+    phases: list[Phase]
+    loader_of: Callable[[int, Phase], Loader]
+
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[None]:
+        """Inside, both models compute as the run wants it, and the process keeps the memory that a step frees."""
+        context = self.method.context
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(keeping_freed_memory(context.device))
+            for model in (self.teacher, self.updater.module):
+                stack.enter_context(attention_as(model, context.run.attention))
+                stack.enter_context(only_tokens_of_the_head(model))
+            yield
+
+
+def _run(run: Run, started: float, finalize: Callable[[UnlearnResult], None] | None) -> UnlearnResult:
+    trainer, phases = run.trainer, run.phases
+    with run.computing():
+        trainer.begin(started)
+        for number, phase in enumerate(phases):
+            if number < trainer.phase_number:
+                continue
+            trainer.run_phase(
+                number,
+                phase,
+                run.loader_of(number, phase),
+                any(run.method.needs_original(later, prepared=False) for later in phases[number + 1 :]),
+            )
+        return trainer.finish(run.resolved, finalize)
+
+
+def set_up(
     original: nn.Module,
-    inplace: bool,
     forget: Samples,
     retain: Samples,
+    *,
     method: str,
-    options: dict[str, Any],
-    validation: Samples | Dataset[Any] | None,
-    output_dir: str | os.PathLike[str] | None,
-    resume: bool,
-    overwrite: bool,
-    progress: Progress | None,
-    after_phase: AfterPhase | None,
-    notes: dict[str, Any],
-    deepspeed: Mapping[str, Any] | str | os.PathLike[str] | None,
-    finalize: Callable[[UnlearnResult], None] | None,
-) -> UnlearnResult:
-    started = time.perf_counter()
+    options: Mapping[str, Any],
+    validation: Samples | Dataset[Any] | None = None,
+    inplace: bool = False,
+    output_dir: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    after_phase: AfterPhase | None = None,
+    notes: Mapping[str, Any] | None = None,
+    deepspeed: Mapping[str, Any] | str | os.PathLike[str] | None = None,
+) -> Run:
+    """Everything of a run but its steps; arguments and errors as of `unlearn`."""
     method_class = get_method(method)
     run, method_config = split_options(options, method_class.Config)
     device = resolve_device(run.device)
@@ -182,7 +229,7 @@ def _run(
         "method": method,
         **to_dict(run),
         **to_dict(method_config),
-        **notes,
+        **dict(notes or {}),
         "ranks": world.size,
         **({"deepspeed": zero} if zero else {}),
         "samples": {
@@ -235,37 +282,41 @@ def _run(
     student = unlearner.initial_model(original if inplace else copy.deepcopy(original)).to(device)
     if run.gradient_checkpointing:
         student.set_grad_checkpointing(True)  # type: ignore[operator]
-    sets = {"forget": forget, "retain": retain}
+    if run.compile:
+        student.compile()
     phases = unlearner.phases()
     updater = ZeroUpdater(student, run, zero) if zero else Updater(student, run)
-    del student
-    with attention_as(teacher, run.attention), attention_as(updater.model, run.attention):
-        trainer = Trainer(
-            updater,
-            unlearner,
-            run,
-            folder,
-            progress,
-            after_phase,
-            spread(watched, WATCHED, "watched"),
-            loader,
-            release,
-            spec,
+    trainer = Trainer(
+        updater,
+        unlearner,
+        run,
+        folder,
+        progress,
+        after_phase,
+        spread(watched, WATCHED, "watched"),
+        loader,
+        release,
+        spec,
+    )
+
+    def loader_of(number: int, phase: Phase) -> Loader:
+        samples = (
+            concatenate(forget, retain)
+            if phase.samples == "all"
+            else {"forget": forget, "retain": retain}[phase.samples]
         )
-        trainer.begin(started)
-        for number, phase in enumerate(phases):
-            if number < trainer.phase_number:
-                continue
-            if phase.samples == "all":
-                sets["all"] = concatenate(forget, retain)
-            augment = run.augment if phase.augment else "none"
-            trainer.run_phase(
-                number,
-                phase,
-                loader(sets[phase.samples], augment, run.seed * 1009 + number, run.accumulation_steps),
-                any(unlearner.needs_original(later, prepared=False) for later in phases[number + 1 :]),
-            )
-        return trainer.finish(resolved, finalize)
+        augment = run.augment if phase.augment else "none"
+        return loader(samples, augment, run.seed * 1009 + number, run.accumulation_steps)
+
+    return Run(
+        resolved=resolved,
+        method=unlearner,
+        teacher=teacher,
+        updater=updater,
+        trainer=trainer,
+        phases=phases,
+        loader_of=loader_of,
+    )
 
 
 def _resolve_zero(
@@ -290,6 +341,8 @@ def _check_ranks(run: RunConfig, world: World, zero: dict[str, Any] | None, forg
             f"{world.size} ranks for the {len(smallest)} samples of {smallest.name}: some would never see one; start "
             f"at most {len(smallest)}"
         )
+    if run.compile and zero is not None:
+        raise UserError("option compile=true: DeepSpeed runs are not compiled; leave out one of the two")
     if run.teacher == "sharded" and (zero is None or zero["zero_optimization"]["stage"] != 3):
         raise UserError("option teacher='sharded' shares out the original as ZeRO-3 does; it needs --deepspeed stage 3")
 

@@ -130,7 +130,7 @@ class Trainer:
         step, stopped = self._step_of(number), False
         if step == 0:
             self.updater.begin_phase(phase.lr)
-        scheduler = _schedule(phase, self.updater.optimizer, total)
+        scheduler = schedule(phase, self.updater.optimizer, total)
         guard = _Guard(self, phase, total) if phase.guarded else None
         if step and self.state is not None:
             scheduler.load_state_dict(self.state["scheduler"])
@@ -189,17 +189,13 @@ class Trainer:
         guard: _Guard | None,
     ) -> bool:
         """The steps [step, stop) of a phase, all of one epoch; True where the guard ended the phase."""
-        pending: list[_Row] = []
+        pending: list[Row] = []
         epoch = step // loader.steps()
         first = epoch * loader.steps()
         self.model.train()
         batches = loader.epoch(epoch, step - first, stop - first)
         while step < stop:
-            # Dropout is a function of seed, step and rank, so that a run can go on from any step.
-            with torch.random.fork_rng(devices=[loader.device] if loader.device.type == "cuda" else []):
-                torch.manual_seed((loader.seed * 1_000_003 + step) * 8_191 + self.world.rank)
-                row = self._step(phase, batches, step, scheduler)
-            pending.append(row)
+            pending.append(self.step(phase, batches, loader.seed, step, scheduler))
             step += 1
             if len(pending) == _FLUSH or step == stop or (guard and step in guard.steps):
                 self._flush(phase, epoch, total, pending)
@@ -208,8 +204,15 @@ class Trainer:
                 self.model.train()
         return False
 
-    def _step(self, phase: Phase, batches: Iterator[Batch], step: int, scheduler: Any) -> _Row:
-        """One optimizer step over its micro-batches."""
+    def step(self, phase: Phase, batches: Iterator[Batch], seed: int, step: int, scheduler: Any) -> Row:
+        """One optimizer step over its micro-batches, of a model in training mode; nothing of it is read yet."""
+        device = self.method.context.device
+        # Dropout is a function of seed, step and rank, so that a run can go on from any step.
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed((seed * 1_000_003 + step) * 8_191 + self.world.rank)
+            return self._step(phase, batches, step, scheduler)
+
+    def _step(self, phase: Phase, batches: Iterator[Batch], step: int, scheduler: Any) -> Row:
         micro = self.run.accumulation_steps
         sums: dict[str, Tensor] = {}
         for batch in itertools.islice(batches, micro):
@@ -223,9 +226,9 @@ class Trainer:
         norm = self.updater.step()
         scheduler.step()
         self.samples_seen[phase.name] = self.samples_seen.get(phase.name, 0) + batch.total
-        return _Row(step, lr, sums, norm)
+        return Row(step, lr, sums, norm)
 
-    def _flush(self, phase: Phase, epoch: int, total: int, pending: list[_Row]) -> None:
+    def _flush(self, phase: Phase, epoch: int, total: int, pending: list[Row]) -> None:
         """Reads the losses of the last steps: into the history, and stops the run where one is not finite."""
         rows: list[dict[str, Any]] = []
         names = list(pending[0].terms)
@@ -286,6 +289,7 @@ class Trainer:
 
     def finish(self, resolved: dict[str, Any], finalize: Callable[[UnlearnResult], None] | None) -> UnlearnResult:
         model = self.updater.finish().eval()
+        model._compiled_call_impl = None  # torch offers no way back from Module.compile; the caller gets a plain model
         if self.run.gradient_checkpointing:
             model.set_grad_checkpointing(False)  # type: ignore[operator]
         with attention_as(model, self.run.attention):  # DeepSpeed's is not the model that was trained
@@ -329,7 +333,7 @@ class Trainer:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Row:
+class Row:
     """A step before its numbers are read: the rank's weighted loss terms, and the gradient's norm."""
 
     step: int
@@ -382,7 +386,7 @@ class _Guard:
         return True
 
 
-def _schedule(phase: Phase, optimizer: torch.optim.Optimizer, total: int) -> Any:
+def schedule(phase: Phase, optimizer: torch.optim.Optimizer, total: int) -> Any:
     if phase.schedule == "constant":
         return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
     # One step more than is taken: the scheduler refuses to be asked past its end.

@@ -22,11 +22,12 @@ _FRESH = {"betas": (0.9, 0.999), "eps": 1e-8}
 class Updater:
     """Plain torch on one process.
 
-    model: what a loss calls. optimizer: AdamW over all of its weights; its first group holds the rate of the step.
+    model: what a loss calls. module: the ViT itself, where `model` is wrapped around it. optimizer: AdamW over all of its weights; its first group holds the rate of the step.
     """
 
     def __init__(self, model: nn.Module, run: RunConfig) -> None:
-        self.model, self.run = model, run
+        self.model = self.module = model
+        self.run = run
         trainable = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trainable, lr=0.0, weight_decay=run.weight_decay, fused=True)
         self.hooks = still_key_biases(model)

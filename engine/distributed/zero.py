@@ -243,7 +243,7 @@ class ZeroUpdater(Updater):
             elif held.dtype == tensor.dtype:  # DeepSpeed has rounded the others to bf16
                 held.copy_(tensor)
         self._engine.destroy()
-        del self.model, self._engine
+        del self.model, self.module, self._engine
         gc.collect()
         return model.to(device)
 

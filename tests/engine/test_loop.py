@@ -418,3 +418,24 @@ def test_triton_and_eager_give_the_same_weights(
     assert max((eager[key] - start[key]).abs().max() for key in eager) > 1e-4
     for key, weight in eager.items():
         torch.testing.assert_close(triton[key], weight, rtol=0, atol=1e-5)
+
+
+def test_a_compiled_run_ends_where_a_plain_one_does_and_gives_back_a_plain_model(
+    samples: Samples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_module, compiled = torch.nn.Module.compile, []
+    # The inductor would spend half a minute on code for two blocks; what is captured is the same.
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self: (compiled.append(self), compile_module(self, backend="aot_eager"))
+    )
+    plain, other = (run(samples, compile=compile).model for compile in (False, True))
+    assert compiled == [other]
+    assert other._compiled_call_impl is None
+    for name, weight in plain.named_parameters():
+        torch.testing.assert_close(weight, other.get_parameter(name), rtol=0, atol=1e-5)
+
+
+def test_compile_is_refused_beside_deepspeed(samples: Samples) -> None:
+    pytest.importorskip("deepspeed", reason="the extra distributed is not installed")
+    with pytest.raises(UserError, match="compile=true"):
+        unlearn(tiny_vit(), few(samples, 20), samples, config={"compile": True, "device": "cpu"}, deepspeed={})

@@ -1,0 +1,53 @@
+"""The last block of a ViT, computed for the tokens that the head reads.
+
+Where the class token is the head's input, nothing reads what the last block's MLP makes of the patch tokens: left out,
+outputs and gradients stay what they are. Its attention is whole: class tokens look at all patches, and hooks still see
+every row of its maps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from engine.vit import describe, forwarding
+
+
+@contextlib.contextmanager
+def only_tokens_of_the_head(model: nn.Module) -> Iterator[None]:
+    """Within it, the last block of a model that is known to read class tokens alone returns only these.
+
+    Does nothing for other models: averaged patch tokens, attention pooling, Swin, blocks that are not timm's plain one.
+    """
+    count = prefix_tokens_read(model)
+    if not count:
+        yield
+        return
+    block = _last(model)
+    with forwarding(block, functools.partial(_forward, block, count)):
+        yield
+
+
+def prefix_tokens_read(model: nn.Module) -> int:
+    """How many leading tokens the last block has to give; 0 where it has to give all, or that is not known."""
+    if type(model) not in (VisionTransformer, VisionTransformerDistilled):
+        return 0
+    token = model.global_pool == "token" and getattr(model, "attn_pool", None) is None
+    return describe(model).num_prefix_tokens if token and type(_last(model)) is Block else 0
+
+
+def _last(model: nn.Module) -> nn.Module:
+    return model.blocks[-1]  # type: ignore[index, return-value]
+
+
+def _forward(block: Any, count: int, x_BND: Tensor, *arguments: Any, **options: Any) -> Tensor:
+    """timm's Block.forward with the class tokens [B, count, D] alone behind the attention."""
+    attended = block.attn(block.norm1(x_BND), *arguments, **options)[:, :count]
+    x = x_BND[:, :count] + block.drop_path1(block.ls1(attended))
+    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
