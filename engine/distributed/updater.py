@@ -22,7 +22,8 @@ _FRESH = {"betas": (0.9, 0.999), "eps": 1e-8}
 class Updater:
     """Plain torch on one process.
 
-    model: what a loss calls. module: the ViT itself, where `model` is wrapped around it. optimizer: AdamW over all of its weights; its first group holds the rate of the step.
+    model: what a loss calls. module: the ViT itself, where `model` is wrapped around it.
+    optimizer: AdamW over all of its weights; its first group holds the rate of the step.
     """
 
     def __init__(self, model: nn.Module, run: RunConfig) -> None:
