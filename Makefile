@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint types fix bench clean
+.PHONY: help venv demo test lint types fix bench tables clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
@@ -43,6 +43,9 @@ fix: $(STAMP) ## let ruff repair what it can, and format
 
 bench: $(STAMP) ## the benchmarks; ARGS goes to `python -m bench`
 	$(BIN)/python -m bench $(ARGS)
+
+tables: $(STAMP) ## README's tables and figures, from bench/results/
+	$(BIN)/python -m bench tables $(ARGS)
 
 clean: ## remove .venv, caches and build products
 	rm -rf $(VENV) build dist htmlcov *.egg-info .coverage .coverage.* .benchmarks

@@ -1,4 +1,4 @@
-"""`python -m bench quality | ablation | kernels | compile | data | chaos | two-hosts`: one command makes each table."""
+"""`python -m bench ...`: one command makes each table; `--help` lists them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from bench.ablation import run_ablation
 from bench.kernels import run_kernels
 from bench.quality import run_quality
 from engine.cli import run_app
+from engine.errors import UserError
 
 app = typer.Typer(help="Tables that one command makes.", no_args_is_help=True, add_completion=False)
 
@@ -74,6 +75,26 @@ def kernels(
     run_kernels(json, device, quick, only, slow_peers)
 
 
+@app.command()
+def train(
+    device: Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, cuda or cuda:N.")] = "auto",
+    quick: Annotated[bool, typer.Option("--quick", help="Toy sizes, seconds: shows that everything runs.")] = False,
+    only: Annotated[str | None, typer.Option(help="Cases with this in their name.", show_default=False)] = None,
+    threads: Annotated[int | None, typer.Option(help="Of every loop.", show_default="as PyTorch takes")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="No case begins after that many.", show_default="no limit")
+    ] = None,
+    json: Annotated[Path | None, typer.Option("--json", help="Results, with every step; written case by case.")] = None,
+) -> None:
+    """Optimizer steps beside plain loops and those of peers, each in a process of its own: images/s, memory, MFU.
+
+    Prints each target with PASS or MISSED. It measures and does not judge: the exit code is 0 when a target is missed.
+    """
+    from bench.train import run_train
+
+    run_train(json, quick, device, only, threads, minutes)
+
+
 @app.command("compile")
 def compile_(
     target: Annotated[list[str] | None, typer.Option(help="sm_80, sm_90, sm_100, gfx942.", show_default="all")] = None,
@@ -99,6 +120,7 @@ def data(
         Path | None, typer.Option(help="Where the shards are made, 5 GB, and removed.", show_default="temporary folder")
     ] = None,
     rounds: Annotated[int, typer.Option(help="Of the decoding race.")] = 9,
+    quick: Annotated[bool, typer.Option("--quick", help="2,000 samples and three rounds, whatever is said.")] = False,
     json: Annotated[Path | None, typer.Option("--json", help="Results, with every round.")] = None,
 ) -> None:
     """The data path on a synthetic ImageNet in size, and decoding beside torchvision's ImageFolder.
@@ -107,7 +129,7 @@ def data(
     """
     from bench.data import run_data
 
-    run_data(images, real, scratch, rounds, json)
+    run_data(images, real, scratch, rounds, json, quick)
 
 
 @app.command()
@@ -168,6 +190,122 @@ def memory(
 
     cases = case or ["zero2:fp32", "zero3_offload:fp32", "zero0:fp32", "zero2:bf16"]
     if not run_memory(arch, images, cases, batch_size, steps, json):
+        raise typer.Exit(1)
+
+
+@app.command("retrain-cost")
+def retrain_cost(
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(help="The model before unlearning; without one digits alone.", show_default=False),
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Data source, as for `lethe unlearn`.", show_default=False)] = None,
+    forget: Annotated[
+        str | None, typer.Option(help="Forget request, as for `lethe unlearn`.", show_default=False)
+    ] = None,
+    reference: Annotated[
+        list[str] | None, typer.Option(help="A retrained model; without any those of this run.", show_default=False)
+    ] = None,
+    name: Annotated[str, typer.Option(help="What the checkpoint is called in the results.")] = "yardstick",
+    retrain_epochs: Annotated[float, typer.Option(help="Recipe of the checkpoint's retrain.")] = 30.0,
+    digits: Annotated[bool, typer.Option(help="Digits too, their original trained here.")] = True,
+    projection: Annotated[bool, typer.Option(help="ImageNet's hours from steps measured here.")] = True,
+    seeds: Annotated[int, typer.Option(help="Seeds 0, 1, ... of every method and of the retrain.")] = 3,
+    price: Annotated[
+        float | None, typer.Option(help="Of one device-hour, in any currency.", show_default=False)
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="PNG: gap against share of the retrain's time, a file a task.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Three steps a phase, two seeds, seconds.")] = False,
+    settings: Settings = None,
+    json: Annotated[Path | None, typer.Option("--json", help="Results; goes on where the file ends.")] = None,
+) -> None:
+    """Every method beside a retrain of the same seed: all that the user waits for, and the quality, in one row."""
+    from bench.retrain_cost import DIGITS, Subject, run_retrain_cost
+
+    subjects = [DIGITS] if digits else []
+    given = {"--checkpoint": checkpoint, "--data": data, "--forget": forget}
+    if any(given.values()):
+        for option, value in given.items():
+            if not value:
+                raise UserError(f"{option} is missing: a model needs --checkpoint, --data and --forget")
+        if name == DIGITS.name and digits:
+            raise UserError(f"--name {name}: is taken by the digits; name the model differently, or give --no-digits")
+        subjects.append(
+            Subject(
+                name=name,
+                data=data or "",
+                forget=forget or "",
+                checkpoint=checkpoint,
+                references=tuple(reference or []),
+                recipe={"epochs": retrain_epochs},
+            )
+        )
+    elif reference:
+        raise UserError("--reference is of a model: give --checkpoint, --data and --forget")
+    if not subjects and not projection:
+        raise UserError("--no-digits leaves nothing to measure; give --checkpoint, --data and --forget")
+    run_retrain_cost(subjects, min(seeds, 2) if quick else seeds, settings or [], price, json, plot, quick, projection)
+
+
+@app.command()
+def unlearn(
+    device: Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, cuda or cuda:N.")] = "auto",
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="forget, retain, dataset, resolution, model, info_nce or ranks.", show_default="all"),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Toy sizes, seconds: shows that everything runs.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="PNG: a log-log panel a curve.", show_default=False)] = None,
+    json: Annotated[Path | None, typer.Option("--json", help="Results, with every round.")] = None,
+) -> None:
+    """How the cost of unlearning grows with data, resolution, model, batch and ranks: exponents beside expected ones.
+
+    Prints each curve with PASS or LOOK. It measures and does not judge: the exit code is 0 when one reads LOOK.
+    """
+    from bench.unlearn import run_unlearn
+
+    run_unlearn(json, device, quick, only or [], plot)
+
+
+@app.command()
+def tables(
+    check: Annotated[
+        bool, typer.Option("--check", help="Only compare: exit 1 names what is out of date, and changes nothing.")
+    ] = False,
+) -> None:
+    """README's tables and figures made from bench/results/; exit 1 where one cannot be."""
+    from bench.tables import run_tables
+
+    if not run_tables(check):
+        raise typer.Exit(1)
+
+
+@app.command()
+def page(
+    out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("bench.html"),
+    results: Annotated[Path | None, typer.Option(help="Folder of result files.", show_default="bench/results")] = None,
+) -> None:
+    """Every result file as a section of one HTML page that loads nothing: commands, machines, tables, plots."""
+    from bench.page import run_page
+    from bench.tables import RESULTS
+
+    run_page(out, results or RESULTS)
+
+
+@app.command("all")
+def all_(
+    out: Annotated[Path, typer.Option(help="Folder for the result files and their page.")] = Path("runs/bench"),
+    quick: Annotated[bool, typer.Option("--quick", help="Toy sizes: shows that everything runs.")] = False,
+    real: Annotated[
+        Path | None, typer.Option(help="Folder CLASS/FILE of real JPEGs, for `data`.", show_default=False)
+    ] = None,
+) -> None:
+    """kernels, train, unlearn, retrain-cost, data, then the page; goes on after one that fails, exits 1 naming it."""
+    from bench.run_all import run_all
+
+    if run_all(out, quick, real):
         raise typer.Exit(1)
 
 

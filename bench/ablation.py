@@ -5,23 +5,20 @@ Every run is kept as soon as it is done, so that a broken-off ablation goes on w
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.table import Table
 
+from bench.measure import spread
+from bench.report import Report, kept
 from engine.config import parse_assignments
 from engine.console import console
-from engine.environment import environment
-from engine.errors import UserError
 from engine.evaluate import Evaluation, compare
-from engine.files import write_json
 from engine.job import Task
 from engine.loop import unlearn
 from engine.vit import load_checkpoint
@@ -49,6 +46,7 @@ def run_ablation(
     json_file: Path | None,
 ) -> dict[str, Any]:
     """Prints and returns rows (variant, seed, stage) and their summary."""
+    report = Report()
     setting: dict[str, Any] = {
         "checkpoint": checkpoint,
         "data": data,
@@ -56,7 +54,7 @@ def run_ablation(
         "references": list(references),
         "options": parse_assignments(settings),
     }
-    rows = _kept(json_file, setting)
+    rows = list(kept(json_file, setting, "an ablation").get("rows", []))
     done = {(row["variant"], row["seed"]) for row in rows}
     wanted = [(variant, seed) for seed in range(seeds) for variant in VARIANTS if (variant, seed) not in done]
     evaluator = Task.open(data, forget).evaluator(setting["options"])
@@ -68,23 +66,9 @@ def run_ablation(
         for future in as_completed(futures):
             rows.extend(future.result())
             console.print(f"{len(rows)} rows: {rows[-1]['variant']}, seed {rows[-1]['seed']}")
-            if json_file:
-                write_json(json_file, {"command": "python -m bench ablation", **setting, "rows": rows})
-    report = {"command": "python -m bench ablation", **setting, "environment": environment(), "rows": rows}
+            report.write({**setting, "rows": rows}, json_file)
     _print(rows)
-    if json_file:
-        write_json(json_file, report)
-    return report
-
-
-def _kept(json_file: Path | None, setting: dict[str, Any]) -> list[dict[str, Any]]:
-    if json_file is None or not json_file.is_file():
-        return []
-    before = json.loads(json_file.read_text(encoding="utf-8"))
-    differing = [key for key in setting if before.get(key) != setting[key]]
-    if differing:
-        raise UserError(f"--json {json_file} holds an ablation of another {differing[0]}; name another file")
-    return list(before["rows"])
+    return report.write({**setting, "rows": rows}, json_file)
 
 
 def _one(
@@ -119,19 +103,23 @@ def _print(rows: list[dict[str, Any]]) -> None:
     table = Table("variant", "stage", "seeds", header_style="bold")
     for column in ("forget %", "retain %", "test %", "MIA %", "AUC", "gap"):
         table.add_column(column, justify="right")
+    for name, stage, seeds, cells in table_rows(rows):
+        table.add_row(name, f"after {stage}", str(seeds), *cells)
+    console.print(table)
+    console.print("[dim]mean ± half of the range over seeds[/dim]")
+
+
+def table_rows(rows: list[dict[str, Any]]) -> list[tuple[str, str, int, list[str]]]:
+    """(variant, stage, number of seeds, cells) of each variant and stage; cells as `_print` heads them."""
+    made = []
     for variant in VARIANTS:
         for stage in ("forget", "retain"):
             chosen = [row for row in rows if (row["variant"], row["stage"]) == (variant, stage)]
             if chosen:
                 name = ALONE if stage == "forget" and not VARIANTS[variant] else variant
                 percent = [
-                    _spread([100 * row[key] for row in chosen]) for key in ("forget", "retain", "test", "efficacy")
+                    spread([100 * row[key] for row in chosen]) for key in ("forget", "retain", "test", "efficacy")
                 ]
-                auc, gap = (_spread([row[key] for row in chosen], digits) for key, digits in (("auc", 3), ("gap", 2)))
-                table.add_row(name, f"after {stage}", str(len(chosen)), *percent, auc, gap)
-    console.print(table)
-    console.print("[dim]mean ± half of the range over seeds[/dim]")
-
-
-def _spread(values: Sequence[float], digits: int = 1) -> str:
-    return f"{np.mean(values):.{digits}f} ± {np.ptp(values) / 2:.{digits}f}"
+                auc, gap = (spread([row[key] for row in chosen], digits) for key, digits in (("auc", 3), ("gap", 2)))
+                made.append((name, stage, len(chosen), [*percent, auc, gap]))
+    return made

@@ -26,7 +26,6 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from bench.kernels import _commit, _load
 from bench.launched import (
     CONFIGS,
     END_WITHIN,
@@ -39,10 +38,11 @@ from bench.launched import (
     require_good,
     train_arguments,
 )
+from bench.report import Report
 from engine.console import console
-from engine.environment import environment, extras
+from engine.environment import extras
 from engine.errors import UserError
-from engine.files import sha256, write_json
+from engine.files import sha256
 from engine.vit import load_checkpoint
 
 # Of ten runs, when they are killed. Start-up lasts until the first checkpoint.
@@ -336,7 +336,7 @@ def run_chaos(runs: int, stages: Sequence[int], seed: int = 0, json_file: Path |
     unknown = [stage for stage in stages if not (CONFIGS / f"zero{stage}.json").is_file()]
     if unknown or not stages:
         raise UserError(f"--stages {','.join(map(str, stages))}: expected stages of configs/zeroN.json, such as 2,3")
-    load, began = _load(), time.perf_counter()
+    report, began = Report(environment={"deepspeed": extras()["deepspeed"]}), time.perf_counter()
     launchers = ("deepspeed", "torchrun")
     two_ranks = [Job(stage, launchers[(i + turn) % 2]) for turn in (0, 1) for i, stage in enumerate(stages)]
     rows = []
@@ -349,13 +349,8 @@ def run_chaos(runs: int, stages: Sequence[int], seed: int = 0, json_file: Path |
         disk = full_disk(stage, two_ranks[0])
         profiles = {name: dataclasses.asdict(profile) for name, profile in stage.profiles.items()}
     same = sum(row["equal"] for row in rows)
-    report = {
-        "command": "python -m bench chaos",
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "commit": _commit(),
-        "environment": {**environment(), "deepspeed": extras()["deepspeed"]},
+    results = {
         "settings": {"runs": runs, "stages": list(stages), "seed": seed, "model": MODEL, **OPTIONS},
-        "load_average": {"before": load, "after": _load()},
         "seconds": round(time.perf_counter() - began, 1),
         "undisturbed": profiles,
         "rows": rows,
@@ -363,10 +358,8 @@ def run_chaos(runs: int, stages: Sequence[int], seed: int = 0, json_file: Path |
         "identical": same,
         "passed": same == runs and disk.get("equal", True),
     }
-    _print(report)
-    if json_file:
-        write_json(json_file, report)
-    return report
+    _print(results)
+    return report.write(results, json_file)
 
 
 @contextlib.contextmanager

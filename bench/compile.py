@@ -31,10 +31,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from bench.report import Report
 from bench.roofline import PEAKS, Cost, info_nce_cost, predict, rollout_cost
-from engine.environment import environment
 from engine.errors import UserError, nearest
-from engine.files import write_json
 from kernels import _triton
 from kernels._triton import info_nce, info_nce_shared, mask, rollout
 
@@ -350,7 +349,7 @@ def run_compile(targets: list[str], ops: list[str], match: str, json_path: Path 
         for name in given:
             if name not in known:
                 raise UserError(f"{what} {name!r}{nearest(name, known)}")
-    console = Console()
+    report, console = Report(), Console()
     results: list[Compiled] = []
     cases = [case for op in ops or OPS for case in OPS[op]() if match in f"{case.name} {case.dtype}"]
     if not cases:
@@ -359,9 +358,7 @@ def run_compile(targets: list[str], ops: list[str], match: str, json_path: Path 
         for target, case in progress.track(list(itertools.product(targets or TARGETS, cases))):
             results += compile_case(case, target)
     _print(console, results)
-    if json_path:
-        content = {"environment": environment(), "kernels": [dataclasses.asdict(result) for result in results]}
-        write_json(json_path, content)
+    report.write({"kernels": [dataclasses.asdict(result) for result in results]}, json_path)
     return sum(len(result.problems) for result in results)
 
 

@@ -32,16 +32,15 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import InterpolationMode
 
 from bench.kernel_targets import spread
-from bench.kernels import _commit, _load
 from bench.measure import Row, middle, race, ratios, size
+from bench.report import Report
 from engine.console import console
 from engine.data import Loader, Preprocessing, Samples, open_source, read_forget_request
-from engine.environment import environment
 from engine.errors import UserError
-from engine.files import write_json
 
 PER_SHARD = 1_000
 FORGET_SHARE = 128_000 / 1_281_167
+QUICK_IMAGES = 2_000
 REAL_EVERY = 256  # one sample in so many is a real JPEG
 BATCH = 256
 PREPROCESSING = Preprocessing((224, 224), (0.5,) * 3, (0.5,) * 3, 0.9, InterpolationMode.BICUBIC)  # timm's ViT-L/16 224
@@ -49,33 +48,33 @@ OURS, OURS_FULL, PEER = "ours, draft", "ours, full", "torchvision ImageFolder, b
 
 
 def run_data(
-    images: int, real: Path | None = None, scratch: Path | None = None, rounds: int = 9, json_file: Path | None = None
+    images: int,
+    real: Path | None = None,
+    scratch: Path | None = None,
+    rounds: int = 9,
+    json_file: Path | None = None,
+    quick: bool = False,
 ) -> dict[str, Any]:
     """Prints and returns the steps on the synthetic set, the rows of the decoding race, and the targets."""
+    if quick:
+        images, rounds = QUICK_IMAGES, 3
     files = sorted(real.glob("*/*.[jJ][pP]*[gG]")) if real else []
     if real and not files:
         raise UserError(f"--real {real}: holds no CLASS/FILE.jpg")
     torch.set_num_threads(1)  # figures are for one core
-    load = _load()
+    report = Report()
     with tempfile.TemporaryDirectory(dir=scratch) as temporary:
         made = _make(Path(temporary), images, [file.read_bytes() for file in files])
         steps = [_apart(step, temporary) for step in _STEPS]
-    report: dict[str, Any] = {
-        "command": "python -m bench data",
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "commit": _commit(),
-        "environment": environment(),
+    results: dict[str, Any] = {
         "settings": {"images": images, "per_shard": PER_SHARD, "real_images": len(files), "real_every": REAL_EVERY}
-        | {"batch": BATCH, "rounds": rounds},
+        | {"batch": BATCH, "rounds": rounds, "quick": quick},
         "synthetic": {**made, "index": steps[0], "open_and_match": steps[1]},
         "decoding": _decoding(real, rounds) if real else [],
     }
-    report["load_average"] = {"before": load, "after": _load()}
-    report["targets"] = _targets(steps[1])
-    _print(report)
-    if json_file:
-        write_json(json_file, report)
-    return report
+    results["targets"] = _targets(steps[1])
+    _print(results)
+    return report.write(results, json_file)
 
 
 # --- the synthetic set ------------------------------------------------------------------------------------------------

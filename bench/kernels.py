@@ -6,11 +6,10 @@ On CUDA: the same with Triton and torch.compile, over model sizes and batches, w
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import os
-import subprocess
-import time
-from collections.abc import Iterator
+import importlib.metadata
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,17 +22,18 @@ from bench import roofline
 from bench.kernel_peers import InfoNCECase, info_nce_contenders, mask_contenders, paired_contenders
 from bench.kernel_targets import CONTRAST, MASK, MASKING, RANKING, spread, targets_of
 from bench.measure import Row, free_bytes, measure, middle, ratios, size
+from bench.report import Report
 from bench.rollout_peers import PLAIN, KernelCase, RolloutCase, kernel_contenders, rollout_contenders
 from engine.console import console
 from engine.device import resolve_device
-from engine.environment import environment
-from engine.files import write_json
 from engine.masking import count_masked
 from engine.vit import ModelSpec, attention_modules, describe
 
 Only = Literal["rollout", "info_nce", "mask"]
 Case = dict[str, Any]
 
+# Distributions that contenders come from, beside those that every result names.
+PEERS = ("fast-vit-rollout", "info-nce-pytorch", "open_clip_torch", "memeff", "inf-cl", "lightly")
 SHARE = 0.05  # of the patches are masked
 TEMPERATURE = 0.1
 
@@ -97,8 +97,8 @@ def run_kernels(
     """Prints and returns the cases, their rows (one a contender) and the targets with what was reached."""
     where = resolve_device(device)
     plan = QUICK if quick else CUDA if where.type == "cuda" else CPU
-    load = _load()
-    console.print(f"{_device_name(where)}, {torch.get_num_threads()} threads, load average {load[0]:.2f}")
+    report = Report(environment={"peers": _versions(PEERS)})
+    console.print(f"{_device_name(where)}, {torch.get_num_threads()} threads, load average {report.load[0]:.2f}")
     cases: list[Case] = []
     for op, section in (("rollout", _rollout), ("info_nce", _info_nce), ("mask", _mask)):
         if only in (None, op):
@@ -106,28 +106,26 @@ def run_kernels(
                 cases.append(case)
                 _print(case)
     targets = [target for case in cases for target in targets_of(case, plan.info_nce_batches[-1])]
-    report = {
-        "command": "python -m bench kernels",
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "commit": _commit(),
-        "environment": environment(),
-        "settings": {
-            "device": _device_name(where),
-            "quick": quick,
-            "only": only,
-            "slow_peers": slow_peers,
-            "masked_share": SHARE,
-            "temperature": TEMPERATURE,
-            **dataclasses.asdict(plan),
-        },
-        "load_average": {"before": load, "after": _load()},
-        "cases": cases,
-        "targets": targets,
+    settings = {
+        "device": _device_name(where),
+        "quick": quick,
+        "only": only,
+        "slow_peers": slow_peers,
+        "masked_share": SHARE,
+        "temperature": TEMPERATURE,
+        **dataclasses.asdict(plan),
     }
-    _print_targets(targets, quick)
-    if json_file:
-        write_json(json_file, report)
-    return report
+    print_targets(targets, quick)
+    return report.write({"settings": settings, "cases": cases, "targets": targets}, json_file)
+
+
+def _versions(distributions: Iterable[str]) -> dict[str, str]:
+    """Of those that are installed."""
+    found = {}
+    for name in distributions:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def _backends(device: torch.device) -> dict[str, str]:
@@ -312,8 +310,8 @@ def _print(case: Case) -> None:
             table.add_row(row["contender"], *[""] * (len(table.columns) - 2), why)
             continue
         cells = [
-            _seconds(row["median"]),
-            f"{_seconds(row['least'])} to {_seconds(row['most'])}",
+            duration(row["median"]),
+            f"{duration(row['least'])} to {duration(row['most'])}",
             spread(row["times_ours"]) if "times_ours" in row else "-",
             size(row["peak_bytes"]),
         ]
@@ -325,7 +323,7 @@ def _print(case: Case) -> None:
         if shares:
             share = row["of_roofline"]
             cells.append(f"{100 * share:.0f}%" if share is not None else "no peaks")
-        first = f"first call {_seconds(row['first_seconds'])}" if "compile" in row["contender"] else ""
+        first = f"first call {duration(row['first_seconds'])}" if "compile" in row["contender"] else ""
         table.add_row(row["contender"], *cells, row["note"] or first)
     console.print(table)
     if maps:
@@ -336,7 +334,7 @@ def _print(case: Case) -> None:
         )
 
 
-def _print_targets(targets: list[dict[str, Any]], quick: bool) -> None:
+def print_targets(targets: list[dict[str, Any]], quick: bool) -> None:
     table = Table("target", "", "reached", title="targets", title_justify="left", header_style="bold")
     for target in targets:
         verdict = {True: "[green]PASS[/green]", False: "[red]MISSED[/red]", None: "NOT MEASURED"}[target["passed"]]
@@ -346,32 +344,11 @@ def _print_targets(targets: list[dict[str, Any]], quick: bool) -> None:
         console.print("[dim]--quick shows that everything runs; at these sizes no number means anything.[/dim]")
 
 
-def _seconds(seconds: float) -> str:
+def duration(seconds: float) -> str:
     if seconds >= 1:
         return f"{seconds:.2f} s"
     return f"{1e3 * seconds:.1f} ms" if seconds >= 1e-3 else f"{1e6 * seconds:.0f} µs"
 
 
-def _load() -> list[float]:
-    return [round(value, 2) for value in os.getloadavg()]
-
-
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-
-
-def _commit() -> dict[str, Any] | None:
-    """The commit that was measured and whether files differ from it; None where this is not a checkout of ours."""
-    root = Path(__file__).resolve().parents[1]
-    if not (root / ".git").exists():
-        return None
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", root, *arguments], capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        return {"hash": git("rev-parse", "HEAD"), "modified": bool(git("status", "--porcelain"))}
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -13,12 +13,15 @@ and MKL's packing buffers, Triton's cache), memory that the allocator keeps for 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
+import itertools
 import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
@@ -28,6 +31,7 @@ Row = dict[str, Any]
 # The profiler would write its progress to the terminal; read when the first profile starts.
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
+_COUNTED = "counted call"  # in the profile
 _L2_BYTES = 256 * 2**20  # more than the last-level cache of any card in `bench.roofline.PEAKS`
 
 
@@ -125,16 +129,21 @@ def race(calls: Mapping[str, Call], *, device: torch.device, rounds: int, second
     names = list(calls)
     times: dict[str, list[float]] = {name: [] for name in names}
     flush = torch.empty(_L2_BYTES, dtype=torch.int8, device=device) if device.type == "cuda" else None
+    for name in turns(names, rounds, seconds):
+        if flush is not None:
+            flush.zero_()
+        times[name].append(stopwatch(calls[name], device)[0])
+    return times
+
+
+def turns(names: Sequence[str], rounds: int, seconds: float) -> Iterator[str]:
+    """Every name once a round, each round beginning one name later; after three rounds no round begins late."""
     end = time.perf_counter() + seconds
     for number in range(rounds if names else 0):
         if number >= 3 and time.perf_counter() > end:
             break
         turn = number % len(names)
-        for name in names[turn:] + names[:turn]:
-            if flush is not None:
-                flush.zero_()
-            times[name].append(stopwatch(calls[name], device)[0])
-    return times
+        yield from (*names[turn:], *names[:turn])
 
 
 def stopwatch(call: Call, device: torch.device) -> tuple[float, Any]:
@@ -151,26 +160,50 @@ def stopwatch(call: Call, device: torch.device) -> tuple[float, Any]:
     return begin.elapsed_time(end) / 1e3, result
 
 
+class Memory(NamedTuple):
+    """Bytes of one call. peak: the most at a time beyond what was there before it, its result included.
+    allocated: all that was taken, whether or not it was given back."""
+
+    peak: int
+    allocated: int
+
+
 def peak_bytes(call: Call, device: torch.device) -> int:
     """The most that was allocated during the call beyond what was before it, its result included."""
+    return tracked_memory(call, device).peak
+
+
+def tracked_memory(call: Call, device: torch.device, before: int = 0) -> Memory:
+    """Runs the call under the allocator's record.
+
+    before: calls under the record ahead of the one that counts. On the CPU what was allocated before the record is
+    given back without its size being known, so a call that replaces what the last one left needs one.
+    """
     if device.type == "cuda":
+        for _ in range(before):
+            call()
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+        start = torch.cuda.memory_stats(device)
         call()
         torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
+        end = torch.cuda.memory_stats(device)
+        return Memory(
+            end["allocated_bytes.all.peak"] - start["allocated_bytes.all.current"],
+            end["allocated_bytes.all.allocated"] - start["allocated_bytes.all.allocated"],
+        )
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=False) as profile:
-        result = call()
+        for _ in range(before):
+            call()
+        with torch.profiler.record_function(_COUNTED):
+            result = call()
     del result  # only now: a result that was dropped inside the profile would not count at its end
     events = profile.profiler.kineto_results.events()
+    began = next(event.start_ns() for event in events if event.name() == _COUNTED)
     changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
-    peak = now = 0
-    for _, change in sorted(changes, key=lambda pair: pair[0]):
-        now += change
-        peak = max(peak, now)
-    return peak
+    counted = [change for when, change in sorted(changes, key=lambda pair: pair[0]) if when >= began]
+    return Memory(max(itertools.accumulate(counted, initial=0)), sum(change for change in counted if change > 0))
 
 
 def free_bytes(device: torch.device) -> int:
@@ -192,6 +225,92 @@ def ratios(row: Row, other: Row) -> list[float]:
 
 def middle(values: Sequence[float]) -> float:
     return statistics.median(values)
+
+
+def mean_and_half_range(values: Sequence[float]) -> tuple[float, float]:
+    """What is told of a few seeds."""
+    return statistics.mean(values), (max(values) - min(values)) / 2
+
+
+def spread(values: Sequence[float], digits: int = 1) -> str:
+    """Mean ± half of the range, for people."""
+    return " ± ".join(f"{value:.{digits}f}" for value in mean_and_half_range(values))
+
+
+class EnergyMeter:
+    """Joules that a device used, as its own counters have them; never from a data sheet.
+
+    CUDA: NVML's total energy of the card (Volta and newer), the host's is not in it. CPU: the packages of RAPL, with
+    everything else that runs on them; a package's counter may turn over once between two reads, no more (at 262 kJ as
+    a rule: three quarters of an hour at 100 W).
+    source: what counts, None where nothing does; reason: why not.
+    """
+
+    def __init__(self, device: torch.device, powercap: Path = Path("/sys/class/powercap")) -> None:
+        self.source: str | None = None
+        self.reason: str | None = None
+        self._counters: list[tuple[Callable[[], float], float]] = []  # joules so far, joules at which it turns over
+        try:
+            if device.type == "cuda":
+                self._counters = [(_nvml_joules(device), 0.0)]
+                self.source = "NVML, total energy of the card"
+            else:
+                self._counters = _rapl(powercap)
+                self.source = f"RAPL, {len(self._counters)} packages"
+            for read, _ in self._counters:
+                read()
+        except (OSError, ValueError) as error:
+            self.source, self.reason, self._counters = None, f"not reported: {error}", []
+
+    def start(self) -> Callable[[], float | None]:
+        """Returns what gives the joules from now on, or None where nothing counts them."""
+        before = [read() for read, _ in self._counters]
+
+        def joules() -> float | None:
+            if self.source is None:
+                return None
+            used = 0.0
+            for (read, turn), start in zip(self._counters, before, strict=True):
+                now = read()
+                used += now - start + (turn if now < start else 0.0)
+            return used
+
+        return joules
+
+
+def _nvml_joules(device: torch.device) -> Callable[[], float]:
+    library = ctypes.CDLL("libnvidia-ml.so.1")
+    # By identity: CUDA_VISIBLE_DEVICES numbers the cards as NVML does not.
+    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}".encode()
+    handle, millijoules = ctypes.c_void_p(), ctypes.c_ulonglong()
+
+    def call(function: str, *arguments: Any) -> None:
+        status = getattr(library, function)(*arguments)
+        if status:
+            raise OSError(f"NVML's {function} says {status}")
+
+    call("nvmlInit_v2")
+    call("nvmlDeviceGetHandleByUUID", uuid, ctypes.byref(handle))
+
+    def read() -> float:
+        call("nvmlDeviceGetTotalEnergyConsumption", handle, ctypes.byref(millijoules))
+        return millijoules.value / 1e3
+
+    return read
+
+
+def _rapl(powercap: Path) -> list[tuple[Callable[[], float], float]]:
+    def joules(file: Path) -> float:
+        return int(file.read_text(encoding="ascii")) / 1e6
+
+    zones = sorted(powercap.glob("intel-rapl:*"))  # the name on AMD too; parts of a package are zones of their own
+    packages = [zone for zone in zones if (zone / "name").read_text(encoding="ascii").startswith("package")]
+    if not packages:
+        raise OSError("this machine shows no RAPL counters")
+    return [
+        (lambda file=zone / "energy_uj": joules(file), joules(zone / "max_energy_range_uj"))  # type: ignore[misc]
+        for zone in packages
+    ]
 
 
 def size(count: float) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,10 @@ from typing import Any
 from rich.table import Table
 from torch import nn
 
+from bench.report import Report
 from engine.config import parse_assignments
 from engine.console import console, progress_bars
-from engine.environment import environment
 from engine.evaluate import Evaluation, Evaluator, compare
-from engine.files import write_json
 from engine.job import Task
 from engine.loop import train, unlearn
 from engine.vit import load_checkpoint
@@ -32,6 +30,7 @@ def run_quality(
     json_file: Path | None,
 ) -> dict[str, Any]:
     """Prints and returns the table; `seconds` of a method is all that its user waits for, evaluation apart."""
+    report = Report()
     task, options = Task.open(data, forget), parse_assignments(settings)
     original = load_checkpoint(checkpoint)
     retrain_seconds = None
@@ -64,19 +63,9 @@ def run_quality(
         rows[method] = compare(list(stages.values())[-1], retrained, None, result.seconds, result.samples_seen)
         rows[method]["collapsed"] = result.collapsed
         rows[method]["config"] = result.config
-    report = {
-        "command": "python -m bench quality",
-        "data": data,
-        "forget": forget,
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "environment": environment(),
-        "retrain_seconds": retrain_seconds,
-        "rows": rows,
-    }
     _print(rows, retrain_seconds)
-    if json_file:
-        write_json(json_file, report)
-    return report
+    results = {"data": data, "forget": forget, "retrain_seconds": retrain_seconds, "rows": rows}
+    return report.write(results, json_file)
 
 
 def _keep(stages: dict[str, Evaluation], evaluator: Evaluator, phase: str, model: nn.Module) -> None:
@@ -99,30 +88,34 @@ def _print(rows: dict[str, Any], retrain_seconds: float | None) -> None:
     )
     for column in columns:
         table.add_column(column, justify="right")
+    for name, cells in table_rows(rows, retrain_seconds):
+        table.add_row(name, *cells)
+    console.print(table)
+
+
+def table_rows(rows: dict[str, Any], retrain_seconds: float | None) -> list[tuple[str, list[str]]]:
+    """(model, cells) of each row, the retrained models last; accuracies, MIA efficacy and agreement in percent."""
+    made = []
     for name, row in rows.items():
         floor = row.get("noise_floor", {}).get("average")
         seconds = row["seconds"].get("unlearn")
-        table.add_row(
-            name,
-            *numbers(row),
+        cells = [
             f"{row['gap']['average']:.2f}",
             f"{row['gap']['average'] / floor:.1f}" if floor else "-",
             f"{100 * row['reference']['agreement']['top1']:.1f}",
             f"{seconds:.0f}" if seconds else "-",
             f"{100 * seconds / retrain_seconds:.0f}%" if seconds and retrain_seconds else "-",
-        )
-    reference = rows["untouched"]["reference"]
-    floor = rows["untouched"].get("noise_floor")
-    table.add_row(
-        f"retrained (mean of {reference['count']})",
-        *numbers(reference),
+        ]
+        made.append((name, [*numbers(row), *cells]))
+    reference, floor = rows["untouched"]["reference"], rows["untouched"].get("noise_floor")
+    cells = [
         f"{floor['average']:.2f}" if floor else "-",
         "1.0" if floor else "-",
         f"{100 * floor['agreement']['top1']:.1f}" if floor else "-",
         f"{retrain_seconds:.0f}" if retrain_seconds else "-",
         "100%" if retrain_seconds else "-",
-    )
-    console.print(table)
+    ]
+    return [*made, (f"retrained (mean of {reference['count']})", [*numbers(reference), *cells])]
 
 
 def numbers(row: dict[str, Any]) -> list[str]:

@@ -19,9 +19,8 @@ from typing import Any
 import safetensors.torch
 from rich.table import Table
 
+from bench.report import Report
 from engine.console import console
-from engine.environment import environment
-from engine.files import write_json
 from engine.plan import plan
 from engine.vit import ModelSpec, save_checkpoint
 
@@ -101,7 +100,7 @@ def run_equality(
     json_file: Path | None,
 ) -> bool:
     """One process, DeepSpeed on one process, and two ranks at every stage, after the same steps. True: within 1e-5."""
-    rows: list[dict[str, Any]] = []
+    report, rows = Report(), list[dict[str, Any]]()
     with tempfile.TemporaryDirectory(prefix="lethe-equality-") as name:
         folder = Path(name)
         for precision in precisions:
@@ -133,7 +132,7 @@ def run_equality(
                 done = launch(arguments, ranks, _config(stage, folder), folder / "log")
                 rows.append({"case": label, "precision": precision, "seconds": done.seconds, **_compare(alone, out)})
                 console.print(f"{precision} {label}: {done.seconds:.0f} s", highlight=False)
-                _write(json_file, {"steps": steps, "batch_size": batch_size, "rows": rows})
+                report.write({"steps": steps, "batch_size": batch_size, "rows": rows}, json_file)
     table = Table(
         "run", "precision", "worst tensor", "worst weight", "loss", "accuracies", "seconds", title="against one process"
     )
@@ -192,7 +191,7 @@ def run_memory(
     architecture: str, images: Path, stages: Sequence[str], batch_size: int, steps: int, json_file: Path | None
 ) -> bool:
     """Real optimizer steps on two ranks on real images; peak memory beside the plan's. True: all within 20%."""
-    rows: list[dict[str, Any]] = []
+    report, rows = Report(), list[dict[str, Any]]()
     with tempfile.TemporaryDirectory(prefix="lethe-memory-") as name:
         folder = Path(name)
         classes = [path.name for path in sorted(images.iterdir()) if path.is_dir()]
@@ -254,8 +253,8 @@ def run_memory(
             console.print(
                 f"{case}: {_sizes(done.peaks)} MiB, planned {predicted // MIB:,} for the main rank", highlight=False
             )
-            _write(
-                json_file, {"architecture": architecture, "batch_size": batch_size, "images": len(files), "rows": rows}
+            report.write(
+                {"architecture": architecture, "batch_size": batch_size, "images": len(files), "rows": rows}, json_file
             )
     table = Table(
         "run",
@@ -286,8 +285,3 @@ def run_memory(
 
 def _sizes(peaks: dict[int, int]) -> str:
     return " / ".join(f"{peaks[rank] / MIB:,.0f}" for rank in sorted(peaks))
-
-
-def _write(path: Path | None, values: dict[str, Any]) -> None:
-    if path is not None:
-        write_json(path, {"environment": environment(), **values})

@@ -20,12 +20,11 @@ from typing import Any
 from rich.table import Table
 
 from bench.chaos import Stage, checkpoints, differences, unreadable
-from bench.kernels import _commit, _load
 from bench.launched import MODEL, OPTIONS, PATIENCE, SAMPLES_A_STEP, Job, Launched, unlearn_arguments
+from bench.report import Report
 from engine.console import console
-from engine.environment import environment, extras
+from engine.environment import extras
 from engine.errors import RunStopped, UserError
-from engine.files import write_json
 
 ZERO_STAGE = 2
 # Seconds after which a rank that does not answer is given up, and until its launcher has to have ended after that.
@@ -93,29 +92,22 @@ def _ip(*arguments: str) -> None:
 def run_two_hosts(json_file: Path | None = None) -> dict[str, Any]:
     """Prints and returns what happened; `passed` says whether all of it was as it has to be."""
     _check_here()
-    load, began = _load(), time.perf_counter()
+    report, began = Report(environment={"deepspeed": extras()["deepspeed"]}), time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary, Hosts() as hosts, contextlib.ExitStack() as alive:
         stage = Stage(Path(temporary)).train()
         expected = stage.expected(Job(ZERO_STAGE, "torchrun"))
         console.print("two hosts, undisturbed")
         whole = _whole(hosts, stage, expected, alive)
         cuts = [_cut(hosts, stage, expected, alive, *cut) for cut in CUTS]
-    report = {
-        "command": "python -m bench two-hosts",
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "commit": _commit(),
-        "environment": {**environment(), "deepspeed": extras()["deepspeed"]},
+    results = {
         "settings": {"stage": ZERO_STAGE, "timeout": TIMEOUT, "margin": MARGIN, "model": MODEL, **OPTIONS},
-        "load_average": {"before": load, "after": _load()},
         "seconds": round(time.perf_counter() - began, 1),
         "two_hosts": whole,
         "cut_links": cuts,
         "passed": not any(case["problems"] for case in (whole, *cuts)),
     }
-    _print(report)
-    if json_file:
-        write_json(json_file, report)
-    return report
+    _print(results)
+    return report.write(results, json_file)
 
 
 def _check_here() -> None:

@@ -11,9 +11,9 @@ import argparse
 import contextlib
 import dataclasses
 import fnmatch
-import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -149,13 +149,16 @@ def main() -> int:
     if problems := misfits(MUTANTS, ROOT):
         print("\n".join(problems), file=sys.stderr)
         return 2
+    sys.path.append(str(ROOT))  # a script's path begins with its own folder, and lethe need not be installed
+    from bench.report import Report
+
+    report = Report(shlex.join(["python", "tests/mutation.py", *sys.argv[1:]]))
     try:
         results = run(chosen, options.timeout)
     except Proofless as error:
         print(error, file=sys.stderr)
         return 2
-    if options.json:
-        options.json.write_text(json.dumps([dataclasses.asdict(result) for result in results], indent=2) + "\n")
+    report.write({"rows": [dataclasses.asdict(result) for result in results]}, options.json)
     survivors = [result.mutant for result in results if result.killed_by is None]
     print(f"{len(results) - len(survivors)} of {len(results)} killed" + "".join(f"\nSURVIVED {s}" for s in survivors))
     return 1 if survivors else 0

@@ -1,0 +1,158 @@
+"""The plots of bench.html, by the kind of result that they show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from bench import plots
+from bench.kernels import duration
+from bench.measure import middle, size
+from bench.plots import Style
+
+Report = dict[str, Any]
+# A figure, and what it shows in words.
+Drawn = tuple[Figure, str]
+
+
+def kernels(report: Report, style: Style) -> Iterator[Drawn]:
+    """Two figures a case: median time and peak memory of every contender that was measured."""
+    for case in report["cases"]:
+        rows = [row for row in case["rows"] if row["status"] == "measured"]
+        if not rows:
+            continue
+        names, title = [row["contender"] for row in rows], f"{case['work']}\n{case['case']}"
+        yield _bars(style, title, "seconds, median", names, [row["median"] for row in rows], duration)
+        yield _bars(
+            style, title, "peak memory, MiB", names, [row["peak_bytes"] / 2**20 for row in rows],
+            lambda mebibytes: size(mebibytes * 2**20),
+        )  # fmt: skip
+
+
+def data(report: Report, style: Style) -> Iterator[Drawn]:
+    for case in report["decoding"]:
+        names, values = zip(*((row["contender"], row["images_per_second"]) for row in case["rows"]), strict=True)
+        title = case["work"].replace(": ", ":\n")
+        yield _bars(style, title, "images a second and core", list(names), list(values), "{:.0f}".format)
+
+
+def _bars(
+    style: Style, title: str, x: str, names: list[str], values: list[float], text: Callable[[float], str]
+) -> Drawn:
+    figure, axes = plots.figure(style, title, x, size=(4.6, 1.3 + 0.42 * len(names)))
+    plots.bars(axes, style, names, values, [text(value) for value in values], own="ours")
+    words = "; ".join(f"{name} {text(value)}" for name, value in zip(names, values, strict=True))
+    return figure, f"{title}, {x}: {words}".replace("\n", " ")
+
+
+def train(report: Report, style: Style) -> Iterator[Drawn]:
+    """Two figures a case: images a second of every loop, its share of `prepare` in the time; ours by part."""
+    for case in report["cases"]:
+        rows = [row for row in case["rows"] if row["status"] == "measured"]
+        if not rows:
+            continue
+        speeds = [row["batch"] / (row["median"] + row["prepare_a_step"]) for row in rows]
+        names = [row["contender"] for row in rows]
+        yield _bars(style, case["case"], "images a second", names, speeds, "{:.3g}".format)
+        split = {row["contender"]: dict(row["parts"]) for row in rows if "parts" in row}
+        if not split:
+            continue
+        for parts in split.values():
+            whole = parts.pop("all")
+            parts["other"] = whole - sum(parts.values())
+        kinds = [kind for kind in next(iter(split.values())) if any(parts.get(kind) for parts in split.values())]
+        figure, axes = plots.figure(
+            style, f"{case['case']}: where the time goes", "seconds a step", size=(4.6, 2.0 + 0.42 * len(split))
+        )
+        values = {kind: [parts.get(kind, 0.0) for parts in split.values()] for kind in kinds}
+        plots.stacks(axes, style, list(split), values)
+        plots.legend(figure, axes, style, below=True)
+        words = [
+            f"{name}: " + ", ".join(f"{kind} {duration(parts.get(kind, 0.0))}" for kind in kinds)
+            for name, parts in split.items()
+        ]
+        yield figure, f"{case['case']}, seconds a step by part: {'; '.join(words)}"
+
+
+def retrain_cost(report: Report, style: Style) -> Iterator[Drawn]:
+    """A figure a task: average gap to retrained models against the share of a retrain's time."""
+    for task, entry in report["tasks"].items():
+        figure, axes = plots.figure(
+            style, f"{task}: what forgetting costs, and what it is worth", "time in % of a retrain (log)",
+            "average gap, points", size=(4.6, 4.4),
+        )  # fmt: skip
+        axes.set_xscale("log")
+        words = []
+        floor, untouched = entry["noise_floor"], (entry["untouched"].get("gap") or {}).get("average")
+        if floor is not None:
+            axes.axhspan(0, floor, color=style.faint, alpha=0.6, label="noise floor")
+            words.append(f"noise floor {floor:.2f} points")
+        if untouched is not None:
+            axes.axhline(untouched, color=style.ink, linestyle="--", linewidth=1, label="untouched, no time")
+            words.append(f"untouched {untouched:.2f} points")
+        drawn = [found for found in entry["summary"] if found["gap"] and found["share"]]
+        for number, found in enumerate(drawn):
+            colour, marker = plots.look(number)
+            share, gap = found["share"], found["gap"]
+            axes.errorbar(
+                100 * share["mean"], gap["mean"], xerr=100 * share["half_range"], yerr=gap["half_range"],
+                color=colour, marker=marker, markersize=7, markeredgecolor=style.ink, capsize=3, linestyle="",
+                label=found["method"],
+            )  # fmt: skip
+            words.append(f"{found['method']} {gap['mean']:.2f} points in {100 * share['mean']:.1f}% of the time")
+        axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        plots.legend(figure, axes, style, below=True)
+        yield figure, f"{task}, average gap to retrained models: {'; '.join(words)}"
+
+
+def scaling(report: Report, style: Style) -> Iterator[Drawn]:
+    """A log-log figure a curve: every round, the fitted power and the expected one through the same middle."""
+    for curve in report["curves"]:
+        verdict = "" if curve["within"] else "  LOOK"
+        figure, axes = plots.figure(
+            style, f"{curve['name']}{verdict}", f"{curve['variable']} (log)", f"{curve['quantity']} (log)"
+        )
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        sizes, medians = curve["sizes"], [middle(rounds) for rounds in curve["values"]]
+        for number, (x, rounds) in enumerate(zip(sizes, curve["values"], strict=True)):
+            axes.plot(
+                [x] * len(rounds), rounds, "o", color=plots.PALETTE[0], markersize=4, alpha=0.6,
+                label="" if number else "measured",
+            )  # fmt: skip
+        for name, exponent, colour, line in (
+            ("fitted", curve["exponent"], plots.PALETTE[0], "-"),
+            ("expected", curve["expected"], plots.PALETTE[1], "--"),
+        ):
+            through = middle([median / x**exponent for x, median in zip(sizes, medians, strict=True)])
+            axes.plot(
+                sizes, [through * x**exponent for x in sizes], line, color=colour, label=f"{name}: {exponent:.2f}"
+            )
+        axes.set_xticks(sizes, curve["labels"], parse_math=False)
+        # Powers of ten may all lie outside: the ends are named instead, or their middle where they are close.
+        least, most = min(medians), max(medians)
+        named = [least, most] if most > 1.2 * least else [middle(medians)]
+        say = size if curve["quantity"] == "bytes" else duration
+        axes.set_yticks(named, [say(value) for value in named], parse_math=False)
+        axes.minorticks_off()
+        plots.legend(figure, axes, style)
+        yield (
+            figure,
+            f"{curve['name']}, {curve['quantity']} by {curve['variable']} from {curve['labels'][0]} to "
+            f"{curve['labels'][-1]}: exponent {curve['exponent']:.2f}, expected {curve['expected']:.2f}",
+        )
+
+
+PICTURES: dict[str, Callable[[Report, Style], Iterator[Drawn]]] = {
+    "kernels": kernels,
+    "train": train,
+    "data": data,
+    "retrain-cost": retrain_cost,
+    "scaling": scaling,
+}

@@ -1,0 +1,181 @@
+"""A pytest plugin: `pytest --benchmark` measures the cases of `bench/test_regression.py` and compares them with the
+stored baseline.
+
+    pytest --benchmark                     the cases beside the baseline; a regression fails its test
+    pytest --benchmark --update-baseline   stores the figures of the cases that ran; -k chooses some
+
+Without these, and without an option of pytest-benchmark's own, the cases run once as smoke tests.
+
+It is loaded before coverage starts, so it imports nothing that coverage is to see until it is asked to measure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from bench.baseline import Baseline, Place, Verdict
+
+SUITE = Path(__file__).resolve().parent
+BASELINE = SUITE / "baseline.json"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("benchmark")
+    group.addoption(
+        "--benchmark",
+        action="store_true",
+        help="Measure the suite in bench/ and fail where it is worse than the baseline.",
+    )
+    group.addoption("--update-baseline", action="store_true", help="With --benchmark: store the figures instead.")
+    group.addoption(
+        "--baseline",
+        type=Path,
+        default=BASELINE,
+        metavar="FILE",
+        help="--baseline=FILE, in one word; default: bench/baseline.json.",
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_load_initial_conftests(early_config: pytest.Config, args: list[str]) -> None:
+    chosen = early_config.known_args_namespace
+    if chosen.benchmark and not chosen.file_or_dir:
+        args.append(str(SUITE))
+        chosen.file_or_dir = [str(SUITE)]
+    early_config.stash[_THEIR_OPTIONS] = any(argument.startswith("--benchmark-") for argument in args)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    option = config.option
+    if not option.benchmark:
+        if option.update_baseline:
+            raise pytest.UsageError("--update-baseline stores what --benchmark measures; give both")
+        if not config.stash.get(_THEIR_OPTIONS, False):
+            option.benchmark_disable = True
+        return
+    if not config.pluginmanager.hasplugin("benchmark"):
+        raise pytest.UsageError("--benchmark needs pytest-benchmark; pip install 'lethe-unlearning[bench]'")
+    if config.getoption("dist", "no") != "no":
+        raise pytest.UsageError("--benchmark times one case at a time; leave out xdist's -n and --dist, or give -n0")
+    for name in ("disable", "skip"):
+        if config.getoption(f"benchmark_{name}"):
+            raise pytest.UsageError(f"--benchmark measures, and --benchmark-{name} keeps it from that; leave out one")
+
+    from bench.baseline import Baseline
+    from engine.errors import UserError
+
+    try:
+        baseline = Baseline.read(option.baseline, must_exist=not option.update_baseline)
+    except UserError as error:
+        raise pytest.UsageError(f"--benchmark: {error}") from None
+    config.stash[_GATE] = Gate(baseline, option.baseline, option.update_baseline)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    measured = (item for item in session.items if "baseline_gate" in getattr(item, "fixturenames", ()))
+    if session.config.option.benchmark and not any(measured):
+        raise pytest.UsageError("--benchmark: no case is among the chosen tests; give no path, or bench/")
+
+
+@pytest.fixture
+def baseline_gate(request: pytest.FixtureRequest) -> Gate | None:
+    """What judges measured cases; None where nothing is to be judged."""
+    return request.config.stash.get(_GATE, None)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    gate = session.config.stash.get(_GATE, None)
+    if gate is not None:
+        gate.save()
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    gate = config.stash.get(_GATE, None)
+    if gate is not None:
+        gate.show(terminalreporter)
+
+
+class Gate:
+    """The baseline, and what this session measured beside it."""
+
+    def __init__(self, baseline: Baseline, path: Path, updating: bool) -> None:
+        self.baseline, self.path, self.updating = baseline, path, updating
+        self.place: Place | None = None
+        self.measured: dict[str, tuple[dict[str, Any], dict[str, float]]] = {}
+        self.verdicts: dict[str, list[Verdict]] = {}
+        self.second_looks: dict[str, tuple[float, float]] = {}
+        from bench.report import Report
+
+        self._report = Report("pytest --benchmark --update-baseline")
+        self._saved = False
+
+    def stored(self, case: str, place: Place) -> dict[str, float] | None:
+        """The baseline of a case, None while it is being updated. Fails the test where it has none."""
+        from bench.baseline import TIME
+        from engine.errors import UserError
+
+        self.place = place
+        if self.updating:
+            return None
+        try:
+            return {**self.baseline.counts(case, place), TIME: self.baseline.time(case, place)}
+        except UserError as error:
+            pytest.fail(f"{case}: {error}", pytrace=False)
+
+    def judge(self, case: str, times: dict[str, Any], counts: dict[str, float], threshold: float | None = None) -> None:
+        """Keeps the figures of a case; fails the test of a regression."""
+        from bench.baseline import TIME, judge
+
+        assert self.place is not None
+        self.measured[case] = times, counts
+        stored = self.stored(case, self.place)
+        if stored is None:
+            return
+        self.verdicts[case] = judge(case, {TIME: times[TIME], **counts}, stored, threshold)
+        worse = [str(verdict) for verdict in self.verdicts[case] if verdict.state == "regression"]
+        if worse:
+            pytest.fail("\n".join([*worse, *self._looks(case)]), pytrace=False)
+
+    def _looks(self, case: str) -> Iterable[str]:
+        if case in self.second_looks:
+            first, second = self.second_looks[case]
+            yield f"{case}: time was {first:.3f} x the reference at first, {second:.3f} x on a second, longer look"
+
+    def save(self) -> None:
+        """Rewrites the cases that were measured, where that was asked for."""
+        if not (self.updating and self.measured):
+            return
+        assert self.place is not None
+        self.baseline = self.baseline.updated(self.place, self._report.write({}, None), self.measured)
+        self.baseline.write(self.path)
+        self._saved = True
+
+    def show(self, reporter: Any) -> None:
+        from bench.regression_table import lines
+
+        reporter.section("benchmark: beside the baseline", sep="-")
+        load = ", ".join(f"{value:.2f}" for value in self._report.load)
+        if self.place is not None:
+            reporter.write_line(f"{self.place.machine}; load average {load} at the beginning")
+        for line in lines(self.measured, self.verdicts, max(120, reporter._tw.fullwidth)):
+            reporter.write_line(line)
+        for case, verdicts in self.verdicts.items():
+            for verdict in verdicts:
+                if verdict.state != "same":
+                    reporter.write_line(
+                        str(verdict), red=verdict.state == "regression", green=verdict.state == "better"
+                    )
+            for line in self._looks(case):
+                reporter.write_line(line)
+        if self._saved:
+            reporter.write_line(f"stored in {self.path.name}: {', '.join(self.measured)}")
+
+
+_THEIR_OPTIONS = pytest.StashKey[bool]()
+_GATE = pytest.StashKey[Gate]()

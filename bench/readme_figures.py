@@ -1,0 +1,211 @@
+"""Figures in README.md's sentences, each made from a file of bench/results/.
+
+`python -m bench tables` finds them by the words around them. A new one is an entry of FIGURES and its sentence; a
+function of `values` raises UserError where the sentence would no longer be true.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from bench import ablation
+from bench.kernel_peers import INFO_NCE_PYTORCH
+from bench.kernel_targets import CONTRAST, MASKING
+from bench.measure import middle, ratios
+from bench.readme import MIB, Report
+from bench.rollout_peers import FAST_VIT_ROLLOUT, PLAIN
+from engine.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Figure:
+    """Numbers in a sentence. text: the sentence's words, {NAME} where `values` has a number of that name."""
+
+    name: str
+    file: str
+    text: str
+    values: Callable[[Report], dict[str, str]]
+
+
+def _quality_figures(report: Report) -> dict[str, str]:
+    untouched, lethe = (report["rows"][name] for name in ("untouched", "lethe"))
+    gap, before = lethe["gap"]["average"], untouched["gap"]["average"]
+    floors = gap / lethe["noise_floor"]["average"]
+    return {"closed": f"{round(100 * (before - gap) / before, -1):.0f}", "floors": f"{floors:.0f}"}
+
+
+def _quality_setup(report: Report) -> dict[str, str]:
+    samples = report["rows"]["lethe"]["config"]["samples"]
+    return {"samples": f"{samples['forget'] + samples['retain']:,}"}
+
+
+def _ablation_figures(report: Report) -> dict[str, str]:
+    gaps = {
+        name: float(cells[-1].split()[0])
+        for name, stage, _, cells in ablation.table_rows(report["rows"])
+        if stage == "retain"
+    }
+    return {"gain": f"{gaps['retain stage alone'] - gaps['default: top patches, cosine, logits']:.2f}"}
+
+
+def _equality_setup(report: Report) -> dict[str, str]:
+    (steps,) = {row["steps"] for row in report["rows"]}
+    return {"steps": str(steps)}
+
+
+def _equality_bf16(report: Report) -> dict[str, str]:
+    rows = [row for row in report["rows"] if row["precision"] == "bf16" and row["case"] != "one process"]
+    tensors, points = ([row[key] for row in rows] for key in ("tensor", "points"))
+    return {
+        **{
+            key: f"{value:.0e}".replace("e-0", "e-") for key, value in (("least", min(tensors)), ("most", max(tensors)))
+        },
+        **{key: f"{value:.1f}" for key, value in (("low", min(points)), ("high", max(points)))},
+    }
+
+
+def _chaos_figures(report: Report) -> dict[str, str]:
+    doing = [kill["doing"] for row in report["rows"] for kill in row["kills"]]
+    return {
+        "runs": str(len(report["rows"])),
+        "same": str(sum(row["equal"] for row in report["rows"])),
+        "before": str(sum(not row["kills"] for row in report["rows"])),
+        "after": str(doing.count("after the end")),
+    }
+
+
+def _full_disk(report: Report) -> dict[str, str]:
+    if not report["full_disk"].get("equal"):
+        raise UserError("chaos.json has no full disk after which the result was the same; change the sentence")
+    return {}
+
+
+def _two_hosts(report: Report) -> dict[str, str]:
+    if not report["passed"]:
+        raise UserError("two-hosts.json did not pass; change the sentence")
+    return {}
+
+
+def _data_figures(report: Report) -> dict[str, str]:
+    synthetic, steps = report["synthetic"], report["synthetic"]["open_and_match"]
+    opened, matched, first = (steps[key] for key in ("open", "match_and_split", "first_batch"))
+    peak = max(opened["peak_bytes"], matched["peak_bytes"])
+    return {
+        "images": f"{synthetic['images']:,}",
+        "shards": f"{synthetic['shards']:,}",
+        "index": f"{synthetic['index']['seconds']:.1f}",
+        "open": f"{opened['seconds']:.1f}",
+        "ids": f"{synthetic['forget']:,}",
+        "match": f"{matched['seconds']:.1f}",
+        "batch": str(first["batch"][0]),
+        "first": f"{opened['seconds'] + matched['seconds'] + first['seconds']:.1f}",
+        "extra": f"{(peak - opened['peak_bytes'] + opened['extra_bytes']) / MIB:.0f}",
+        "peak": f"{peak / 2**30:.2f}",
+    }
+
+
+def _decoding_figures(report: Report) -> dict[str, str]:
+    training, evaluation, *_ = (
+        {row["contender"]: f"{row['images_per_second']:.0f}" for row in case["rows"]} for case in report["decoding"]
+    )
+    bicubic, bilinear = (f"torchvision ImageFolder, {kind}" for kind in ("bicubic", "bilinear"))
+    return {
+        "ours": training["ours, draft"], "same": training[bicubic], "default": training[bilinear],
+        "ours_evaluating": evaluation["ours, draft"], "evaluating": evaluation[bicubic],
+    }  # fmt: skip
+
+
+def _mutation_figures(report: Report) -> dict[str, str]:
+    rows = report["rows"]
+    return {"planted": str(len(rows)), "noticed": str(sum(row["killed_by"] is not None for row in rows))}
+
+
+def _compile_figures(report: Report) -> dict[str, str]:
+    kernels = report["kernels"]
+    return {"kernels": str(len(kernels)), "spills": str(sum(one["spilled_bytes"] > 0 for one in kernels))}
+
+
+def _rows(report: Report, work: str, part: str) -> dict[str, Any]:
+    case = next(case for case in report["cases"] if case["work"] == work and part in case["case"])
+    return {row["contender"]: row for row in case["rows"]}
+
+
+def _masks_figures(report: Report) -> dict[str, str]:
+    small, base = (_rows(report, MASKING, f"ViT-{letter}/16 224") for letter in "SB")
+    return {
+        "small": f"{middle(ratios(small[FAST_VIT_ROLLOUT], small['ours'])):.2f}",
+        "base": f"{middle(ratios(base[FAST_VIT_ROLLOUT], base['ours'])):.2f}",
+        "forward": f"{base[PLAIN]['median']:.2f}",
+        "peer": f"{base[FAST_VIT_ROLLOUT]['median']:.2f}",
+    }
+
+
+def _paired_figures(report: Report) -> dict[str, str]:
+    rows = _rows(report, CONTRAST, "paired")
+    return {key: f"{1e3 * rows[name]['median']:.2f}" for key, name in (("ours", "ours"), ("peer", INFO_NCE_PYTORCH))}
+
+
+FIGURES = (
+    Figure(
+        name="quality-setup", file="yardstick-quality.json", values=_quality_setup,
+        text="on CIFAR-10 images: trained on {samples} of them",
+    ),
+    Figure(
+        name="quality", file="yardstick-quality.json", values=_quality_figures,
+        text="The published recipe closes about {closed}% of the untouched model's gap, stays {floors} noise floors "
+        "away",
+    ),
+    Figure(
+        name="ablation", file="yardstick-ablation.json", values=_ablation_figures,
+        text="The forget stage takes {gain} points off the gap that the retain stage leaves alone",
+    ),
+    Figure(
+        name="equality-setup", file="equality.json", values=_equality_setup,
+        text="After {steps} steps on the yardstick",
+    ),
+    Figure(
+        name="equality-bf16", file="equality.json", values=_equality_bf16,
+        text="differ by {least} to {most} in the worst tensor and by {low} to {high} points of accuracy",
+    ),
+    Figure(
+        name="chaos", file="chaos.json", values=_chaos_figures,
+        text="Of {runs} runs with SIGKILL at a random moment (one rank or all; in a step, while a checkpoint was "
+        "written, while the report was), {same} ended in the same bits as the run that nobody disturbed; {before} of "
+        "them had ended before its kill, {after} was killed after its end",
+    ),
+    Figure(name="full-disk", file="chaos.json", values=_full_disk, text="The same goes for a full disk"),
+    Figure(
+        name="two-hosts", file="two-hosts.json", values=_two_hosts, text="for a link between two hosts that was cut"
+    ),
+    Figure(
+        name="data", file="data-cpu.json", values=_data_figures,
+        text="{images} images in {shards} tar shards, small ones made on the spot: index built in {index} s, opened "
+        "again in {open} s, {ids} ids matched in {match} s, first training batch of {batch} after {first} s; {extra} "
+        "MiB at most above the process before it ({peak} GiB in all)",
+    ),
+    Figure(
+        name="decoding", file="data-cpu.json", values=_decoding_figures,
+        text="training {ours} against {same} for torchvision's ImageFolder with the same interpolation ({default} with "
+        "its default, bilinear); evaluation {ours_evaluating} against {evaluating}",
+    ),
+    Figure(
+        name="mutation", file="mutation.json", values=_mutation_figures,
+        text="{planted} planted bugs, of which the tests notice {noticed}",
+    ),
+    Figure(
+        name="compile", file="kernels-compile.json", values=_compile_figures,
+        text="{kernels} kernels of the production launches compiled for sm_80, sm_90, sm_100 and gfx942, {spills} of "
+        "them with a spill",
+    ),
+    Figure(
+        name="masks", file="kernels-cpu.json", values=_masks_figures,
+        text="Beside fast-vit-rollout ours is {small} times as fast on ViT-S and {base} times on ViT-B, where the aim "
+        "was 1.15 for both: there the forward pass alone takes {forward} of the peer's {peer} s",
+    ),
+    Figure(
+        name="paired", file="kernels-cpu.json", values=_paired_figures,
+        text="256 pairs of 1,000 logits, our loss takes {ours} ms and info-nce-pytorch's {peer} ms",
+    ),
+)  # fmt: skip

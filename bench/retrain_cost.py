@@ -1,0 +1,439 @@
+"""Unlearning beside retraining: what the user waits for, and what the result is worth, in one row.
+
+Measured where both can be run: on digits, whose original is trained here, and on a checkpoint of the user's (the
+yardstick). For every seed a retrain and each registered method at its defaults, seed by seed and in an order that
+turns, so that a slow period of the machine does not hit one method alone. `engine.unlearn` is timed as a whole, with a
+run folder as `lethe unlearn` has one (masks, teacher passes, watched accuracy, checkpoints; compilation where the
+options ask for it), and then the evaluation of its result, with images decoded anew. Not counted, and the same for all:
+starting Python, opening the data, reading the original. Nothing is tuned.
+
+For ImageNet hours are projected from measured steps: `bench.recipes`.
+
+The results file, as `python -m bench tables` reads it. Seconds are wall seconds, shares and accuracies are in [0, 1],
+gaps in percentage points, money in the currency of --price; what was not measured is null.
+
+    tasks: {NAME: {
+        data, forget: as given. samples: {forget, retain, test}.
+        untouched: QUALITY. references: [{name, QUALITY without gap, gap_to_floor and agreement}].
+        noise_floor: the average gap between references, over their pairs; null for one. noise_floor_agreement.
+        retrain_seconds: [total of each seed].
+        rows: [ROW], a method and seed each, "retrain" among them.
+        summary: [{method, seeds, seconds, unlearn_seconds, evaluate_seconds, share, gap, gap_to_floor, forget, retain,
+            test, efficacy, auc, agreement, joules, money: each {mean, half_range} over seeds or null,
+            collapsed: runs that did}]
+    }}
+    QUALITY: accuracy {forget, retain, test}, mia {efficacy, auc}, gap {forget, retain, test, mia, average} to the
+        references, gap_to_floor (average gap / noise_floor), agreement (top-1, forget samples), weights_sha256,
+        forget_classes (what the model says of each forget sample, one string).
+    ROW: QUALITY and method, seed, collapsed, samples_seen {phase: samples}, share (of the total seconds of the same
+        seed's retrain), joules, money, load_average (1 minute, before the run),
+        seconds {prepare (masks, teacher passes), steps, around (copy of the model, watched accuracy before and after,
+        last files), unlearn (these three), evaluate, total (unlearn + evaluate), and of the same time: phases {name:
+        its preparation and steps}, data (waiting for images)}.
+    projection: [{model, precision, device, batch, steps, words, phases {forget, retain: {seconds: [each step],
+        images_per_second}}, teacher_images_per_second, forward_images_per_second, watts,
+        hours: [{work: "retrain" | a method, recipe, source, published_for_model (else an assumption), epochs {phase:
+            epochs}, parts {what: hours}, device_hours, kwh, money, share {recipe: of its retrain, methods alone}}]}]
+    energy: {source: what counted the joules, or null, reason: why there is none, or null}.
+    price: of one device-hour, or null.
+    subjects, options, quick, threads, device: what a file has to agree in to be gone on with.
+
+A retrained model is never compared with itself: references with the weights of the row are left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from torch import nn
+
+from bench import pictures, plots
+from bench.cases import TINY, VIT_B, VIT_S
+from bench.measure import EnergyMeter, mean_and_half_range, spread, turns
+from bench.recipes import Timed, print_projection, project
+from bench.report import Report, kept, load_average
+from engine.config import parse_assignments, split_options
+from engine.console import console, progress_bars
+from engine.demo import MODEL_ARGS, RECIPE, RUN
+from engine.device import resolve_device, resolve_precision
+from engine.errors import UserError
+from engine.evaluate import Evaluation
+from engine.evaluate.metrics import GAPS
+from engine.job import Task, architecture
+from engine.loop import train, unlearn
+from engine.methods import list_methods
+from engine.vit import load_checkpoint, weights_sha256
+
+Row = dict[str, Any]
+
+# Added to a retrain's seed: it shall share neither first weights nor sample order with an original of a low seed.
+RETRAIN_SEED = 1000
+QUICK_STEPS = 3
+
+# What the summary tells of a method's runs, and where a row has it.
+_SUMMARY: dict[str, tuple[str, ...]] = {
+    "seconds": ("seconds", "total"),
+    "unlearn_seconds": ("seconds", "unlearn"),
+    "evaluate_seconds": ("seconds", "evaluate"),
+    "share": ("share",),
+    "gap": ("gap", "average"),
+    "gap_to_floor": ("gap_to_floor",),
+    "forget": ("accuracy", "forget"),
+    "retain": ("accuracy", "retain"),
+    "test": ("accuracy", "test"),
+    "efficacy": ("mia", "efficacy"),
+    "auc": ("mia", "auc"),
+    "agreement": ("agreement",),
+    "joules": ("joules",),
+    "money": ("money",),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A model with a request. checkpoint: None trains the digits' original as `lethe demo` does.
+
+    references: retrained models; without any those that are trained here serve. options: of every run, before the
+    user's. recipe: of the retrain, beside them.
+    """
+
+    name: str
+    data: str
+    forget: str
+    checkpoint: str | None = None
+    references: tuple[str, ...] = ()
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    recipe: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+DIGITS = Subject(
+    name="digits",
+    data="digits",
+    forget="random:0.1@0",
+    options=RUN,
+    recipe={key: value for key, value in RECIPE.items() if key not in RUN},
+)
+
+
+def run_retrain_cost(
+    subjects: Sequence[Subject],
+    seeds: int,
+    settings: Sequence[str],
+    price: float | None,
+    json_file: Path | None,
+    plot_file: Path | None,
+    quick: bool = False,
+    projection: bool = True,
+) -> dict[str, Any]:
+    """Prints and returns what the module's description lists; goes on with the file of a run that was broken off."""
+    if seeds < 1:
+        raise UserError(f"--seeds {seeds}: expected 1 or more")
+    if price is not None and price < 0:
+        raise UserError(f"--price {price:g}: expected 0 or more for one hour of a device")
+    options = parse_assignments(settings)
+    if "seed" in options:
+        raise UserError("--set seed: every run has a seed of its own here; --seeds says how many")
+    for method in list_methods().values():
+        split_options(options, method.Config)  # a wrong option is an error now, not after an hour
+    device = resolve_device(options.get("device", "auto"))
+    setting: dict[str, Any] = {
+        "subjects": [dataclasses.asdict(subject) | {"references": list(subject.references)} for subject in subjects],
+        "options": options,
+        "quick": quick,
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+    }
+    report = Report()
+    tasks: dict[str, Any] = dict(kept(json_file, setting, "a comparison").get("tasks", {}))
+    meter = EnergyMeter(device)
+    results: dict[str, Any] = {
+        **setting,
+        "price": price,
+        "energy": {"source": meter.source, "reason": meter.reason},
+        "tasks": tasks,
+        "projection": [],
+    }
+    limits = {"max_steps": QUICK_STEPS} if quick else {}
+    for subject in subjects:
+        entries = _measured(subject, seeds, {**options, **limits}, meter, price, tasks.get(subject.name))
+        for entry in entries:
+            tasks[subject.name] = entry
+            report.write(results, json_file)
+        _print_task(subject.name, tasks[subject.name])
+    if projection:
+        precision = resolve_precision(options.get("precision", "auto"), device)
+        models, timed = ((TINY,), Timed(batch=4, steps=2, warmup=1)) if quick else ((VIT_S, VIT_B), _timed(device))
+        results["projection"] = project(models, device, precision, timed, price)
+        print_projection(results["projection"])
+    console.print(f"[dim]energy: {meter.source or meter.reason}[/dim]", soft_wrap=True)
+    written = report.write(results, json_file)
+    if plot_file:
+        plot(written, plot_file)
+    return written
+
+
+def _timed(device: torch.device) -> Timed:
+    return Timed(batch=64, steps=20, warmup=5) if device.type == "cuda" else Timed(batch=8, steps=3, warmup=1)
+
+
+def _measured(
+    subject: Subject, seeds: int, options: dict[str, Any], meter: EnergyMeter, price: float | None, before: Row | None
+) -> Iterator[Row]:
+    """The subject's entry after every run that was still to be done, and at last as a whole."""
+    task = Task.open(subject.data, subject.forget)
+    original = _original(subject, task, options)
+    references = [
+        {"name": Path(name).name, **_looked_at(subject, task, options, load_checkpoint(name))}
+        for name in subject.references
+    ]
+    untouched = _looked_at(subject, task, options, original)
+    if before and before["untouched"]["weights_sha256"] != untouched["weights_sha256"]:
+        raise UserError(
+            f"--json: its rows of {subject.name} began at another original (training is repeatable to the bit on the "
+            "CPU alone); name another file"
+        )
+    rows: list[Row] = list(before["rows"]) if before else []
+    entry = functools.partial(_entry, subject, task, untouched, references, price=price)
+    done = {(row["method"], row["seed"]) for row in rows}
+    for method, seed in _order(seeds):
+        if (method, seed) not in done:
+            console.print(f"{subject.name}, seed {seed}: {method}")
+            rows.append(_run(subject, task, original, method, seed, options, meter))
+            yield entry(rows)
+    yield entry(rows)
+
+
+def _order(seeds: int) -> list[tuple[str, int]]:
+    """Seed by seed, each round beginning with another method."""
+    methods = list(list_methods())
+    return [(method, number // len(methods)) for number, method in enumerate(turns(methods, seeds, math.inf))]
+
+
+def _original(subject: Subject, task: Task, options: Mapping[str, Any]) -> nn.Module:
+    if subject.checkpoint is not None:
+        return load_checkpoint(subject.checkpoint)
+    console.print(f"{subject.name}: training the original on all samples")
+    model = architecture("vit_tiny_patch16_224", MODEL_ARGS, task.source)
+    config = {**subject.options, **subject.recipe, "seed": 0, **options}
+    with progress_bars() as progress:
+        return train(
+            model, task.source.train, config=config, validation=task.source.validation, progress=progress
+        ).model
+
+
+def _run(
+    subject: Subject,
+    task: Task,
+    original: nn.Module,
+    method: str,
+    seed: int,
+    options: Mapping[str, Any],
+    meter: EnergyMeter,
+) -> Row:
+    """One run and the evaluation of its result, timed and looked at."""
+    recipe = {**subject.recipe, "seed": RETRAIN_SEED + seed} if method == "retrain" else {"seed": seed}
+    load = load_average()[0]
+    with tempfile.TemporaryDirectory() as folder:
+        joules, began = meter.start(), time.perf_counter()
+        with progress_bars() as progress:
+            result = unlearn(
+                original,
+                task.forget,
+                task.retain,
+                method=method,
+                config={**subject.options, **recipe, **options},
+                validation=task.source.validation,
+                output_dir=Path(folder) / "run",
+                progress=progress,
+            )
+        ended = time.perf_counter()
+        quality = _looked_at(subject, task, options, result.model)
+        evaluated = time.perf_counter()
+        used = joules()
+    phases = {key.removesuffix("_phase"): value for key, value in result.seconds.items() if key.endswith("_phase")}
+    prepare, inside = result.seconds["prepare"], sum(phases.values())
+    return {
+        "method": method,
+        "seed": seed,
+        **quality,
+        "collapsed": result.collapsed,
+        "samples_seen": result.samples_seen,
+        "seconds": {
+            "prepare": prepare,
+            "steps": inside - prepare,
+            "around": ended - began - inside,
+            "unlearn": ended - began,
+            "evaluate": evaluated - ended,
+            "total": evaluated - began,
+            "phases": phases,
+            "data": result.seconds["data"],
+        },
+        "joules": used,
+        "load_average": load,
+    }
+
+
+def _looked_at(subject: Subject, task: Task, options: Mapping[str, Any], model: nn.Module) -> Row:
+    """Quality by an evaluator of its own, so that every model's images are decoded anew, as by a user's command."""
+    evaluation = task.evaluator({**subject.options, **options})(model)
+    classes = evaluation.predictions["forget"].logits.argmax(1)
+    return {
+        "accuracy": evaluation.numbers["accuracy"],
+        "mia": {key: evaluation.numbers["mia"][key] for key in ("efficacy", "auc")},
+        "weights_sha256": weights_sha256(model),
+        "forget_classes": " ".join(map(str, classes)),
+    }
+
+
+def _entry(
+    subject: Subject, task: Task, untouched: Row, references: list[Row], rows: list[Row], *, price: float | None
+) -> dict[str, Any]:
+    """What the rows come to, compared with the references that there are by now."""
+    references = references or [
+        {"name": f"retrained, seed {row['seed']}", **{key: row[key] for key in untouched}}
+        for row in rows
+        if row["method"] == "retrain"
+    ]
+    pairs = [pair for number, one in enumerate(references) for pair in _distances(one, references[number + 1 :])]
+    floor = _mean([pair["average"] for pair in pairs])
+    retrains = {row["seed"]: row["seconds"]["total"] for row in rows if row["method"] == "retrain"}
+    finished = []
+    for row in rows:
+        retrain = retrains.get(row["seed"])
+        finished.append(
+            {
+                **row,
+                **_compared(row, references, floor),
+                "share": row["seconds"]["total"] / retrain if retrain else None,
+                "money": None if price is None else price * row["seconds"]["total"] / 3600,
+            }
+        )
+    return {
+        "data": subject.data,
+        "forget": subject.forget,
+        "samples": {"forget": len(task.forget), "retain": len(task.retain), "test": len(task.source.test)},
+        "untouched": {**untouched, **_compared(untouched, references, floor)},
+        "references": references,
+        "noise_floor": floor,
+        "noise_floor_agreement": _mean([pair["agreement"] for pair in pairs]),
+        "retrain_seconds": list(retrains.values()),
+        "rows": finished,
+        "summary": summarise(finished),
+    }
+
+
+def _distances(row: Row, references: Sequence[Row]) -> list[dict[str, float]]:
+    """Gaps in points and agreement with each reference whose weights are not the row's own."""
+    mine, classes = Evaluation(row, {}), row["forget_classes"].split()
+    return [
+        {
+            **mine.gap_to(Evaluation(other, {})),
+            "agreement": _mean([a == b for a, b in zip(classes, other["forget_classes"].split(), strict=True)]),
+        }
+        for other in references
+        if other["weights_sha256"] != row["weights_sha256"]
+    ]
+
+
+def _compared(row: Row, references: Sequence[Row], floor: float | None) -> Row:
+    distances = _distances(row, references)
+    if not distances:
+        return {"gap": None, "gap_to_floor": None, "agreement": None}
+    mean = {key: _mean([each[key] for each in distances]) for key in (*GAPS, "average", "agreement")}
+    agreement = mean.pop("agreement")
+    return {"gap": mean, "gap_to_floor": mean["average"] / floor if floor else None, "agreement": agreement}
+
+
+def _mean(values: Sequence[float]) -> Any:
+    return sum(values) / len(values) if values else None
+
+
+def summarise(rows: Sequence[Row]) -> list[Row]:
+    """One entry a method, in the order of the registry."""
+    entries = []
+    for method in list_methods():
+        chosen = [row for row in rows if row["method"] == method]
+        if chosen:
+            numbers: Row = {}
+            for key in _SUMMARY:
+                values = _values(chosen, key)
+                pair = mean_and_half_range(values) if values else None
+                numbers[key] = dict(zip(("mean", "half_range"), pair, strict=True)) if pair else None
+            collapsed = sum(row["collapsed"] for row in chosen)
+            entries.append({"method": method, "seeds": len(chosen), **numbers, "collapsed": collapsed})
+    return entries
+
+
+def _values(rows: Sequence[Row], key: str) -> list[float]:
+    """What the rows have under a key of the summary; rows without it are left out."""
+    found: list[Any] = list(rows)
+    for step in _SUMMARY[key]:
+        found = [value[step] for value in found if value.get(step) is not None]
+    return found
+
+
+def _print_task(name: str, entry: Row) -> None:
+    shown = entry["samples"]
+    table = Table(
+        header_style="bold",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        title=f"{name}: {shown['forget']} samples to forget, {shown['retain']} to retain, {shown['test']} for the test",
+    )
+    table.add_column("method", no_wrap=True)
+    # What a row has under these keys: (heading, key, digits, factor, whether its spread is shown too).
+    columns: list[tuple[str, str, int, float, bool]] = [
+        *((f"{key} %", key, 1, 100.0, True) for key in ("forget", "retain", "test")),
+        ("MIA %", "efficacy", 1, 100.0, True),
+        ("AUC", "auc", 3, 1.0, False),
+        ("gap", "gap", 2, 1.0, True),
+        ("/ floor", "gap_to_floor", 1, 1.0, False),
+        ("agree %", "agreement", 1, 100.0, False),
+        ("eval s", "evaluate_seconds", 1, 1.0, False),
+        ("total s", "seconds", 1, 1.0, True),
+        ("of retrain %", "share", 1, 100.0, True),
+        ("joules", "joules", 0, 1.0, False),
+        ("money", "money", 4, 1.0, False),
+    ]
+    columns = [column for column in columns if _values(entry["rows"], column[1])]
+    for column in columns:
+        table.add_column(column[0], justify="right", overflow="fold")
+    table.add_row("untouched", *(_cell([entry["untouched"]], *column[1:]) for column in columns))
+    for found in entry["summary"]:
+        rows = [row for row in entry["rows"] if row["method"] == found["method"]]
+        collapsed = f", {found['collapsed']} collapsed" if found["collapsed"] else ""
+        table.add_row(found["method"] + collapsed, *(_cell(rows, *column[1:]) for column in columns))
+    console.print(table)
+    floor = entry["noise_floor"]
+    console.print(
+        "[dim]mean (± half of the range over seeds); noise floor: "
+        f"{'none with one reference' if floor is None else f'{floor:.2f} points'}, of {len(entry['references'])} "
+        "retrained models; total: all that the user waits for, evaluation included[/dim]",
+        soft_wrap=True,
+    )
+
+
+def _cell(rows: Sequence[Row], key: str, digits: int, factor: float, spreads: bool) -> str:
+    values = [factor * value for value in _values(rows, key)]
+    if not values:
+        return "-"
+    return spread(values, digits) if spreads and len(values) > 1 else f"{_mean(values):.{digits}f}"
+
+
+def plot(report: Row, file: Path) -> None:
+    """Gap to retraining against the share of its time, a PNG a task; with several, each has its name in the file's."""
+    figures = pictures.retrain_cost(report, plots.LIGHT)
+    for name, (figure, _) in zip(report["tasks"], figures, strict=True):
+        target = file if len(report["tasks"]) == 1 else file.with_name(f"{file.stem}-{name}{file.suffix}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(plots.png(figure))

@@ -1,0 +1,139 @@
+"""`python -m bench unlearn`: how the cost of unlearning grows, with fitted exponents beside the expected ones.
+
+All sizes of a curve are measured in every round. A curve passes where its exponent is within the tolerance of the
+expected one and that of its two largest sizes is not above it: an accidental O(N^2) with a small factor is steep only
+there. Anything else reads LOOK. It measures and does not judge: LOOK does not change the exit code.
+
+The JSON, below the heading of `bench.report`:
+
+    {"settings": {...},
+     "curves": [{"section": "forget" | "retain" | "dataset" | "resolution" | "model" | "info_nce" | "ranks",
+                 "name": str, "quantity": "seconds" | "bytes", "variable": str, "sizes": [number, ...],
+                 "labels": [str, ...], "values": [[of each round, ...] of each size, ...], "note": str,
+                 "exponent": float, "uncertainty": float, "exponent_of_largest_two": float,
+                 "expected": float, "tolerance": float, "why": str, "within": bool}],
+     "skipped": [{"section": str, "reason": str}]}
+
+sizes are in units of `variable`; labels say them for people. For uncertainty see `bench.unlearn_curves.Fit`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.markup import escape
+from rich.table import Table
+
+from bench.cases import SCALING
+from bench.kernels import duration
+from bench.measure import middle, size
+from bench.report import Report
+from bench.unlearn_curves import SECTIONS, Setting, SkippedError
+from engine.allocator import keeping_freed_memory
+from engine.console import console
+from engine.device import resolve_device
+from engine.errors import UserError, nearest
+
+_COLUMNS = 4  # panels beside each other
+
+
+def run_unlearn(
+    json_file: Path | None = None,
+    device: str = "auto",
+    quick: bool = False,
+    only: Sequence[str] = (),
+    plot: Path | None = None,
+) -> dict[str, Any]:
+    """Prints and returns the curves. only: sections by name. Raises UserError for one that is not known."""
+    for name in only:
+        if name not in SECTIONS:
+            raise UserError(f"--only {name}: no such section{nearest(name, SECTIONS)}")
+    report, setting = Report(), Setting(resolve_device(device), quick)
+    console.print(f"{setting.device}, {torch.get_num_threads()} threads, load average {report.load[0]:.2f}")
+    curves: list[dict[str, Any]] = []
+    skipped: list[dict[str, str]] = []
+    with keeping_freed_memory(setting.device):  # as within a run of the engine
+        for name in only or SECTIONS:
+            try:
+                for curve in SECTIONS[name](setting, SCALING[name]):
+                    curves.append(curve.judged(name))
+                    console.print(f"[dim]{name}: {escape(curve.name)}[/dim]")
+            except SkippedError as reason:
+                skipped.append({"section": name, "reason": str(reason)})
+    _print(curves, skipped, quick)
+    if plot and curves:
+        _plot(curves, plot)
+    settings = {"device": str(setting.device), "quick": quick, "threads": torch.get_num_threads()}
+    return report.write({"settings": settings, "curves": curves, "skipped": skipped}, json_file)
+
+
+def _print(curves: Sequence[dict[str, Any]], skipped: Sequence[dict[str, str]], quick: bool) -> None:
+    table = Table("cost", "of", title="cost ~ size^exponent", title_justify="left", header_style="bold")
+    for column in ("from", "to", "exponent", "last two", "expected"):
+        table.add_column(column, justify="right")
+    table.add_column("")
+    table.add_column("why that is expected")
+    for curve in curves:
+        shown = size if curve["quantity"] == "bytes" else duration
+        table.add_row(
+            f"{curve['name']}, {curve['quantity']}",
+            f"{curve['variable']}, {curve['labels'][0]} to {curve['labels'][-1]}",
+            shown(middle(curve["values"][0])),
+            shown(middle(curve["values"][-1])),
+            f"{curve['exponent']:.2f} ± {curve['uncertainty']:.2f}",
+            f"{curve['exponent_of_largest_two']:.2f}",
+            f"{curve['expected']:.2f} ± {curve['tolerance']:.2f}",
+            verdict(curve),
+            "; ".join(filter(None, (curve["why"], curve["note"]))),
+        )
+    console.print(table)
+    for each in skipped:
+        console.print(escape(f"{each['section']}: SKIPPED, {each['reason']}"), soft_wrap=True)
+    if quick:
+        console.print("[dim]--quick shows that everything runs; at these sizes no exponent means anything.[/dim]")
+
+
+def _shown(curve: dict[str, Any]) -> Callable[[float], str]:
+    """What turns a value into text."""
+    return size if curve["quantity"] == "bytes" else duration
+
+
+def verdict(curve: dict[str, Any]) -> str:
+    """In rich's markup."""
+    return "[green]PASS[/green]" if curve["within"] else "[red]LOOK[/red]"
+
+
+def _plot(curves: Sequence[dict[str, Any]], file: Path) -> None:
+    """A panel a curve: every round, the fitted line, and the expected slope through the middle of the data."""
+    from matplotlib.figure import Figure  # slow to import
+
+    from engine.report.plots import BLUE, ORANGE, VERMILLION
+
+    rows = math.ceil(len(curves) / _COLUMNS)
+    figure = Figure(figsize=(4 * _COLUMNS, 3.2 * rows), layout="constrained")
+    panels = list(figure.subplots(rows, _COLUMNS, squeeze=False).flat)
+    for axes in panels[len(curves) :]:
+        axes.remove()
+    for axes, curve in zip(panels, curves, strict=False):
+        sizes = np.array(curve["sizes"], dtype=float)
+        for number, values in zip(sizes, curve["values"], strict=True):
+            axes.plot([number] * len(values), values, "o", color=BLUE, alpha=0.5, markersize=4)
+        centre = np.log([middle(values) for values in curve["values"]]).mean()
+        away = np.log(sizes) - np.log(sizes).mean()
+        lines = (("exponent", "-", BLUE if curve["within"] else VERMILLION, "fitted"), ("expected", "--", ORANGE, ""))
+        for key, style, colour, label in lines:
+            line = np.exp(centre + curve[key] * away)
+            axes.plot(sizes, line, style, color=colour, label=f"{label or key} {curve[key]:.2f}")
+        axes.set(xscale="log", yscale="log", xlabel=curve["variable"])
+        axes.set_xticks(sizes, curve["labels"], fontsize=8)
+        ends = [middle(curve["values"][end]) for end in (0, -1)]  # a decade has few ticks, and these are the news
+        axes.set_yticks(ends, [_shown(curve)(end) for end in ends], fontsize=8)
+        axes.minorticks_off()
+        axes.set_title(curve["name"], fontsize=9)
+        axes.legend(fontsize=8)
+    figure.savefig(file, format="png", dpi=100)
