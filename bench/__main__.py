@@ -257,7 +257,7 @@ def unlearn(
         typer.Option(help="forget, retain, dataset, resolution, model, info_nce or ranks.", show_default="all"),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Toy sizes, seconds: shows that everything runs.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="PNG: a log-log panel a curve.", show_default=False)] = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG, log-log: FILE-CURVE.png.", show_default=False)] = None,
     json: Annotated[Path | None, typer.Option("--json", help="Results, with every round.")] = None,
 ) -> None:
     """How the cost of unlearning grows with data, resolution, model, batch and ranks: exponents beside expected ones.

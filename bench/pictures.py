@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -147,6 +149,15 @@ def scaling(report: Report, style: Style) -> Iterator[Drawn]:
             f"{curve['name']}, {curve['quantity']} by {curve['variable']} from {curve['labels'][0]} to "
             f"{curve['labels'][-1]}: exponent {curve['exponent']:.2f}, expected {curve['expected']:.2f}",
         )
+
+
+def write(drawn: Iterable[Drawn], names: Sequence[str], file: Path) -> None:
+    """A light PNG of each, its name in the file's where there are several."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    for name, (figure, _) in zip(names, drawn, strict=True):
+        slug = "-".join(re.findall(r"\w+", name.lower()))
+        target = file if len(names) == 1 else file.with_name(f"{file.stem}-{slug}{file.suffix}")
+        target.write_bytes(plots.png(figure))
 
 
 PICTURES: dict[str, Callable[[Report, Style], Iterator[Drawn]]] = {

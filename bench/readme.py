@@ -316,8 +316,8 @@ def _either(found: dict[str, float] | None, digits: int, factor: float = 1.0, un
 TABLES = (
     Generator(name="yardstick-quality", files=("yardstick-quality.json",), make=quality_table),
     Generator(name="yardstick-ablation", files=("yardstick-ablation.json",), make=ablation_table),
-    Generator(name="retrain-cost", files=("retrain-cost.json",), make=retrain_cost_table, expected=False),
-    Generator(name="retrain-projection", files=("retrain-cost.json",), make=projection_table, expected=False),
+    Generator(name="retrain-cost", files=("retrain-cost.json",), make=retrain_cost_table),
+    Generator(name="retrain-projection", files=("retrain-cost.json",), make=projection_table),
     Generator(
         name="equality", files=("equality.json",), make=equality_table,
         command="python -m bench equality --checkpoint ORIGINAL --data parquet:DATA --forget IDS",

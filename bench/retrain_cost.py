@@ -432,8 +432,4 @@ def _cell(rows: Sequence[Row], key: str, digits: int, factor: float, spreads: bo
 
 def plot(report: Row, file: Path) -> None:
     """Gap to retraining against the share of its time, a PNG a task; with several, each has its name in the file's."""
-    figures = pictures.retrain_cost(report, plots.LIGHT)
-    for name, (figure, _) in zip(report["tasks"], figures, strict=True):
-        target = file if len(report["tasks"]) == 1 else file.with_name(f"{file.stem}-{name}{file.suffix}")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(plots.png(figure))
+    pictures.write(pictures.retrain_cost(report, plots.LIGHT), list(report["tasks"]), file)

@@ -19,16 +19,15 @@ sizes are in units of `variable`; labels say them for people. For uncertainty se
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.markup import escape
 from rich.table import Table
 
+from bench import pictures, plots
 from bench.cases import SCALING
 from bench.kernels import duration
 from bench.measure import middle, size
@@ -38,8 +37,6 @@ from engine.allocator import keeping_freed_memory
 from engine.console import console
 from engine.device import resolve_device
 from engine.errors import UserError, nearest
-
-_COLUMNS = 4  # panels beside each other
 
 
 def run_unlearn(
@@ -67,7 +64,8 @@ def run_unlearn(
                 skipped.append({"section": name, "reason": str(reason)})
     _print(curves, skipped, quick)
     if plot and curves:
-        _plot(curves, plot)
+        names = [f"{curve['section']} {curve['name']}" for curve in curves]
+        pictures.write(pictures.scaling({"curves": curves}, plots.LIGHT), names, plot)
     settings = {"device": str(setting.device), "quick": quick, "threads": torch.get_num_threads()}
     return report.write({"settings": settings, "curves": curves, "skipped": skipped}, json_file)
 
@@ -98,42 +96,6 @@ def _print(curves: Sequence[dict[str, Any]], skipped: Sequence[dict[str, str]], 
         console.print("[dim]--quick shows that everything runs; at these sizes no exponent means anything.[/dim]")
 
 
-def _shown(curve: dict[str, Any]) -> Callable[[float], str]:
-    """What turns a value into text."""
-    return size if curve["quantity"] == "bytes" else duration
-
-
 def verdict(curve: dict[str, Any]) -> str:
     """In rich's markup."""
     return "[green]PASS[/green]" if curve["within"] else "[red]LOOK[/red]"
-
-
-def _plot(curves: Sequence[dict[str, Any]], file: Path) -> None:
-    """A panel a curve: every round, the fitted line, and the expected slope through the middle of the data."""
-    from matplotlib.figure import Figure  # slow to import
-
-    from engine.report.plots import BLUE, ORANGE, VERMILLION
-
-    rows = math.ceil(len(curves) / _COLUMNS)
-    figure = Figure(figsize=(4 * _COLUMNS, 3.2 * rows), layout="constrained")
-    panels = list(figure.subplots(rows, _COLUMNS, squeeze=False).flat)
-    for axes in panels[len(curves) :]:
-        axes.remove()
-    for axes, curve in zip(panels, curves, strict=False):
-        sizes = np.array(curve["sizes"], dtype=float)
-        for number, values in zip(sizes, curve["values"], strict=True):
-            axes.plot([number] * len(values), values, "o", color=BLUE, alpha=0.5, markersize=4)
-        centre = np.log([middle(values) for values in curve["values"]]).mean()
-        away = np.log(sizes) - np.log(sizes).mean()
-        lines = (("exponent", "-", BLUE if curve["within"] else VERMILLION, "fitted"), ("expected", "--", ORANGE, ""))
-        for key, style, colour, label in lines:
-            line = np.exp(centre + curve[key] * away)
-            axes.plot(sizes, line, style, color=colour, label=f"{label or key} {curve[key]:.2f}")
-        axes.set(xscale="log", yscale="log", xlabel=curve["variable"])
-        axes.set_xticks(sizes, curve["labels"], fontsize=8)
-        ends = [middle(curve["values"][end]) for end in (0, -1)]  # a decade has few ticks, and these are the news
-        axes.set_yticks(ends, [_shown(curve)(end) for end in ends], fontsize=8)
-        axes.minorticks_off()
-        axes.set_title(curve["name"], fontsize=9)
-        axes.legend(fontsize=8)
-    figure.savefig(file, format="png", dpi=100)
