@@ -138,8 +138,8 @@ class Baseline:
         machine = values["times"].setdefault(place.machine, {"cases": {}})
         machine["measured"] = heading
         for name, (times, counts) in measured.items():
-            machine["cases"][name] = times
-            values["counts"].setdefault(place.software, {})[name] = counts
+            machine["cases"][name] = dict(times)
+            values["counts"].setdefault(place.software, {})[name] = dict(counts)
         return Baseline(values)
 
     def write(self, path: Path) -> None:

@@ -159,10 +159,11 @@ class Gate:
     def show(self, reporter: Any) -> None:
         from bench.regression_table import lines
 
+        if self.place is None:
+            return
         reporter.section("benchmark: beside the baseline", sep="-")
         load = ", ".join(f"{value:.2f}" for value in self._report.load)
-        if self.place is not None:
-            reporter.write_line(f"{self.place.machine}; load average {load} at the beginning")
+        reporter.write_line(f"{self.place.machine}; load average {load} at the beginning")
         for line in lines(self.measured, self.verdicts, max(120, reporter._tw.fullwidth)):
             reporter.write_line(line)
         for case, verdicts in self.verdicts.items():

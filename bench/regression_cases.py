@@ -63,7 +63,7 @@ def _rollout(device: torch.device, top: int | None) -> Work:
     model = timm.create_model("vit_small_patch16_224").eval().to(device)
     queries: list[Tensor] = []
     keys: list[Tensor] = []
-    for block in model.blocks:
+    for block in model.blocks:  # type: ignore[union-attr]
         block.attn.q_norm.register_forward_hook(lambda _module, _inputs, output: queries.append(output))
         block.attn.k_norm.register_forward_hook(lambda _module, _inputs, output: keys.append(output))
     with torch.no_grad():
