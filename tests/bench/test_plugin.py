@@ -50,6 +50,13 @@ def states(now: dict[str, float], threshold: float | None = None) -> dict[str, s
     }
 
 
+@pytest.fixture(autouse=True)
+def _by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runs in here are no workers of the run around them, where pytest-benchmark would not measure."""
+    for name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+
+
 def test_a_measure_beyond_its_threshold_is_a_regression() -> None:
     assert set(FIGURES) == set(THRESHOLDS)
     assert states(FIGURES) == {}
