@@ -1,0 +1,108 @@
+"""Options that several commands take, and what they do with them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from engine.errors import UserError
+
+# Of this process, where a launcher started several: the first one speaks for all.
+RANK = int(os.environ.get("RANK", "0"))
+
+Data = Annotated[
+    str,
+    typer.Option(
+        help="Data source: digits, cifar10[:ROOT], cifar100[:ROOT], parquet:FOLDER "
+        "(Hugging Face images: train-*.parquet, test-*.parquet), imagefolder:FOLDER (train/CLASS/FILE, "
+        "val/CLASS/FILE) or webdataset:FOLDER|PATTERN (tar shards train-*.tar, val-*.tar; "
+        "imagenet-train-{000000..001280}.tar).",
+        show_default=False,
+    ),
+]
+Forget = Annotated[
+    str,
+    typer.Option(
+        help="What to forget: a file of sample ids (text, CSV with an `id` column, JSON lines), class:NAME "
+        "or random:FRACTION@SEED.",
+        show_default=False,
+    ),
+]
+Checkpoint = Annotated[
+    str,
+    typer.Option(
+        help="Model: a folder with config.json and model.safetensors (timm / Hugging Face layout), timm:NAME "
+        "or hf-hub:ID.",
+        show_default=False,
+    ),
+]
+Reference = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A model retrained without the forget samples, to compare with. Give it twice or more for "
+        "the noise floor.",
+        show_default=False,
+    ),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="An option of the run or the method, such as seed=1, batch_size=64, precision=bf16, lr=1e-4; repeat "
+        "for more. `lethe methods NAME` lists them.",
+        show_default=False,
+    ),
+]
+ConfigFile = Annotated[
+    Path | None, typer.Option(help="YAML file of the same options; --set goes before it.", show_default=False)
+]
+Out = Annotated[Path, typer.Option(help="Run folder to write.", show_default=False)]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, after its last whole epoch.")]
+DeepSpeed = Annotated[
+    Path | None,
+    typer.Option(
+        "--deepspeed",
+        help="DeepSpeed configuration, such as configs/zero2.json; needed under a launcher (deepspeed --num_gpus N "
+        "--module engine unlearn ...).",
+        show_default=False,
+    ),
+]
+OnBadImage = Annotated[
+    str | None,
+    typer.Option(
+        help="What to do with an image that does not decode: raise (the default) or skip.", show_default=False
+    ),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file too.", show_default=False)]
+
+
+def run_options(settings: list[str] | None, on_bad_image: str | None) -> dict[str, Any]:
+    from engine.config import parse_assignments
+
+    return {**parse_assignments(settings or []), **({"on_bad_image": on_bad_image} if on_bad_image else {})}
+
+
+def join_ranks(options: dict[str, Any]) -> None:
+    """Meets the other ranks, where a launcher started several, before any of them opens the data."""
+    from engine.config import RunConfig, build
+    from engine.distributed.world import join
+
+    run = build(RunConfig, {key: options[key] for key in ("device", "timeout") if key in options})
+    join(run.device, run.timeout)
+
+
+def write_json_file(path: Path | None, values: Any) -> None:
+    if path is None or RANK > 0:
+        return
+    from engine.files import write_json
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, values)
+    except OSError as error:
+        raise UserError(f"--json {path}: cannot be written ({error.strerror})") from None
