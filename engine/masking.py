@@ -27,6 +27,9 @@ MaskSource = Literal["rollout", "last", "mean", "lowest", "random"]
 HeadFusion = Literal["mean", "max", "min"]
 Backend = Literal["auto", "triton", "eager"]
 
+# Patches per width up to which reading the maps as they are made is no slower than the class row from q and k.
+_STREAMED_PER_WIDTH = 2
+
 
 def count_masked(info: ViTInfo, share: float) -> int:
     """Patches that a share of them comes to: rounded to the nearest, at least one, never all."""
@@ -87,7 +90,7 @@ def _guided(
         if source not in ("rollout", "lowest", "last"):
             raise UserError(f"option mask_source={source!r}: a windowed model (Swin) has one rule; use rollout")
         scores, result = _swin_scores_and_outputs(model, images, what)
-    elif _streams(model, images.device, backend):
+    elif _streams(model, info, images.device, backend):
         stream = StreamedRollout(**options)
         with stream_attention(model, stream.add):
             result = outputs(model, images, what)
@@ -102,13 +105,17 @@ def _guided(
     return (scores if k is None else top_mask(scores, k, source)), result
 
 
-def _streams(model: nn.Module, device: torch.device, backend: Backend) -> bool:
+def _streams(model: nn.Module, info: ViTInfo, device: torch.device, backend: Backend) -> bool:
     """Whether the maps are read as explicit attention makes them, rather than computed again from q and k.
 
     On the CPU, where explicit attention is no slower than fused (docs/notes.md) and q and k of all layers take as much
     memory as the maps; elsewhere where the model's attention is explicit anyway. Not in half precision: its maps come
-    of rounded logits, and would mask other patches than q and k in float32 do, which every backend reads alike.
+    of rounded logits, and would mask other patches than q and k in float32 do, which every backend reads alike. Nor with
+    many patches for the width: maps come first layer first, so that reading them costs N^3 a layer, against the
+    N^2 x width of the class row from q and k (docs/notes.md has the times).
     """
+    if info.num_patches > _STREAMED_PER_WIDTH * info.width:
+        return False
     half = torch.is_autocast_enabled(device.type) or next(model.parameters()).dtype.itemsize < 4
     if half or resolve_backend("attention_rollout", backend, device) == "triton":
         return False

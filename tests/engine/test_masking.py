@@ -61,7 +61,7 @@ def test_maps_and_queries_and_keys_give_the_same_masks(
     mask, _ = mask_and_outputs(vit, images, info, 5, source=source)
     assert torch.equal(mask, top_mask(streamed, 5, source))
     assert mask.sum(1).tolist() == [5, 5, 5]
-    monkeypatch.setattr("engine.masking._streams", lambda model, device, backend: False)
+    monkeypatch.setattr("engine.masking._streams", lambda *_: False)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     for backend in ("eager", "triton"):
         captured, same_logits = scores_and_outputs(vit, images, info, source=source, backend=backend)
@@ -84,6 +84,14 @@ def test_on_the_cpu_maps_are_streamed_and_fused_attention_is_put_back(monkeypatc
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(pytest.fail.Exception, match="q and k were kept"):
         scores_and_outputs(vit, images, describe(vit))  # auto is Triton here, which reads q and k
+
+
+def test_many_patches_for_the_width_are_read_from_q_and_k(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.masking.attention_rollout", lambda *args, **options: pytest.fail("q and k were kept"))
+    few, many = tiny_vit(img_size=16), tiny_vit(img_size=18)  # 64 and 81 patches of width 32
+    scores_and_outputs(few, torch.randn(1, 1, 16, 16), describe(few))
+    with pytest.raises(pytest.fail.Exception, match="q and k were kept"):
+        scores_and_outputs(many, torch.randn(1, 1, 18, 18), describe(many))
 
 
 def test_masks_in_half_precision_are_those_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
