@@ -14,8 +14,8 @@ from engine.data.samples import spread
 from engine.device import resolve_device, resolve_precision
 from engine.distributed.world import World
 from engine.errors import UserError
-from engine.evaluate.agreement import mean_kl, top1_agreement
-from engine.evaluate.membership import DIRECTION, loss_auc, mia_efficacy
+from engine.evaluate.agreement import SETS, agreement_report, mean_kl, top1_agreement
+from engine.evaluate.membership import DIRECTION, attacks, loss_auc, mean_attacks, non_member_calls
 from engine.evaluate.predict import Predictions, predict
 
 GAPS = ("forget", "retain", "test", "mia")
@@ -27,10 +27,14 @@ MOST_RETAINED = 50_000
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """The numbers of one model, and the predictions that they come from, by set (forget, retain, test)."""
+    """The numbers of one model, and the predictions that they come from, by set (forget, retain, test).
+
+    non_members: which forget samples [n] the membership attack of `mia.efficacy` calls non-members.
+    """
 
     numbers: dict[str, Any]
     predictions: dict[str, Predictions]
+    non_members: np.ndarray | None = None
 
     def gap_to(self, reference: Evaluation) -> dict[str, float]:
         """Absolute differences to a reference in percentage points, and their mean (the field's average gap)."""
@@ -83,6 +87,10 @@ class Evaluator:
         }
         self._loaders: dict[tuple[Preprocessing, str], Loader] = {}
 
+    def predictions(self, model: nn.Module, name: str) -> Predictions:
+        """What a model says of one set (forget, retain, test), in the order of its samples."""
+        return predict(model.to(self.device), self._loader(Preprocessing.of(model), name), self.precision)
+
     def __call__(self, model: nn.Module) -> Evaluation:
         for name, samples in self.sets.items():
             if samples.labels.max() >= int(model.num_classes):  # type: ignore[arg-type]
@@ -90,9 +98,7 @@ class Evaluator:
                     f"evaluate: the {name} set has label {samples.labels.max()}, but the model's head has "
                     f"{model.num_classes} classes"
                 )
-        preprocessing = Preprocessing.of(model)
-        model.to(self.device)
-        predictions = {name: predict(model, self._loader(preprocessing, name), self.precision) for name in self.sets}
+        predictions = {name: self.predictions(model, name) for name in self.sets}
         for name, p in predictions.items():
             if not np.isfinite(p.logits).all():
                 bad = int(np.flatnonzero(~np.isfinite(p.logits).all(1))[0])
@@ -100,17 +106,18 @@ class Evaluator:
                     f"evaluate: the model's output for {name} sample {self.sets[name].ids[bad]!r} is not "
                     "finite; the checkpoint is broken"
                 )
-        forget, retain, test = (predictions[name] for name in ("forget", "retain", "test"))
+        forget, retain, test = (predictions[name] for name in SETS)
+        non_members = non_member_calls(forget, retain, test)
         numbers = {
             "evaluated": {name: len(p) for name, p in predictions.items()},
             "accuracy": {name: p.accuracy for name, p in predictions.items()},
             "mia": {
-                "efficacy": mia_efficacy(forget, retain, test),
+                "efficacy": float(non_members.mean()),
                 "auc": loss_auc(forget, test),
-                "direction": DIRECTION,
+                "direction": {name: DIRECTION[name] for name in ("efficacy", "auc")},
             },
         }
-        return Evaluation(numbers, predictions)
+        return Evaluation(numbers, predictions, non_members)
 
     def _loader(self, preprocessing: Preprocessing, name: str) -> Loader:
         key = (preprocessing, name)
@@ -128,7 +135,11 @@ def compare(
     seconds: Mapping[str, float] | None = None,
     samples_seen: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
-    """The contents of metrics.json. With several references: means, and the spread (largest less smallest)."""
+    """The contents of metrics.json. With several references: means, and the spread (largest less smallest).
+
+    "attacks" (`membership.attacks`; also of the original and, means, of the references) and "agreement"
+    (`agreement.agreement_report`) are there where the evaluations hold the predictions of all three sets.
+    """
     metrics: dict[str, Any] = dict(model.numbers)
     if original is not None:
         metrics["original"] = dict(original.numbers)
@@ -140,9 +151,37 @@ def compare(
         pairs = [a.gap_to(b) for i, a in enumerate(references) for b in references[i + 1 :]]
         agreements = [a.agreement_with(b) for i, a in enumerate(references) for b in references[i + 1 :]]
         metrics["noise_floor"] = {**_mean(pairs), "agreement": _mean(agreements)}
+    if all(each.predictions.keys() >= set(SETS) for each in (model, *references, *([original] if original else []))):
+        _add_details(metrics, model, references, original)
     metrics["seconds"] = dict(seconds or {})
     metrics["samples_seen"] = dict(samples_seen or {})
     return metrics
+
+
+def _add_details(
+    metrics: dict[str, Any], model: Evaluation, references: Sequence[Evaluation], original: Evaluation | None
+) -> None:
+    retrained = [reference.predictions for reference in references]
+
+    def attacked(evaluation: Evaluation, against: Sequence[Mapping[str, Predictions]]) -> dict[str, Any]:
+        forget, retain, test = (evaluation.predictions[name] for name in SETS)
+        return attacks(forget, retain, test, against)
+
+    metrics["attacks"] = attacked(model, retrained)
+    if original is not None:
+        metrics["original"]["attacks"] = attacked(original, retrained)
+    if references:  # each calibrated by the others: a model is no reference for itself
+        each = [attacked(e, [p for p in retrained if p is not e.predictions]) for e in references]
+        metrics["reference"]["attacks"] = mean_attacks(each)
+    if references or original is not None:
+        evaluations = [model, *([original] if original is not None else []), *references]
+        calls = [e.non_members for e in evaluations if e.non_members is not None]
+        metrics["agreement"] = agreement_report(
+            model.predictions,
+            original.predictions if original is not None else None,
+            retrained,
+            non_members=calls if len(calls) == len(evaluations) else None,
+        )
 
 
 def _against(model: Evaluation, references: Sequence[Evaluation]) -> dict[str, Any]:

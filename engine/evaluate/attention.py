@@ -1,0 +1,249 @@
+"""Where models look, and how the original reads an image whose most attended patches are masked.
+
+Two questions. Has unlearning moved the attention on the forget images, and is it now where a retrained model looks?
+And does LetheViT's assumption hold (arXiv 2508.01569): it pulls the model towards f_o(x_masked), the original's answer
+to the image without its most attended patches, in place of f_o(x). That makes sense if f_o(x_masked) resembles what a
+retrained model says of x more than f_o(x) does; and if it is the attention that matters, more than f_o with as many
+patches masked at random does. On test images, which neither model has seen, masking takes away the same evidence and no
+memory: what it does there as well is not forgetting.
+
+Scores are those of `engine.masking`, in its terms: attention rollout, or Swin's rule. Masked pixels are black.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from scipy.stats import rankdata
+from torch import Tensor, nn
+
+from engine.config import require
+from engine.data import Batch, Loader, Preprocessing, Samples
+from engine.data.samples import spread
+from engine.device import autocast, resolve_device, resolve_precision
+from engine.errors import UserError
+from engine.evaluate.intervals import bootstrap_means, percentiles, proportion
+from engine.evaluate.predict import Predictions
+from engine.masking import count_masked, random_masks, scores_and_outputs, top_mask
+from engine.vit import ViTInfo, describe, outputs
+from kernels import mask_patches
+
+MOST_SAMPLES = 1_000
+
+# How the original is asked: about the image, without its most attended patches, without as many random ones.
+READINGS = ("unmasked", "masked", "random")
+
+DIRECTION = {
+    "iou": "intersection over union of the k most attended patches, mean over images; 1 = the same, chance = unrelated",
+    "spearman": "rank correlation of the attention scores of all patches, mean over images; 1 = the same order",
+    "top1": "share of samples on which the original's reading and the retrained models name the same class; higher = "
+    "more like retrained",
+    "kl": "KL(retrained || reading) in nats; lower = more like retrained",
+    "masked_less_unmasked": "top1 above 0 and kl below 0 = masking makes the original more like a retrained model",
+    "masked_less_random": "top1 above 0 and kl below 0 = and attention does so more than chance",
+}
+
+
+def attention_report(
+    original: nn.Module,
+    models: Mapping[str, nn.Module],
+    references: Mapping[str, nn.Module],
+    forget: Samples,
+    test: Samples,
+    *,
+    share: float = 0.05,
+    max_samples: int = MOST_SAMPLES,
+    device: str = "auto",
+    precision: Literal["auto", "fp32", "bf16"] = "fp32",
+    batch_size: int = 100,
+    seed: int = 0,
+    **loading: Any,
+) -> dict[str, Any]:
+    """Attention maps of all models beside the original's and the references', and the original on masked images.
+
+    models, references: by name, none of them "original". share: of the patches that count as most attended, and are
+    masked. At most `max_samples` of each set are read, at equal distances. seed: of random masks and of intervals.
+    loading: further options of `engine.data.Loader`.
+
+    Returns share, k, patches, samples, direction, `chance` (the IoU of random patches), `overlap`: by set, model and
+    other model (the original and the references) iou and spearman; and `reading` (None without references): by set and
+    reading (READINGS) top1 and kl against the references (mean over them) and accuracy, masked_less_unmasked and
+    masked_less_random, and between_references (None for one of them). Intervals are 95%, bootstrapped over samples.
+
+    Raises UserError for empty sets, names given twice, and models with other patches or classes than the original's.
+    """
+    require(0 < share < 1, "share", share, "between 0 and 1")
+    info = describe(original)
+    everyone = {"original": original, **models, **references}
+    if len(everyone) != 1 + len(models) + len(references):
+        raise UserError("attention: a name is given twice; name models and references apart, and none 'original'")
+    for name, model in everyone.items():
+        if (describe(model).grid, model.num_classes) != (info.grid, original.num_classes):
+            raise UserError(
+                f"attention: {name} has a grid of {describe(model).grid} patches and {model.num_classes} classes, the "
+                f"original {info.grid} and {original.num_classes}; only models of the same can be compared"
+            )
+    where = resolve_device(device)
+    precision = resolve_precision(precision, where)
+    k = count_masked(info, share)
+    sets = {name: spread(each, max_samples, name) for name, each in (("forget", forget), ("test", test))}
+    overlap: dict[str, Any] = {}
+    reading: dict[str, Any] = {}
+    for set_name, samples in sets.items():
+        if not len(samples):
+            raise UserError(f"attention: the {set_name} set has no samples")
+        scores: dict[str, np.ndarray] = {}
+        answers: dict[str, Predictions] = {}
+        readings: dict[str, Predictions] = {}
+        loaders: dict[Preprocessing, Loader] = {}
+        for name, model in everyone.items():
+            model.to(where).eval()
+            preprocessing = Preprocessing.of(model)
+            if preprocessing not in loaders:  # decoded images are kept between models
+                loaders[preprocessing] = Loader(samples, preprocessing, batch_size=batch_size, device=where, **loading)
+            loader = loaders[preprocessing]
+            scores[name], answers[name] = _look(model, loader, precision)
+            if name == "original" and references:
+                readings = read_masked(model, loader, k, precision=precision, seed=seed)
+        overlap[set_name] = {
+            name: {
+                other: _overlap(scores[name], scores[other], k, seed)
+                for other in ("original", *references)
+                if other != name
+            }
+            for name in everyone
+        }
+        if references:
+            reading[set_name] = _compare_readings(readings, [answers[name] for name in references], seed)
+    return {
+        "share": share,
+        "k": k,
+        "patches": info.num_patches,
+        "samples": {name: len(each) for name, each in sets.items()},
+        "direction": DIRECTION,
+        "chance": {"iou": chance_iou(info.num_patches, k)},
+        "overlap": overlap,
+        "reading": reading or None,
+    }
+
+
+# --- maps -------------------------------------------------------------------------------------------------------------
+
+
+def _look(model: nn.Module, loader: Loader, precision: str) -> tuple[np.ndarray, Predictions]:
+    """Attention scores [n, P] of each sample, and predictions, from one pass."""
+    info = describe(model)
+
+    def of(batch: Batch) -> tuple[Tensor, ...]:
+        with autocast(loader.device, precision):
+            scores, logits = scores_and_outputs(model, batch.images, info)
+        return scores.float(), logits.float(), batch.labels
+
+    scores, logits, labels = loader.rows(of)
+    found = labels >= 0
+    return scores[found].numpy(), Predictions(logits[found].numpy(), labels[found].numpy())
+
+
+def _overlap(first: np.ndarray, second: np.ndarray, k: int, seed: int) -> dict[str, Any]:
+    return {
+        "iou": _interval(top_iou(first, second, k), seed),
+        "spearman": _interval(spearman(first, second), seed),
+    }
+
+
+def top_iou(first: np.ndarray, second: np.ndarray, k: int) -> np.ndarray:
+    """Intersection over union [n] of the k patches with the highest scores [n, P]; ties go to the lowest index."""
+    a, b = (top_mask(torch.from_numpy(scores), k, "rollout").numpy() for scores in (first, second))
+    return (a & b).sum(1) / (a | b).sum(1)
+
+
+def chance_iou(patches: int, k: int) -> float:
+    """Expected intersection over union of k patches with k others that are drawn at random (hypergeometric)."""
+    ways = math.comb(patches, k)
+    return sum(
+        math.comb(k, both) * math.comb(patches - k, k - both) / ways * both / (2 * k - both) for both in range(k + 1)
+    )
+
+
+def spearman(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Rank correlation [n] of scores [n, P], ties at their mean rank; 0 where either is the same everywhere."""
+    a, b = (rankdata(scores, axis=1) - (scores.shape[1] + 1) / 2 for scores in (first, second))
+    size = np.sqrt((a**2).sum(1) * (b**2).sum(1))
+    return np.divide((a * b).sum(1), size, out=np.zeros(len(a)), where=size > 0)
+
+
+# --- masked images ----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def read_masked(
+    original: nn.Module, loader: Loader, k: int, *, precision: str = "fp32", seed: int = 0
+) -> dict[str, Predictions]:
+    """The original's predictions of each sample: unmasked, without its k most attended patches (masked), and without k
+    patches that are drawn at random from the seed and the sample's position (random)."""
+    original.eval()
+    info = describe(original)
+
+    def of(batch: Batch) -> tuple[Tensor, ...]:
+        with autocast(loader.device, precision):
+            scores, unmasked = scores_and_outputs(original, batch.images, info)
+            masks = top_mask(scores, k, "rollout"), random_masks(batch.index.tolist(), info, k, seed)
+            masked = [outputs(original, _blacked(batch, mask, info, loader.preprocessing)) for mask in masks]
+        return (*(logits.float() for logits in (unmasked, *masked)), batch.labels)
+
+    *rows, labels = loader.rows(of)
+    found = labels >= 0
+    return {
+        name: Predictions(logits[found].numpy(), labels[found].numpy())
+        for name, logits in zip(READINGS, rows, strict=True)
+    }
+
+
+def _blacked(batch: Batch, mask: Tensor, info: ViTInfo, preprocessing: Preprocessing) -> Tensor:
+    black = -torch.tensor(preprocessing.mean) / torch.tensor(preprocessing.std)  # zero before normalisation
+    images = batch.images
+    return mask_patches(images, mask.to(images.device), patch_size=info.patch_size, value=black.to(images))
+
+
+def _compare_readings(
+    readings: Mapping[str, Predictions], references: Sequence[Predictions], seed: int
+) -> dict[str, Any]:
+    like = {name: _likeness(reading, references) for name, reading in readings.items()}
+    found: dict[str, Any] = {
+        name: {
+            **_intervals(like[name], seed),
+            "accuracy": proportion(round(reading.accuracy * len(reading)), len(reading)).to_dict(),
+        }
+        for name, reading in readings.items()
+    }
+    for other in ("unmasked", "random"):
+        difference = {key: like["masked"][key] - like[other][key] for key in ("top1", "kl")}
+        found[f"masked_less_{other}"] = _intervals(difference, seed)
+    found["between_references"] = None
+    if len(references) > 1:
+        each = [_likeness(one, [*references[:i], *references[i + 1 :]]) for i, one in enumerate(references)]
+        floor = {key: np.mean([like[key] for like in each], axis=0) for key in ("top1", "kl")}
+        found["between_references"] = _intervals(floor, seed)
+    return found
+
+
+def _likeness(reading: Predictions, references: Sequence[Predictions]) -> dict[str, np.ndarray]:
+    """top1 and kl [n] of a reading against the references, mean over them."""
+    top1 = [reading.logits.argmax(1) == reference.logits.argmax(1) for reference in references]
+    q = reading.log_probabilities
+    kl = [(np.exp(p) * (p - q)).sum(1) for p in (reference.log_probabilities for reference in references)]
+    return {"top1": np.mean(top1, axis=0), "kl": np.mean(kl, axis=0)}
+
+
+def _intervals(values: Mapping[str, np.ndarray], seed: int) -> dict[str, Any]:
+    return {key: _interval(each, seed) for key, each in values.items()}
+
+
+def _interval(values: np.ndarray, seed: int) -> dict[str, float]:
+    """The mean [n] with its bootstrap interval."""
+    drawn = bootstrap_means(values[:, None], seed=seed)[:, 0]
+    return percentiles(float(values.mean()), drawn).to_dict()

@@ -1,0 +1,413 @@
+"""Relearning attack: does forgotten knowledge come back sooner, or further, than a model that never had it can learn?
+
+An attacker who holds some of the forget samples fine-tunes the model on them, and asks it about the others. The forget
+set is split at random into an attacked share and a held-back rest; a copy of the model trains on the attacked share
+and is asked about the attacked, the held-back and the test samples after 0, 1, 2, 4, 8, ... steps. In a second attack
+the copy trains on unrelated data (such as validation samples), and all forget samples are held back.
+
+The number that counts is the **excess**: accuracy on held-back forget samples less accuracy on test samples. Accuracy
+on the attacked share tells nothing, since every model learns what it is trained on. Accuracy on the held-back samples
+alone tells little: fine-tuning teaches the task, and lifts it (or, too fast, lowers it) on all samples of the kind. But
+a model that was never trained on the held-back samples has no way to tell them from test samples, whatever it learned
+from the attacked ones: for it the two accuracies move together, and the excess stays what it is by chance. Only what
+was learned from the held-back samples themselves, and is still there, can part them. An excess that is there before the
+first step was never forgotten; one that appears with the steps was hidden, and comes back.
+
+That holds as it stands where forget samples are like test samples, so the test is cut to the classes of the forget
+set. A forget set that was chosen (the hardest, the most memorised) is unlike any test set, and even a retrained model
+has an excess there, above or below 0. So the retrained models' is taken off: **advantage** is the model's excess less
+theirs, mean over the steps, and 0 is the target whatever the forget set is. The same question of losses, in
+place of right and wrong, is **auc**: of the loss attack calibrated by the retrained models' losses after as many steps
+(`engine.evaluate.membership`), held-back against test samples; 0.5 is the target.
+
+The learning rate is that of the engine's fine-tuning (AdamW, one cycle to a peak of 0.192 / width, see
+`engine.methods.finetune`), the same for every model; so are the samples of each step. Images are not augmented: it is
+these very images whose traces are looked for.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import nn
+
+from engine.config import RunConfig, require
+from engine.data import Batch, Loader, Preprocessing, Samples
+from engine.data.samples import spread
+from engine.device import autocast, resolve_device, resolve_precision
+from engine.distributed.updater import Updater
+from engine.errors import RunStopped, UserError, nearest
+from engine.evaluate.intervals import Interval, bootstrap, percentiles
+from engine.evaluate.membership import auc_interval, calibrated_scores
+from engine.evaluate.predict import Predictions, predict
+from engine.evaluate.representation import head_features
+from engine.methods.base import cross_entropy
+from engine.methods.finetune import RETAIN_LR_PER_WIDTH
+from engine.vit import describe
+
+STEPS = (0, 1, 2, 4, 8, 16, 32, 64)
+BATCH_SIZE = 50
+MOST_SAMPLES = 1_000
+
+DIRECTION = {
+    "excess": "accuracy on held-back forget samples less that on test samples; target: the references'; above = "
+    "knowledge of these very samples",
+    "advantage": "excess less the references', mean over the steps after the first look; 0 = relearns as a retrained "
+    "model does, above = knowledge that was hidden comes back, or was never gone",
+    "auc": "loss attack calibrated by the references after as many steps, held-back against test samples; 0.5 = as a "
+    "retrained model, above = knowledge of these very samples",
+    "steps_to_original": "optimizer steps until accuracy on the held-back samples is the untouched original's; null = "
+    "not within the steps; fewer than the references = relearns faster",
+    "probe": "logistic regression on frozen features of retained samples; excess as above: what the features know of "
+    "the forget samples, whatever the head says",
+}
+
+
+@dataclass(frozen=True)
+class RelearningCurve:
+    """Accuracies [0, 1] of one model under attack, after each number of optimizer steps.
+
+    attacked: on the samples that it is trained on. held_back: on forget samples that the attack never sees. test: on
+    test samples of the classes that are forgotten. losses: mean cross-entropy in nats, by the same names. predictions:
+    what all of this comes from, one entry a number of steps, by the same names.
+    """
+
+    steps: list[int]
+    attacked: list[float]
+    held_back: list[float]
+    test: list[float]
+    losses: dict[str, list[float]] = field(default_factory=dict)
+    predictions: list[dict[str, Predictions]] = field(default_factory=list, repr=False, compare=False)
+
+    @property
+    def excess(self) -> list[float]:
+        """Accuracy on held-back samples less that on test samples, see the head of this file."""
+        return [held - test for held, test in zip(self.held_back, self.test, strict=True)]
+
+
+def steps_of(samples: int, epochs: float, batch_size: int = BATCH_SIZE) -> tuple[int, ...]:
+    """0, 1, 2, 4, ... and last the steps of `epochs` passes over that many attacked samples, rounded, at least 1."""
+    last = max(1, round(epochs * -(-samples // batch_size)))
+    return (0, *(2**i for i in range(last.bit_length()) if 2**i < last), last)
+
+
+def split_forget(forget: Samples, share: float, seed: int = 0) -> tuple[Samples, Samples]:
+    """(attacked, held back): a random `share` of the forget samples, at least one, and the others, at least one."""
+    require(0 < share < 1, "share", share, "between 0 and 1")
+    if len(forget) < 2:
+        raise UserError(f"relearning: {len(forget)} forget samples cannot be split; at least 2 are needed")
+    order = np.random.default_rng(seed).permutation(len(forget))
+    count = min(max(1, round(share * len(forget))), len(forget) - 1)
+    return (
+        forget.subset(np.sort(order[:count]), "forget (attacked)"),
+        forget.subset(np.sort(order[count:]), "forget (held back)"),
+    )
+
+
+def relearning_curve(
+    model: nn.Module,
+    forget: Samples,
+    test: Samples,
+    *,
+    share: float = 0.5,
+    unrelated: Samples | None = None,
+    steps: Sequence[int] = STEPS,
+    seed: int = 0,
+    lr: float | None = None,
+    batch_size: int = BATCH_SIZE,
+    max_samples: int = MOST_SAMPLES,
+    device: str = "auto",
+    precision: Literal["auto", "fp32", "bf16"] = "fp32",
+    **loading: Any,
+) -> RelearningCurve:
+    """Fine-tunes a copy of the model on a share of the forget set, and looks at it after each number of steps.
+
+    unrelated: train on these instead, which must be neither forget nor test samples; all forget samples are then held
+        back. steps: numbers of optimizer steps, 0 first, rising. seed: of the split and of the order of samples, which
+        are the same for every model. lr: peak rate; None: 0.192 / width. max_samples: of each set that are looked at,
+        at equal distances. loading: further options of `engine.data.Loader`.
+
+    The model is left as it is. The last number of steps sets the length of the one-cycle schedule, so points of two
+    curves compare only where their steps are the same.
+    Raises UserError for wrong options and empty sets, RunStopped where the loss is not finite.
+    """
+    steps = _checked(steps)
+    require(lr is None or lr > 0, "lr", lr, "above 0, or null")
+    attacked, held_back = split_forget(forget, share, seed) if unrelated is None else (unrelated, forget)
+    if not len(attacked):
+        raise UserError(f"relearning: {attacked.name} has no samples to train on")
+    where = resolve_device(device)
+    precision = resolve_precision(precision, where)
+    preprocessing = Preprocessing.of(model)
+    watched = {"attacked": attacked, "held_back": held_back, "test": of_classes(test, forget)}
+    loaders = {
+        name: Loader(spread(samples, max_samples, name), preprocessing, batch_size=250, device=where, **loading)
+        for name, samples in watched.items()
+    }
+    loader = Loader(attacked, preprocessing, batch_size=batch_size, seed=seed, device=where, **loading)
+    changed = copy.deepcopy(model).to(where).float().requires_grad_(True)
+    lr = RETAIN_LR_PER_WIDTH / describe(changed).width if lr is None else lr
+    predictions: list[dict[str, Predictions]] = []
+    for step in _trained(changed, loader, steps[-1], lr, seed, precision):
+        if step in steps:
+            predictions.append({name: predict(changed, each, precision) for name, each in loaders.items()})
+    accuracy, losses = (
+        {name: [of(each[name]) for each in predictions] for name in watched} for of in (_accuracy, _mean_loss)
+    )
+    return RelearningCurve(list(steps), **accuracy, losses=losses, predictions=predictions)
+
+
+def _checked(steps: Sequence[int]) -> tuple[int, ...]:
+    found = tuple(int(step) for step in steps)
+    rising = all(a < b for a, b in itertools.pairwise(found))
+    require(len(found) > 1 and found[0] == 0 and rising, "steps", steps, "numbers of steps that rise from 0")
+    return found
+
+
+def _trained(model: nn.Module, loader: Loader, steps: int, lr: float, seed: int, precision: str) -> Iterator[int]:
+    """Trains a model in place; hands over the number of steps it has taken, 0 first."""
+    updater = Updater(model, RunConfig())
+    updater.begin_phase(lr)
+    # As the engine's fine-tuning: warm-up over 15%, then a cosine to zero.
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(updater.optimizer, lr, total_steps=steps + 1, pct_start=0.15)
+    batches = itertools.chain.from_iterable(loader.epoch(epoch) for epoch in itertools.count())
+    yield 0
+    for step in range(1, steps + 1):
+        loss = _loss(model.train(), next(batches), seed * 1_000_003 + step, loader.device, precision)
+        if not torch.isfinite(loss):
+            raise RunStopped(f"relearning, step {step}: the loss is not finite; lower lr, or look at the checkpoint")
+        updater.backward(loss)
+        updater.step()
+        scheduler.step()
+        yield step
+
+
+def _loss(model: nn.Module, batch: Batch, seed: int, device: torch.device, precision: str) -> torch.Tensor:
+    # Dropout, where a model has it, is a function of seed and step; the caller's generator is left as it is.
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), autocast(device, precision):
+        torch.manual_seed(seed)
+        return cross_entropy(model, batch)
+
+
+def _accuracy(p: Predictions) -> float:
+    return p.accuracy
+
+
+def _mean_loss(p: Predictions) -> float:
+    return float(p.losses.mean())
+
+
+def of_classes(test: Samples, forget: Samples) -> Samples:
+    """The test samples of the classes that the forget samples have."""
+    kept = np.flatnonzero(np.isin(test.labels, forget.labels))
+    if not len(kept):
+        raise UserError(f"relearning: {test.name} has no samples of the classes that are forgotten; give some")
+    return test if len(kept) == len(test) else test.subset(kept)
+
+
+def steps_to(curve: RelearningCurve, level: float) -> int | None:
+    """The first looked-at number of steps at which accuracy on the held-back samples is `level` or more; None: at
+    none."""
+    return next((step for step, held in zip(curve.steps, curve.held_back, strict=True) if held >= level), None)
+
+
+def advantage(
+    curve: RelearningCurve, references: Sequence[RelearningCurve], *, level: float = 0.95, seed: int = 0
+) -> Interval:
+    """Excess of a model less that of the references, mean over all steps but 0; 0 is the target, above is knowledge.
+
+    Bootstrapped over held-back and over test samples, each with the answers of all models.
+    """
+    held, test = (
+        _known(curve, name) - np.mean([_known(reference, name) for reference in references], axis=0)
+        for name in ("held_back", "test")
+    )
+    return bootstrap(_difference, held, test, level=level, seed=seed)
+
+
+def calibrated_auc(
+    curve: RelearningCurve, references: Sequence[RelearningCurve], *, level: float = 0.95
+) -> list[Interval]:
+    """AUC [0, 1] after each number of steps of the loss attack on held-back against test samples, with each sample's
+    difficulty taken out by the references' losses after as many steps; 0.5 is the target, above is knowledge."""
+    found = []
+    for mine, *theirs in zip(*(each.predictions for each in (curve, *references)), strict=True):
+        held, test = (calibrated_scores(mine[name], [each[name] for each in theirs]) for name in ("held_back", "test"))
+        found.append(auc_interval(held, test, level))
+    return found
+
+
+def _known(curve: RelearningCurve, name: str) -> np.ndarray:
+    """Share [n] of the looks after the first at which each sample is read right."""
+    return np.mean([_right(each[name]) for each in curve.predictions[1:]], axis=0)
+
+
+def _right(p: Predictions) -> np.ndarray:
+    return (p.logits.argmax(1) == p.labels).astype(np.float64)
+
+
+def _difference(first: np.ndarray, second: np.ndarray) -> float:
+    return float(first.mean() - second.mean())
+
+
+def _excess(held_back: np.ndarray, test: np.ndarray, *, draws: int = 1000, seed: int = 0) -> Interval:
+    """Excess with a 95% interval, from which samples are read right [m], [n]: the difference of two Jeffreys
+    posteriors, since resampling would call 0 of 20 certain."""
+    rng = np.random.default_rng(seed)
+    first, second = (rng.beta(r.sum() + 0.5, len(r) - r.sum() + 0.5, draws) for r in (held_back, test))
+    return percentiles(_difference(held_back, test), first - second)
+
+
+# --- linear probe -----------------------------------------------------------------------------------------------------
+
+
+def probe(
+    retain: tuple[np.ndarray, np.ndarray],
+    forget: tuple[np.ndarray, np.ndarray],
+    test: tuple[np.ndarray, np.ndarray],
+    *,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """A linear probe on features that are there: (features [n, d], labels [n]) of each set; see `linear_probe`."""
+    if len(np.unique(retain[1])) < 2:
+        raise UserError("linear probe: the retained samples are all of one class; nothing can be learned from them")
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2_000))
+    classifier.fit(*retain)
+    right = [(classifier.predict(features) == labels).astype(np.float64) for features, labels in (forget, test)]
+    return {
+        "accuracy": {name: float(each.mean()) for name, each in zip(("forget", "test"), right, strict=True)},
+        "excess": _excess(*right, seed=seed).to_dict(),
+    }
+
+
+def linear_probe(
+    model: nn.Module,
+    retain: Samples,
+    forget: Samples,
+    test: Samples,
+    *,
+    max_samples: int = MOST_SAMPLES,
+    batch_size: int = 250,
+    device: str = "auto",
+    precision: Literal["auto", "fp32", "bf16"] = "fp32",
+    seed: int = 0,
+    **loading: Any,
+) -> dict[str, Any]:
+    """Trains a new head (logistic regression) on frozen features of retained samples, and asks it about the others.
+
+    Returns accuracy of forget and test, and excess (with a 95% interval): forget less test. A model whose head alone
+    was changed has the original's excess; classes that no retained sample has are never named, in either set.
+    """
+    where = resolve_device(device)
+    precision = resolve_precision(precision, where)
+    model.to(where)
+    preprocessing = Preprocessing.of(model)
+
+    def read(samples: Samples) -> tuple[np.ndarray, np.ndarray]:
+        part = spread(samples, max_samples)
+        loader = Loader(part, preprocessing, batch_size=batch_size, device=where, **loading)
+        return head_features(model, loader, precision)
+
+    return probe(read(retain), read(forget), read(of_classes(test, forget)), seed=seed)
+
+
+# --- report -----------------------------------------------------------------------------------------------------------
+
+
+def relearning_report(
+    models: Mapping[str, nn.Module],
+    forget: Samples,
+    test: Samples,
+    *,
+    original: str = "original",
+    references: Sequence[str] = (),
+    retain: Samples | None = None,
+    unrelated: Samples | None = None,
+    share: float = 0.5,
+    steps: Sequence[int] = STEPS,
+    seed: int = 0,
+    lr: float | None = None,
+    batch_size: int = BATCH_SIZE,
+    max_samples: int = MOST_SAMPLES,
+    **options: Any,
+) -> dict[str, Any]:
+    """The attacks and the probe on every model, with what tells them from the references; JSON-ready.
+
+    models: by name; `original` and `references` name some of them. retain: for the probe; None leaves it out.
+    unrelated: for the second attack; None leaves it out. Others: as of `relearning_curve`.
+
+    Returns attack (steps, share, samples, rate), direction, and by model: by attack (forget_share, unrelated) accuracy
+    and loss (lists over the steps, of attacked, held_back and test), excess (a list of intervals), steps_to_original,
+    and, None without references other than itself, advantage and auc (a list of intervals); and probe. Intervals are
+    95%, over samples.
+    """
+    for name in (original, *references):
+        if name not in models:
+            raise UserError(f"relearning_report: no model {name!r}{nearest(name, models)}")
+    attacks: dict[str, Samples | None] = {"forget_share": None}
+    if unrelated is not None:
+        attacks["unrelated"] = unrelated
+    found: dict[str, dict[str, Any]] = {name: {} for name in models}
+    sizes: dict[str, dict[str, int]] = {}
+    for attack, data in attacks.items():
+        curves = {
+            name: relearning_curve(
+                model,
+                forget,
+                test,
+                share=share,
+                unrelated=data,
+                steps=steps,
+                seed=seed,
+                lr=lr,
+                batch_size=batch_size,
+                max_samples=max_samples,
+                **options,
+            )
+            for name, model in models.items()
+        }
+        sizes[attack] = {name: len(each) for name, each in curves[original].predictions[0].items()}
+        for name, curve in curves.items():
+            others = [curves[reference] for reference in references if reference != name]
+            found[name][attack] = _described(curve, curves[original].held_back[0], others, seed)
+    if retain is not None:
+        for name, model in models.items():
+            found[name]["probe"] = linear_probe(
+                model, retain, forget, test, max_samples=max_samples, seed=seed, **options
+            )
+    width = describe(models[original]).width
+    return {
+        "attack": {
+            "share": share,
+            "steps": list(steps),
+            "samples": sizes,
+            "batch_size": batch_size,
+            "lr": RETAIN_LR_PER_WIDTH / width if lr is None else lr,
+        },
+        "direction": DIRECTION,
+        "models": found,
+    }
+
+
+def _described(
+    curve: RelearningCurve, level: float, references: Sequence[RelearningCurve], seed: int
+) -> dict[str, Any]:
+    return {
+        "accuracy": {"attacked": curve.attacked, "held_back": curve.held_back, "test": curve.test},
+        "loss": curve.losses,
+        "excess": [
+            _excess(_right(each["held_back"]), _right(each["test"]), seed=seed).to_dict() for each in curve.predictions
+        ],
+        "steps_to_original": steps_to(curve, level),
+        "advantage": advantage(curve, references, seed=seed).to_dict() if references else None,
+        "auc": [each.to_dict() for each in calibrated_auc(curve, references)] if references else None,
+    }
