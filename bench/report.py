@@ -13,11 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from engine.environment import environment
+from engine.environment import commit, environment
 from engine.errors import UserError
 from engine.files import write_json
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 class Report:
@@ -62,22 +60,6 @@ def command_line() -> str:
     """This process's command as a user of the repository types it; folders above the working folder are cut off."""
     here = f"{Path.cwd()}/"
     return shlex.join(["python", "-m", "bench", *(argument.replace(here, "") for argument in sys.argv[1:])])
-
-
-def commit() -> dict[str, Any] | None:
-    """The commit that was measured and whether files differ from it; None where this is not a checkout of ours."""
-    if not (ROOT / ".git").exists():
-        return None
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", ROOT, *arguments], capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        return {"hash": git("rev-parse", "HEAD"), "modified": bool(git("status", "--porcelain"))}
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def load_average() -> list[float]:

@@ -16,8 +16,8 @@ from typing import TypeVar
 
 from bench.readme import TABLES, Generator, Report, Sheet
 from bench.readme_figures import FIGURES, Figure
-from bench.report import ROOT
 from engine.console import console
+from engine.environment import ROOT
 from engine.errors import UserError
 from engine.files import replacing
 

@@ -8,8 +8,7 @@ from typing import Any
 
 from engine.console import console, print_metrics, print_seconds, progress_bars
 from engine.errors import UserError
-from engine.job import Task, architecture, run_job
-from engine.loop import train
+from engine.job import Task, architecture, run_job, train_job
 
 # A ViT of 4 blocks and 0.2 million weights: 16 patches of 2 x 2 pixels.
 MODEL_ARGS = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 64, "depth": 4, "num_heads": 4}
@@ -29,27 +28,19 @@ def run_demo(out: Path, seed: int = 0) -> dict[str, Any]:
         "for the test"
     )
     model = architecture("vit_tiny_patch16_224", MODEL_ARGS, task.source)
-    validation = task.source.validation
     with progress_bars() as progress:
         console.print("training the original on all samples")
-        train(
-            model,
-            task.source.train,
-            config={**RECIPE, "seed": seed},
-            validation=validation,
-            output_dir=out / "original",
-            progress=progress,
-        )
+        train_job(task.source, model, out / "original", config={**RECIPE, "seed": seed}, progress=progress)
     retrain_seconds = []
     for number in (1, 2):
         console.print(f"retraining without the forget samples, seed {seed + number}")
         with progress_bars() as progress:
-            result = train(
+            result = train_job(
+                task.source,
                 model,
-                task.retain,
+                out / f"retrain_{number}",
+                task=task,
                 config={**RECIPE, "seed": seed + number},
-                validation=validation,
-                output_dir=out / f"retrain_{number}",
                 progress=progress,
             )
         retrain_seconds.append(result.seconds["unlearn"])

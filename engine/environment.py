@@ -6,10 +6,29 @@ import importlib
 import importlib.metadata
 import os
 import platform
+import subprocess
+from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[1]
+
 PACKAGES = ("torch", "triton", "timm", "torchvision", "numpy", "scikit-learn", "safetensors", "pyarrow")
-EXTRAS = {"deepspeed": "distributed", "xformers": "xformers", "pytest-benchmark": "bench"}
+EXTRAS = {"deepspeed": "distributed", "xformers": "xformers", "cryptography": "record", "pytest-benchmark": "bench"}
+
+
+def commit(root: Path = ROOT) -> dict[str, Any] | None:
+    """Hash of the commit that runs, and whether files differ from it; None where this is not a checkout of ours."""
+    if not (root / ".git").exists():  # installed: a repository further up is another program's
+        return None
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+
+    try:
+        return {"hash": git("rev-parse", "HEAD"), "modified": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def environment() -> dict[str, Any]:

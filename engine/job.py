@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from engine.config import build, to_dict
@@ -17,10 +18,11 @@ from engine.environment import environment
 from engine.errors import UserError, nearest
 from engine.evaluate import Evaluation, Evaluator, compare
 from engine.files import sha256, write_json
-from engine.loop import unlearn
+from engine.loop import train, unlearn
 from engine.methods import get_method
 from engine.methods.lethe import LetheConfig
 from engine.report import ReportData, build_gallery, write_report
+from engine.report.run_record import TRAINED, UNLEARNED, RecordOptions, write_record
 from engine.trainer import Progress, UnlearnResult
 from engine.vit import ModelSpec, load_checkpoint, weights_sha256
 
@@ -46,13 +48,49 @@ class Task:
         request = read_forget_request(forget, source.train)
         return cls(source, request, *request.split(source.train))
 
+    @classmethod
+    def of_ids(cls, source: Source, ids: Sequence[str], *, spec: str, excluded: Sequence[str] = ()) -> Task:
+        """Forgets `ids`; retains the training samples that are neither among them nor `excluded`.
+
+        excluded: forgotten earlier, so that they must never be trained on again; those that the data does not hold are
+        gone anyway. spec: what the request is called in messages and files.
+        Raises UserError for ids that the data does not hold, for none at all, and where nothing is left to retain.
+        """
+        train = source.train
+        wanted = sorted(set(ids))
+        positions = train.ids.positions(wanted)
+        unknown = [i for i, position in zip(wanted, positions.tolist(), strict=True) if position < 0]
+        if unknown:
+            raise UserError(
+                f"{spec}: {len(unknown)} of {len(wanted)} ids are not in {train.name}, the first: "
+                f"{', '.join(map(repr, unknown[:3]))}; its ids look like {train.ids[0]!r}"
+            )
+        if not wanted:
+            raise UserError(f"{spec}: names no samples; nothing to forget")
+        request = ForgetRequest(spec, np.sort(positions), len(ids) - len(wanted), {})
+        forget, others = request.split(train)
+        kept = np.setdiff1d(np.arange(len(others)), others.ids.positions(excluded))
+        if not len(kept):
+            raise UserError(f"{spec}: with it, nothing of {train.name} is left to retain; train a new model instead")
+        return cls(source, request, forget, others.subset(kept))
+
     def evaluator(self, config: Mapping[str, Any] | None = None) -> Evaluator:
         options = {key: value for key, value in (config or {}).items() if key in _EVALUATION_KEYS}
         return Evaluator(self.forget, self.retain, self.source.test, **options)
 
     def notes(self) -> dict[str, Any]:
-        """What config.yaml and record.json keep of the request: counts and a digest, not the ids themselves."""
+        """What config.yaml keeps of the request: what it is called, not the ids themselves."""
         return {"data": self.source.spec, "forget": {"spec": self.request.spec, "duplicates": self.request.duplicates}}
+
+    def counted(self) -> dict[str, Any]:
+        """What record.json keeps of it beside hashed ids: not the name of a file or class, which may be a person's."""
+        spec = self.request.spec
+        return {
+            "kind": next((kind for kind in ("class", "random") if spec.startswith(f"{kind}:")), "ids"),
+            "forget": len(self.forget),
+            "retain": len(self.retain),
+            "duplicates": self.request.duplicates,
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +112,14 @@ def run_job(
     overwrite: bool = False,
     progress: Progress | None = None,
     deepspeed: str | Path | None = None,
+    record: RecordOptions | None = None,
 ) -> Outcome:
-    """Unlearns a checkpoint, evaluates it beside the original and the references, and fills the run folder."""
+    """Unlearns a checkpoint, evaluates it beside the original and the references, and fills the run folder.
+
+    record: who signs record.json, and what else it says of the request.
+    """
+    record = record or RecordOptions()
+    record.check()
     original = load_checkpoint(checkpoint)
     retrained = [load_checkpoint(reference) for reference in references]
     metrics: dict[str, Any] = {}
@@ -106,8 +150,25 @@ def run_job(
         }
 
         def write() -> None:
+            weights = {
+                "before": weights_sha256(original),
+                "after": weights_sha256(result.model),
+                "references": [weights_sha256(model) for model in retrained],
+            }
             write_json(output_dir / "metrics.json", metrics)
-            _write_evidence(task, output_dir, method, result, metrics, evaluations, models, retrain_seconds)
+            _write_evidence(task, output_dir, method, result, metrics, evaluations, models, weights, retrain_seconds)
+            write_record(  # last: it covers the other files
+                output_dir,
+                result,
+                request=task.counted(),
+                forget=task.forget.ids,
+                data=task.source.spec,
+                weights=weights,
+                environment=environment(),
+                metrics=metrics,
+                files=UNLEARNED,
+                options=record,
+            )
 
         world.on_main(write)
 
@@ -141,12 +202,13 @@ def _write_evidence(
     metrics: dict[str, Any],
     evaluations: dict[str, Evaluation],
     models: dict[str, nn.Module],
+    weights: dict[str, Any],
     retrain_seconds: float | None,
 ) -> None:
     original = models["original"]
     hashes = {
-        "weights before": weights_sha256(original),
-        "weights after": weights_sha256(result.model),
+        "weights before": weights["before"],
+        "weights after": weights["after"],
         "model.safetensors": sha256(folder / "model.safetensors"),
         "forget ids and labels": result.config["samples"]["forget_sha256"],
         "retain ids and labels": result.config["samples"]["retain_sha256"],
@@ -158,21 +220,6 @@ def _write_evidence(
         "duplicates": task.request.duplicates,
         "data": task.source.spec,
     }
-    facts = environment()
-    write_json(
-        folder / "record.json",
-        {
-            "format": 1,
-            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "request": request,
-            "config": result.config,
-            "environment": facts,
-            "sha256": hashes,
-            "metrics": metrics,
-            "events": result.events,
-            "bad_images": result.bad_images,
-        },
-    )
     masking = result.config if method == "lethe" else to_dict(build(LetheConfig, {}))
     gallery = build_gallery(
         models,
@@ -196,10 +243,55 @@ def _write_evidence(
             evaluations=evaluations,
             gallery=gallery,
             retrain_seconds=retrain_seconds,
-            environment=facts,
+            environment=environment(),
             hashes=hashes,
         ),
     )
+
+
+def train_job(
+    source: Source,
+    model: nn.Module,
+    output_dir: Path,
+    *,
+    task: Task | None = None,
+    notes: Mapping[str, Any] | None = None,
+    record: RecordOptions | None = None,
+    **options: Any,
+) -> UnlearnResult:
+    """Trains the architecture of `model` from fresh weights, and records it.
+
+    task: trains on what it retains, as its reference; None: on all training samples. record: as of `run_job`.
+    notes, options: as of `engine.train`.
+    """
+    record = record or RecordOptions()
+    record.check()
+    samples = task.retain if task else source.train
+    result = train(
+        model,
+        samples,
+        validation=source.validation,
+        output_dir=output_dir,
+        notes={"data": source.spec, **(notes or {}), **(task.notes() if task else {})},
+        **options,
+    )
+
+    def write() -> None:
+        write_record(
+            output_dir,
+            result,
+            request=task.counted() if task else {"kind": "none", "forget": 0, "retain": len(samples), "duplicates": 0},
+            forget=task.forget.ids if task else [],
+            data=source.spec,
+            weights={"before": None, "after": weights_sha256(result.model)},  # before: drawn from the seed
+            environment=environment(),
+            metrics=None,
+            files=TRAINED,
+            options=record,
+        )
+
+    World.current().on_main(write)
+    return result
 
 
 def evaluate_job(

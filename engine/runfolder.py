@@ -31,8 +31,13 @@ _FILES = (
     "model.safetensors",
     "metrics.json",
     "record.json",
+    "record.salt",
+    "record.ids",
     "report.html",
+    "verdict.json",
 )
+# Of them those that say of a run that it is done: of one that goes on they would be a lie.
+_SEALS = ("record.json", "record.salt", "record.ids", "verdict.json")
 _FOLDERS = ("resume", "last_good")
 
 
@@ -77,7 +82,10 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         for leftover in self.path.glob(".*.tmp"):  # of a process that was killed
             leftover.unlink()
-        if not resume:
+        if resume:
+            for name in _SEALS:
+                (self.path / name).unlink(missing_ok=True)
+        else:
             for name in held:
                 shutil.rmtree(self.path / name) if name in _FOLDERS else (self.path / name).unlink()
             with replacing(self.path / "config.yaml") as temporary:

@@ -78,6 +78,14 @@ OnBadImage = Annotated[
     ),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")]
+Sign = Annotated[
+    Path | None,
+    typer.Option(
+        "--sign",
+        help="PEM file of an Ed25519 private key: signs record.json. `lethe verify-record --public-key` checks it.",
+        show_default=False,
+    ),
+]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file too.", show_default=False)]
 
 

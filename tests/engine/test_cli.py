@@ -14,6 +14,7 @@ import torch
 from toys import tiny_vit
 
 from engine import cli
+from engine.report.record import recorded, verify_record
 from engine.vit import load_checkpoint, save_checkpoint, weights_sha256
 
 FORGET = "random:0.02@0"
@@ -60,6 +61,7 @@ def test_unlearn_fills_the_run_folder(lethe: Lethe, checkpoint: Path, tmp_path: 
             "model.safetensors",
             "metrics.json",
             "record.json",
+            "record.salt",
             "report.html",
         ]
     )
@@ -70,9 +72,11 @@ def test_unlearn_fills_the_run_folder(lethe: Lethe, checkpoint: Path, tmp_path: 
     assert "gap: mean absolute difference" in out
     assert "higher = better forgotten" in out
     assert weights_sha256(load_checkpoint(checkpoint)) == before
-    record = json.loads((tmp_path / "run" / "record.json").read_text())
-    assert record["sha256"]["weights before"] == before
-    assert record["sha256"]["weights after"] == weights_sha256(load_checkpoint(tmp_path / "run"))
+    after = weights_sha256(load_checkpoint(tmp_path / "run"))
+    references = [weights_sha256(load_checkpoint(reference))]
+    weights = {"before": before, "after": after, "references": references}
+    assert verify_record(tmp_path / "run") == []
+    assert recorded(tmp_path / "run", "weights") == weights
 
 
 def test_evaluate_agrees_with_unlearn(lethe: Lethe, checkpoint: Path, tmp_path: Path) -> None:
