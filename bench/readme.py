@@ -213,6 +213,25 @@ def _speed(row: dict[str, Any]) -> str:
     return f"{row['batch'] / (row['median'] + row['prepare_a_step']):.1f}"
 
 
+# --- proof ------------------------------------------------------------------------------------------------------------
+
+
+def verdicts_table(report: Report) -> Sheet:
+    """A row a model, with the verdict on each subject and the gates that decided it."""
+    subjects = report["subjects"]
+    models = dict.fromkeys(model for found in subjects.values() for model in found["models"])
+    rows = []
+    for model in models:
+        cells = []
+        for found in subjects.values():
+            verdict = found["models"].get(model, {}).get("verdict")
+            cells += [verdict["status"], ", ".join(verdict["decided_by"])] if verdict else ["-", ""]
+        expected = next(found["models"][model]["expected"] for found in subjects.values() if model in found["models"])
+        rows.append([model, expected or "", *cells])
+    columns = ["model", "must be", *(text for name in subjects for text in (name, "decided by"))]
+    return Sheet(columns=columns, rows=rows, marked=_starting(rows, "retrained"))
+
+
 # --- kernels ----------------------------------------------------------------------------------------------------------
 
 # Launch, case of bench.compile, its forward and backward kernels (None: the only one), targets.
@@ -328,6 +347,7 @@ TABLES = (
     ),
     Generator(name="train", files=("train-cpu.json",), make=train_table),
     Generator(name="scaling", files=("scaling-cpu.json",), make=scaling_table),
+    Generator(name="verdicts", files=("verdicts.json",), make=verdicts_table, expected=False),
     Generator(
         name="kernels-compile", files=("kernels-compile.json",), make=compile_table, command="python -m bench compile"
     ),

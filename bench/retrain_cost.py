@@ -191,7 +191,7 @@ def _measured(
 ) -> Iterator[Row]:
     """The subject's entry after every run that was still to be done, and at last as a whole."""
     task = Task.open(subject.data, subject.forget)
-    original = _original(subject, task, options)
+    original = original_of(subject, task, options)
     references = [
         {"name": Path(name).name, **_looked_at(subject, task, options, load_checkpoint(name))}
         for name in subject.references
@@ -219,7 +219,7 @@ def _order(seeds: int) -> list[tuple[str, int]]:
     return [(method, number // len(methods)) for number, method in enumerate(turns(methods, seeds, math.inf))]
 
 
-def _original(subject: Subject, task: Task, options: Mapping[str, Any]) -> nn.Module:
+def original_of(subject: Subject, task: Task, options: Mapping[str, Any]) -> nn.Module:
     if subject.checkpoint is not None:
         return load_checkpoint(subject.checkpoint)
     console.print(f"{subject.name}: training the original on all samples")

@@ -1,0 +1,102 @@
+"""`lethe verify`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from engine.commands.options import Checkpoint, Data, Forget, Reference, Settings, Sign, write_json_file
+from engine.errors import UserError
+
+# What scripts and queues read; 2 is wrong use, as everywhere.
+EXIT = {"PASS": 0, "FAIL": 1, "INSUFFICIENT EVIDENCE": 3}
+
+
+def verify(
+    checkpoint: Checkpoint,
+    data: Data,
+    forget: Forget,
+    original: Annotated[str, typer.Option(help="The model before unlearning.", show_default=False)],
+    reference: Reference = None,
+    gates: Annotated[
+        Path | None,
+        typer.Option(help="YAML file of gates that are tighter than the defaults.", show_default=False),
+    ] = None,
+    record: Annotated[
+        bool, typer.Option("--record", help="Write verdict.json into the checkpoint's run folder, and its record.")
+    ] = False,
+    sign: Sign = None,
+    settings: Settings = None,
+    json_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--json", help="Write the verdict to this file too; with --html its evidence as well.", show_default=False
+        ),
+    ] = None,
+    html_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--html",
+            help="Write a page of the verdict and its evidence to this file; takes longer.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Is it forgotten? PASS (exit 0), FAIL (1) or INSUFFICIENT EVIDENCE (3), with the reason of each gate."""
+    from engine.config import parse_assignments
+    from engine.console import console
+    from engine.job import Task
+    from engine.proof import prove_job
+    from engine.verify import check_recorded, print_verdict, record_verdict, verify_job
+
+    if record:
+        check_recorded(Path(checkpoint))
+    _make_room({"--json": json_file, "--html": html_file})
+    task, references = Task.open(data, forget), reference or []
+    options: dict[str, Any] = {"gates": gates, "config": parse_assignments(settings or [])}
+    if html_file:
+        verdict, proof = prove_job(task, checkpoint, original, references, **options)
+    else:
+        verdict, proof = verify_job(task, checkpoint, original, references, **options), {}
+    print_verdict(verdict)
+    evidence = {key: value for key, value in proof.items() if key != "verdict"}
+    write_json_file(json_file, {**verdict.to_dict(), **({"evidence": evidence} if evidence else {})})
+    if html_file:
+        facts = {
+            "checkpoint": checkpoint,
+            "original": original,
+            "references": references,
+            "data": data,
+            "forget": forget,
+        }
+        _write_html(html_file, proof, facts)
+        console.print(f"evidence in {html_file}")
+    if record:
+        record_verdict(Path(checkpoint), verdict, sign)
+        console.print(f"verdict.json and record.json in {checkpoint}")
+    raise typer.Exit(EXIT[verdict.status])
+
+
+def _make_room(files: dict[str, Path | None]) -> None:
+    """Before the work begins: a wrong name shall not cost minutes."""
+    for option, path in files.items():
+        if path is None:
+            continue
+        if path.is_dir():
+            raise UserError(f"{option} {path}: is a folder; give the name of a file")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{option} {path}: cannot be written ({error.strerror})") from None
+
+
+def _write_html(path: Path, proof: dict[str, Any], facts: dict[str, Any]) -> None:
+    from engine.environment import environment
+    from engine.report.proof import write_proof
+
+    try:
+        write_proof(path, proof, title="Proof of forgetting", facts={**facts, "versions": environment()})
+    except OSError as error:
+        raise UserError(f"--html {path}: cannot be written ({error.strerror})") from None

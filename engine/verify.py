@@ -1,0 +1,217 @@
+"""The verdict on a checkpoint: references checked, evidence gathered, gates judged (`engine.evaluate.verdict`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+from torch import nn
+
+from engine.console import console
+from engine.errors import UserError
+from engine.evaluate.relearning import relearning_curve, steps_of
+from engine.evaluate.representation import compare_weights
+from engine.evaluate.verdict import DOES_NOT_PROVE, Evidence, Gates, Verdict, Witness, attack_power, judge
+from engine.files import write_json
+from engine.job import Task
+from engine.report.record import append_to_record, recorded
+from engine.report.run_record import origin
+from engine.vit import load_checkpoint
+
+# A model of other data gives itself away by its accuracy: this many points below the original's on the test samples.
+_STRANGER = 20.0
+# AUC at which the original knows the retained samples better than a reference does, beside test samples: a reference
+# that was trained on them is at 0.5, give or take what seeds and a tenth fewer samples make of it.
+_UNTRAINED = 0.6
+
+
+class Examiner:
+    """Judges models for one forget request: references and original are looked at once, then any number of models.
+
+    original, references: models, or checkpoints. gates: limits. config: options of the evaluation
+    (precision, device, ...). Raises UserError for a reference that is none, see `check_reference`.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        original: nn.Module | str | Path,
+        references: Sequence[nn.Module | str | Path],
+        *,
+        gates: Gates | None = None,
+        config: Mapping[str, Any] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.task, self.gates, self.seed = task, gates or Gates.read(), seed
+        self.evaluator = task.evaluator(config)
+        self.before = _model(original)
+        self.original = self.look(self.before)
+        self.references = []
+        self._sources = list(references)
+        for number, reference in enumerate(references, 1):
+            name = str(reference) if isinstance(reference, (str, Path)) else f"reference {number}"
+            proven = isinstance(reference, (str, Path)) and check_origin(Path(reference), task)
+            witness = self.look(_model(reference))
+            check_reference(name, witness, self.original, proven=proven, level=self.gates.level)
+            self.references.append(witness)
+
+    def load_references(self) -> list[nn.Module]:
+        """The reference models, which are not kept: only what they said is."""
+        return [_model(source) for source in self._sources]
+
+    def look(self, model: nn.Module) -> Witness:
+        """What a model says, as it is and after the relearning attack on a copy of it."""
+        predictions = self.evaluator(model).predictions
+        share, epochs = self.gates.relearning_share, self.gates.relearning_epochs
+        if round((1 - share) * len(self.task.forget)) < self.gates.minimum_samples // 2:
+            return Witness(predictions, {})
+        curve = relearning_curve(
+            model,
+            self.task.forget,
+            self.evaluator.sets["test"],
+            share=share,
+            steps=steps_of(round(share * len(self.task.forget)), epochs),
+            seed=self.seed,
+            device=str(self.evaluator.device),
+            precision=self.evaluator.precision,
+        )
+        return Witness(predictions, curve.predictions[-1])
+
+    def evidence(self, model: nn.Module) -> Evidence:
+        witness = self.look(model)
+        return Evidence(
+            model=witness,
+            original=self.original,
+            references=self.references,
+            repeated=self.evaluator.predictions(model, "forget"),
+            changed=_changed(model, self.before),
+        )
+
+    def judge(self, evidence: Evidence) -> Verdict:
+        return judge(evidence, self.gates)
+
+    def __call__(self, model: nn.Module) -> Verdict:
+        return self.judge(self.evidence(model))
+
+
+def verify_job(
+    task: Task,
+    checkpoint: str | Path,
+    original: str | Path,
+    references: Sequence[str | Path] = (),
+    *,
+    gates: Path | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> Verdict:
+    """`lethe verify`. Everything that is drawn is drawn from seed 0: the same call gives the same verdict."""
+    limits = Gates.read(gates)
+    model = load_checkpoint(checkpoint)  # before the work begins: a wrong name shall not cost minutes
+    return Examiner(task, original, references, gates=limits, config=config)(model)
+
+
+def check_origin(folder: Path, task: Task) -> bool:
+    """Whether a reference's run folder says that it was trained on exactly the retained samples.
+
+    False where it says nothing (a checkpoint that another program trained). Raises UserError where it says otherwise.
+    """
+    found = origin(folder)
+    if found is None:
+        return False
+    name, remedy = f"--reference {folder}: by its {found.said_by}", "retrain with `lethe train --forget`"
+    if found.method != "retrain":
+        raise UserError(f"{name} it comes of {found.method}, not of a retrain; {remedy}")
+    if found.samples_sha256 == task.source.train.fingerprint():
+        raise UserError(f"{name} it was trained on all samples, those to forget among them; {remedy}")
+    if found.samples_sha256 != task.retain.fingerprint():
+        raise UserError(
+            f"{name} it was trained on other samples than this request retains; {remedy} and the same data and request"
+        )
+    return True
+
+
+def check_reference(name: str, reference: Witness, original: Witness, *, proven: bool, level: float) -> None:
+    """Raises UserError for a reference whose answers say that it was trained on other data or with the forget samples.
+
+    A reference that was trained without the forget samples knows them less than the original does, beside retained
+    ones; one that was trained on the retained samples knows those as well as the original, beside test samples. An
+    original that never memorised anything cannot show the first: then a record has to (proven).
+    """
+    mine, theirs = (_accuracy(witness) for witness in (reference, original))
+    if theirs - mine > _STRANGER:
+        raise UserError(
+            f"--reference {name}: its test accuracy is {mine:.1f}%, the original's {theirs:.1f}%; it was trained on "
+            "other data or not to its end"
+        )
+    stranger = attack_power(original, [reference], ("retain", "test"), level)
+    if stranger.low > _UNTRAINED:
+        raise UserError(
+            f"--reference {name}: the original knows the retained samples better than it does (AUC "
+            f"{stranger.value:.3f} beside test samples; 0.5 for a model trained on them); it was trained on other data"
+        )
+    lacking = attack_power(original, [reference], ("forget", "retain"), level)
+    if not proven and lacking.low <= 0.5:
+        raise UserError(
+            f"--reference {name}: it knows the forget samples as well as the original does (AUC {lacking.value:.3f} "
+            "beside retained samples; above 0.5 for a model trained without them); it was trained with them, or the "
+            "original shows no trace of them. A run folder of `lethe train --forget` is taken by its record"
+        )
+
+
+def _accuracy(witness: Witness) -> float:
+    return 100 * witness.predictions["test"].accuracy
+
+
+def _changed(model: nn.Module, original: nn.Module) -> float | None:
+    if [(key, value.shape) for key, value in model.state_dict().items()] != [
+        (key, value.shape) for key, value in original.state_dict().items()
+    ]:
+        return None
+    return float(compare_weights(model, original)["changed"])
+
+
+def _model(model: nn.Module | str | Path) -> nn.Module:
+    return load_checkpoint(model) if isinstance(model, (str, Path)) else model
+
+
+def record_verdict(folder: Path, verdict: Verdict, key: Path | None = None) -> None:
+    """verdict.json in a run folder, and the verdict as a further entry of its record, signed where there is a key.
+
+    Raises UserError where the folder has no record.
+    """
+    check_recorded(folder)
+    write_json(folder / "verdict.json", verdict.to_dict())
+    append_to_record(folder, "verdict", verdict.to_dict(), files=["verdict.json"], key=key)
+
+
+def check_recorded(folder: Path) -> None:
+    """Raises UserError where a folder has no record that a verdict could be added to."""
+    if recorded(folder, "data") is None:
+        raise UserError(f"--record: {folder} has no record.json; it is written by `lethe unlearn` and `lethe train`")
+
+
+_COLOURS = {"PASS": "green", "FAIL": "red", "INSUFFICIENT EVIDENCE": "yellow"}
+
+
+def print_verdict(verdict: Verdict) -> None:
+    table = Table("gate", "", "limit", "found", header_style="bold")
+    for gate in verdict.gates:
+        table.add_row(gate.name, _coloured(gate.status), escape(gate.limit), escape(gate.reason))
+    console.print(table)
+    console.print(
+        f"{_coloured(verdict.status)} on {verdict.samples['forget']} forget and {verdict.samples['test']} test "
+        f"samples, {verdict.references} references"
+        + (f"; decided by {', '.join(verdict.decided_by)}" if verdict.decided_by else ""),
+        soft_wrap=True,
+    )
+    if not verdict.references:
+        console.print("Without retrained references it rests on held-out data alone.", soft_wrap=True)
+    console.print("[dim]It does not prove:[/dim]")
+    for line in DOES_NOT_PROVE:
+        console.print(f"[dim]  {line}[/dim]", soft_wrap=True)
+
+
+def _coloured(status: str) -> str:
+    return f"[{_COLOURS[status]}]{status}[/]"
