@@ -32,6 +32,7 @@ class ReportData:
     request: spec, forget, retain, duplicates (counts), data (spec). metrics: as in metrics.json. history: rows of
     history.jsonl. evaluations: by model, "original", "unlearned", "retrained 1", ... retrain_seconds: measured on
     this machine in the same run, None where no retrain was timed. environment: versions. hashes: SHA-256 by name.
+    proof: the verdict with its evidence, see `engine.report.proof`; None where it was not asked for.
     """
 
     title: str
@@ -46,3 +47,4 @@ class ReportData:
     retrain_seconds: float | None
     environment: dict[str, Any]
     hashes: dict[str, str]
+    proof: dict[str, Any] | None = None

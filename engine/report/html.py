@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
-import importlib.resources
-import math
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from engine.evaluate import Evaluation
 from engine.evaluate.membership import DIRECTION
-from engine.files import replacing
 from engine.report import plots
 from engine.report.data import ReportData
-
-_MISSING = "\N{EN DASH}"  # not measured, or not to be measured
-
-
-@dataclasses.dataclass(frozen=True)
-class Measure:
-    """A row of the table. hint: which way is good, in a few words. definition: what it is and how it is read."""
-
-    name: str
-    hint: str
-    definition: str
-
+from engine.report.page import (
+    MISSING,
+    Measure,
+    count,
+    duration,
+    flat,
+    number,
+    percent,
+    points,
+    render_template,
+    value_text,
+    write_page,
+)
+from engine.report.proof import proof_view, tables_view
 
 MEASURES = {
     "forget": Measure(
@@ -83,29 +78,21 @@ MEASURES = {
 
 def write_report(path: Path, data: ReportData) -> Path:
     """Writes the page to `path`, which is replaced only by a whole one; returns it."""
-    text = render(data)
-    path = Path(path)
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    return path
+    return write_page(path, render(data))
 
 
 def render(data: ReportData) -> str:
     rows = table(data)
-    # Ids, class names and paths are other people's text: everything is escaped, nothing in the template is `safe`.
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    source = importlib.resources.files("engine.report").joinpath("report.html").read_text(encoding="utf-8")
+    evidence = _evidence(data)
     shown = {"original": "Original", "unlearned": "Unlearned"}
     histograms = {
         name: evaluation
         for name, evaluation in data.evaluations.items()
         if name in ("original", "unlearned", "retrained 1")
     }
-    return environment.from_string(source).render(
+    return render_template(
+        "report.html",
         title=data.title,
-        written=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         method=data.method,
         warnings=warnings(data),
         asked=asked(data),
@@ -114,7 +101,7 @@ def render(data: ReportData) -> str:
         columns=[shown.get(name, name.capitalize()) for name in data.evaluations],
         rows=rows,
         references=len(_references(data)),
-        definitions=[row["measure"] for row in rows],
+        definitions=[*(row["measure"] for row in rows), *evidence["definitions"]],
         losses=plots.loss_curves(data.history),
         watched=plots.watched_curves(data.history),
         histograms=plots.confidence_histograms(histograms),
@@ -133,6 +120,8 @@ def render(data: ReportData) -> str:
         config=flat(data.config),
         versions=flat(data.environment),
         hashes=data.hashes,
+        proof=None if data.proof is None else proof_view(data.proof),
+        evidence=evidence["sections"],
     )
 
 
@@ -324,8 +313,16 @@ def phase_rows(data: ReportData) -> list[tuple[str, str, str]]:
         "retrain": "Retraining, for comparison",
     }
     total = f"{sum(seen.values()):,}"
-    rows += [(names[k], duration(seconds[k]), total if k == "unlearn" else _MISSING) for k in names if k in seconds]
+    rows += [(names[k], duration(seconds[k]), total if k == "unlearn" else MISSING) for k in names if k in seconds]
     return rows
+
+
+def _evidence(data: ReportData) -> dict[str, Any]:
+    """The tables of the metrics' membership attacks and agreement, but for what the proof shows."""
+    others = {"original": _original(data), "reference": data.metrics.get("reference", {})}
+    attacks = {"model": data.metrics.get("attacks"), **{name: each.get("attacks") for name, each in others.items()}}
+    parts = {"attacks": attacks if attacks["model"] else None, "agreement": data.metrics.get("agreement")}
+    return tables_view({name: part for name, part in parts.items() if name not in (data.proof or {})}, "Unlearned")
 
 
 def _original(data: ReportData) -> dict[str, Any]:
@@ -349,54 +346,3 @@ def _gaps(data: ReportData) -> tuple[float | None, float | None, float | None, i
 def _mean(values: Any) -> float | None:
     values = list(values)
     return sum(values) / len(values) if values else None
-
-
-def _usable(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-def percent(value: float | None) -> str:
-    """A fraction as a percentage with one decimal."""
-    return f"{100 * value:.1f}%" if value is not None and _usable(value) else _MISSING
-
-
-def number(value: float | None, digits: int) -> str:
-    return f"{value:.{digits}f}" if value is not None and _usable(value) else _MISSING
-
-
-def points(value: float, digits: int = 2) -> str:
-    return f"{value:.{digits}f} points"
-
-
-def count(value: int, what: str) -> str:
-    return f"{value:,} {what}{'' if value == 1 else 's'}"
-
-
-def duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested options as (dotted name, text)."""
-    rows: list[tuple[str, str]] = []
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            rows += flat(value, f"{prefix}{key}.")
-        else:
-            rows.append((f"{prefix}{key}", value_text(value)))
-    return rows
-
-
-def value_text(value: Any) -> str:
-    if value is None:
-        return "not set"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, list | tuple):
-        return ", ".join(map(value_text, value)) or "none"
-    if isinstance(value, float):
-        return f"{value:.6g}" if math.isfinite(value) else "not finite"
-    return str(value)

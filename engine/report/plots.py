@@ -23,7 +23,7 @@ from engine.evaluate import Evaluation
 from engine.report.data import GalleryItem
 
 BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY = "#0072b2", "#d55e00", "#009e73", "#e69f00", "#cc79a7", "#56b4e9"
-_INK, _FAINT = "#3d4852", "#d9dee3"
+GREY, INK, FAINT = "#52606d", "#3d4852", "#d9dee3"
 _NOT_TERMS = {"phase", "epoch", "step", "grad_norm", "lr", "event", "watched_accuracy", "back_to_step", "points_lost"}
 
 # A curve is drawn through at most this many points: a long run must not make a heavy file.
@@ -48,7 +48,7 @@ def loss_curves(history: Sequence[Mapping[str, Any]]) -> list[Picture]:
         terms = {key for row in rows for key, value in row.items() if key not in _NOT_TERMS and _is_number(value)}
         if not terms:
             continue
-        figure, axes = _figure(f"Loss, phase {phase}", "step", "loss")
+        figure, axes = new_figure(f"Loss, phase {phase}", "step", "loss")
         described = []
         for term, colour in zip(sorted(terms), _cycle(len(terms)), strict=True):
             points = [(row["step"], row[term]) for row in rows if _is_number(row.get(term))]
@@ -56,8 +56,8 @@ def loss_curves(history: Sequence[Mapping[str, Any]]) -> list[Picture]:
             _curve(axes, steps, values, term, colour)
             described.append(f"{term} from {values[0]:.3g} to {values[-1]:.3g} over {len(values)} steps")
         _steps_from_zero(axes, rows)
-        _legend(axes)
-        pictures.append(Picture(_svg(figure), f"Loss curve of phase {phase}: {'; '.join(described)}"))
+        legend(axes)
+        pictures.append(Picture(svg(figure), f"Loss curve of phase {phase}: {'; '.join(described)}"))
     return pictures
 
 
@@ -70,7 +70,7 @@ def watched_curves(history: Sequence[Mapping[str, Any]]) -> list[Picture]:
         crosses = [(row["step"], 100 * row["watched_accuracy"]) for row in watched if row.get("event") == "collapse"]
         if not seen:
             continue
-        figure, axes = _figure(f"Watched accuracy, phase {phase}", "step", "accuracy (%)")
+        figure, axes = new_figure(f"Watched accuracy, phase {phase}", "step", "accuracy (%)")
         axes.plot(*zip(*seen, strict=True), color=BLUE, marker="o", markersize=4, label="watched samples")
         if crosses:
             axes.plot(
@@ -78,11 +78,11 @@ def watched_curves(history: Sequence[Mapping[str, Any]]) -> list[Picture]:
             )
         _steps_from_zero(axes, rows)
         axes.set_ylim(-4, 104)
-        _legend(axes)
+        legend(axes)
         values = [value for _, value in seen]
         pictures.append(
             Picture(
-                _svg(figure),
+                svg(figure),
                 f"Accuracy on the watched samples in phase {phase}: {values[0]:.1f}% at the first check, "
                 f"{values[-1]:.1f}% at the last, lowest {min(values):.1f}%{'; it collapsed' if crosses else ''}",
             )
@@ -101,16 +101,16 @@ def confidence_histograms(evaluations: Mapping[str, Evaluation]) -> list[Picture
     highest = max((float(values.max()) for values in shares.values()), default=1.0)
     pictures = []
     for name, evaluation in evaluations.items():
-        figure, axes = _figure(name.capitalize(), "probability given to the true class", "share of samples (%)")
+        figure, axes = new_figure(name.capitalize(), "probability given to the true class", "share of samples (%)")
         axes.stairs(shares[name, "forget"], edges, fill=True, color=BLUE, alpha=0.55, label="forget samples")
         axes.stairs(shares[name, "test"], edges, color=VERMILLION, linewidth=2, label="test images")
         axes.set_xlim(0, 1)
         axes.set_ylim(0, 1.08 * highest)
-        _legend(axes, "upper center")
+        legend(axes, "upper center")
         forget, test = (float(np.mean(evaluation.predictions[part].confidence)) for part in ("forget", "test"))
         pictures.append(
             Picture(
-                _svg(figure),
+                svg(figure),
                 f"Histogram of confidence, model {name}: mean probability of the true class {100 * forget:.1f}% on "
                 f"forget samples, {100 * test:.1f}% on test images",
             )
@@ -177,22 +177,22 @@ def _uri(kind: str, content: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     return _uri("image/svg+xml", buffer.getvalue())
 
 
-def _figure(title: str, x: str, y: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(3.7, 2.7), layout="constrained", facecolor="white")
+def new_figure(title: str, x: str, y: str, height: float = 2.7) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(3.7, height), layout="constrained", facecolor="white")
     axes = figure.add_subplot()
-    axes.set_title(title, loc="left", fontsize=11, color=_INK, fontweight="bold", parse_math=False)
-    axes.set_xlabel(x, fontsize=10, color=_INK)
-    axes.set_ylabel(y, fontsize=10, color=_INK)
-    axes.tick_params(labelsize=9, colors=_INK)
+    axes.set_title(title, loc="left", fontsize=11, color=INK, fontweight="bold", parse_math=False)
+    axes.set_xlabel(x, fontsize=10, color=INK)
+    axes.set_ylabel(y, fontsize=10, color=INK)
+    axes.tick_params(labelsize=9, colors=INK)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_FAINT)
-    axes.grid(axis="y", color=_FAINT, linewidth=0.7)
+    axes.spines[["left", "bottom"]].set_color(FAINT)
+    axes.grid(axis="y", color=FAINT, linewidth=0.7)
     axes.set_axisbelow(True)
     if x == "step":
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
@@ -204,9 +204,14 @@ def _steps_from_zero(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     axes.set_xlim(-0.04 * max(last, 1), 1.04 * max(last, 1))
 
 
-def _legend(axes: Axes, place: Literal["best", "upper center"] = "best") -> None:
-    legend = axes.legend(loc=place, fontsize=9, frameon=False, labelcolor=_INK)
-    for text in legend.get_texts():
+def legend(axes: Axes, place: Literal["best", "upper center", "outside"] = "best") -> None:
+    options: dict[str, Any] = {"fontsize": 9, "frameon": False, "labelcolor": INK}
+    if place == "outside":  # below the axes, for plots that leave no room inside
+        handles, labels = axes.get_legend_handles_labels()
+        box = axes.figure.legend(handles, labels, loc="outside lower left", ncols=1, **options)
+    else:
+        box = axes.legend(loc=place, **options)
+    for text in box.get_texts():
         text.set_parse_math(False)
 
 
