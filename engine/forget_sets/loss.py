@@ -1,0 +1,34 @@
+"""Forget sets by the loss that the model to be unlearned has on its own training samples.
+
+The easiest samples to predict are those that the rest of the data predicts too: a model retrained without them still
+gets them right, so that little has to change. Those with the highest loss are ambiguous or mislabelled, and were
+learned least, or by heart.
+"""
+
+from __future__ import annotations
+
+from engine.forget_sets.base import Selection, Strategy, highest, register
+from engine.forget_sets.pool import Pool
+
+
+@register
+class LowestLoss(Strategy):
+    name = "lowest-loss"
+    summary = "the samples that the model predicts best"
+    score = "cross-entropy of the checkpoint in nats; lowest first"
+    needs_model = True
+
+    def select(self, pool: Pool) -> Selection:
+        chosen = highest(-pool.answers.losses, pool.candidates, pool.count)
+        return Selection(chosen.indices, -chosen.scores)
+
+
+@register
+class HighestLoss(Strategy):
+    name = "highest-loss"
+    summary = "the samples that the model predicts worst"
+    score = "cross-entropy of the checkpoint in nats; highest first"
+    needs_model = True
+
+    def select(self, pool: Pool) -> Selection:
+        return highest(pool.answers.losses, pool.candidates, pool.count)

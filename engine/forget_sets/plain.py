@@ -1,0 +1,68 @@
+"""Forget sets that no model has a say in: a random draw, and samples of one class."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from engine.errors import UserError, nearest
+from engine.forget_sets.base import Selection, Strategy, register
+from engine.forget_sets.pool import Pool
+
+
+@register
+class Random(Strategy):
+    """The set that `--forget random:SHARE@SEED` names, in the order of the draw."""
+
+    name = "random"
+    summary = "drawn at random, the usual case"
+    score = "none: every sample is as likely as another"
+
+    def select(self, pool: Pool) -> Selection:
+        return _drawn(np.arange(len(pool.samples)), pool)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClassConfig:
+    """name: of the class; null: the largest, and of equal ones the first."""
+
+    name: str | None = None
+
+
+@register
+class OfClass(Strategy):
+    """Samples of one class, drawn at random where it has more than are asked for.
+
+    A whole class needs no list of its own: `--forget class:NAME` names it.
+    """
+
+    name = "class"
+    summary = "drawn from one class"
+    score = "none: every sample of the class is as likely as another"
+    Config = ClassConfig
+
+    def select(self, pool: Pool) -> Selection:
+        samples = pool.samples
+        sizes = np.bincount(samples.labels)
+        names = samples.class_names or [str(i) for i in range(len(sizes))]
+        wanted = self.config.name
+        if wanted is None:
+            label = int(sizes.argmax())
+        elif wanted in names:
+            label = names.index(wanted)
+        else:
+            raise UserError(f"option name={wanted!r}: no such class{nearest(wanted, names)}")
+        members = np.flatnonzero(samples.labels == label)
+        if len(members) < pool.count:
+            raise UserError(
+                f"strategy class: {pool.count} samples were asked for, and class {names[label]!r} has {len(members)}; "
+                "ask for fewer"
+            )
+        drawn = _drawn(members, pool)
+        return dataclasses.replace(drawn, facts={"class": names[label], "samples_of_class": len(members)})
+
+
+def _drawn(members: np.ndarray, pool: Pool) -> Selection:
+    order = np.random.default_rng(pool.seed).permutation(len(members))[: pool.count]
+    return Selection(members[order], np.zeros(pool.count))

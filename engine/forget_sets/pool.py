@@ -1,0 +1,213 @@
+"""What a strategy may look at: the training samples, and one model's view of them. Test data is not here."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from engine.config import RunConfig, build
+from engine.data import Batch, Loader, Preprocessing, Samples
+from engine.device import autocast, resolve_device, resolve_precision
+from engine.errors import UserError
+from engine.trainer import Progress
+from engine.vit import outputs
+
+# Options of a run that the choice of a forget set has too.
+READING_KEYS = ("batch_size", "precision", "device", "workers", "decode", "on_bad_image", "max_bad_share")
+
+
+def reading(options: Mapping[str, Any]) -> RunConfig:
+    """How images are read, from options of `READING_KEYS`. precision is fp32 unless it is given: bf16 would put samples
+    in another order, and a list should not depend on the machine that made it."""
+    return build(RunConfig, {"precision": "fp32", **options})
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """Four numbers a sample, all [n]: a million samples fit where their logits would not.
+
+    losses: float64, cross-entropy in nats. correct: bool. error_norms: float64, ||p - y||, the length of the gradient
+    at the logits. input_norms: float64, the length of what the last layer reads. readable: bool, False for images
+    that were left out as bad, whose numbers mean nothing.
+    """
+
+    losses: np.ndarray
+    correct: np.ndarray
+    error_norms: np.ndarray
+    input_norms: np.ndarray
+    readable: np.ndarray
+
+
+class Pool:
+    """Training samples to choose from, and a model of them where one was given.
+
+    count: how many are to be chosen. seed: of every draw. run: how images are read and the model computes, see
+    `reading`.
+    progress: called with (stage, step, steps, numbers).
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        count: int,
+        *,
+        seed: int = 0,
+        model: nn.Module | None = None,
+        run: RunConfig | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.samples, self.count, self.seed, self.progress = samples, count, seed, progress
+        self._model, self._run = model, run or reading({})
+        self._answers: Answers | None = None
+        self._features: Tensor | None = None
+        if model is not None and samples.labels.max() >= int(model.num_classes):  # type: ignore[arg-type]
+            raise UserError(
+                f"{samples.name}: label {samples.labels.max()}, but the model's head has {model.num_classes} classes; "
+                "use the checkpoint trained on these labels"
+            )
+
+    @property
+    def has_model(self) -> bool:
+        return self._model is not None
+
+    @functools.cached_property
+    def device(self) -> torch.device:
+        return resolve_device(self._run.device)
+
+    @functools.cached_property
+    def precision(self) -> str:
+        return resolve_precision(self._run.precision, self.device)
+
+    @functools.cached_property
+    def model(self) -> nn.Module:
+        """The model, on the device, in eval mode. Raises UserError where none was given."""
+        if self._model is None:
+            raise UserError("forget set: this strategy looks at a model; give --checkpoint")
+        return self._model.to(self.device).eval()
+
+    @functools.cached_property
+    def loader(self) -> Loader:
+        return Loader(
+            self.samples,
+            Preprocessing.of(self.model),
+            seed=self.seed,
+            device=self.device,
+            **{key: getattr(self._run, key) for key in READING_KEYS if key not in ("precision", "device")},
+        )
+
+    @property
+    def answers(self) -> Answers:
+        """What the model says of each sample; one pass, when first asked for."""
+        if self._answers is None:
+            self._read(keep_features=False)
+        assert self._answers is not None
+        return self._answers
+
+    @property
+    def features(self) -> Tensor:
+        """float32 [n, width] on the CPU: what the last linear layer reads; see `last_layer`. One pass."""
+        if self._features is None:
+            self._read(keep_features=True)
+        assert self._features is not None
+        return self._features
+
+    @property
+    def candidates(self) -> np.ndarray:
+        """int64: positions of the samples whose images the model could read."""
+        return np.flatnonzero(self.answers.readable)
+
+    def last_layer(self) -> nn.Linear:
+        """A copy of the last layer: it gives the logits of `features`.
+
+        DeiT has two heads and takes their mean; their inputs then lie side by side in `features`, each halved.
+        """
+        heads = _heads(self.model)
+        weight = torch.cat([head.weight for head in heads], 1).detach().float()
+        layer = nn.Linear(weight.shape[1], weight.shape[0], device=weight.device)
+        with torch.no_grad():
+            layer.weight.copy_(weight)
+            layer.bias.zero_()
+            for head in heads:
+                if head.bias is not None:
+                    layer.bias.add_(head.bias.float() / len(heads))
+        return layer
+
+    @property
+    def bias_weight(self) -> float:
+        """What the biases of the last layer add to the squared length of its input: 1, 0 without a bias, 1/2 for two
+        heads, whose biases get half the gradient each."""
+        heads = _heads(self.model)
+        return sum(head.bias is not None for head in heads) / len(heads) ** 2
+
+    def tell(self, stage: str, step: int, steps: int, numbers: dict[str, float] | None = None) -> None:
+        if self.progress is not None:
+            self.progress(stage, step, steps, numbers or {})
+
+    @torch.no_grad()
+    def _read(self, keep_features: bool) -> None:
+        model, loader, heads = self.model, self.loader, _heads(self.model)
+        inputs: dict[int, Tensor] = {}
+        done = 0
+
+        def answer(batch: Batch) -> tuple[Tensor, ...]:
+            nonlocal done
+            with autocast(self.device, self.precision):
+                logits = outputs(model, batch.images)
+            features = torch.cat([inputs[i] for i in range(len(heads))], 1).float() / len(heads)
+            done += 1
+            self.tell("reading", done, loader.steps())
+            rows = (*_measure(logits.double(), batch.labels), features.double().norm(dim=1), batch.labels)
+            return (*rows, features) if keep_features else rows
+
+        with contextlib.ExitStack() as hooks:
+            for i, head in enumerate(heads):
+                handle = head.register_forward_pre_hook(functools.partial(_keep, inputs, i))
+                hooks.callback(handle.remove)
+            rows = loader.rows(answer)
+        losses, correct, errors, norms, labels = (each.numpy() for each in rows[:5])
+        readable = labels >= 0
+        finite = np.isfinite(losses) & np.isfinite(norms)
+        if not finite.all():
+            bad = self.samples.ids[int(np.flatnonzero(~finite)[0])]
+            raise UserError(f"forget set: the model's output for {bad!r} is not finite; the checkpoint is broken")
+        if self._answers is None:
+            self._answers = Answers(losses, correct > 0, errors, norms, readable)
+        if keep_features:
+            self._features = rows[5]
+
+
+def _measure(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, correctness (1 or 0) and ||p - y|| of logits [B, classes] in float64.
+
+    With r = logsumexp of the other classes less the true logit, loss = log(1 + e^r) and 1 - p_y = sigmoid(r): neither
+    is rounded to 0 where the model is sure, so samples that it knows by heart still have an order.
+    """
+    true = labels[:, None]
+    others = logits.scatter(1, true, -torch.inf)
+    r = others.logsumexp(1) - logits.gather(1, true)[:, 0]
+    wrong = logits.softmax(1).scatter(1, true, 0.0)
+    error = (r.sigmoid().square() + wrong.square().sum(1)).sqrt()
+    return torch.logaddexp(torch.zeros_like(r), r), (logits.argmax(1) == labels).double(), error
+
+
+def _heads(model: nn.Module) -> list[nn.Linear]:
+    classifier: Any = model.get_classifier()  # type: ignore[operator]
+    heads = list(classifier) if isinstance(classifier, tuple) else [classifier]
+    for head in heads:
+        if not isinstance(head, nn.Linear):
+            raise UserError(
+                f"{type(model).__name__} ends in {type(head).__name__}, not in a linear layer, so its last-layer "
+                "features cannot be read"
+            )
+    return heads
+
+
+def _keep(inputs: dict[int, Tensor], i: int, _module: nn.Module, given: tuple[Any, ...]) -> None:
+    inputs[i] = given[0]
