@@ -1,0 +1,363 @@
+"""From open requests to the next version of a model: unlearn, judge, and accept or roll back.
+
+One run takes the open requests, the nearest deadline first, as one batch:
+
+    forget   the batch
+    retain   the training samples less the batch and less all that earlier versions forgot, so that no sample that
+             was forgotten once is ever trained on again
+    verdict  on all that was ever forgotten in the lineage, the batch included, against the root (which saw all of
+             it): an earlier sample cannot come back unseen
+
+PASS: the version is accepted and its requests are done. FAIL: the version is kept as rejected, the one before stays
+the current one, and the requests stay open. INSUFFICIENT EVIDENCE: accepted, and the requests are unproven, never done,
+until a later verdict passes; `require_proof` treats it as a FAIL.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from engine.config import RunConfig, split_options, to_dict
+from engine.data import Loader, Preprocessing, Samples, Source
+from engine.device import resolve_device, resolve_precision
+from engine.distributed.world import launched
+from engine.errors import RunStopped, UserError
+from engine.evaluate.agreement import mean_kl
+from engine.evaluate.predict import Predictions, predict
+from engine.evaluate.representation import compare_weights
+from engine.evaluate.verdict import FAIL, PASS, Gates, Verdict
+from engine.job import Task, run_job
+from engine.methods import get_method
+from engine.report.run_record import origin
+from engine.requests.intake import absolute, load_fitting, open_data
+from engine.requests.store import Run, Store, locked
+from engine.trainer import Progress
+from engine.vit import load_checkpoint, save_checkpoint
+
+
+class Verify(Protocol):
+    """`engine.verify.verify_job`."""
+
+    def __call__(
+        self,
+        task: Task,
+        checkpoint: str | Path,
+        original: str | Path,
+        references: Sequence[str | Path],
+        *,
+        gates: Path | None,
+        config: Mapping[str, Any] | None,
+    ) -> Verdict: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a run is done; kept with it, so that a run that goes on after a kill is the one that began.
+
+    method, config: as of `engine.unlearn`. references, gates, require_proof: of the verdict.
+    """
+
+    method: str
+    config: dict[str, Any]
+    references: list[str]
+    gates: str | None
+    require_proof: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Finished:
+    """What a run came to. status: of the verdict. state: of its requests now. drift: see `drift_from`."""
+
+    version: int
+    parent: int
+    status: str
+    state: Literal["done", "unproven", "open"]
+    reason: str
+    requests: list[int]
+    samples: int
+    forgotten: int
+    drift: dict[str, Any]
+    metrics: dict[str, Any]
+    verdict: dict[str, Any] | None
+
+
+def run_requests(
+    folder: Path,
+    *,
+    limit: int | None = None,
+    method: str | None = None,
+    config: Mapping[str, Any] | None = None,
+    references: Sequence[str] | None = None,
+    gates: Path | None = None,
+    require_proof: bool = False,
+    verify: Verify | None = None,
+    record: Callable[[Path, Verdict], None] | None = None,
+    progress: Progress | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Finished | None:
+    """Makes the next version of the open requests, or goes on with a run that was killed; None where none is open.
+
+    limit: requests to take at most. method, config, references, gates: in place of the store's; config is laid over
+    it, references [] are none. A run that goes on keeps its method and config. verify, record: by default
+    `engine.verify.verify_job` and `record_verdict`. say: is told what is about to happen, a line at a time.
+
+    Raises UserError where another process runs this store, the data has changed, or the verdict refuses a reference:
+    the run then waits for the next call. RunStopped as of `engine.unlearn`.
+    """
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit {limit}: expected 1 or more")
+    if launched():
+        raise UserError("lethe request run is one process; start it without a launcher")
+    if gates is not None:
+        Gates.read(gates)
+    with locked(folder), Store.open(folder) as store:
+        source = open_data(store)
+        run = store.unfinished()
+        if run is None:
+            run = _begin(store, source, limit, method, config, references, gates, require_proof)
+            if run is None:
+                return None
+            doing = "unlearning"
+        else:
+            run = _go_on(store, run, method, config, references, gates, require_proof)
+            doing = f"going on with the run of {run.started}:"
+        batch = store.ids_of(run.requests)
+        earlier = store.forgotten()
+        listed = ", ".join(map(str, run.requests))
+        say(f"{doing} {len(batch)} samples of requests {listed}, from version {run.parent:04d} to {run.number:04d}")
+        task = Task.of_ids(source, batch, spec=f"requests {listed}", excluded=earlier)
+        options = Options(**run.options)
+        metrics = _unlearn(store, run, task, options, progress)
+        place = store.place(run.number)
+        drift = _drift(store, run, source.test, len(batch) + len(earlier), options)
+        whole = Task.of_ids(source, [*earlier, *batch], spec=f"all requests up to version {run.number}")
+        verdict = None
+        status, reason = FAIL, _useless(store, run, metrics)
+        if not reason:
+            say(f"judging version {run.number:04d} on the {len(whole.forget)} samples forgotten so far")
+            if verify is None or record is None:
+                from engine.verify import record_verdict, verify_job
+
+                verify, record = verify or verify_job, record or record_verdict
+            verdict = verify(
+                whole,
+                place,
+                store.place(0),
+                options.references,
+                gates=Path(options.gates) if options.gates else None,
+                config=options.config,
+            )
+            # A kill between these lines and the next has the verdict taken and recorded once more: twice is no harm.
+            record(place, verdict)
+            status, reason = verdict.status, _reason(verdict)
+        accepted = status == PASS or (status != FAIL and not options.require_proof)
+        store.finish(run, "accepted" if accepted else "rejected", verdict=status, reason=reason, drift=drift)
+    return Finished(
+        version=run.number,
+        parent=run.parent,
+        status=status,
+        state="done" if status == PASS else "unproven" if accepted else "open",
+        reason=reason,
+        requests=run.requests,
+        samples=len(batch),
+        forgotten=len(whole.forget),
+        drift=drift,
+        metrics=metrics,
+        verdict=verdict.to_dict() if verdict else None,
+    )
+
+
+def abandon_run(folder: Path) -> Run:
+    """Gives up the unfinished run: its folder is kept for the record, its requests stay open. Returns it."""
+    with locked(folder), Store.open(folder) as store:
+        run = store.unfinished()
+        if run is None:
+            raise UserError(f"{folder}: there is no unfinished run to give up")
+        store.finish(run, "abandoned", reason="given up before a verdict")
+    return run
+
+
+def rebase(folder: Path, checkpoint: str) -> tuple[int, bool]:
+    """Makes a full retrain the current version, and the base of drift. (number, whether its run folder proves it).
+
+    Raises UserError for one that by its run folder is no retrain, or was trained on what has been forgotten.
+    """
+    with locked(folder), Store.open(folder) as store:
+        run = store.unfinished()
+        if run is not None:
+            raise UserError(
+                f"{folder}: the run of version {run.number:04d} has not ended; go on with it by lethe request run, or "
+                "give it up by lethe request run --abandon"
+            )
+        source, forgotten = open_data(store), store.forgotten()
+        model, found = load_fitting(checkpoint, source), origin(Path(checkpoint))
+        if found is not None and found.method != "retrain":
+            raise UserError(
+                f"--checkpoint {checkpoint}: by its {found.said_by} it comes of {found.method}, not of a full retrain; "
+                "retrain with lethe train --forget"
+            )
+        if found is not None and forgotten and found.samples_sha256 == source.train.fingerprint():
+            raise UserError(
+                f"--checkpoint {checkpoint}: by its {found.said_by} it was trained on all samples, the "
+                f"{len(forgotten)} forgotten ones among them; retrain with lethe train --forget and the list that "
+                "lethe request list --all --ids FILE writes"
+            )
+        retained = Task.of_ids(source, forgotten, spec="rebase").retain if forgotten else source.train
+        proven = found is not None and found.samples_sha256 == retained.fingerprint()
+        number = store.next_number()
+        save_checkpoint(model, store.place(number))
+        store.add_rebase(number, f"full retrain, {'by its record' if proven else 'as stated'}: {checkpoint}")
+    return number, proven
+
+
+def drift_from(base: Predictions, model: Predictions) -> dict[str, float]:
+    """How far a version has gone from the last full retrain, on the test samples.
+
+    test_accuracy: of the version, [0, 1]. test_accuracy_change: version less base, points. test_kl: mean
+    KL(base || version) in nats; 0 = the same answers.
+    """
+    return {
+        "test_accuracy": model.accuracy,
+        "test_accuracy_change": 100 * (model.accuracy - base.accuracy),
+        "test_kl": mean_kl(base, model),
+    }
+
+
+# --- the steps of a run -----------------------------------------------------------------------------------------------
+
+
+def _begin(
+    store: Store,
+    source: Source,
+    limit: int | None,
+    method: str | None,
+    config: Mapping[str, Any] | None,
+    references: Sequence[str] | None,
+    gates: Path | None,
+    require_proof: bool,
+) -> Run | None:
+    batch = [request.number for request in store.requests() if request.state == "open"][:limit]
+    if not batch:
+        return None
+    settings = store.settings
+    own_gates = str((store.folder / settings["gates"]).resolve()) if settings["gates"] else None
+    options = Options(
+        method=method or settings["method"],
+        config={**settings["config"], **(config or {})},
+        references=settings["references"] if references is None else absolute(references),
+        gates=str(gates.resolve()) if gates else own_gates,
+        require_proof=require_proof,
+    )
+    # Wrong use is found before the run is noted: else it would be in the way of the next.
+    split_options(options.config, get_method(options.method).Config)
+    Task.of_ids(source, store.ids_of(batch), spec="the open requests", excluded=store.forgotten())
+    return store.begin(batch, to_dict(options))
+
+
+def _go_on(
+    store: Store,
+    run: Run,
+    method: str | None,
+    config: Mapping[str, Any] | None,
+    references: Sequence[str] | None,
+    gates: Path | None,
+    require_proof: bool,
+) -> Run:
+    options = Options(**run.options)
+    if method not in (None, options.method) or {**options.config, **(config or {})} != options.config:
+        raise UserError(
+            f"the run of version {run.number:04d} has not ended and has another method or other options; leave "
+            "--method and --set out to go on with it, or give it up by --abandon"
+        )
+    changed = dataclasses.replace(
+        options,
+        references=options.references if references is None else absolute(references),
+        gates=str(gates.resolve()) if gates else options.gates,
+        require_proof=options.require_proof or require_proof,
+    )
+    return store.change_options(run, to_dict(changed)) if changed != options else run
+
+
+def _unlearn(store: Store, run: Run, task: Task, options: Options, progress: Progress | None) -> dict[str, Any]:
+    """Fills the run folder of a version, from wherever an earlier call was killed; its metrics.json."""
+    place = store.place(run.number)
+    # A run ends by writing the evidence, the report last, and then by clearing what it would resume from. A model
+    # without a report is what a rebase left that was killed before it was noted: overwritten.
+    ended = (place / "model.safetensors").is_file() and not (place / "resume" / "current.json").exists()
+    if ended and (place / "report.html").is_file():
+        shutil.rmtree(place / "resume", ignore_errors=True)  # of a process that was killed as it cleared up
+        metrics: dict[str, Any] = json.loads((place / "metrics.json").read_text(encoding="utf-8"))
+        return metrics
+    try:
+        outcome = run_job(
+            task,
+            str(store.place(run.parent).resolve()),
+            place,
+            method=options.method,
+            config=options.config,
+            references=options.references,
+            resume=(place / "config.yaml").is_file() and not ended,
+            overwrite=ended,
+            progress=progress,
+        )
+    except UserError:
+        if not (place / "config.yaml").is_file():  # nothing has happened yet
+            store.withdraw(run)
+        raise
+    except RunStopped as error:
+        raise RunStopped(
+            f"{error}; the requests stay open: lethe request run goes on with this run; to begin another with other "
+            "options, give this one up first by lethe request run --abandon"
+        ) from error
+    return outcome.metrics
+
+
+def _useless(store: Store, run: Run, metrics: Mapping[str, Any]) -> str:
+    """Why a version fails before any verdict; empty where it does not.
+
+    A verdict compares with the root, from which earlier versions differ already: that this run did nothing at all has
+    to be seen here.
+    """
+    if metrics["collapsed"]:
+        return "COLLAPSED: accuracy on the watched samples fell by more than 10 points"
+    model, parent = (load_checkpoint(store.place(number)) for number in (run.number, run.parent))
+    if compare_weights(model, parent)["changed"] == 0:
+        return f"UNCHANGED: every weight outside the head is that of version {run.parent:04d}"
+    return ""
+
+
+def _drift(store: Store, run: Run, test: Samples, forgotten: int, options: Options) -> dict[str, Any]:
+    """forgotten: samples since the base; share [0, 1]: of those that the base was trained on; and `drift_from`."""
+    base = next(version.base for version in store.versions() if version.number == run.parent)
+    before = len(store.forgotten(base))
+    since = forgotten - before
+    setup, _ = split_options(options.config, get_method(options.method).Config)
+    first, second = (_predictions(store.place(number), test, setup) for number in (base, run.number))
+    share = since / (store.settings["train"] - before)
+    return {"forgotten": since, "share": share, **drift_from(first, second)}
+
+
+def _predictions(checkpoint: Path, samples: Samples, run: RunConfig) -> Predictions:
+    device = resolve_device(run.device)
+    model = load_checkpoint(checkpoint).to(device)
+    loader = Loader(
+        samples,
+        Preprocessing.of(model),
+        batch_size=250,
+        workers=run.workers,
+        device=device,
+        decode=run.decode,
+        on_bad_image=run.on_bad_image,
+        max_bad_share=run.max_bad_share,
+    )
+    return predict(model, loader, resolve_precision(run.precision, device))
+
+
+def _reason(verdict: Verdict) -> str:
+    """Why it is no PASS: the gates that decided, each with its reason."""
+    return "; ".join(f"{gate.name}: {gate.reason}" for gate in verdict.gates if gate.name in verdict.decided_by)

@@ -1,0 +1,426 @@
+"""The store of deletion requests: which samples, by when, and the model versions made of them.
+
+A folder with requests.sqlite and versions/0000, 0001, ..., each a checkpoint or the run folder of an unlearning.
+Every fact is kept once and the rest is derived from it, so that two of them cannot contradict each other:
+
+    an id            stands in one request alone (primary key), and the ids themselves are in the store alone
+    current version  the newest that was accepted
+    unfinished run   the run whose number no version has; there is one at most
+    request          open until a version forgot it, unproven until a verdict that covers it passed, then done
+    attempts         the finished runs that a request was in
+
+Every change is one transaction, and committed before the command goes on (synchronous=EXTRA): a process that is killed
+leaves either all of a change or nothing of it. Times are UTC, ISO 8601 in whole seconds, so that they sort as text.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import os
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from engine.errors import RunStopped, UserError
+
+FILE = "requests.sqlite"
+SCHEMA = 1
+
+_TABLES = (
+    "CREATE TABLE settings (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
+    """CREATE TABLE versions (
+        number INTEGER PRIMARY KEY,
+        parent INTEGER REFERENCES versions,
+        base INTEGER NOT NULL REFERENCES versions,
+        kind TEXT NOT NULL CHECK (kind IN ('root', 'unlearned', 'rebase')),
+        state TEXT NOT NULL CHECK (state IN ('accepted', 'rejected', 'abandoned')),
+        created TEXT NOT NULL,
+        verdict TEXT,
+        reason TEXT NOT NULL,
+        drift TEXT NOT NULL)""",
+    """CREATE TABLE runs (
+        number INTEGER PRIMARY KEY,
+        parent INTEGER NOT NULL REFERENCES versions,
+        options TEXT NOT NULL,
+        started TEXT NOT NULL)""",
+    """CREATE TABLE requests (
+        number INTEGER PRIMARY KEY AUTOINCREMENT,
+        received TEXT NOT NULL,
+        deadline TEXT NOT NULL,
+        source TEXT NOT NULL,
+        version INTEGER REFERENCES versions,
+        proven INTEGER REFERENCES versions CHECK (proven IS NULL OR version IS NOT NULL))""",
+    """CREATE TABLE samples (
+        id TEXT PRIMARY KEY,
+        request INTEGER NOT NULL REFERENCES requests) WITHOUT ROWID""",
+    "CREATE INDEX samples_of_request ON samples (request)",
+    """CREATE TABLE batches (
+        run INTEGER NOT NULL REFERENCES runs ON DELETE CASCADE,
+        request INTEGER NOT NULL REFERENCES requests,
+        PRIMARY KEY (run, request)) WITHOUT ROWID""",
+)
+
+_REQUESTS = """SELECT number, received, deadline, source, version, proven,
+    (SELECT COUNT(*) FROM samples WHERE request = r.number) AS count,
+    (SELECT COUNT(*) FROM batches b JOIN versions v ON v.number = b.run WHERE b.request = r.number) AS attempts,
+    (SELECT v.reason FROM batches b JOIN versions v ON v.number = b.run
+        WHERE b.request = r.number ORDER BY b.run DESC LIMIT 1) AS reason,
+    (SELECT b.run FROM batches b
+        WHERE b.request = r.number AND b.run NOT IN (SELECT number FROM versions)) AS running
+    FROM requests r ORDER BY deadline, number"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """A deletion request. count: ids in it. version: that forgot them; proven: whose verdict passed with them in it.
+
+    attempts: finished runs that it was in; reason: what the last of them said where it was no PASS.
+    running: the unfinished run that it is in.
+    """
+
+    number: int
+    received: str
+    deadline: str
+    source: str
+    count: int
+    version: int | None = None
+    proven: int | None = None
+    attempts: int = 0
+    reason: str = ""
+    running: int | None = None
+
+    @property
+    def state(self) -> Literal["open", "unproven", "done"]:
+        if self.version is None:
+            return "open"
+        return "unproven" if self.proven is None else "done"
+
+    def days_left(self, now: datetime.datetime) -> float:
+        """Days until the deadline; negative once it has passed."""
+        return (moment(self.deadline) - now).total_seconds() / 86_400
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Version:
+    """A model of the lineage. base: the full retrain that it descends from. requests: that its run took.
+
+    drift: share [0, 1] forgotten since the base, and test figures against it, see `runner.drift_from`.
+    """
+
+    number: int
+    parent: int | None
+    base: int
+    kind: Literal["root", "unlearned", "rebase"]
+    state: Literal["accepted", "rejected", "abandoned"]
+    created: str
+    verdict: str | None
+    reason: str
+    drift: dict[str, Any]
+    requests: list[int]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run that has begun and not ended. number: of the version that it makes. options: see `runner.Options`."""
+
+    number: int
+    parent: int
+    options: dict[str, Any]
+    started: str
+    requests: list[int]
+
+
+def moment(text: str, *, end_of_day: bool = False) -> datetime.datetime:
+    """A time from ISO 8601; UTC where it names no offset. A date alone is its first second, or its last."""
+    try:
+        found = datetime.datetime.fromisoformat(text.strip().replace("Z", "+00:00"))  # Python 3.10 knows no Z
+    except ValueError:
+        raise UserError(
+            f"{text!r} is not a time; expected ISO 8601, such as 2026-05-25 or 2026-05-25T12:00:00Z (UTC)"
+        ) from None
+    if end_of_day and len(text.strip()) <= len("2026-05-25"):
+        found = found.replace(hour=23, minute=59, second=59)
+    return found.replace(tzinfo=found.tzinfo or datetime.timezone.utc).astimezone(datetime.timezone.utc)
+
+
+def stamp(time: datetime.datetime) -> str:
+    return time.astimezone(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def utc_now() -> datetime.datetime:
+    return datetime.datetime.now(datetime.timezone.utc)
+
+
+class Store:
+    """An open store. Use it in a `with` block."""
+
+    def __init__(self, folder: Path, database: sqlite3.Connection) -> None:
+        self.folder, self._database = folder, database
+        self.settings = {key: json.loads(value) for key, value in self._all("SELECT key, value FROM settings")}
+
+    @classmethod
+    def create(cls, folder: Path, settings: Mapping[str, Any]) -> Store:
+        """Makes the database around versions/0000, which lies there already. Until it has ended there is no store."""
+        database = _connect(folder)
+        with _transaction(database):
+            for table in _TABLES:
+                database.execute(table)
+            database.executemany(
+                "INSERT INTO settings VALUES (?, ?)", [(key, json.dumps(value)) for key, value in settings.items()]
+            )
+            database.execute(
+                "INSERT INTO versions VALUES (0, NULL, 0, 'root', 'accepted', ?, NULL, '', '{}')", (stamp(utc_now()),)
+            )
+            database.execute(f"PRAGMA user_version = {SCHEMA}")
+        return cls(folder, database)
+
+    @classmethod
+    def open(cls, folder: Path) -> Store:
+        if not is_store(folder):
+            raise UserError(f"{folder} holds no store of requests; make one with lethe request init --store {folder}")
+        return cls(folder, _connect(folder))
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._database.close()
+
+    def place(self, number: int) -> Path:
+        """The folder of a version."""
+        return place_of(self.folder, number)
+
+    # --- what there is ------------------------------------------------------------------------------------------------
+
+    def requests(self) -> list[Request]:
+        """All requests, the nearest deadline first."""
+        rows = self._all(_REQUESTS)
+        return [Request(**{**row, "reason": "" if row["proven"] else row["reason"] or ""}) for row in map(dict, rows)]
+
+    def versions(self) -> list[Version]:
+        rows = self._all("SELECT * FROM versions ORDER BY number")
+        return [
+            Version(**{**row, "drift": json.loads(row["drift"]), "requests": self._batch(row["number"])})
+            for row in map(dict, rows)
+        ]
+
+    def current(self) -> Version:
+        return [version for version in self.versions() if version.state == "accepted"][-1]
+
+    def unfinished(self) -> Run | None:
+        """The run that began and did not end, if there is one."""
+        rows = self._all("SELECT * FROM runs WHERE number NOT IN (SELECT number FROM versions)")
+        if not rows:
+            return None
+        row = dict(rows[0])
+        return Run(**{**row, "options": json.loads(row["options"]), "requests": self._batch(row["number"])})
+
+    def forgotten(self, version: int | None = None) -> list[str]:
+        """The ids that have been forgotten, by all versions or by those up to one; sorted."""
+        newest = version if version is not None else self.next_number()
+        rows = self._all(
+            "SELECT id FROM samples JOIN requests r ON r.number = request WHERE r.version <= ? ORDER BY id", (newest,)
+        )
+        return [row["id"] for row in rows]
+
+    def ids_of(self, requests: Sequence[int]) -> list[str]:
+        """The ids of some requests; sorted."""
+        query = "SELECT id FROM samples WHERE request IN (SELECT value FROM json_each(?)) ORDER BY id"
+        return [row["id"] for row in self._all(query, (json.dumps(list(requests)),))]
+
+    def next_number(self) -> int:
+        rows = self._all("SELECT MAX(number) FROM (SELECT number FROM versions UNION ALL SELECT number FROM runs)")
+        return int(rows[0][0]) + 1
+
+    # --- what happens to it -------------------------------------------------------------------------------------------
+
+    def add(
+        self,
+        ids: Sequence[str],
+        *,
+        received: datetime.datetime,
+        deadline: datetime.datetime,
+        source: str = "",
+        skip_known: bool = False,
+    ) -> tuple[int | None, list[str]]:
+        """(number of the new request, ids left out as known). None where all of them are known.
+
+        Raises UserError, and adds nothing, where an id stands in another request, unless they are to be skipped.
+        """
+        with _transaction(self._database):
+            rows = self._all("SELECT id, request, version FROM samples JOIN requests r ON r.number = request")
+            stands = {row["id"]: (row["request"], row["version"]) for row in rows}
+            known = [i for i in ids if i in stands]
+            if known and not skip_known:
+                shown = [
+                    f"{i!r} (request {stands[i][0]}, "
+                    + ("open)" if stands[i][1] is None else f"forgotten in version {stands[i][1]:04d})")
+                    for i in known[:3]
+                ]
+                raise UserError(
+                    f"{len(known)} of {len(ids)} ids stand in a request already: {', '.join(shown)}; leave them out, "
+                    "or give --skip-known"
+                )
+            new = [i for i in ids if i not in stands]
+            if not new:
+                return None, known
+            cursor = self._database.execute(
+                "INSERT INTO requests (received, deadline, source) VALUES (?, ?, ?)",
+                (stamp(received), stamp(deadline), source),
+            )
+            self._database.executemany("INSERT INTO samples VALUES (?, ?)", [(i, cursor.lastrowid) for i in new])
+            return cursor.lastrowid, known
+
+    def begin(self, requests: Sequence[int], options: Mapping[str, Any]) -> Run:
+        """Notes that a run on the current version begins with these requests."""
+        with _transaction(self._database):
+            assert self.unfinished() is None  # who begins one holds the lock, and has looked
+            number = self.next_number()
+            self._database.execute(
+                "INSERT INTO runs VALUES (?, ?, ?, ?)",
+                (number, self.current().number, json.dumps(dict(options)), stamp(utc_now())),
+            )
+            self._database.executemany("INSERT INTO batches VALUES (?, ?)", [(number, each) for each in requests])
+        run = self.unfinished()
+        assert run is not None
+        return run
+
+    def change_options(self, run: Run, options: Mapping[str, Any]) -> Run:
+        with _transaction(self._database):
+            self._database.execute(
+                "UPDATE runs SET options = ? WHERE number = ?", (json.dumps(dict(options)), run.number)
+            )
+        return dataclasses.replace(run, options=dict(options))
+
+    def withdraw(self, run: Run) -> None:
+        """Takes a run back of which nothing has happened."""
+        with _transaction(self._database):
+            self._database.execute("DELETE FROM runs WHERE number = ?", (run.number,))
+
+    def finish(
+        self,
+        run: Run,
+        state: Literal["accepted", "rejected", "abandoned"],
+        *,
+        verdict: str | None = None,
+        reason: str = "",
+        drift: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Ends a run with a version. Only an accepted one closes requests, and only with the verdict PASS as done.
+
+        A PASS is on all that was ever forgotten, so that it proves what was unproven until then as well.
+        """
+        with _transaction(self._database):
+            base = self._all("SELECT base FROM versions WHERE number = ?", (run.parent,))[0]["base"]
+            self._database.execute(
+                "INSERT INTO versions VALUES (?, ?, ?, 'unlearned', ?, ?, ?, ?, ?)",
+                (run.number, run.parent, base, state, stamp(utc_now()), verdict, reason, json.dumps(dict(drift or {}))),
+            )
+            if state != "accepted":
+                return
+            self._database.execute(
+                "UPDATE requests SET version = ? WHERE number IN (SELECT request FROM batches WHERE run = ?)",
+                (run.number, run.number),
+            )
+            if verdict == "PASS":
+                self._database.execute(
+                    "UPDATE requests SET proven = ? WHERE version IS NOT NULL AND proven IS NULL", (run.number,)
+                )
+
+    def add_rebase(self, number: int, reason: str) -> None:
+        """Adds a full retrain as the current version and as the base of those to come."""
+        with _transaction(self._database):
+            self._database.execute(
+                "INSERT INTO versions VALUES (?, ?, ?, 'rebase', 'accepted', ?, NULL, ?, '{}')",
+                (number, self.current().number, number, stamp(utc_now()), reason),
+            )
+
+    def _batch(self, run: int) -> list[int]:
+        return [
+            row["request"] for row in self._all("SELECT request FROM batches WHERE run = ? ORDER BY request", (run,))
+        ]
+
+    def _all(self, query: str, values: Sequence[Any] = ()) -> list[sqlite3.Row]:
+        with _translated():
+            return self._database.execute(query, tuple(values)).fetchall()
+
+
+def is_store(folder: Path) -> bool:
+    """Whether a store was made here, to its end. Raises UserError for one that this release cannot read."""
+    if not (folder / FILE).is_file():
+        return False
+    with _translated(), contextlib.closing(_connect(folder)) as database:
+        schema = database.execute("PRAGMA user_version").fetchone()[0]
+    if schema not in (0, SCHEMA):
+        raise UserError(
+            f"{folder / FILE} has schema {schema}, this release reads {SCHEMA}; use the release that made it"
+        )
+    return bool(schema == SCHEMA)
+
+
+def place_of(folder: Path, number: int) -> Path:
+    return folder / "versions" / f"{number:04d}"
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps other processes from changing the lineage; the kernel lets go of it when this process dies, however.
+
+    Requests may be added meanwhile: the next run takes them.
+    """
+    import fcntl  # not on Windows, where everything else of the engine runs
+
+    if not is_store(folder):
+        raise UserError(f"{folder} holds no store of requests; make one with lethe request init --store {folder}")
+    with open(folder / "lock", "a+", encoding="utf-8") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            handle.seek(0)
+            raise UserError(
+                f"{folder}: another process ({handle.read().strip() or 'unknown'}) is running this store; wait for it"
+            ) from None
+        handle.truncate(0)
+        handle.write(f"{os.getpid()}\n")
+        handle.flush()
+        yield
+
+
+def _connect(folder: Path) -> sqlite3.Connection:
+    # isolation_level=None: transactions are begun and ended by `_transaction` alone.
+    with _translated():
+        database = sqlite3.connect(folder / FILE, timeout=30, isolation_level=None)
+        database.row_factory = sqlite3.Row
+        database.execute("PRAGMA foreign_keys = ON")
+        database.execute("PRAGMA synchronous = EXTRA")
+    return database
+
+
+@contextlib.contextmanager
+def _transaction(database: sqlite3.Connection) -> Iterator[None]:
+    """All of a change or nothing of it; IMMEDIATE, so that what was read in it still holds when it is written."""
+    with _translated():
+        database.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            database.execute("COMMIT")
+        except BaseException:
+            if database.in_transaction:
+                database.execute("ROLLBACK")
+            raise
+
+
+@contextlib.contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.OperationalError as error:  # locked for longer than the timeout, or no space left
+        raise RunStopped(f"{FILE}: {error}; nothing was changed; try again") from error
+    except sqlite3.DatabaseError as error:
+        if isinstance(error, sqlite3.IntegrityError):
+            raise
+        raise UserError(f"{FILE} is damaged ({error}); take it from a backup") from error
