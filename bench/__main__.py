@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -222,7 +222,25 @@ def retrain_cost(
     json: Annotated[Path | None, typer.Option("--json", help="Results; goes on where the file ends.")] = None,
 ) -> None:
     """Every method beside a retrain of the same seed: all that the user waits for, and the quality, in one row."""
-    from bench.retrain_cost import DIGITS, Subject, run_retrain_cost
+    from bench.retrain_cost import run_retrain_cost
+
+    subjects = _subjects(checkpoint, data, forget, reference or [], name, retrain_epochs, digits)
+    if not subjects and not projection:
+        raise UserError("--no-digits leaves nothing to measure; give --checkpoint, --data and --forget")
+    run_retrain_cost(subjects, min(seeds, 2) if quick else seeds, settings or [], price, json, plot, quick, projection)
+
+
+def _subjects(
+    checkpoint: str | None,
+    data: str | None,
+    forget: str | None,
+    references: list[str],
+    name: str,
+    retrain_epochs: float,
+    digits: bool,
+) -> list[Any]:
+    """Digits, and the user's model where one is given."""
+    from bench.retrain_cost import DIGITS, Subject
 
     subjects = [DIGITS] if digits else []
     given = {"--checkpoint": checkpoint, "--data": data, "--forget": forget}
@@ -238,15 +256,49 @@ def retrain_cost(
                 data=data or "",
                 forget=forget or "",
                 checkpoint=checkpoint,
-                references=tuple(reference or []),
+                references=tuple(references),
                 recipe={"epochs": retrain_epochs},
             )
         )
-    elif reference:
+    elif references:
         raise UserError("--reference is of a model: give --checkpoint, --data and --forget")
-    if not subjects and not projection:
-        raise UserError("--no-digits leaves nothing to measure; give --checkpoint, --data and --forget")
-    run_retrain_cost(subjects, min(seeds, 2) if quick else seeds, settings or [], price, json, plot, quick, projection)
+    return subjects
+
+
+@app.command()
+def verdicts(
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(help="The model before unlearning; without one digits alone.", show_default=False),
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Data source, as for `lethe unlearn`.", show_default=False)] = None,
+    forget: Annotated[
+        str | None, typer.Option(help="Forget request, as for `lethe unlearn`.", show_default=False)
+    ] = None,
+    reference: Annotated[
+        list[str] | None, typer.Option(help="A retrained model; fewer than two are made up here.", show_default=False)
+    ] = None,
+    retrained: Annotated[
+        list[str] | None,
+        typer.Option(help="A retrained model that is judged; without any one is trained here.", show_default=False),
+    ] = None,
+    name: Annotated[str, typer.Option(help="What the checkpoint is called in the results.")] = "yardstick",
+    retrain_epochs: Annotated[float, typer.Option(help="Recipe of the checkpoint's retrain.")] = 30.0,
+    digits: Annotated[bool, typer.Option(help="Digits too, their models trained here.")] = True,
+    method: Annotated[
+        list[str] | None, typer.Option(help="Judged at its defaults; repeat for more.", show_default=False)
+    ] = None,
+    gates: Annotated[
+        Path | None, typer.Option(help="Tighter gates, as for `lethe verify`.", show_default=False)
+    ] = None,
+    settings: Settings = None,
+    json: Annotated[Path | None, typer.Option("--json", help="Results.")] = None,
+) -> None:
+    """Does `lethe verify` fail where it must? Models whose verdict is known, and the methods, at one setting."""
+    from bench.verdict_matrix import run_verdict_matrix
+
+    subjects = _subjects(checkpoint, data, forget, reference or [], name, retrain_epochs, digits)
+    run_verdict_matrix(subjects, retrained or [], method or [], settings or [], gates, json)
 
 
 @app.command()
@@ -280,6 +332,24 @@ def tables(
 
     if not run_tables(check):
         raise typer.Exit(1)
+
+
+@app.command()
+def ulira(
+    models: Annotated[int, typer.Option(help="K: models with each target, and as many without it.")] = 16,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help="Repeat for more; `retrain` is the exact one. Default: lethe.", show_default=False),
+    ] = None,
+    cache: Annotated[Path, typer.Option(help="Folder of the trained models.")] = Path("runs/ensemble"),
+    workers: Annotated[int, typer.Option(help="Models trained at once.")] = 1,
+    quick: Annotated[bool, typer.Option("--quick", help="Three pairs of models, three steps each.")] = False,
+    json: Annotated[Path | None, typer.Option("--json", help="Results, with every sample's score.")] = None,
+) -> None:
+    """U-LiRA on digits: can models that unlearned be told from models that never saw the samples? Stages timed."""
+    from bench.ulira import run_ulira
+
+    run_ulira(models, method or ["lethe"], cache, workers, quick, json)
 
 
 @app.command()

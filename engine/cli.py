@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 
+from engine.commands.attack import attack
+from engine.commands.forget_set import forget_set
 from engine.commands.options import (
     RANK,
     Checkpoint,
@@ -26,11 +28,15 @@ from engine.commands.options import (
     Reference,
     Resume,
     Settings,
+    Sign,
     join_ranks,
     run_options,
     write_json_file,
 )
 from engine.commands.plan import plan
+from engine.commands.request import request_app
+from engine.commands.verify import verify
+from engine.commands.verify_record import verify_record
 from engine.errors import RunStopped, UserError
 
 app = typer.Typer(
@@ -94,6 +100,7 @@ def train(
     ] = None,
     settings: Settings = None,
     deepspeed: DeepSpeed = None,
+    sign: Sign = None,
     on_bad_image: OnBadImage = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
@@ -103,30 +110,29 @@ def train(
     from engine.config import parse_assignments
     from engine.console import console, print_seconds, progress_bars
     from engine.data import open_source
-    from engine.job import Task, architecture
-    from engine.loop import train as run_train
+    from engine.job import Task, architecture, train_job
+    from engine.report.run_record import RecordOptions
 
     options = {**run_options(settings, on_bad_image), "epochs": epochs, "seed": seed}
     join_ranks(options)
     source = open_source(data)
-    samples, notes = source.train, {"data": data, "arch": arch}
-    if forget is not None:
-        task = Task.open(data, forget)
-        samples, notes = task.retain, {**notes, **task.notes()}
+    task = None if forget is None else Task.open(data, forget)
     model = architecture(arch, parse_assignments(model_arg or []), source)
     with progress_bars() as progress:
-        result = run_train(
+        result = train_job(
+            source,
             model,
-            samples,
+            out,
+            task=task,
             config=options,
-            validation=source.validation,
-            output_dir=out,
             resume=resume,
             overwrite=overwrite,
             progress=progress,
             deepspeed=deepspeed,
-            notes=notes,
+            notes={"arch": arch},
+            record=RecordOptions(key=sign),
         )
+    samples = task.retain if task else source.train
     accuracy = {"train": result.accuracy(samples), "test": result.accuracy(source.test)}
     console.print(
         f"accuracy: {', '.join(f'{name} {100 * value:.1f}%' for name, value in accuracy.items())}; checkpoint in {out}"
@@ -146,6 +152,7 @@ def unlearn(
     config: ConfigFile = None,
     reference: Reference = None,
     deepspeed: DeepSpeed = None,
+    sign: Sign = None,
     on_bad_image: OnBadImage = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
@@ -158,6 +165,7 @@ def unlearn(
     from engine.config import read_yaml
     from engine.console import console, print_metrics, print_seconds, progress_bars
     from engine.job import Task, run_job
+    from engine.report.run_record import RecordOptions
 
     options = {**(read_yaml(config) if config else {}), **run_options(settings, on_bad_image)}
     join_ranks(options)
@@ -177,6 +185,7 @@ def unlearn(
             overwrite=overwrite,
             progress=progress,
             deepspeed=deepspeed,
+            record=RecordOptions(key=sign),
         )
     print_metrics(outcome.metrics)
     print_seconds(outcome.metrics["seconds"])
@@ -262,7 +271,12 @@ def env(json_file: Json = None) -> None:
         raise UserError(facts["kernels"])
 
 
+app.command()(attack)
+app.command("forget-set")(forget_set)
 app.command()(plan)
+app.command()(verify)
+app.command("verify-record")(verify_record)
+app.add_typer(request_app, name="request")
 
 
 def main() -> None:
