@@ -64,7 +64,7 @@ class Examiner:
 
     def look(self, model: nn.Module) -> Witness:
         """What a model says, as it is and after the relearning attack on a copy of it."""
-        predictions = self.evaluator(model).predictions
+        predictions = self.evaluator.all_predictions(model)
         share, epochs = self.gates.relearning_share, self.gates.relearning_epochs
         if round((1 - share) * len(self.task.forget)) < self.gates.minimum_samples // 2:
             return Witness(predictions, {})
@@ -73,7 +73,7 @@ class Examiner:
             self.task.forget,
             self.evaluator.sets["test"],
             share=share,
-            steps=steps_of(round(share * len(self.task.forget)), epochs),
+            steps=(0, steps_of(round(share * len(self.task.forget)), epochs)[-1]),
             seed=self.seed,
             device=str(self.evaluator.device),
             precision=self.evaluator.precision,

@@ -91,7 +91,8 @@ class Evaluator:
         """What a model says of one set (forget, retain, test), in the order of its samples."""
         return predict(model.to(self.device), self._loader(Preprocessing.of(model), name), self.precision)
 
-    def __call__(self, model: nn.Module) -> Evaluation:
+    def all_predictions(self, model: nn.Module) -> dict[str, Predictions]:
+        """Those of every set. Raises UserError for labels beyond the head, and for outputs that are not finite."""
         for name, samples in self.sets.items():
             if samples.labels.max() >= int(model.num_classes):  # type: ignore[arg-type]
                 raise UserError(
@@ -106,6 +107,10 @@ class Evaluator:
                     f"evaluate: the model's output for {name} sample {self.sets[name].ids[bad]!r} is not "
                     "finite; the checkpoint is broken"
                 )
+        return predictions
+
+    def __call__(self, model: nn.Module) -> Evaluation:
+        predictions = self.all_predictions(model)
         forget, retain, test = (predictions[name] for name in SETS)
         non_members = non_member_calls(forget, retain, test)
         numbers = {
