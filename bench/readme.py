@@ -232,6 +232,23 @@ def verdicts_table(report: Report) -> Sheet:
     return Sheet(columns=columns, rows=rows, marked=_starting(rows, "retrained"))
 
 
+def ulira_table(report: Report) -> Sheet:
+    """A row a procedure, and what the attack finds where nothing was unlearned."""
+    rows = []
+    for found in report["rows"]:
+        pairs = found["models"]["with_each_target"]
+        for name, attack in ((f"unlearned by {found['method']}", found["ulira"]), ("untouched", found["untouched"])):
+            auc, rate = attack["auc"], attack["tpr_at_fpr"]["0.01"]
+            rows.append(
+                [
+                    f"{name}, {pairs} + {pairs} models",
+                    f"{auc['value']:.3f} ({auc['low']:.3f} to {auc['high']:.3f})",
+                    f"{100 * rate['value']:.1f}% ({100 * rate['low']:.1f} to {100 * rate['high']:.1f})",
+                ]
+            )
+    return Sheet(columns=["U-LiRA on digits", "AUC", "TPR at 1% FPR"], rows=rows)
+
+
 # --- kernels ----------------------------------------------------------------------------------------------------------
 
 # Launch, case of bench.compile, its forward and backward kernels (None: the only one), targets.
@@ -347,7 +364,8 @@ TABLES = (
     ),
     Generator(name="train", files=("train-cpu.json",), make=train_table),
     Generator(name="scaling", files=("scaling-cpu.json",), make=scaling_table),
-    Generator(name="verdicts", files=("verdicts.json",), make=verdicts_table, expected=False),
+    Generator(name="verdicts", files=("verdicts.json",), make=verdicts_table),
+    Generator(name="ulira", files=("ulira-digits.json",), make=ulira_table),
     Generator(
         name="kernels-compile", files=("kernels-compile.json",), make=compile_table, command="python -m bench compile"
     ),

@@ -25,8 +25,8 @@ from bench.readme import (
     train_table,
 )
 from bench.readme_figures import FIGURES, Figure
-from bench.report import ROOT
 from bench.tables import RESULTS, Outcome, kind_of, load, run_tables, sheets_of, update
+from engine.environment import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 REPORT = {"command": "python -m bench x", "rows": [{"name": "a", "seconds": 1.5}, {"name": "b", "seconds": 2.25}]}
