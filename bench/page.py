@@ -39,6 +39,8 @@ TITLES = {
     "chaos": "Runs that are killed and resumed",
     "two-hosts": "Two hosts and a link that is cut",
     "mutation": "Planted bugs that the tests notice",
+    "verdicts": "Verdicts on models whose answer is known",
+    "ulira-digits": "U-LiRA on digits",
 }
 # What the head of a section says, and what only helps to go on with a file.
 _HEADING = {"command", "finished", "commit", "environment", "load_average", "setting"}
