@@ -224,11 +224,19 @@ def verdicts_table(report: Report) -> Sheet:
     for model in models:
         cells = []
         for found in subjects.values():
-            verdict = found["models"].get(model, {}).get("verdict")
-            cells += [verdict["status"], ", ".join(verdict["decided_by"])] if verdict else ["-", ""]
+            row = found["models"].get(model)
+            if row is None:
+                cells += ["-", "-", ""]
+                continue
+            verdict = row["verdict"]
+            cells += [f"{100 * row['accuracy']['forget']:.1f}", verdict["status"], ", ".join(verdict["decided_by"])]
         expected = next(found["models"][model]["expected"] for found in subjects.values() if model in found["models"])
         rows.append([model, expected or "", *cells])
-    columns = ["model", "must be", *(text for name in subjects for text in (name, "decided by"))]
+    columns = [
+        "model",
+        "must be",
+        *(text for name in subjects for text in (f"{name}: forget %", "verdict", "decided by")),
+    ]
     return Sheet(columns=columns, rows=rows, marked=_starting(rows, "retrained"))
 
 

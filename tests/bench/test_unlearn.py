@@ -140,8 +140,8 @@ def test_matching_that_looks_through_all_ids_for_each_is_flagged(monkeypatch: py
         return np.array([np.flatnonzero(every == each)[0] for each in wanted])
 
     monkeypatch.setattr(Ids, "positions", slow)
-    case = ScalingCase(sizes=(4_000, 8_000, 16_000), quick=(), rounds=1, batch=10)
-    monkeypatch.setattr(curves, "_runs", lambda *_: [[{"set_up": 1.0, "retain_phase": 1.0}]] * 3)
+    case = ScalingCase(sizes=(8_000, 16_000, 32_000), quick=(), rounds=3, batch=10)
+    monkeypatch.setattr(curves, "_runs", lambda *_: [[{"set_up": 1.0, "retain_phase": 1.0}] * 3] * 3)
     found = measured("dataset", case)["forget request matched, data split"]
     assert found["exponent"] > 1.6
     assert found["within"] is False
