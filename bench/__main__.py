@@ -56,11 +56,12 @@ def ablation(
     reference: Reference,
     seeds: Annotated[int, typer.Option(help="Seeds 0, 1, ... of every variant.")] = 3,
     jobs: Annotated[int, typer.Option(help="Runs at once; each then has its share of the threads.")] = 1,
+    method: Annotated[str, typer.Option(help="lethe or lethe_plus.")] = "lethe",
     settings: Settings = None,
     json: Json = None,
 ) -> None:
-    """Each choice of LetheViT against its alternative: mean and spread over seeds."""
-    run_ablation(checkpoint, data, forget, reference, seeds, jobs, settings or [], json)
+    """Each choice of LetheViT, or of LetheViT+, against its alternative: mean and spread over seeds."""
+    run_ablation(method, checkpoint, data, forget, reference, seeds, jobs, settings or [], json)
 
 
 @app.command()
@@ -264,6 +265,33 @@ def leaderboard(
     subjects += [class_of(subject, chosen) for subject, chosen in classes if chosen]
     number = min(seeds, 2) if quick else seeds
     run_retrain_cost(subjects, number, settings or [], None, json, None, quick, False, methods=method or ())
+
+
+@app.command()
+def peers(
+    checkpoint: OwnModel = None,
+    data: OwnData = None,
+    forget: OwnRequest = None,
+    reference: Annotated[
+        list[str] | None,
+        typer.Option(help="A retrained model of that request; without any two are trained here.", show_default=False),
+    ] = None,
+    name: OwnName = "yardstick",
+    retrain_epochs: OwnEpochs = 30.0,
+    digits: Annotated[bool, typer.Option(help="Digits too, their models trained here.")] = True,
+    method: Annotated[
+        list[str] | None, typer.Option(help="ssd, scrub, salun or bad_teacher.", show_default="all")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Seeds 0, 1, ... of every method.")] = 3,
+    quick: Annotated[bool, typer.Option("--quick", help="A few steps or one epoch, one seed.")] = False,
+    settings: Settings = None,
+    json: Annotated[Path | None, typer.Option("--json", help="Results; goes on where the file ends.")] = None,
+) -> None:
+    """Four methods beside supreme-unlearning's and torchunlearn's, on equal settings and each at its defaults."""
+    from bench.method_peers import run_method_peers
+
+    subjects = _subjects(checkpoint, data, forget, reference or [], name, retrain_epochs, digits)
+    run_method_peers(subjects, 1 if quick else seeds, settings or [], method or [], json, quick)
 
 
 def _subjects(

@@ -1,4 +1,4 @@
-"""The choices of LetheViT, each against its alternative, over seeds.
+"""The choices of LetheViT and of LetheViT+, each against its alternative, over seeds.
 
 Every run is kept as soon as it is done, so that a broken-off ablation goes on with `--json` of the same file.
 """
@@ -18,24 +18,36 @@ from bench.measure import spread
 from bench.report import Report, kept
 from engine.config import parse_assignments
 from engine.console import console
+from engine.errors import UserError
 from engine.evaluate import Evaluation, compare
 from engine.job import Task
 from engine.loop import unlearn
 from engine.vit import load_checkpoint
 
-# Variant: options that differ from the defaults. The forget stage alone is the first half of the default's run.
-VARIANTS: dict[str, dict[str, Any]] = {
-    "default: top patches, cosine, logits": {},
-    "retain stage alone": {"forget_epochs": 0.0},
-    "random patches": {"mask_source": "random"},
-    "lowest patches": {"mask_source": "lowest"},
-    "dot product, t = 5": {"similarity": "dot", "temperature": 5.0},
-    "features": {"contrast": "features"},
+# Of each method, variant: options that differ from the defaults.
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "lethe": {
+        "default: top patches, cosine, logits": {},
+        "retain stage alone": {"forget_epochs": 0.0},
+        "random patches": {"mask_source": "random"},
+        "lowest patches": {"mask_source": "lowest"},
+        "dot product, t = 5": {"similarity": "dot", "temperature": 5.0},
+        "features": {"contrast": "features"},
+    },
+    "lethe_plus": {
+        "default": {},
+        "no correction": {"correction": 0.0},
+        "targets of the image itself": {"views": False},
+        "targets as sure as the mean over views": {"calibrate": False},
+        "retained images augmented": {"augment_retain": True},
+    },
 }
+# Of lethe: the first half of the default's run.
 ALONE = "forget stage alone"
 
 
 def run_ablation(
+    method: str,
     checkpoint: str,
     data: str,
     forget: str,
@@ -45,9 +57,12 @@ def run_ablation(
     settings: Sequence[str],
     json_file: Path | None,
 ) -> dict[str, Any]:
-    """Prints and returns rows (variant, seed, stage) and their summary."""
+    """Prints and returns rows (variant, seed, stage)."""
+    if method not in VARIANTS:
+        raise UserError(f"--method {method}: there are variants of {' and '.join(VARIANTS)}")
     report = Report()
     setting: dict[str, Any] = {
+        "method": method,
         "checkpoint": checkpoint,
         "data": data,
         "forget": forget,
@@ -56,7 +71,7 @@ def run_ablation(
     }
     rows = list(kept(json_file, setting, "an ablation").get("rows", []))
     done = {(row["variant"], row["seed"]) for row in rows}
-    wanted = [(variant, seed) for seed in range(seeds) for variant in VARIANTS if (variant, seed) not in done]
+    wanted = [(variant, seed) for seed in range(seeds) for variant in VARIANTS[method] if (variant, seed) not in done]
     evaluator = Task.open(data, forget).evaluator(setting["options"])
     retrained = [evaluator(load_checkpoint(reference)) for reference in references]
     threads = max(1, torch.get_num_threads() // jobs)
@@ -67,8 +82,9 @@ def run_ablation(
             rows.extend(future.result())
             console.print(f"{len(rows)} rows: {rows[-1]['variant']}, seed {rows[-1]['seed']}")
             report.write({**setting, "rows": rows}, json_file)
-    _print(rows)
-    return report.write({**setting, "rows": rows}, json_file)
+    written = report.write({**setting, "rows": rows}, json_file)
+    _print(written)
+    return written
 
 
 def _one(
@@ -82,16 +98,19 @@ def _one(
     def keep(phase: str, model: torch.nn.Module) -> None:
         metrics = compare(evaluator(model), retrained)
         numbers = {**metrics["accuracy"], **{k: metrics["mia"][k] for k in ("efficacy", "auc")}}
+        agreement = metrics["reference"]["agreement"]
         rows.append(
             {"variant": variant, "seed": seed, "stage": phase, **numbers, "gap": metrics["gap"]["average"]}
             | {"noise_floor": metrics.get("noise_floor", {}).get("average")}
+            | {"agreement": agreement["top1"], "kl": agreement["kl"]}
         )
 
     result = unlearn(
         load_checkpoint(setting["checkpoint"]),
         task.forget,
         task.retain,
-        config={**setting["options"], **VARIANTS[variant], "seed": seed},
+        method=setting["method"],
+        config={**setting["options"], **VARIANTS[setting["method"]][variant], "seed": seed},
         validation=task.source.validation,
         after_phase=keep,
     )
@@ -99,27 +118,44 @@ def _one(
     return rows
 
 
-def _print(rows: list[dict[str, Any]]) -> None:
+def _print(report: dict[str, Any]) -> None:
     table = Table("variant", "stage", "seeds", header_style="bold")
-    for column in ("forget %", "retain %", "test %", "MIA %", "AUC", "gap"):
+    for column in columns(report):
         table.add_column(column, justify="right")
-    for name, stage, seeds, cells in table_rows(rows):
+    for name, stage, seeds, cells in table_rows(report):
         table.add_row(name, f"after {stage}", str(seeds), *cells)
     console.print(table)
     console.print("[dim]mean ± half of the range over seeds[/dim]")
 
 
-def table_rows(rows: list[dict[str, Any]]) -> list[tuple[str, str, int, list[str]]]:
-    """(variant, stage, number of seeds, cells) of each variant and stage; cells as `_print` heads them."""
+# Heading: (key of a row, factor, digits).
+_COLUMNS = {
+    "forget": ("forget", 100, 1),
+    "retain": ("retain", 100, 1),
+    "test": ("test", 100, 1),
+    "MIA efficacy": ("efficacy", 100, 1),
+    "loss AUC": ("auc", 1, 3),
+    "average gap": ("gap", 1, 2),
+    "agreement": ("agreement", 100, 1),
+    "KL": ("kl", 1, 3),
+}
+
+
+def columns(report: dict[str, Any]) -> list[str]:
+    """Headings of what the rows have; those of early versions had no agreement."""
+    return [name for name, (key, _, _) in _COLUMNS.items() if all(key in row for row in report["rows"])]
+
+
+def table_rows(report: dict[str, Any]) -> list[tuple[str, str, int, list[str]]]:
+    """(variant, stage, number of seeds, cells) of each variant and stage; cells as `columns` heads them."""
+    shown = [_COLUMNS[name] for name in columns(report)]
+    variants = VARIANTS[report.get("method", "lethe")]  # early files are of lethe and do not say so
     made = []
-    for variant in VARIANTS:
+    for variant, options in variants.items():
         for stage in ("forget", "retain"):
-            chosen = [row for row in rows if (row["variant"], row["stage"]) == (variant, stage)]
+            chosen = [row for row in report["rows"] if (row["variant"], row["stage"]) == (variant, stage)]
             if chosen:
-                name = ALONE if stage == "forget" and not VARIANTS[variant] else variant
-                percent = [
-                    spread([100 * row[key] for row in chosen]) for key in ("forget", "retain", "test", "efficacy")
-                ]
-                auc, gap = (spread([row[key] for row in chosen], digits) for key, digits in (("auc", 3), ("gap", 2)))
-                made.append((name, stage, len(chosen), [*percent, auc, gap]))
+                alone = stage == "forget" and not options and variants is VARIANTS["lethe"]
+                cells = [spread([factor * row[key] for row in chosen], digits) for key, factor, digits in shown]
+                made.append((ALONE if alone else variant, stage, len(chosen), cells))
     return made

@@ -29,6 +29,8 @@ TITLES = {
     "retrain-cost": "Unlearning beside retraining",
     "leaderboard-yardstick": "Every method on the yardstick",
     "leaderboard-digits": "Every method on digits",
+    "peers-digits": "Methods beside other libraries' on digits",
+    "peers-yardstick": "Methods beside other libraries' on the yardstick",
     "yardstick-quality": "Methods on the yardstick",
     "yardstick-ablation": "The choices of LetheViT",
     "scaling": "How cost grows",

@@ -75,11 +75,11 @@ def quality_table(report: Report) -> Sheet:
 
 
 def ablation_table(report: Report) -> Sheet:
-    found = {(name, stage): cells for name, stage, _, cells in ablation.table_rows(report["rows"])}
-    stages = [("retain stage alone", "retain"), (ablation.ALONE, "forget")]
-    stages += [(name, "retain") for name in ablation.VARIANTS if (name, "retain") not in stages]
-    rows = [[name, *found[name, stage]] for name, stage in stages if (name, stage) in found]
-    return Sheet(columns=["variant", *_QUALITY], rows=rows, marked=_starting(rows, "default"))
+    found = ablation.table_rows(report)
+    last = found[-1][1]  # stages before the last are of interest in the default's run alone
+    rows = [[name, *cells] for name, stage, _, cells in found if stage == last or name == ablation.ALONE]
+    rows.sort(key=lambda row: row[0] not in ("retain stage alone", ablation.ALONE))
+    return Sheet(columns=["variant", *ablation.columns(report)], rows=rows, marked=_starting(rows, "default"))
 
 
 def retrain_cost_table(report: Report) -> Sheet:
@@ -117,6 +117,23 @@ def leaderboard_table(report: Report) -> Sheet:
 
     tasks = {name: {**entry, "summary": sorted(entry["summary"], key=gap)} for name, entry in report["tasks"].items()}
     return retrain_cost_table({"tasks": tasks})
+
+
+def peers_table(report: Report) -> Sheet:
+    """A row a method and setting: ours / theirs."""
+    rows = []
+    for task, entry in report["tasks"].items():
+        for found in entry["comparisons"]:
+            sides = (found["ours"], found["theirs"])
+            pairs = [("forget", 100), ("test", 100), ("efficacy", 100), ("agreement", 100), ("seconds", 1)]
+            rows.append([
+                f"{task}, {found['method']}, {found['setting']}", found["library"],
+                *(_either(side["gap"], 2) for side in sides), found["verdict"],
+                *(" / ".join(f"{factor * side[key]['mean']:.1f}" for side in sides) for key, factor in pairs),
+                _either(found["times"], 2),
+            ])  # fmt: skip
+    columns = ["ours / theirs", "library", "gap, ours", "gap, theirs", "ours is", "forget", "test", "MIA efficacy"]
+    return Sheet(columns=[*columns, "agreement", "seconds", "their time over ours"], rows=rows)
 
 
 def projection_table(report: Report) -> Sheet:
@@ -373,6 +390,8 @@ TABLES = (
     Generator(name="retrain-cost", files=("retrain-cost.json",), make=retrain_cost_table),
     Generator(name="leaderboard-digits", files=("leaderboard-digits.json",), make=leaderboard_table),
     Generator(name="leaderboard-yardstick", files=("leaderboard-yardstick.json",), make=leaderboard_table),
+    Generator(name="peers-digits", files=("peers-digits.json",), make=peers_table, expected=False),
+    Generator(name="peers-yardstick", files=("peers-yardstick.json",), make=peers_table, expected=False),
     Generator(name="retrain-projection", files=("retrain-cost.json",), make=projection_table),
     Generator(
         name="equality", files=("equality.json",), make=equality_table,

@@ -43,9 +43,7 @@ def _quality_setup(report: Report) -> dict[str, str]:
 
 def _ablation_figures(report: Report) -> dict[str, str]:
     gaps = {
-        name: float(cells[-1].split()[0])
-        for name, stage, _, cells in ablation.table_rows(report["rows"])
-        if stage == "retain"
+        name: float(cells[-1].split()[0]) for name, stage, _, cells in ablation.table_rows(report) if stage == "retain"
     }
     return {"gain": f"{gaps['retain stage alone'] - gaps['default: top patches, cosine, logits']:.2f}"}
 

@@ -18,6 +18,7 @@ from rich.table import Table
 from bench.cases import Model, StepCase
 from bench.measure import EnergyMeter, middle, stopwatch
 from bench.steps import EngineStep, digits
+from engine.config import RunConfig
 from engine.console import console
 from engine.data import Loader, Preprocessing
 from engine.device import resolve_attention
@@ -97,7 +98,7 @@ def _project(
         if recipe:
             items = retraining_work(cost, sizes, recipe.epochs)
         else:
-            items = unlearning_work(cost, sizes, work, get_method(work).Config(), None)
+            items = unlearning_work(cost, sizes, work, get_method(work).Config(), RunConfig())
         seconds = seconds_of(items, cost, 1, rates)
         hours = sum(seconds.values()) / 3600
         return {

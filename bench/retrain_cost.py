@@ -20,15 +20,19 @@ gaps in percentage points, money in the currency of --price; what was not measur
         rows: [ROW], a method and seed each, "retrain" among them.
         stability: Kendall's tau between the orders by average gap of each two seeds: {mean, least}, over the methods
             that have all seeds; null with fewer than two seeds or three methods.
+        foresight: Kendall's tau between the orders of the methods by score and by gap, means over seeds; null with
+            fewer than three methods.
         summary: [{method, seeds, seconds, unlearn_seconds, evaluate_seconds, share, gap, gap_to_floor, forget, retain,
-            test, efficacy, auc, agreement, joules, money: each {mean, half_range} over seeds or null,
+            test, efficacy, auc, agreement, score, joules, money: each {mean, half_range} over seeds or null,
             collapsed: runs that did}]
     }}
     QUALITY: accuracy {forget, retain, test}, mia {efficacy, auc}, gap {forget, retain, test, mia, average} to the
         references, gap_to_floor (average gap / noise_floor), agreement (top-1, forget samples), weights_sha256,
         forget_classes (what the model says of each forget sample, one string).
     ROW: QUALITY and method, seed, collapsed, samples_seen {phase: samples}, share (of the total seconds of the same
-        seed's retrain), joules, money, load_average (1 minute, before the run),
+        seed's retrain), score (of `engine.evaluate.indistinguishable`, in percentage points: from the
+        validation samples, no retrained model; its time is not counted), joules, money,
+        load_average (1 minute, before the run),
         seconds {prepare (masks, teacher passes), steps, around (copy of the model, watched accuracy before and after,
         last files), unlearn (these three), evaluate, total (unlearn + evaluate), and of the same time: phases {name:
         its preparation and steps}, data (waiting for images)}.
@@ -47,7 +51,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import math
 import tempfile
 import time
@@ -56,51 +59,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-from scipy.stats import kendalltau  # type: ignore[import-untyped,unused-ignore]
 from torch import nn
 
 from bench import pictures, plots
 from bench.cases import TINY, VIT_B, VIT_S
-from bench.measure import EnergyMeter, mean_and_half_range, spread, turns
+from bench.measure import EnergyMeter, turns
 from bench.recipes import Timed, print_projection, project
 from bench.report import Report, kept, load_average
+from bench.retrain_summary import Row, foresight, mean_of, print_task, rank_stability, summarise
 from engine.config import parse_assignments, split_options
 from engine.console import console, progress_bars
+from engine.data import Loader, Preprocessing
 from engine.demo import MODEL_ARGS, RECIPE, RUN
 from engine.device import resolve_device, resolve_precision
 from engine.errors import UserError
 from engine.evaluate import Evaluation
+from engine.evaluate.indistinguishable import Views, indistinguishability
 from engine.evaluate.metrics import GAPS
+from engine.evaluate.predict import predict
 from engine.job import Task, architecture
 from engine.loop import train, unlearn
 from engine.methods import get_method, list_methods
 from engine.vit import load_checkpoint, weights_sha256
 
-Row = dict[str, Any]
-
 # Added to a retrain's seed: it shall share neither first weights nor sample order with an original of a low seed.
 RETRAIN_SEED = 1000
 QUICK_STEPS = 3
-
-# What the summary tells of a method's runs, and where a row has it.
-_SUMMARY: dict[str, tuple[str, ...]] = {
-    "seconds": ("seconds", "total"),
-    "unlearn_seconds": ("seconds", "unlearn"),
-    "evaluate_seconds": ("seconds", "evaluate"),
-    "share": ("share",),
-    "gap": ("gap", "average"),
-    "gap_to_floor": ("gap_to_floor",),
-    "forget": ("accuracy", "forget"),
-    "retain": ("accuracy", "retain"),
-    "test": ("accuracy", "test"),
-    "efficacy": ("mia", "efficacy"),
-    "auc": ("mia", "auc"),
-    "agreement": ("agreement",),
-    "joules": ("joules",),
-    "money": ("money",),
-}
+_LOOKED_AT_ONCE = 250
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -157,6 +142,8 @@ def run_retrain_cost(
     if "seed" in options:
         raise UserError("--set seed: every run has a seed of its own here; --seeds says how many")
     chosen = {name: get_method(name) for name in (*methods, "retrain")} if methods else list_methods()
+    for name in [name for name, method in chosen.items() if method.needs_checkpoint]:
+        console.print(f"{name}: left out, it takes checkpoints of {chosen.pop(name).needs_checkpoint} alone")
     for method in chosen.values():
         split_options(options, method.Config)  # a wrong option is an error now, not after an hour
     device = resolve_device(options.get("device", "auto"))
@@ -183,7 +170,7 @@ def run_retrain_cost(
         for entry in entries:
             tasks[subject.name] = entry
             report.write(results, json_file)
-        _print_task(subject.name, tasks[subject.name])
+        print_task(subject.name, tasks[subject.name])
     if projection:
         precision = resolve_precision(options.get("precision", "auto"), device)
         models, timed = ((TINY,), Timed(batch=4, steps=2, warmup=1)) if quick else ((VIT_S, VIT_B), _timed(device))
@@ -213,10 +200,12 @@ def _measured(
     task = Task.open(subject.data, subject.forget)
     original = original_of(subject, task, options)
     references = [
-        {"name": Path(name).name, **_looked_at(subject, task, options, load_checkpoint(name))}
+        {"name": Path(name).name, **looked_at(subject, task, options, load_checkpoint(name))}
         for name in subject.references
     ]
-    untouched = _looked_at(subject, task, options, original)
+    evaluation = _evaluation(subject, task, options, original)
+    untouched, views = _quality(evaluation, original), _views(task, evaluation, original)
+    untouched["score"] = _score(task, views, views)
     if before and before["untouched"]["weights_sha256"] != untouched["weights_sha256"]:
         raise UserError(
             f"--json: its rows of {subject.name} began at another original (training is repeatable to the bit on the "
@@ -228,7 +217,7 @@ def _measured(
     for method, seed in _order(methods, seeds):
         if (method, seed) not in done:
             console.print(f"{subject.name}, seed {seed}: {method}")
-            rows.append(_run(subject, task, original, method, seed, options, meter))
+            rows.append(_run(subject, task, original, views, method, seed, options, meter))
             yield entry(rows)
     yield entry(rows)
 
@@ -254,6 +243,7 @@ def _run(
     subject: Subject,
     task: Task,
     original: nn.Module,
+    before: Views,
     method: str,
     seed: int,
     options: Mapping[str, Any],
@@ -276,7 +266,8 @@ def _run(
                 progress=progress,
             )
         ended = time.perf_counter()
-        quality = _looked_at(subject, task, options, result.model)
+        evaluation = _evaluation(subject, task, options, result.model)
+        quality = _quality(evaluation, result.model)
         evaluated = time.perf_counter()
         used = joules()
     phases = {key.removesuffix("_phase"): value for key, value in result.seconds.items() if key.endswith("_phase")}
@@ -285,6 +276,7 @@ def _run(
         "method": method,
         "seed": seed,
         **quality,
+        "score": _score(task, _views(task, evaluation, result.model), before),
         "collapsed": result.collapsed,
         "samples_seen": result.samples_seen,
         "seconds": {
@@ -302,9 +294,17 @@ def _run(
     }
 
 
-def _looked_at(subject: Subject, task: Task, options: Mapping[str, Any], model: nn.Module) -> Row:
-    """Quality by an evaluator of its own, so that every model's images are decoded anew, as by a user's command."""
-    evaluation = task.evaluator({**subject.options, **options})(model)
+def looked_at(subject: Subject, task: Task, options: Mapping[str, Any], model: nn.Module) -> Row:
+    """The accuracies of a model, its membership inference and its answers, as QUALITY above has them."""
+    return _quality(_evaluation(subject, task, options, model), model)
+
+
+def _evaluation(subject: Subject, task: Task, options: Mapping[str, Any], model: nn.Module) -> Evaluation:
+    """By an evaluator of its own, so that every model's images are decoded anew, as by a user's command."""
+    return task.evaluator({**subject.options, **options})(model)
+
+
+def _quality(evaluation: Evaluation, model: nn.Module) -> Row:
     classes = evaluation.predictions["forget"].logits.argmax(1)
     return {
         "accuracy": evaluation.numbers["accuracy"],
@@ -312,6 +312,15 @@ def _looked_at(subject: Subject, task: Task, options: Mapping[str, Any], model: 
         "weights_sha256": weights_sha256(model),
         "forget_classes": " ".join(map(str, classes)),
     }
+
+
+def _views(task: Task, evaluation: Evaluation, model: nn.Module) -> Views:
+    held_out = predict(model, Loader(task.source.validation, Preprocessing.of(model), batch_size=_LOOKED_AT_ONCE))
+    return Views(evaluation.predictions["forget"], evaluation.predictions["retain"], held_out)
+
+
+def _score(task: Task, views: Views, before: Views) -> float:
+    return indistinguishability(views, before, task.retain.labels).total
 
 
 def _entry(
@@ -323,8 +332,7 @@ def _entry(
         for row in rows
         if row["method"] == "retrain"
     ]
-    pairs = [pair for number, one in enumerate(references) for pair in _distances(one, references[number + 1 :])]
-    floor = _mean([pair["average"] for pair in pairs])
+    floor, floor_agreement = noise_floor(references)
     retrains = {row["seed"]: row["seconds"]["total"] for row in rows if row["method"] == "retrain"}
     finished = []
     for row in rows:
@@ -332,23 +340,25 @@ def _entry(
         finished.append(
             {
                 **row,
-                **_compared(row, references, floor),
+                **compared(row, references, floor),
                 "share": row["seconds"]["total"] / retrain if retrain else None,
                 "money": None if price is None else price * row["seconds"]["total"] / 3600,
             }
         )
+    summary = summarise(finished)
     return {
         "data": subject.data,
         "forget": subject.forget,
         "samples": {"forget": len(task.forget), "retain": len(task.retain), "test": len(task.source.test)},
-        "untouched": {**untouched, **_compared(untouched, references, floor)},
+        "untouched": {**untouched, **compared(untouched, references, floor)},
         "references": references,
         "noise_floor": floor,
-        "noise_floor_agreement": _mean([pair["agreement"] for pair in pairs]),
+        "noise_floor_agreement": floor_agreement,
         "retrain_seconds": list(retrains.values()),
         "rows": finished,
         "stability": rank_stability(finished),
-        "summary": summarise(finished),
+        "foresight": foresight(summary),
+        "summary": summary,
     }
 
 
@@ -358,118 +368,27 @@ def _distances(row: Row, references: Sequence[Row]) -> list[dict[str, float]]:
     return [
         {
             **mine.gap_to(Evaluation(other, {})),
-            "agreement": _mean([a == b for a, b in zip(classes, other["forget_classes"].split(), strict=True)]),
+            "agreement": mean_of([a == b for a, b in zip(classes, other["forget_classes"].split(), strict=True)]),
         }
         for other in references
         if other["weights_sha256"] != row["weights_sha256"]
     ]
 
 
-def _compared(row: Row, references: Sequence[Row], floor: float | None) -> Row:
+def noise_floor(references: Sequence[Row]) -> tuple[float | None, float | None]:
+    """Average gap and agreement between references, over their pairs; None for one."""
+    pairs = [pair for number, one in enumerate(references) for pair in _distances(one, references[number + 1 :])]
+    return mean_of([pair["average"] for pair in pairs]), mean_of([pair["agreement"] for pair in pairs])
+
+
+def compared(row: Row, references: Sequence[Row], floor: float | None) -> Row:
+    """What a row has of its distance to the references: gap, gap_to_floor, agreement."""
     distances = _distances(row, references)
     if not distances:
         return {"gap": None, "gap_to_floor": None, "agreement": None}
-    mean = {key: _mean([each[key] for each in distances]) for key in (*GAPS, "average", "agreement")}
+    mean = {key: mean_of([each[key] for each in distances]) for key in (*GAPS, "average", "agreement")}
     agreement = mean.pop("agreement")
     return {"gap": mean, "gap_to_floor": mean["average"] / floor if floor else None, "agreement": agreement}
-
-
-def _mean(values: Sequence[float]) -> Any:
-    return sum(values) / len(values) if values else None
-
-
-def summarise(rows: Sequence[Row]) -> list[Row]:
-    """One entry a method, in the order of the registry."""
-    entries = []
-    for method in list_methods():
-        chosen = [row for row in rows if row["method"] == method]
-        if chosen:
-            numbers: Row = {}
-            for key in _SUMMARY:
-                values = _values(chosen, key)
-                pair = mean_and_half_range(values) if values else None
-                numbers[key] = dict(zip(("mean", "half_range"), pair, strict=True)) if pair else None
-            collapsed = sum(row["collapsed"] for row in chosen)
-            entries.append({"method": method, "seeds": len(chosen), **numbers, "collapsed": collapsed})
-    return entries
-
-
-def rank_stability(rows: Sequence[Row]) -> dict[str, float] | None:
-    """Whether seeds agree on the order of the methods by average gap, see the module's description."""
-    gaps: dict[str, dict[int, float]] = {}
-    for row in rows:
-        if row["gap"] is not None and row["method"] != "retrain":
-            gaps.setdefault(row["method"], {})[row["seed"]] = row["gap"]["average"]
-    seeds = sorted({seed for found in gaps.values() for seed in found})
-    whole = [[found[seed] for seed in seeds] for found in gaps.values() if len(found) == len(seeds)]
-    if len(seeds) < 2 or len(whole) < 3:
-        return None
-    taus = [
-        float(kendalltau(one, other).statistic) for one, other in itertools.combinations(zip(*whole, strict=True), 2)
-    ]
-    return {"mean": _mean(taus), "least": min(taus)}
-
-
-def _values(rows: Sequence[Row], key: str) -> list[float]:
-    """What the rows have under a key of the summary; rows without it are left out."""
-    found: list[Any] = list(rows)
-    for step in _SUMMARY[key]:
-        found = [value[step] for value in found if value.get(step) is not None]
-    return found
-
-
-def _print_task(name: str, entry: Row) -> None:
-    shown = entry["samples"]
-    table = Table(
-        header_style="bold",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        title=f"{name}: {shown['forget']} samples to forget, {shown['retain']} to retain, {shown['test']} for the test",
-    )
-    table.add_column("method", no_wrap=True)
-    # What a row has under these keys: (heading, key, digits, factor, whether its spread is shown too).
-    columns: list[tuple[str, str, int, float, bool]] = [
-        *((f"{key} %", key, 1, 100.0, True) for key in ("forget", "retain", "test")),
-        ("MIA %", "efficacy", 1, 100.0, True),
-        ("AUC", "auc", 3, 1.0, False),
-        ("gap", "gap", 2, 1.0, True),
-        ("/ floor", "gap_to_floor", 1, 1.0, False),
-        ("agree %", "agreement", 1, 100.0, False),
-        ("eval s", "evaluate_seconds", 1, 1.0, False),
-        ("total s", "seconds", 1, 1.0, True),
-        ("of retrain %", "share", 1, 100.0, True),
-        ("joules", "joules", 0, 1.0, False),
-        ("money", "money", 4, 1.0, False),
-    ]
-    columns = [column for column in columns if _values(entry["rows"], column[1])]
-    for column in columns:
-        table.add_column(column[0], justify="right", overflow="fold")
-    table.add_row("untouched", *(_cell([entry["untouched"]], *column[1:]) for column in columns))
-    for found in sorted(entry["summary"], key=lambda each: (each["gap"] or {"mean": math.inf})["mean"]):
-        rows = [row for row in entry["rows"] if row["method"] == found["method"]]
-        collapsed = f", {found['collapsed']} collapsed" if found["collapsed"] else ""
-        table.add_row(found["method"] + collapsed, *(_cell(rows, *column[1:]) for column in columns))
-    console.print(table)
-    floor, stability = entry["noise_floor"], entry["stability"]
-    if stability:
-        console.print(
-            f"[dim]order of the methods by gap between seeds: Kendall's tau {stability['mean']:.2f} in the mean, "
-            f"{stability['least']:.2f} at least[/dim]",
-            soft_wrap=True,
-        )
-    console.print(
-        "[dim]mean (± half of the range over seeds); noise floor: "
-        f"{'none with one reference' if floor is None else f'{floor:.2f} points'}, of {len(entry['references'])} "
-        "retrained models; total: all that the user waits for, evaluation included[/dim]",
-        soft_wrap=True,
-    )
-
-
-def _cell(rows: Sequence[Row], key: str, digits: int, factor: float, spreads: bool) -> str:
-    values = [factor * value for value in _values(rows, key)]
-    if not values:
-        return "-"
-    return spread(values, digits) if spreads and len(values) > 1 else f"{_mean(values):.{digits}f}"
 
 
 def plot(report: Row, file: Path) -> None:

@@ -78,7 +78,8 @@ def train(
         str,
         typer.Option(
             help="timm architecture, such as vit_tiny_patch16_224, or a checkpoint folder: its architecture, "
-            "from fresh weights.",
+            "from fresh weights. With --sliced --set base=given: the checkpoint (or timm:NAME, hf-hub:ID) whose "
+            "weights are the base.",
             show_default=False,
         ),
     ],
@@ -89,6 +90,14 @@ def train(
             help="Leave these samples out: the retrain reference. As for `lethe unlearn`.", show_default=False
         ),
     ] = None,
+    sliced: Annotated[
+        bool,
+        typer.Option(
+            "--sliced",
+            help="Train in stages that `lethe unlearn --method s3t` can drop; `lethe methods s3t` lists the options. "
+            "--epochs are those of each stage.",
+        ),
+    ] = False,
     epochs: Annotated[float, typer.Option(help="Passes over the training samples.")] = 30.0,
     seed: Annotated[int, typer.Option(help="Of the initial weights and the order of samples.")] = 0,
     model_arg: Annotated[
@@ -111,20 +120,22 @@ def train(
     from engine.config import parse_assignments
     from engine.console import console, print_seconds, progress_bars
     from engine.data import open_source
-    from engine.job import Task, architecture, train_job
+    from engine.job import Task, architecture, pretrained, train_job
     from engine.report.run_record import RecordOptions
 
     options = {**run_options(settings, on_bad_image), "epochs": epochs, "seed": seed}
     join_ranks(options)
     source = open_source(data)
     task = None if forget is None else Task.open(data, forget)
-    model = architecture(arch, parse_assignments(model_arg or []), source)
+    build = pretrained if sliced and options.get("base") == "given" else architecture
+    model = build(arch, parse_assignments(model_arg or []), source)
     with progress_bars() as progress:
         result = train_job(
             source,
             model,
             out,
             task=task,
+            method="s3t" if sliced else "retrain",
             config=options,
             resume=resume,
             overwrite=overwrite,
@@ -166,6 +177,7 @@ def unlearn(
     from engine.config import read_yaml
     from engine.console import console, print_metrics, print_seconds, progress_bars
     from engine.job import Task, run_job
+    from engine.methods import get_method
     from engine.report.run_record import RecordOptions
 
     options = {**(read_yaml(config) if config else {}), **run_options(settings, on_bad_image)}
@@ -195,7 +207,7 @@ def unlearn(
     if outcome.result.collapsed:
         raise RunStopped(
             "COLLAPSED: accuracy on the watched samples fell by more than 10 points; do not use this model. "
-            "Lower the rates (--set forget_lr=..., lr=...)"
+            + get_method(method).after_collapse
         )
 
 

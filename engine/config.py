@@ -28,6 +28,27 @@ class KernelConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SetaConfig:
+    """Options of `retain_pruning=seta`, see engine/pruning.py.
+
+    keep: share (0, 1] of the retained samples that an epoch draws at random. groups: of about the same loss, easiest
+    first, that k-means makes of those. window: share (0, 1] of the groups that an epoch takes; 1: all that are drawn.
+    anneal: share [0, 1] of the epochs, the last ones, that draw at random alone.
+    """
+
+    keep: float = 0.9
+    groups: int = 5
+    window: float = 0.6
+    anneal: float = 0.125
+
+    def __post_init__(self) -> None:
+        require(0 < self.keep <= 1, "seta.keep", self.keep, "in (0, 1]")
+        require(self.groups >= 1, "seta.groups", self.groups, "at least 1")
+        require(0 < self.window <= 1, "seta.window", self.window, "in (0, 1]")
+        require(0 <= self.anneal <= 1, "seta.anneal", self.anneal, "in [0, 1]")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """What every method shares.
 
@@ -59,6 +80,12 @@ class RunConfig:
     retain_share: share (0, 1] of the retained samples that the run works with, chosen once before it.
     retain_choice: random (within each class) | hard (highest loss of the original) | near (to forget samples, in the
         original's features), see engine/retained.py. The last two read all retained samples once.
+    retain_pruning: none | seta: every epoch on the retained samples takes a part of them, by their last losses (SeTa).
+        What a step takes beside them grows, so that an epoch has as much of it in fewer steps. seta: its options.
+    stop_when: never | held_out: the run ends after an epoch of its last stage when the forget samples are known no
+        better than held-out samples of their classes were to the original, see engine/early_stop.py. Needs validation
+        samples.
+    stop_tolerance: accuracy [0, 1) by which it may be better, and held-out samples worse, than asked.
     weight_decay, grad_clip: AdamW's decoupled decay; the largest global gradient norm (0: no clipping).
     collapse_drop: points of accuracy on the watched samples (validation, or retain where there is none) that a
         forget phase may lose before it is stopped and taken back to its last good weights. 100 switches it off.
@@ -84,6 +111,10 @@ class RunConfig:
     trainable: str = "all"
     retain_share: float = 1.0
     retain_choice: Literal["random", "hard", "near"] = "random"
+    retain_pruning: Literal["none", "seta"] = "none"
+    seta: SetaConfig = dataclasses.field(default_factory=SetaConfig)
+    stop_when: Literal["never", "held_out"] = "never"
+    stop_tolerance: float = 0.0
     weight_decay: float = 0.05
     grad_clip: float = 1.0
     collapse_drop: float = 35.0
@@ -109,6 +140,7 @@ class RunConfig:
             "all, head, last:N or lora:R, with N or R at least 1",
         )
         require(0 < self.retain_share <= 1, "retain_share", self.retain_share, "in (0, 1]")
+        require(0 <= self.stop_tolerance < 1, "stop_tolerance", self.stop_tolerance, "in [0, 1)")
         require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
         require(self.grad_clip >= 0, "grad_clip", self.grad_clip, "0 or more")
         require(0 < self.collapse_drop <= 100, "collapse_drop", self.collapse_drop, "in (0, 100] points")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from engine.config import build, to_dict
+from engine.config import build, read_yaml, to_dict
 from engine.data import ForgetRequest, Preprocessing, Samples, Source, open_source, read_forget_request
 from engine.distributed.world import World
 from engine.environment import environment
@@ -23,6 +23,7 @@ from engine.methods import get_method
 from engine.methods.lethe import LetheConfig
 from engine.report import ReportData, build_gallery, write_report
 from engine.report.run_record import TRAINED, UNLEARNED, RecordOptions, write_record
+from engine.sliced import with_fresh_head
 from engine.trainer import Progress, UnlearnResult
 from engine.vit import ModelSpec, load_checkpoint, weights_sha256
 
@@ -135,6 +136,8 @@ def run_job(
             )
         )
         metrics["collapsed"] = result.collapsed
+        if result.stopped is not None:
+            metrics["stopped"] = result.stopped
         if retrain_seconds is not None:
             metrics["seconds"]["retrain"] = retrain_seconds
         models = {
@@ -253,7 +256,7 @@ def train_job(
     record: RecordOptions | None = None,
     **options: Any,
 ) -> UnlearnResult:
-    """Trains the architecture of `model` from fresh weights, and records it.
+    """Trains the architecture of `model` from fresh weights, or in slices (`method="s3t"`), and records it.
 
     task: trains on what it retains, as its reference; None: on all training samples. record: as of `run_job`.
     notes, options: as of `engine.train`.
@@ -307,10 +310,34 @@ def evaluate_job(
 def architecture(name: str, model_args: Mapping[str, Any], source: Source) -> nn.Module:
     """A model with fresh weights for a data source: a timm architecture, or that of a checkpoint folder."""
     if Path(name).is_dir():
-        if model_args:
-            raise UserError(
-                f"--model-arg {next(iter(model_args))}: the checkpoint {name} already says how the model is built"
-            )
+        _refuse_model_args(name, model_args)
         return load_checkpoint(name)
-    num_classes = len(source.train.class_names) or int(source.train.labels.max()) + 1
-    return ModelSpec(architecture=name, num_classes=num_classes, model_args=dict(model_args), pretrained_cfg={}).build()
+    return ModelSpec(
+        architecture=name, num_classes=_classes(source), model_args=dict(model_args), pretrained_cfg={}
+    ).build()
+
+
+def pretrained(checkpoint: str, model_args: Mapping[str, Any], source: Source) -> nn.Module:
+    """A checkpoint (folder, `timm:NAME`, `hf-hub:ID`) with a fresh head for the classes of a data source.
+
+    Raises UserError for a run folder that says it was trained on that source.
+    """
+    _refuse_model_args(checkpoint, model_args)
+    said = Path(checkpoint) / "config.yaml"
+    if said.is_file() and read_yaml(said).get("data") == source.spec:
+        raise UserError(
+            f"{checkpoint}: {said.name} says that it was trained on {source.spec}; a base must never have seen the "
+            "samples, so take another, or leave base=given out"
+        )
+    return with_fresh_head(load_checkpoint(checkpoint), _classes(source))
+
+
+def _refuse_model_args(checkpoint: str, model_args: Mapping[str, Any]) -> None:
+    if model_args:
+        raise UserError(
+            f"--model-arg {next(iter(model_args))}: the checkpoint {checkpoint} already says how the model is built"
+        )
+
+
+def _classes(source: Source) -> int:
+    return len(source.train.class_names) or int(source.train.labels.max()) + 1

@@ -8,7 +8,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,9 +32,11 @@ from engine.distributed.zero import (
     resolve_deepspeed,
     shard_frozen,
 )
+from engine.early_stop import HeldOutStop, check_stop
 from engine.errors import UserError
 from engine.last_block import only_tokens_of_the_head
 from engine.methods import Context, Method, Phase, get_method
+from engine.pruning import PrunedPhase, check_pruning, pruned_phases
 from engine.retained import choose_retained
 from engine.trainable import refuse_sharding, restrict
 from engine.trainer import AfterPhase, Progress, Trainer, UnlearnResult
@@ -116,6 +118,7 @@ def train(
     model: nn.Module,
     samples: Samples | Dataset[Any],
     *,
+    method: Literal["retrain", "s3t"] = "retrain",
     config: Mapping[str, Any] | None = None,
     validation: Samples | Dataset[Any] | None = None,
     output_dir: str | os.PathLike[str] | None = None,
@@ -127,16 +130,19 @@ def train(
 ) -> UnlearnResult:
     """Trains the architecture of `model` from fresh weights: the `retrain` method with nothing to forget.
 
+    method: s3t trains in slices, so that a later deletion can drop stages (engine/methods/s3t.py); needs `output_dir`.
     Options and errors are those of `unlearn`; config holds `epochs`, `lr` and `engine.RunConfig`'s.
     """
     samples = from_dataset(samples, "train")
+    if method == "s3t" and output_dir is None:
+        raise UserError("train: a sliced training keeps its stages in its run folder; give output_dir")
     started = time.perf_counter()
     with watching_ranks(resumable=output_dir is not None):
         run = set_up(
             model,
             samples.subset([], "forget"),
             samples,
-            method="retrain",
+            method=method,
             options=config or {},
             validation=validation,
             output_dir=output_dir,
@@ -192,7 +198,13 @@ def _run(run: Run, started: float, finalize: Callable[[UnlearnResult], None] | N
                 run.beside_of(number, phase),
                 any(run.method.needs_original(later, prepared=False) for later in phases[number + 1 :]),
             )
-        return trainer.finish(run.resolved, finalize)
+
+        def end(result: UnlearnResult) -> None:
+            run.method.finished(result)
+            if finalize:
+                finalize(result)
+
+        return trainer.finish(run.resolved, end)
 
 
 def set_up(
@@ -251,7 +263,12 @@ def set_up(
     preprocessing = Preprocessing.of(original)
 
     def loader(
-        samples: Samples, augment: str, seed: int = run.seed, micro: int = 1, batch_size: int = run.batch_size
+        samples: Samples,
+        augment: str,
+        seed: int = run.seed,
+        micro: int = 1,
+        batch_size: int = run.batch_size,
+        **part: Any,
     ) -> Loader:
         return Loader(
             samples,
@@ -266,6 +283,7 @@ def set_up(
             on_bad_image=run.on_bad_image,
             max_bad_share=run.max_bad_share,
             decode=run.decode,
+            **part,
         )
 
     def computing() -> Any:
@@ -290,6 +308,16 @@ def set_up(
             world=world,
         ),
     )
+    phases = unlearner.phases()
+    stop = None
+    if run.stop_when != "never":
+        check_stop(unlearner, phases)
+        stop = HeldOutStop(unlearner, phases)
+    pruned: dict[int, PrunedPhase] = {}
+    if run.retain_pruning != "none":
+        dealt = [_retained(unlearner, phase) for phase in phases]
+        pruned = pruned_phases(run, phases, len(forget), dealt)
+        check_pruning(run, method, pruned)
     folder = spec = None
     if output_dir is not None:
         spec = spec_of(original)  # a model that cannot be saved is an error now, not after the work
@@ -303,7 +331,6 @@ def set_up(
         student.set_grad_checkpointing(True)  # type: ignore[operator]
     if run.compile:
         student.compile()
-    phases = unlearner.phases()
     updater = ZeroUpdater(student, run, zero) if zero else Updater(student, run)
     trainer = Trainer(
         updater,
@@ -316,12 +343,17 @@ def set_up(
         loader,
         release,
         spec,
+        pruned,
+        stop,
     )
 
     def loader_of(number: int, phase: Phase) -> Loader:
-        samples = unlearner.context.samples_of(phase)
+        samples = unlearner.samples_of(phase)
         augment = run.augment if phase.augment else "none"
-        return loader(samples, augment, run.seed * 1009 + number, run.accumulation_steps)
+        part: dict[str, Any] = (
+            {"counts": pruned[number].counts, "chosen": pruned[number].positions} if number in pruned else {}
+        )
+        return loader(samples, augment, run.seed * 1009 + number, run.accumulation_steps, **part)
 
     def beside_of(number: int, phase: Phase) -> Loader | None:
         if phase.beside is None:
@@ -331,7 +363,7 @@ def set_up(
             run.augment if (phase.augment if phase.augment_beside is None else phase.augment_beside) else "none",
             run.seed * 1009 + 500 + number,
             run.accumulation_steps,
-            max(1, round(phase.beside_share * run.batch_size)),
+            phase.beside_size(run.batch_size, pruned[number].grown if number in pruned else 1.0),
         )
 
     return Run(
@@ -396,6 +428,12 @@ def _frozen(
         teacher.to(device)
 
     return teacher, lambda: release_frozen(teacher)
+
+
+def _retained(method: Method, phase: Phase) -> int:
+    """How many retained samples a phase goes through."""
+    forget = {"forget": None, "retain": 0, "all": len(method.context.forget)}[phase.samples]
+    return 0 if forget is None else len(method.samples_of(phase)) - forget
 
 
 def _of_retained_classes(watched: Samples, retain: Samples) -> Samples:

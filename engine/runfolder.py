@@ -29,6 +29,7 @@ _FILES = (
     "history.jsonl",
     "config.json",
     "model.safetensors",
+    "stages.safetensors",
     "metrics.json",
     "record.json",
     "record.salt",

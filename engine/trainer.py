@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import itertools
+import functools
 import logging
 import math
+import operator
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,9 +19,11 @@ from torch import Tensor, nn
 from engine.config import RunConfig
 from engine.data import Batch, Loader, Samples
 from engine.distributed.updater import Updater
+from engine.early_stop import HeldOutStop
 from engine.errors import RunStopped
 from engine.evaluate.predict import predict
 from engine.methods import Method, Phase
+from engine.pruning import PrunedPhase, load_state, state_of
 from engine.runfolder import RunFolder
 from engine.trainable import merge, merge_state
 from engine.vit import ModelSpec, attention_as, save_checkpoint
@@ -52,6 +56,8 @@ class UnlearnResult:
     watched: accuracy [0, 1] on the watched samples before and after. collapsed: it fell by more than 10 points.
     output_dir: the run folder, or None. accuracy: top-1 [0, 1] of the model on any samples.
     bad_images: ids of training images that were left out, and why (on_bad_image=skip).
+    stopped: where stop_when ended the run before its epochs did: phase, epoch and step (from 0), the accuracies [0, 1]
+        that it compared, and what `ended` it; None where it did not.
     """
 
     model: nn.Module
@@ -64,6 +70,7 @@ class UnlearnResult:
     output_dir: Path | None
     accuracy: Callable[[Samples], float]
     bad_images: dict[str, str]
+    stopped: dict[str, Any] | None = None
 
     @property
     def events(self) -> list[dict[str, Any]]:
@@ -85,9 +92,12 @@ class Trainer:
         loader: Callable[[Samples, str], Loader],
         release: Callable[[], None],
         spec: ModelSpec | None,
+        pruned: dict[int, PrunedPhase] | None = None,
+        stop: HeldOutStop | None = None,
     ) -> None:
         self.updater, self.method, self.run, self.folder, self.progress = updater, method, run, folder, progress
         self.after_phase, self.loader, self.release, self.spec = after_phase, loader, release, spec
+        self.pruned, self.early_stop = pruned or {}, stop
         self.world = method.context.world
         self.watch_loader = loader(watched, "none")
         self.history: list[dict[str, Any]] = []
@@ -105,6 +115,10 @@ class Trainer:
         loaded = self.folder.load_state() if self.folder else None
         if loaded is None:
             self.watched["before"] = self.watch(self.method.context.original)
+            if self.early_stop:
+                began = time.perf_counter()
+                self.early_stop.prepare()
+                self.seconds["prepare"] += time.perf_counter() - began
             return
         self.state, place = loaded
         self.history = self.folder.history() if self.folder else []
@@ -113,6 +127,9 @@ class Trainer:
         for key in _KEPT:
             setattr(self, key, self.state[key])
         self.method.load_state(self.state["method"])
+        load_state(self.pruned, self.state["pruned"])
+        if self.early_stop:
+            self.early_stop.load_state(self.state["early_stop"])
         self.started -= self.seconds["unlearn"]
         logger.info("resumed at phase %d, step %d", self.phase_number, self.state["step"])
 
@@ -128,13 +145,16 @@ class Trainer:
         beside: of the samples beside those of the phase, where it has any. original_needed: by a phase that comes
         later.
         """
+        if self.early_stop and self.early_stop.stopped and number in self.early_stop.stage:
+            return
         began = time.perf_counter()
         self._prepare(number, phase)
         if not original_needed and not self.method.needs_original(phase, prepared=True):
             self.release()
         self.seconds["prepare"] += time.perf_counter() - began
-        total = math.ceil(round(phase.epochs * loader.steps(), 6))
+        total = loader.epochs.steps(phase.epochs)
         total = min(total, self.run.max_steps) if self.run.max_steps else total
+        self.method.begins(phase, total)
         step, stopped = self._step_of(number), False
         guard = _Guard(self, phase, total) if phase.guarded else None
         if step == 0:
@@ -149,10 +169,11 @@ class Trainer:
         self.state = None
         while step < total and not stopped:
             stop = self._next_checkpoint(step, total, loader)
-            stopped = self._run_steps(phase, loader, beside, step, stop, total, scheduler, guard)
+            stopped = self._run_steps(number, phase, loader, beside, step, stop, total, scheduler, guard)
             step = stop
-            if step < total and step % loader.steps() == 0 and not stopped:
-                stopped = self._ended(phase, step, loader)
+            epoch, _, end = loader.epochs.place(step - 1)
+            if not stopped and step in (end, total):
+                stopped = self._ended(number, phase, epoch, step, total)
             for each in filter(None, (loader, beside)):
                 self.seconds["data"] += each.waited
                 each.waited = 0.0
@@ -179,12 +200,19 @@ class Trainer:
         self.method.edit(self.updater.module, phase)
         return bool(guard and total == 0 and guard.collapsed(0))
 
-    def _ended(self, phase: Phase, step: int, loader: Loader) -> bool:
-        """Whether the method ends the phase after an epoch."""
-        reason = self.method.ended(self.model, phase, step // loader.steps() - 1)
+    def _ended(self, number: int, phase: Phase, epoch: int, step: int, total: int) -> bool:
+        """Whether the method, or `stop_when`, ends the phase after an epoch."""
+        reason = self.method.ended(self.model, phase, epoch) if step < total else None
         if reason is not None:
             self._record([{"phase": phase.name, "step": step - 1, "ended": reason}])
-        return reason is not None
+        stop = self.early_stop
+        # After the last step of all there is nothing left to stop.
+        if stop is None or number not in stop.stage or (step == total and number == max(stop.stage)):
+            return reason is not None
+        self._record([stop.look(self.model, phase, number, epoch, step - 1)])
+        if stop.stopped:
+            logger.info("stopped after epoch %d of phase %s: %s", epoch, phase.name, stop.stopped["ended"])
+        return reason is not None or stop.stopped is not None
 
     def _step_of(self, number: int) -> int:
         """Where a phase begins: at its start, or where a resumed run left it."""
@@ -202,11 +230,12 @@ class Trainer:
 
     def _next_checkpoint(self, step: int, total: int, loader: Loader) -> int:
         """The end of the epoch or of the phase, or `checkpoint_every` steps on."""
-        ends = [total, (step // loader.steps() + 1) * loader.steps()]
+        ends = [total, loader.epochs.place(step)[2]]
         return min(*ends, step + self.run.checkpoint_every if self.run.checkpoint_every else total)
 
     def _run_steps(
         self,
+        number: int,
         phase: Phase,
         loader: Loader,
         beside: Loader | None,
@@ -218,19 +247,21 @@ class Trainer:
     ) -> bool:
         """The steps [step, stop) of a phase, all of one epoch; True where the guard ended the phase."""
         pending: list[Row] = []
-        epoch = step // loader.steps()
-        first = epoch * loader.steps()
+        epoch, first, _ = loader.epochs.place(step)
+        pruned = self.pruned.get(number)
         self.model.train()
-        batches = loader.epoch(epoch, step - first, stop - first)
-        others = beside.steps_of(step, stop) if beside else None
+        batches = loader.epoch(epoch, step - first, stop - first, lambda step: phase.takes(first + step)[0])
+        others = beside.steps_of(step, stop, lambda step: phase.takes(step)[1]) if beside else None
         while step < stop:
-            pending.append(self.step(phase, batches, loader.seed, step, scheduler, others))
+            pending.append(self.step(phase, batches, loader.seed, step, scheduler, others, pruned))
             step += 1
             if len(pending) == _FLUSH or step == stop or (guard and step in guard.steps):
                 self._flush(phase, epoch, total, pending)
                 if guard and step in guard.steps and guard.collapsed(step):
                     return True
                 self.model.train()
+        if pruned:
+            pruned.settle(self.world)
         return False
 
     def step(
@@ -241,33 +272,48 @@ class Trainer:
         step: int,
         scheduler: Any,
         others: Iterator[Batch] | None = None,
+        pruned: PrunedPhase | None = None,
     ) -> Row:
         """One optimizer step over its micro-batches, of a model in training mode; nothing of it is read yet.
 
-        others: the batches of `phase.beside`, as many.
+        batches, others: of the steps that take one of the phase's samples, and of those that take one of
+        `phase.beside`. pruned: sees the losses on the way.
         """
         device = self.method.context.device
         # Dropout is a function of seed, step and rank, so that a run can go on from any step.
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed((seed * 1_000_003 + step) * 8_191 + self.world.rank)
-            return self._step(phase, batches, step, scheduler, others)
+            return self._step(phase, batches, step, scheduler, others, pruned)
 
     def _step(
-        self, phase: Phase, batches: Iterator[Batch], step: int, scheduler: Any, others: Iterator[Batch] | None
+        self,
+        phase: Phase,
+        batches: Iterator[Batch],
+        step: int,
+        scheduler: Any,
+        others: Iterator[Batch] | None,
+        pruned: PrunedPhase | None,
     ) -> Row:
         method = self.method
         sums: dict[str, Tensor] = {}
         seen = 0
-        for batch in itertools.islice(batches, self.run.accumulation_steps):
-            loss, seen = self._weighted(method.loss, batch, phase, sums), batch.total
-            if others is not None:
+        takes_main, takes_beside = phase.takes(step)
+        for _ in range(self.run.accumulation_steps):
+            losses, seen = [], 0
+            if takes_main:
+                batch = next(batches)
+                watching = pruned.watching(self.updater.module, batch) if pruned else contextlib.nullcontext()
+                with watching:
+                    losses.append(self._weighted(method.loss, batch, phase, sums))
+                seen += batch.total
+            if takes_beside and others is not None:
                 other = next(others)
-                loss_beside, seen = self._weighted(method.loss_beside, other, phase, sums), seen + other.total
-                if phase.combined:
-                    self.updater.keep_gradients(loss, loss_beside)
-                    continue
-                loss = loss + loss_beside
-            self.updater.backward(loss)
+                losses.append(self._weighted(method.loss_beside, other, phase, sums))
+                seen += other.total
+            if phase.combined:
+                self.updater.keep_gradients(*losses)
+            else:
+                self.updater.backward(functools.reduce(operator.add, losses))
         if phase.combined:
             self.updater.set_gradients(lambda main, beside: method.combine(self.model, main, beside, phase))
         lr = scheduler.get_last_lr()[0]
@@ -296,12 +342,14 @@ class Trainer:
     def _flush(self, phase: Phase, epoch: int, total: int, pending: list[Row]) -> None:
         """Reads the losses of the last steps: into the history, and stops the run where one is not finite."""
         rows: list[dict[str, Any]] = []
-        names = list(pending[0].terms)
+        names = list(dict.fromkeys(name for row in pending for name in row.terms))  # steps that take turns have others
         # The mean over ranks of what each has weighted: the mean over the samples of the step.
-        values = torch.stack([torch.stack([row.terms[name] for name in names]).float() for row in pending])
+        none = next(iter(pending[0].terms.values())).new_zeros(())
+        values = torch.stack([torch.stack([row.terms.get(name, none) for name in names]).float() for row in pending])
         values = (self.world.sum(values) / self.world.size).cpu()
         for row, terms in zip(pending, values.tolist(), strict=True):
-            numbers = {**dict(zip(names, terms, strict=True)), "grad_norm": float(row.norm)}
+            numbers = dict(zip(names, terms, strict=True))
+            numbers = {name: numbers[name] for name in row.terms} | {"grad_norm": float(row.norm)}
             bad = [name for name, value in numbers.items() if not math.isfinite(value)]
             if bad:
                 self._record(rows)
@@ -350,7 +398,10 @@ class Trainer:
         if done:
             state = {"phase": state["phase"] + 1, "step": 0}
         kept = {key: dict(getattr(self, key)) for key in _KEPT}
-        self.folder.save({**state, **kept, "method": self.method.state()}, self.updater.save)
+        kept |= {"method": self.method.state(), "pruned": state_of(self.pruned)}
+        if self.early_stop:
+            kept["early_stop"] = self.early_stop.state()
+        self.folder.save({**state, **kept}, self.updater.save)
 
     def finish(self, resolved: dict[str, Any], finalize: Callable[[UnlearnResult], None] | None) -> UnlearnResult:
         model = merge(self.updater.finish()).eval()
@@ -389,6 +440,7 @@ class Trainer:
             self.folder.path if self.folder else None,
             lambda samples: predict(model, self.loader(samples, "none"), self.run.precision).accuracy,
             self.bad_images,
+            self.early_stop.stopped if self.early_stop else None,
         )
         if finalize:
             finalize(result)

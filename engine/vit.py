@@ -30,6 +30,8 @@ from engine.memory_efficient import through_xformers
 
 # Model attribute that holds the ModelSpec; timm itself does not keep the arguments a model was built with.
 _SPEC = "_lethe_spec"
+# And the folder that it was loaded from.
+_FOLDER = "_lethe_folder"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -183,7 +185,19 @@ def load_checkpoint(checkpoint: str | os.PathLike[str]) -> nn.Module:
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise UserError(f"checkpoint {folder}: {key} holds values that are not finite; take an earlier checkpoint")
     model.load_state_dict(weights)
+    set_folder(model, folder)
     return model.eval()
+
+
+def folder_of(model: nn.Module) -> Path | None:
+    """The checkpoint folder that a model, or the one it was copied from, was loaded from; its weights may have changed
+    since."""
+    return getattr(model, _FOLDER, None)
+
+
+def set_folder(model: nn.Module, folder: Path | None) -> None:
+    """Notes what `folder_of` gives."""
+    setattr(model, _FOLDER, folder)
 
 
 def _read_spec(folder: Path) -> ModelSpec:

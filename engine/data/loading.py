@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode
 
 from engine.data.samples import BadImageError, Reduce, Samples
-from engine.data.sampling import Sampler, epoch_order
+from engine.data.sampling import Epochs, Sampler, epoch_order
 from engine.distributed.world import World
 from engine.errors import RunStopped, UserError
 from engine.vit import describe
@@ -106,6 +106,7 @@ class Loader:
 
     on_bad_image: raise BadImageError, or skip: an image that does not decode is left out of its batch, logged, and kept
     in `bad_ids`; more than `max_bad_share` of the samples stop the run. decode: see RunConfig.
+    counts, chosen: where epochs take a part of the samples: how many each takes, and the positions of an epoch's.
     waited: seconds that passes of this loader have waited for their batches.
     """
 
@@ -124,9 +125,12 @@ class Loader:
         on_bad_image: str = "raise",
         max_bad_share: float = 0.01,
         decode: str = "draft",
+        counts: tuple[int, ...] | None = None,
+        chosen: Callable[[int], np.ndarray] | None = None,
     ) -> None:
         self.world = world or World()
         self.sampler = Sampler(len(samples), batch_size, self.world.rank, self.world.size, micro)
+        self.epochs, self._chosen = Epochs(counts or (len(samples),), self.sampler.per_step), chosen
         self.samples, self.preprocessing, self.seed = samples, preprocessing, seed
         self.device = torch.device(device)
         self.on_bad_image, self.max_bad_share = on_bad_image, max_bad_share
@@ -162,18 +166,29 @@ class Loader:
         """Every sample once, in order, never augmented; this rank's share of them."""
         yield from self._batches(np.arange(len(self.samples)), None)
 
-    def epoch(self, epoch: int, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
-        """Every sample once, in the order of (seed, epoch), augmented; of the steps [start, stop) if given."""
+    def epoch(
+        self, epoch: int, start: int = 0, stop: int | None = None, wanted: Callable[[int], bool] = lambda step: True
+    ) -> Iterator[Batch]:
+        """Every sample that the epoch takes, once, in the order of (seed, epoch), augmented; of the steps [start, stop)
+        if given, without those that are not wanted."""
         order, table = epoch_order(self.seed, epoch, len(self.samples), 0 if self.augment == "none" else 5)
-        yield from self._batches(order, table, start, stop)
+        if self._chosen is not None:
+            order = order[np.isin(order, self._chosen(epoch))]
+        yield from self._batches(order, table, start, stop, wanted)
 
-    def steps_of(self, start: int, stop: int) -> Iterator[Batch]:
-        """The batches of the steps [start, stop), counted from epoch 0 on, whatever epochs they lie in."""
+    def steps_of(self, start: int, stop: int, wanted: Callable[[int], bool] = lambda step: True) -> Iterator[Batch]:
+        """The batches of the steps [start, stop), counted from epoch 0 on, whatever epochs they lie in; without those
+        of steps that are not wanted."""
         while start < stop:
-            epoch, first = divmod(start, self.steps())
-            end = min(self.steps(), first + stop - start)
-            yield from self.epoch(epoch, first, end)
-            start += end - first
+            epoch, first, end = self.epochs.place(start)
+            end = min(end, stop)
+            yield from self.epoch(
+                epoch,
+                start - first,
+                end - first,
+                lambda step, first=first: wanted(first + step),  # type: ignore[misc]
+            )
+            start = end
 
     def rows(self, of: Callable[[Batch], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """What `of` gives for every sample [n, ...], in order, on the CPU of every rank; each rank computes its share.
@@ -191,10 +206,15 @@ class Loader:
         return tuple(_spread(each, index, len(self.samples)) for each in rows)
 
     def _batches(
-        self, order: np.ndarray, table: np.ndarray | None, start: int = 0, stop: int | None = None
+        self,
+        order: np.ndarray,
+        table: np.ndarray | None,
+        start: int = 0,
+        stop: int | None = None,
+        wanted: Callable[[int], bool] = lambda step: True,
     ) -> Iterator[Batch]:
         self._dataset.table = table
-        slices = list(self.sampler.slices(order, start, stop))
+        slices = list(self.sampler.slices(order, start, stop, wanted))
         image_bytes = len(self.preprocessing.mean) * self.preprocessing.size[0] * self.preprocessing.size[1]
         ahead = _AHEAD_BYTES // max(1, image_bytes * self.sampler.batch_size)
         loader = DataLoader(

@@ -12,7 +12,8 @@ weight = slices x samples of the slice / samples of the step, and mean over slic
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -51,15 +52,58 @@ class Sampler:
     def steps(self) -> int:
         return -(-self.count // self.per_step)
 
-    def slices(self, order: np.ndarray, start: int = 0, stop: int | None = None) -> Iterator[Slice]:
-        """This rank's micro-batches of the steps [start, stop) of an order, `micro` of them a step."""
-        parts = self.ranks * self.micro
-        for step in range(start, self.steps() if stop is None else min(stop, self.steps())):
+    def slices(
+        self,
+        order: np.ndarray,
+        start: int = 0,
+        stop: int | None = None,
+        wanted: Callable[[int], bool] = lambda step: True,
+    ) -> Iterator[Slice]:
+        """This rank's micro-batches of the steps [start, stop) of an order that are wanted, `micro` of them a step."""
+        parts, steps = self.ranks * self.micro, -(-len(order) // self.per_step)
+        for step in filter(wanted, range(start, steps if stop is None else min(stop, steps))):
             samples = order[step * self.per_step : (step + 1) * self.per_step]
             for micro in range(self.micro):
                 part = micro * self.ranks + self.rank
                 mine = samples[part * len(samples) // parts : (part + 1) * len(samples) // parts]
                 yield Slice(mine if len(mine) else samples[:1], parts * len(mine) / len(samples), len(samples))
+
+
+@dataclasses.dataclass(frozen=True)
+class Epochs:
+    """The epochs of a phase, in steps and samples.
+
+    counts: samples of each epoch, more than none; those beyond are like the last. per_step: samples of a full step.
+    """
+
+    counts: tuple[int, ...]
+    per_step: int
+
+    def count(self, epoch: int) -> int:
+        """Samples of an epoch."""
+        return self.counts[min(epoch, len(self.counts) - 1)]
+
+    def steps_in(self, epoch: int) -> int:
+        return -(-self.count(epoch) // self.per_step)
+
+    def steps(self, epochs: float) -> int:
+        """Steps of the first `epochs`; a part of a step is one."""
+        whole = int(epochs)
+        before = sum(self.steps_in(epoch) for epoch in range(whole))
+        return math.ceil(round(before + (epochs - whole) * self.steps_in(whole), 6))
+
+    def place(self, step: int) -> tuple[int, int, int]:
+        """(epoch, its first step, the first step after it) of the epoch in which a step lies."""
+        epoch = first = 0
+        while step >= first + self.steps_in(epoch):
+            first += self.steps_in(epoch)
+            epoch += 1
+        return epoch, first, first + self.steps_in(epoch)
+
+    def samples(self, steps: int) -> int:
+        """Samples that the first `steps` steps take."""
+        epoch, first, _ = self.place(steps)
+        return sum(self.count(each) for each in range(epoch)) + (steps - first) * self.per_step
 
 
 def epoch_order(seed: int, epoch: int, count: int, draws: int = 0) -> tuple[np.ndarray, np.ndarray | None]:

@@ -73,7 +73,8 @@ class Updater:
     def step(self) -> Tensor | float:
         """Clips, steps, drops the gradients; returns their global norm before clipping."""
         for parameter in self.optimizer.param_groups[0]["params"]:
-            if parameter.grad is None:  # a weight that the loss does not reach decays all the same, as under DeepSpeed
+            # One that the loss does not reach decays all the same, as under DeepSpeed; one that was frozen does not.
+            if parameter.grad is None and parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.run.grad_clip or math.inf)
         self.optimizer.step()

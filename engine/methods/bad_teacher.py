@@ -57,6 +57,7 @@ class BadTeacher(Distillation):
     name = "bad_teacher"
     summary = "towards an untrained model on forget samples, towards the original on a part of the retained ones"
     Config = BadTeacherConfig
+    teachers = 2.0  # both see every image
 
     def __init__(self, config: BadTeacherConfig, context: Context) -> None:
         super().__init__(config, context)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from engine.errors import UserError
 from engine.registry import Registry
 from engine.vit import ViTInfo, outputs
 
+if TYPE_CHECKING:
+    from engine.trainer import UnlearnResult
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Phase:
@@ -31,6 +34,8 @@ class Phase:
     beside_share: size of that batch relative to the run's. augment_beside: whether it is augmented; None: as `augment`.
     combined: the gradients of the two losses are not added up but given to `Method.combine`.
     retain_part: share (0, 1] of the retained samples that are among `samples`, drawn once by the run's seed.
+    turns: 0: every step takes both batches. n: steps take turns, one that takes the batch beside alone, then n that
+        take the other alone; the batch of the other kind is passed over.
     """
 
     name: str
@@ -45,11 +50,51 @@ class Phase:
     augment_beside: bool | None = None
     combined: bool = False
     retain_part: float = 1.0
+    turns: int = 0
+
+    def retained(self, count: int) -> int:
+        """How many of `count` retained samples are among `samples`."""
+        return 0 if self.samples == "forget" else max(1, round(self.retain_part * count))
+
+    def beside_size(self, batch_size: int, grown: float = 1.0) -> int:
+        """Samples of a batch beside one of the run's batch size; grown: by how much it is larger than asked."""
+        return max(1, round(self.beside_share * grown * batch_size))
+
+    def takes(self, step: int) -> tuple[bool, bool]:
+        """Whether a step takes a batch of `samples`, and one of those beside."""
+        turn = step % (1 + self.turns) == 0
+        return not (self.turns and turn), self.beside is not None and turn
 
 
 def phase_of_both(epochs: float, lr: float, **more: Any) -> Phase:
     """A guarded phase of retained samples with forget samples beside them. more: further fields of `Phase`."""
     return Phase(name="forget", samples="retain", beside="forget", guarded=True, epochs=epochs, lr=lr, **more)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Taken:
+    """What the steps of a phase take, for `Method.passes`. steps: how many. images, beside: of the phase's samples and
+    of those beside. held_out: samples that the original never trained on. image: (height, width) of the model's input.
+    """
+
+    steps: int
+    images: int
+    beside: int
+    held_out: int
+    image: tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Passes:
+    """Passes of a phase that are not those of its steps. images: how many, each `forward` times through the model, and
+    `backward` times back. rollouts: of the attention. kind: what a measured rate for them is called."""
+
+    name: str
+    images: float
+    forward: float = 1.0
+    backward: float = 0.0
+    rollouts: float = 0.0
+    kind: str = "forward"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,8 +129,7 @@ class Context:
         retain = self.retain
         if phase.retain_part < 1:
             order = np.random.default_rng([self.run.seed, len(retain)]).permutation(len(retain))
-            count = max(1, round(phase.retain_part * len(retain)))
-            retain = retain.subset(np.sort(order[:count]), f"{retain.name} (part)")
+            retain = retain.subset(np.sort(order[: phase.retained(len(retain))]), f"{retain.name} (part)")
         return concatenate(self.forget, retain) if phase.samples == "all" else retain
 
 
@@ -94,7 +138,9 @@ class Method:
 
     one_process: why the method's mathematics needs whole weights and gradients in one process, which DeepSpeed does
     not leave it; the loop then refuses a DeepSpeed configuration with it. Empty for all others.
+    needs_checkpoint: what made the only checkpoints that the method takes; empty: it takes any.
     exact: never looks at the forget samples, so that there is nothing to choose by them, and `lethe tune` refuses it.
+    after_collapse: what a user can do about a result that collapsed.
     """
 
     name: ClassVar[str]
@@ -102,6 +148,8 @@ class Method:
     Config: ClassVar[type[Any]]
     one_process: ClassVar[str] = ""
     exact: ClassVar[bool] = False
+    needs_checkpoint: ClassVar[str] = ""
+    after_collapse: ClassVar[str] = "Lower the rates (--set forget_lr=..., lr=...)"
 
     def __init__(self, config: Any, context: Context) -> None:
         self.config, self.context = config, context
@@ -113,6 +161,10 @@ class Method:
     def phases(self) -> list[Phase]:
         raise NotImplementedError
 
+    def samples_of(self, phase: Phase) -> Samples:
+        """The samples of a phase, unless a method deals them out itself."""
+        return self.context.samples_of(phase)
+
     def prepare(self, phase: Phase) -> None:
         """Passes of the original that a phase needs; runs once before it, and its time counts."""
 
@@ -122,6 +174,16 @@ class Method:
 
     def restore(self, phase: Phase, prepared: dict[str, Tensor]) -> None:
         """Takes what `prepared` gave, in place of `prepare`."""
+
+    def passes(self, phases: list[Phase], number: int, taken: Taken) -> list[Passes]:
+        """What the phase of a number computes beside its steps, at most, for `lethe plan`.
+
+        Only `config`, `context.run` and the lengths of `context.forget` and `context.retain` are there to look at.
+        """
+        return []
+
+    def begins(self, phase: Phase, steps: int) -> None:
+        """Told before the first step of a phase, or of what is left of it: how many steps it takes in all."""
 
     def needs_original(self, phase: Phase, prepared: bool) -> bool:
         """Whether a phase still runs the original, before or after it is prepared; where none does, its memory is
@@ -155,6 +217,10 @@ class Method:
     def ended(self, model: nn.Module, phase: Phase, epoch: int) -> str | None:
         """Asked at the end of every epoch, on every rank: why the phase should end now; None to go on."""
         return None
+
+    def finished(self, result: UnlearnResult) -> None:
+        """Called once with the final model, on every rank, before the run counts as finished: may write further files
+        into the run folder. Once more where the run was killed in what comes after it."""
 
     def state(self) -> dict[str, Any]:
         """Tensors and plain values that a resumed run needs beside what `prepare` computes; kept in checkpoints."""

@@ -23,3 +23,17 @@ def matched_accuracy(held_out: Predictions, forget_labels: np.ndarray) -> float:
     hits = held_out.logits.argmax(1) == held_out.labels
     of_class = {int(label): float(hits[held_out.labels == label].mean()) for label in np.unique(held_out.labels)}
     return float(np.mean([of_class.get(int(label), held_out.accuracy) for label in forget_labels]))
+
+
+def unseen_accuracy(held_out: Predictions, forget_labels: np.ndarray, retain_labels: np.ndarray) -> float:
+    """The same, and 0 in classes of which nothing is retained: a model that never saw a class does not answer with it.
+
+    held_out: what the original says of samples that it was not trained on.
+    """
+    seen = np.isin(forget_labels, retain_labels)
+    return matched_accuracy(held_out, forget_labels[seen]) * float(seen.mean()) if seen.any() else 0.0
+
+
+def said(forget: float, unseen: float) -> str:
+    """Why a run or a phase ends that stops by these accuracies."""
+    return f"forget accuracy {100 * forget:.1f}%, of samples never seen {100 * unseen:.1f}%"

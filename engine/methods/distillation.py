@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.data import Batch
-from engine.methods.base import Context, Method, Phase
+from engine.methods.base import Context, Method, Passes, Phase, Taken
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
@@ -30,6 +30,8 @@ class Distillation(Method):
     then computed once, before the phase, and kept in host memory (samples x outputs floats).
     """
 
+    teachers = 1.0  # passes of teachers that `taught` takes
+
     def __init__(self, config: Any, context: Context) -> None:
         super().__init__(config, context)
         self._rows: dict[str, Tensor] = {}
@@ -41,6 +43,20 @@ class Distillation(Method):
     def teachers_run(self, phase: Phase) -> bool:
         """Whether a phase has teachers at all."""
         return True
+
+    def passes(self, phases: list[Phase], number: int, taken: Taken) -> list[Passes]:
+        phase = phases[number]
+        if not self.teachers_run(phase):
+            return []
+        known = [each.samples for each in phases[:number] if self.teachers_run(each) and not each.augment]
+        if phase.augment:
+            images = taken.images
+        elif phase.samples in known:
+            images = 0
+        else:
+            images = phase.retained(len(self.context.retain))
+            images += 0 if phase.samples == "retain" else len(self.context.forget)
+        return [Passes(name="teacher outputs", images=images, forward=self.teachers)]
 
     def prepare(self, phase: Phase) -> None:
         if self.teachers_run(phase) and not phase.augment and phase.samples not in self._rows:

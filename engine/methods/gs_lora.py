@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from engine.config import require
 from engine.data import Batch, Samples
 from engine.errors import UserError
-from engine.methods.base import Context, Method, Phase, cross_entropy, phase_of_both, register
+from engine.methods.base import Context, Method, Passes, Phase, Taken, cross_entropy, phase_of_both, register
 from engine.methods.calibration import predictions_of
 from engine.methods.spaces import Range, rate, tunable
 from engine.trainable import LowRank, low_ranks, restrict
@@ -92,6 +92,10 @@ class GSLoRA(Method):
     def phases(self) -> list[Phase]:
         lr = self.learning_rate(self.config.lr, LORA_LR_PER_WIDTH)
         return [phase_of_both(self.config.retain_epochs, lr, beside_share=self.config.forget_share)]
+
+    def passes(self, phases: list[Phase], number: int, taken: Taken) -> list[Passes]:
+        bound = taken.held_out if self.config.bound is None else 0
+        return [Passes(name="bounds by held-out samples", images=bound)]
 
     def prepare(self, phase: Phase) -> None:
         if self.bound is None:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from engine.config import require
 from engine.data import Batch
 from engine.errors import UserError
-from engine.methods.base import Context, Phase, register
+from engine.methods.base import Context, Passes, Phase, Taken, register
 from engine.methods.distillation import divergence
 from engine.methods.gs_lora import GSLoRA, GSLoRAConfig
 from engine.methods.spaces import Range, tunable
@@ -69,6 +69,12 @@ class GSLoRAPP(GSLoRA):
             raise UserError("option compile=true: gs_lora_pp reads features on the way to the logits; leave it out")
         self.prototype_bound = config.prototype_bound
         self._prototypes: Tensor | None = None
+
+    def passes(self, phases: list[Phase], number: int, taken: Taken) -> list[Passes]:
+        both = len(self.context.forget) + len(self.context.retain)
+        bound = taken.held_out if self.config.prototype_bound is None else 0
+        own = [Passes(name="prototypes", images=both), Passes(name="bounds by held-out samples", images=bound)]
+        return [*super().passes(phases, number, taken), *own]
 
     def prepare(self, phase: Phase) -> None:
         super().prepare(phase)

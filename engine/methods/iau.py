@@ -3,7 +3,9 @@ arXiv 2507.23257): one step on the whole retain set and the whole forget set.
 
     g = grad CE(D_r; theta_o) - grad CE(D_f; theta_o)        theta = theta_o - lr * g / (|g| + 1e-8)
 
-CE is the mean over a set. The minus is the paper's incremental approximation (learning a sample with the opposite
+CE is the mean over a set. How far to go is not said for other models than the paper's, so by default it is searched
+(`line_search`): until the forget samples are answered as held-out ones are, or held-out accuracy has fallen by
+`max_drop` points. The minus is the paper's incremental approximation (learning a sample with the opposite
 gradient stands for removing it), grad CE(D_r) its gradient correction; the step is the first one of a fresh Adam, as in
 the paper's public code, which moves every weight by about lr.
 
@@ -16,24 +18,25 @@ from __future__ import annotations
 
 import dataclasses
 
-import torch
 from torch import nn
 
 from engine.config import require
-from engine.methods.base import Method, Phase, cross_entropy, register
-from engine.methods.spaces import rate, tunable
+from engine.methods.base import Context, Method, Passes, Phase, Taken, cross_entropy, register
+from engine.methods.gradients import mean_gradient
+from engine.methods.line_search import LineSearch, SearchConfig, go, looks
 
-# Rate times the width of the model. At 1e-4 and width 128 the step hardly shows, at 3e-4 held-out accuracy falls too.
-LR_PER_WIDTH = 0.0256
+# The largest step that is looked at, times the width of the model.
+MOST_PER_WIDTH = 0.256
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class IAUConfig:
-    """lr: how far a weight moves; null: 0.0256 / width (2e-4 at width 128)."""
+class IAUConfig(SearchConfig):
+    """lr: how far a weight moves; null: searched in [0, 0.256 / width]. The others: of that search."""
 
-    lr: float | None = tunable(None, rate(LR_PER_WIDTH))
+    lr: float | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.lr is None or self.lr > 0, "lr", self.lr, "above 0, or null")
 
 
@@ -44,18 +47,25 @@ class IAU(Method):
     Config = IAUConfig
     one_process = "its one step is taken between phases, on whole weights"
 
+    def __init__(self, config: IAUConfig, context: Context) -> None:
+        super().__init__(config, context)
+        why = "to search the size of its step on (or set lr)"
+        self.search = None if config.lr else LineSearch(self, config, why)
+
     def phases(self) -> list[Phase]:
-        lr = self.learning_rate(self.config.lr, LR_PER_WIDTH)
+        lr = self.learning_rate(self.config.lr, MOST_PER_WIDTH)
         return [Phase(name="forget", samples="forget", epochs=0, lr=lr, schedule="constant", guarded=True)]
+
+    def passes(self, phases: list[Phase], number: int, taken: Taken) -> list[Passes]:
+        both = len(self.context.forget) + len(self.context.retain)
+        looked = [] if self.config.lr else [looks(self.config, 1, taken.held_out, len(self.context.forget))]
+        return [Passes(name="gradients", images=both, backward=1, kind="training"), *looked]
 
     def edit(self, model: nn.Module, phase: Phase) -> None:
         context = self.context
-        model.eval()
-        for samples, sign in ((context.retain, 1), (context.forget, -1)):
-            for batch in context.loader(samples, "none").ordered():
-                with context.autocast():
-                    loss = cross_entropy(model, batch)
-                (sign * len(batch) / len(samples) * loss).backward()
-        adam = torch.optim.Adam(model.parameters(), lr=phase.lr)
-        adam.step()
-        adam.zero_grad()
+        retain, forget = (
+            mean_gradient(model, context.loader(samples, "none"), cross_entropy, context.autocast)
+            for samples in (context.retain, context.forget)
+        )
+        up = [f - r for f, r in zip(forget, retain, strict=True)]
+        go(model, [g / (g.abs() + 1e-8) for g in up], phase.lr, self.search)

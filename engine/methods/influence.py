@@ -7,7 +7,8 @@ arXiv 2004.14340), as in l1-sparse (Jia et al., NeurIPS 2023, arXiv 2304.04934) 
     theta <- theta + alpha F^-1 v
 
 v is what leaves the gradient of the training loss when the weight 1 / n of the forget samples is dealt out to the
-retained ones; alpha = 1 is the Newton step, and the field tunes alpha.
+retained ones; alpha = 1 is the Newton step, and the field tunes alpha. Here it is searched by default (`line_search`):
+until the forget samples are answered as held-out ones are, or held-out accuracy has fallen by `max_drop` points.
 
 WoodFisher reaches F^-1 v by the recursion of Sherman and Morrison, one sample at a time; exact, it holds N vectors as
 long as the model. Here the same F^-1 v is solved for by conjugate gradients: a product F u is one pass of directional
@@ -32,25 +33,29 @@ from torch import Tensor, nn
 from engine.config import require
 from engine.data import Loader
 from engine.errors import UserError
-from engine.methods.base import Context, cross_entropy, register
+from engine.methods.base import Context, Passes, Phase, Taken, cross_entropy, register
 from engine.methods.edits import Edit, EditConfig
 from engine.methods.gradients import dot, gradient, mean_gradient, norm, trainable
-from engine.methods.spaces import Range, tunable
+from engine.methods.line_search import LineSearch, SearchConfig, go, looks
 from engine.vit import attention_as
+
+# The largest alpha that is looked at.
+MOST = 4.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class InfluenceConfig(EditConfig):
+class InfluenceConfig(SearchConfig, EditConfig):
     """Options of influence unlearning, and of the repair that may follow it.
 
-    alpha: what the step is multiplied with. fisher_samples: N above, drawn among the retained samples.
+    alpha: what the step is multiplied with; null: searched in [0, 4]. max_drop, search_steps, held_out_samples: of the
+    search. fisher_samples: N above, drawn among the retained samples.
     damping: see above; small: the step goes far where the retained samples do not care.
     tolerance: of the solver, the length of what is left of v relative to v. solver_steps: products F u at most.
     retain_epochs: passes over the retained samples after the edit, to repair it; 0: none, as published.
     lr: peak rate of that repair; null: 0.192 / width.
     """
 
-    alpha: float = tunable(0.1, Range(0.01, 1, log=True))
+    alpha: float | None = None
     fisher_samples: int = 1000
     damping: float = 1e-3
     tolerance: float = 0.01
@@ -58,7 +63,8 @@ class InfluenceConfig(EditConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.alpha > 0, "alpha", self.alpha, "above 0")
+        EditConfig.__post_init__(self)
+        require(self.alpha is None or self.alpha > 0, "alpha", self.alpha, "above 0, or null")
         require(self.fisher_samples >= 1, "fisher_samples", self.fisher_samples, "at least 1")
         require(self.damping > 0, "damping", self.damping, "above 0")
         require(self.tolerance > 0, "tolerance", self.tolerance, "above 0")
@@ -73,6 +79,9 @@ class Influence(Edit):
 
     def __init__(self, config: InfluenceConfig, context: Context) -> None:
         super().__init__(config, context)
+        self.search = (
+            None if config.alpha else LineSearch(self, config, "to search the size of its step on (or set alpha)")
+        )
         for given, option, remedy in (
             (context.run.compile, "compile=true", "compile=false"),
             (context.run.gradient_checkpointing, "gradient_checkpointing=true", "a smaller batch_size"),
@@ -81,6 +90,16 @@ class Influence(Edit):
                 raise UserError(
                     f"option {option}: influence takes directional derivatives, and it cannot; use {remedy}"
                 )
+
+    def passes(self, phases: list[Phase], number: int, taken: Taken) -> list[Passes]:
+        if phases[number].name != "edit":
+            return []
+        forget, retain = len(self.context.forget), len(self.context.retain)
+        products = self.config.solver_steps * min(self.config.fisher_samples, retain)
+        # A product is a forward pass that carries a derivative along, about two, and one that is gone back through.
+        curvature = Passes(name="products of the Fisher matrix", images=products, forward=3, backward=1)
+        looked = [] if self.config.alpha else [looks(self.config, 1, taken.held_out, forget)]
+        return [Passes(name="gradients", images=forget + retain, backward=1, kind="training"), curvature, *looked]
 
     def change(self, model: nn.Module) -> None:
         context, config = self.context, self.config
@@ -97,8 +116,7 @@ class Influence(Edit):
             step = solve(
                 lambda u: fisher_product(model, loader, u, config.damping), v, config.tolerance, config.solver_steps
             )
-        with torch.no_grad():
-            torch._foreach_add_(trainable(model), step, alpha=config.alpha)
+        go(model, step, config.alpha or MOST, self.search)
 
 
 def fisher_product(model: nn.Module, loader: Loader, u: Sequence[Tensor], damping: float) -> list[Tensor]:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from engine.config import require
 from engine.data import Batch
 from engine.data.samples import spread
-from engine.methods.base import Context, Phase, cross_entropy, register
+from engine.methods.base import Context, Passes, Phase, Taken, cross_entropy, register
 from engine.methods.distillation import Distillation
 from engine.methods.finetune import RETAIN_LR_PER_WIDTH
 from engine.methods.spaces import Range, rate, tunable
@@ -157,6 +157,13 @@ class Laf(Distillation):
 
     def taught(self, batch: Batch, phase: Phase) -> Tensor:
         return outputs(self.context.original, batch.images, "features")
+
+    def passes(self, phases: list[Phase], number: int, taken: Taken) -> list[Passes]:
+        found = super().passes(phases, number, taken)
+        if phases[number].name == "forget":  # the retained samples beside are asked for as they come
+            fitted = min(self.config.vae_samples, len(self.context.retain))
+            found.append(Passes(name="teacher outputs", images=fitted + taken.beside))
+        return found
 
     def prepare(self, phase: Phase) -> None:
         super().prepare(phase)

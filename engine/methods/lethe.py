@@ -30,7 +30,7 @@ from engine.config import require
 from engine.data import Batch
 from engine.errors import UserError
 from engine.masking import HeadFusion, MaskSource, count_masked, mask_and_outputs, random_masks
-from engine.methods.base import Context, Method, Phase, cross_entropy, register
+from engine.methods.base import Context, Method, Passes, Phase, Taken, cross_entropy, register
 from engine.methods.finetune import RETAIN_LR_PER_WIDTH
 from engine.methods.spaces import Range, rate, tunable
 from engine.tokens import capture_patch_tokens, masked_outputs, masked_patch_token, supports_tokens
@@ -122,6 +122,15 @@ class Lethe(Method):
             lr=self.learning_rate(config.lr, RETAIN_LR_PER_WIDTH),
         )
         return [phase for phase in (forget, retain) if phase.epochs > 0]
+
+    def passes(self, phases: list[Phase], number: int, taken: Taken) -> list[Passes]:
+        config = self.config
+        if phases[number].name != "forget":
+            return []
+        images = taken.images if config.augment_forget else len(self.context.forget)
+        rollouts = float(config.mask_source == "rollout")
+        # The original on each forget image and on its masked copy, and the class row of the rollout between them.
+        return [Passes(name="masks and teacher outputs", images=images, forward=2, rollouts=rollouts, kind="teacher")]
 
     def prepare(self, phase: Phase) -> None:
         if phase.name != "forget" or self.config.augment_forget:

@@ -7,12 +7,20 @@ stage (docs/notes.md). So here the target is another, and both stages are one. W
     p(x) = mean over small shifts T of softmax f_o(T x)
     q(x) = p(x), the log-odds of its true class y set to the quantile of f_o's log-odds on held-out samples of class y
            at which x stands among the forget samples of class y when they are ordered by the log-odds of p
-    L    = CE(f(x_r), y_r) + w KL(q(x_f) || f(x_f))         retained x_r and forget x_f in every step
+    L    = CE(f(x_r), y_r) + w KL(q_s(x_f) || f(x_f))       retained x_r and forget x_f in every step
+
+q_s is q with s added to the log-odds of y, and s, 0 at first, follows what is left of the memory: after every step
+
+    s <- s - c mean over all forget samples of l(f(x)) - l(q(x))        l: log-odds of y
+
+where those that are not in the step count as 0. A target is never quite reached, least where memory is strongest; so
+the aim goes lower until the forget samples are answered, in the mean, as held-out samples are. That begins after a
+fifth of the steps: what is left before is what has not been learned yet, and to answer it would lower the aim too far.
 
 p, because what a model has memorised of an image is tied to its pixels, and a shifted copy (1/16 and 1/8 of the side,
-edges mirrored, and the flipped image where the run augments by flips) shows what it would have said without. q,
-because a mean over views is unsure of everything, while a model that never saw x answers with the confidence it has on
-held-out images. Where nothing of a class is retained, no such model knows the class: q gives it nothing.
+edges mirrored) shows what it would have said without. q, because a mean over views is unsure of everything, while a
+model that never saw x answers with the confidence it has on held-out images. Where nothing of a class is retained, no
+such model knows the class: q gives it nothing.
 
 Retained images are not augmented: they are shown to keep what is known of them, which is of the image itself. Forget
 images are, so that it is forgotten in all views that were trained on.
@@ -22,6 +30,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,12 +38,14 @@ from torch import Tensor, nn
 
 from engine.config import require
 from engine.data import Batch
-from engine.methods.base import Method, Phase, cross_entropy, phase_of_both, register
+from engine.methods.base import Context, Method, Passes, Phase, Taken, cross_entropy, phase_of_both, register
 from engine.methods.spaces import Range, rate, tunable
 from engine.vit import outputs
 
 # Peak rate times the width of the model; see docs/notes.md.
 LR_PER_WIDTH = 0.0768
+# Share of the steps after which the aim is corrected.
+_SETTLED = 0.2
 # Of log-probabilities, so that a class that no view names can be raised by its log-odds.
 _LEAST = 1e-9
 
@@ -47,14 +58,16 @@ class LethePlusConfig:
     where they are so many that a step would hold more forget than retained samples, the steps are more instead.
     lr: peak rate; null: 0.0768 / width. forget_weight: w above.
     views: p is the mean over shifted images; false: the original's answer on the image itself.
+    correction: c above, the share of what is left by which s moves in a pass over the forget samples; 0: s stays 0.
     calibrate: q has the log-odds of held-out samples; false: those of p.
     augment_retain: augment retained images as the run says.
     """
 
-    epochs: float = tunable(2.0, Range(0.5, 6, step=0.5))
+    epochs: float = tunable(2.25, Range(0.75, 6, step=0.75))
     forget_passes: float = tunable(18.0, Range(6, 36, step=3))
     lr: float | None = tunable(None, rate(LR_PER_WIDTH))
-    forget_weight: float = tunable(2.0, Range(0.5, 8.0, log=True))
+    forget_weight: float = tunable(1.0, Range(0.5, 8.0, log=True))
+    correction: float = 0.5
     views: bool = True
     calibrate: bool = True
     augment_retain: bool = False
@@ -64,6 +77,7 @@ class LethePlusConfig:
         require(self.forget_passes > 0, "forget_passes", self.forget_passes, "above 0")
         require(self.lr is None or self.lr > 0, "lr", self.lr, "above 0, or null")
         require(self.forget_weight > 0, "forget_weight", self.forget_weight, "above 0")
+        require(self.correction >= 0, "correction", self.correction, "0 or more")
 
 
 @register
@@ -71,6 +85,12 @@ class LethePlus(Method):
     name = "lethe_plus"
     summary = "distils what a model that never saw the forget samples would say, beside the retained ones"
     Config = LethePlusConfig
+
+    def __init__(self, config: LethePlusConfig, context: Context) -> None:
+        super().__init__(config, context)
+        self.steps = self.taken = 0
+        self.shift = torch.zeros((), dtype=torch.float64, device=context.device)  # s
+        self._left = torch.zeros_like(self.shift)  # sum of the mean's terms in this step, on this rank
 
     def phases(self) -> list[Phase]:
         config = self.config
@@ -86,11 +106,16 @@ class LethePlus(Method):
             )
         ]
 
+    def passes(self, phases: list[Phase], number: int, taken: Taken) -> list[Passes]:
+        config = self.config
+        views = len(offsets(*taken.image)) if config.views else 1
+        targets = len(self.context.forget) * views + (taken.held_out if config.calibrate else 0)
+        return [Passes(name="teacher outputs", images=targets)]
+
     def prepare(self, phase: Phase) -> None:
         context, config = self.context, self.config
         labels = torch.from_numpy(context.forget.labels)
         plain = context.loader(context.forget, "none")
-        self.flips = context.loader(context.forget, context.run.augment).augment != "none"
         logits = plain.rows(self._views_mean if config.views else self._answers)[0]
         known = torch.zeros(context.num_classes, dtype=torch.bool)
         known[torch.from_numpy(context.retain.labels).unique()] = True
@@ -106,14 +131,37 @@ class LethePlus(Method):
     def restore(self, phase: Phase, prepared: dict[str, Tensor]) -> None:
         self.targets = prepared["targets"]
 
+    def begins(self, phase: Phase, steps: int) -> None:
+        self.steps = steps
+
     def loss(self, model: nn.Module, batch: Batch, phase: Phase) -> dict[str, Tensor]:
         return {"retain_ce": cross_entropy(model, batch)}
 
     def loss_beside(self, model: nn.Module, batch: Batch, phase: Phase) -> dict[str, Tensor]:
-        said = outputs(model, batch.images).float().log_softmax(1)
-        target = self.targets[batch.index].to(said.device)
-        divergence = F.kl_div(said, target, reduction="none").sum(1)
+        logits = outputs(model, batch.images).float()
+        target = self.targets[batch.index].to(logits.device).log()
+        true = batch.labels[:, None]
+        if batch.weight:
+            left = log_odds(logits.detach(), batch.labels) - log_odds(target, batch.labels)
+            # Of a class of which nothing is retained the target has no log-odds.
+            self._left += left.masked_fill(~left.isfinite(), 0).sum()
+        aim = target.scatter_add(1, true, self.shift.to(target).expand_as(true)).softmax(1)
+        divergence = F.kl_div(logits.log_softmax(1), aim, reduction="none").sum(1)
         return {"forget_kl": self.config.forget_weight * divergence.mean()}
+
+    def after_step(self, model: nn.Module, phase: Phase) -> None:
+        self.taken += 1
+        if self.taken > _SETTLED * self.steps:
+            left = self.context.world.sum(self._left)
+            self.shift = self.shift - self.config.correction / len(self.context.forget) * left
+        self._left = torch.zeros_like(self._left)
+
+    def state(self) -> dict[str, Any]:
+        return {"shift": float(self.shift), "taken": self.taken}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.shift = torch.full_like(self.shift, state["shift"])
+        self.taken = state["taken"]
 
     @torch.no_grad()
     def _answers(self, batch: Batch) -> tuple[Tensor]:
@@ -123,11 +171,8 @@ class LethePlus(Method):
 
     def _views_mean(self, batch: Batch) -> tuple[Tensor]:
         """Log of the mean probability [B, C] over shifted views."""
-        views = [batch.images, batch.images.flip(-1)] if self.flips else [batch.images]
         said = [
-            self._answers(dataclasses.replace(batch, images=shifted))[0].softmax(1)
-            for images in views
-            for shifted in shifts(images)
+            self._answers(dataclasses.replace(batch, images=shifted))[0].softmax(1) for shifted in shifts(batch.images)
         ]
         return (torch.stack(said).mean(0).clamp_min(_LEAST).log(),)
 
@@ -135,14 +180,22 @@ class LethePlus(Method):
 def shifts(images: Tensor) -> Iterator[Tensor]:
     """Copies [B, C, H, W] moved by 1/16 and 1/8 of the side along an axis, or 3/32 along both; edges mirrored."""
     height, width = images.shape[-2:]
+    down, across = _most(height), _most(width)
+    padded = F.pad(images, (across, across, down, down), mode="reflect")
+    for i, j in offsets(height, width):
+        yield padded[..., down + i : down + i + height, across + j : across + j + width]
+
+
+def offsets(height: int, width: int) -> list[tuple[int, int]]:
+    """The shifts of images of a size in pixels; of small images several are the same."""
     steps = [(i * size, j * size) for size in (1 / 16, 1 / 8) for i, j in ((1, 0), (-1, 0), (0, 1), (0, -1))]
     steps += [(i * 3 / 32, j * 3 / 32) for i in (1, -1) for j in (1, -1)]
-    down, across = max(1, height // 8), max(1, width // 8)
-    padded = F.pad(images, (across, across, down, down), mode="reflect")
-    # Of small images several steps are the same pixel.
-    pixels = dict.fromkeys((_pixels(i, height, down), _pixels(j, width, across)) for i, j in steps)
-    for i, j in pixels:
-        yield padded[..., down + i : down + i + height, across + j : across + j + width]
+    return list(dict.fromkeys((_pixels(i, height, _most(height)), _pixels(j, width, _most(width))) for i, j in steps))
+
+
+def _most(side: int) -> int:
+    """The largest shift along a side, in pixels."""
+    return max(1, side // 8)
 
 
 def _pixels(share: float, side: int, most: int) -> int:

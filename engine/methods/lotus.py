@@ -26,15 +26,14 @@ import dataclasses
 import math
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.config import require
 from engine.data import Batch
-from engine.methods.base import Context, Phase, register
-from engine.methods.calibration import matched_accuracy, predictions_of
+from engine.methods.base import Context, Passes, Phase, Taken, register
+from engine.methods.calibration import predictions_of, said, unseen_accuracy
 from engine.methods.distillation import Distillation
 from engine.methods.spaces import Range, rate, tunable
 from engine.vit import outputs
@@ -94,16 +93,16 @@ class Lotus(Distillation):
             )
         ]
 
+    def passes(self, phases: list[Phase], number: int, taken: Taken) -> list[Passes]:
+        looks = self.config.epochs * len(self.context.forget)  # one before each epoch
+        look = Passes(name="accuracy on forget and held-out samples", images=looks + taken.held_out)
+        return [*super().passes(phases, number, taken), look]
+
     def prepare(self, phase: Phase) -> None:
         super().prepare(phase)
         context = self.context
-        labels = context.forget.labels
-        seen = np.isin(labels, context.retain.labels)
-        if seen.any():
-            unseen = predictions_of(context.original, self._held_out, context)
-            self._expected = matched_accuracy(unseen, labels[seen]) * float(seen.mean())
-        else:
-            self._expected = 0.0
+        unseen = predictions_of(context.original, self._held_out, context)
+        self._expected = unseen_accuracy(unseen, context.forget.labels, context.retain.labels)
         self._look(context.original)
 
     def prepared(self, phase: Phase) -> dict[str, Tensor]:
@@ -132,10 +131,7 @@ class Lotus(Distillation):
         self._look(model)
         if self._distance > -self.config.tolerance:
             return None
-        return (
-            f"forget accuracy {100 * (self._expected + self._distance):.1f}%, of samples never seen "
-            f"{100 * self._expected:.1f}%"
-        )
+        return said(self._expected + self._distance, self._expected)
 
     def _look(self, model: nn.Module) -> None:
         """Measures d."""

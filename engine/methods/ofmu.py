@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from engine.config import require
 from engine.data import Batch
 from engine.errors import UserError
-from engine.methods.base import Context, Method, Phase, cross_entropy, phase_of_both, register
+from engine.methods.base import Context, Method, Passes, Phase, Taken, cross_entropy, phase_of_both, register
 from engine.methods.gradients import dot, norm, trainable
 from engine.methods.spaces import Range, rate, tunable
 from engine.vit import attention_as, forwarding
@@ -92,6 +92,18 @@ class Ofmu(Method):
     def phases(self) -> list[Phase]:
         lr = self.learning_rate(self.config.lr, LR_PER_WIDTH)
         return [phase_of_both(self.config.epochs, lr, beside_share=self.config.forget_share)]
+
+    def passes(self, phases: list[Phase], number: int, taken: Taken) -> list[Passes]:
+        config = self.config
+        cycle = config.ascent_steps + 1
+        inner = sum(step % cycle < config.ascent_steps for step in range(taken.steps)) / max(1, taken.steps)
+        # A pass forward and back takes 3 forward passes; differentiated, three times that; that again, nine times.
+        both, again = taken.images + taken.beside, "gradients of gradients"
+        if config.stationarity:
+            outer = Passes(name=again, images=(1 - inner) * both, forward=0, backward=12)
+        else:
+            outer = Passes(name=again, images=(1 - inner) * taken.images, forward=0, backward=1)
+        return [Passes(name=again, images=inner * both, forward=0, backward=3), outer]
 
     @property
     def inner(self) -> bool:

@@ -1,5 +1,6 @@
-"""Random labels (Golatkar et al. 2020, arXiv 1911.04933; as in SalUn's code): forget samples get a wrong label each,
-drawn once and uniformly among the others, and the model is trained on them together with the retained samples.
+"""Random labels (Golatkar et al. 2020, arXiv 1911.04933): forget samples get a wrong label each, drawn once and
+uniformly among the others, and the model is trained on them together with the retained samples. SalUn's code draws them
+anew in every epoch or batch, the right one included.
 """
 
 from __future__ import annotations

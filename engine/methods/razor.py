@@ -34,12 +34,11 @@ from torch import Tensor, nn
 
 from engine.config import require
 from engine.data import Batch, Samples
-from engine.data.samples import spread
 from engine.errors import UserError
-from engine.methods.base import Context, cross_entropy, register
-from engine.methods.calibration import matched_accuracy, predictions_of
+from engine.methods.base import Context, Passes, Phase, Taken, cross_entropy, register
 from engine.methods.edits import Edit, EditConfig
 from engine.methods.gradients import mean_gradient
+from engine.methods.line_search import NAME, LineSearch, SearchConfig, looks
 from engine.methods.spaces import Range, tunable
 
 _EPS = 1e-8
@@ -50,15 +49,14 @@ Named = dict[str, Tensor]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RazorConfig(EditConfig):
+class RazorConfig(SearchConfig, EditConfig):
     """Options of RAZOR, and of the repair that may follow it.
 
     rounds: at most. tau: score above which a layer is edited; null: mean and one standard deviation of all scores.
     alpha: weight of the angle between the gradients. rho, lambda_f, lambda_m: see above.
-    max_change: largest step, as a share of a layer's length. search_steps: halvings of the search.
-    max_drop: points of held-out accuracy that may be lost.
-    gradient_samples: of each set, at most, that a round's gradients are taken on. held_out_samples: of each set, at
-        most, that the search looks at.
+    max_change: largest step, as a share of a layer's length.
+    max_drop, search_steps, held_out_samples: of the search, see `line_search`.
+    gradient_samples: of each set, at most, that a round's gradients are taken on.
     retain_epochs: passes over the retained samples after the edit, to repair it; 0: none, as published.
     lr: peak rate of that repair; null: 0.192 / width.
     """
@@ -71,15 +69,15 @@ class RazorConfig(EditConfig):
     lambda_m: float = 0.1
     max_change: float = tunable(0.2, Range(0.02, 1, log=True))
     search_steps: int = 6
-    max_drop: float = tunable(2.0, Range(0.5, 10, log=True))
     gradient_samples: int = 1000
     held_out_samples: int = 500
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key in ("rounds", "search_steps", "gradient_samples", "held_out_samples"):
+        EditConfig.__post_init__(self)
+        for key in ("rounds", "gradient_samples"):
             require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
-        for key in ("alpha", "rho", "lambda_f", "lambda_m", "max_drop"):
+        for key in ("alpha", "rho", "lambda_f", "lambda_m"):
             require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
         require(self.max_change > 0, "max_change", self.max_change, "above 0")
 
@@ -92,15 +90,9 @@ class Razor(Edit):
 
     def __init__(self, config: RazorConfig, context: Context) -> None:
         super().__init__(config, context)
-        held_out = self.held_out("to search the size of its steps on")
+        self.search = LineSearch(self, config, "to search the size of its steps on")
         if context.num_classes < 2:
             raise UserError("razor: a model with one class has no wrong labels")
-        kept = np.isin(held_out.labels, context.retain.labels)
-        if not kept.any():
-            raise UserError("razor: no held-out sample is of a class that is retained; give others as validation=...")
-        # What becomes of a class that is forgotten whole is not to hold a step back.
-        self.watched = spread(held_out.subset(np.flatnonzero(kept)), config.held_out_samples)
-        self.forget = spread(context.forget, config.held_out_samples)
         rng = np.random.default_rng([context.run.seed, len(context.forget), len(context.retain)])
         shift = rng.integers(1, context.num_classes, size=len(context.forget))
         # (set, wrong labels of its samples) that gradients are taken on.
@@ -109,16 +101,25 @@ class Razor(Edit):
         self.wrong = torch.from_numpy((context.forget.labels + shift) % context.num_classes)[chosen].to(context.device)
         self.on_retain = context.retain.subset(rng.permutation(len(context.retain))[: config.gradient_samples])
 
+    def passes(self, phases: list[Phase], number: int, taken: Taken) -> list[Passes]:
+        if phases[number].name != "edit":
+            return []
+        config, forget = self.config, len(self.context.forget)
+        some = min(config.gradient_samples, forget)
+        of_round = 2 * some + min(config.gradient_samples, len(self.context.retain))
+        looked = config.rounds * min(config.held_out_samples, forget)  # before each round
+        return [
+            Passes(name="gradients", images=config.rounds * of_round, backward=1, kind="training"),
+            Passes(name=NAME, images=looked),
+            looks(config, config.rounds, taken.held_out, forget),
+        ]
+
     def change(self, model: nn.Module) -> None:
         found, edited = units(model), set[str]()
         weights: Named = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-        predictions = predictions_of(model, self.watched, self.context)
-        lowest = predictions.accuracy - self.config.max_drop / 100
-        labels = self.forget.labels
-        retained = labels[np.isin(labels, self.context.retain.labels)]
-        enough = matched_accuracy(predictions, retained) * len(retained) / len(labels) if len(retained) else 0.0
+        self.search.begin(model)
         for _ in range(self.config.rounds):
-            if self.forget_accuracy(model) <= enough:
+            if self.search.reached(model):
                 break
             g_f, g_r, g_m = self.gradients(model)
             scores = {
@@ -127,7 +128,7 @@ class Razor(Edit):
             }
             edited = grow(scores, edited, self.config.tau)
             steps = self.steps({name: found[name] for name in sorted(edited)}, weights, g_f, g_r, g_m)
-            self.search(model, weights, steps, lowest, enough)
+            self.search.along(model, steps, self.config.max_change)
 
     def gradients(self, model: nn.Module) -> Iterator[Named]:
         """Of the cross-entropy on forget and on retained samples, and of L_mismatch; by name."""
@@ -161,31 +162,6 @@ class Razor(Edit):
                 place.copy_(-length * bracket[start : start + place.numel()].view_as(place))
                 start += place.numel()
         return found
-
-    @torch.no_grad()
-    def search(self, model: nn.Module, weights: Named, steps: Named, lowest: float, enough: float) -> None:
-        """Leaves the model where the smallest step that is enough takes it, or the largest that is allowed."""
-        kept = {name: weights[name].clone() for name in steps}
-
-        def move(eta: float) -> None:
-            for name, step in steps.items():
-                weights[name].copy_(kept[name] + eta * step)
-
-        low, high, best = 0.0, self.config.max_change, 0.0
-        for _ in range(self.config.search_steps):
-            eta = (low + high) / 2
-            move(eta)
-            allowed = predictions_of(model, self.watched, self.context).accuracy >= lowest
-            if allowed:
-                best = eta
-            if allowed and self.forget_accuracy(model) > enough:
-                low = eta
-            else:
-                high = eta
-        move(best)
-
-    def forget_accuracy(self, model: nn.Module) -> float:
-        return predictions_of(model, self.forget, self.context).accuracy
 
 
 def units(model: nn.Module) -> dict[str, Unit]:

@@ -8,10 +8,10 @@ changes. gamma is one threshold over all weights of the model; it keeps `salienc
 
 Decided here: of n weights exactly floor(share x n) are salient, at least one; equal gradients go to the lowest place
 in the order of the model's parameters. The gradient is that of the mean over all forget samples at theta_o, as the
-paper writes it; its code takes an optimizer step between the batches it sums, so that later ones see other weights.
-Weights that are not salient get no gradient, and weight decay is undone after each step: they end bit for bit as they
-were. AdamW and one cycle stand for the paper's SGD. Epochs and rate are half of random labels' and a third: with those
-the wrong labels are memorised, and forget samples end far below held-out ones.
+paper writes it. Labels are drawn once, among the wrong ones; its code draws them anew in every epoch, the right one
+among them. Weights that are not salient get no gradient, and weight decay is undone after each step: they end bit for
+bit as they were. AdamW and one cycle stand for the paper's SGD. Epochs and rate are half of random labels' and a
+third: with those the wrong labels are memorised, and forget samples end far below held-out ones.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from engine.config import require
 from engine.data import Loader
 from engine.errors import UserError
-from engine.methods.base import Context, Phase, register
+from engine.methods.base import Context, Passes, Phase, Taken, register
 from engine.methods.random_labels import RandomLabels, RandomLabelsConfig
 from engine.methods.spaces import Range, rate, tunable
 
@@ -66,6 +66,12 @@ class SalUn(RandomLabels):
     def phases(self) -> list[Phase]:
         (phase,) = super().phases()
         return [dataclasses.replace(phase, lr=self.learning_rate(self.config.lr, LR_PER_WIDTH))]
+
+    def passes(self, phases: list[Phase], number: int, taken: Taken) -> list[Passes]:
+        gradient = Passes(
+            name="importance of the weights", images=len(self.context.forget), backward=1, kind="training"
+        )
+        return [gradient]
 
     def prepare(self, phase: Phase) -> None:
         context = self.context

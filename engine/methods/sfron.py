@@ -15,8 +15,7 @@ hardest, and only weights that matter more to them than to the retained samples 
 As in the authors' setting for transformers, AdamW takes all steps and both kinds share its moments (they use SGD for
 ResNets). Their code also interpolates weights after each step, with a coefficient that leaves them as they are: left
 out. Our choices: A, `repair_steps` and the rate, found for ViTs; the loop's clipping, which they have on forget steps
-alone, at 7; l_i no smaller than 1e-6 in c_i, as a loss that rounds to zero would take the whole weight. The loop hands
-over a batch of both kinds at every step: the one that a step has no use for is not computed, but counts as seen.
+alone, at 7; l_i no smaller than 1e-6 in c_i, as a loss that rounds to zero would take the whole weight.
 """
 
 from __future__ import annotations
@@ -31,8 +30,7 @@ from torch import Tensor, nn
 
 from engine.config import require
 from engine.data import Batch
-from engine.data.sampling import Sampler
-from engine.methods.base import Context, Method, Phase, cross_entropy, phase_of_both, register
+from engine.methods.base import Context, Method, Passes, Phase, Taken, cross_entropy, phase_of_both, register
 from engine.methods.gradients import mean_importance
 from engine.methods.spaces import Range, rate, tunable
 from engine.vit import outputs
@@ -78,12 +76,19 @@ class Sfron(Method):
 
     def __init__(self, config: SfronConfig, context: Context) -> None:
         super().__init__(config, context)
-        self.steps = 0  # taken so far
+        self.steps = self.total = 0  # taken so far, and of the phase
         self.mask: dict[str, Tensor] = {}
 
     def phases(self) -> list[Phase]:
         lr = self.learning_rate(self.config.lr, LR_PER_WIDTH)
-        return [phase_of_both(self.config.epochs, lr)]
+        return [phase_of_both(self.config.epochs, lr, turns=self.config.repair_steps)]
+
+    def passes(self, phases: list[Phase], number: int, taken: Taken) -> list[Passes]:
+        both = len(self.context.forget) + len(self.context.retain)
+        return [Passes(name="importance of the weights", images=both, backward=1, kind="training")]
+
+    def begins(self, phase: Phase, steps: int) -> None:
+        self.total = steps
 
     def prepare(self, phase: Phase) -> None:
         context, threshold = self.context, self.config.saliency_threshold
@@ -109,30 +114,20 @@ class Sfron(Method):
     def restore(self, phase: Phase, prepared: dict[str, Tensor]) -> None:
         self.mask = {name: mask.to(self.context.device) for name, mask in prepared.items()}
 
-    @property
-    def forgetting(self) -> bool:
-        return self.steps % (1 + self.config.repair_steps) == 0
-
     def loss(self, model: nn.Module, batch: Batch, phase: Phase) -> dict[str, Tensor]:
-        return {"retain_ce": batch.images.new_zeros(()) if self.forgetting else cross_entropy(model, batch)}
+        return {"retain_ce": cross_entropy(model, batch)}
 
     def loss_beside(self, model: nn.Module, batch: Batch, phase: Phase) -> dict[str, Tensor]:
-        if not self.forgetting:
-            return {"forget_ascent": batch.images.new_zeros(())}
         losses = F.cross_entropy(outputs(model, batch.images).float(), batch.labels, reduction="none")
         coefficients = losses.detach().clamp_min(_LEAST_LOSS) ** -self.config.exponent
-        return {"forget_ascent": -self._ascent(phase) * (coefficients * losses).sum() / coefficients.sum()}
+        return {"forget_ascent": -self._ascent() * (coefficients * losses).sum() / coefficients.sum()}
 
-    def _ascent(self, phase: Phase) -> float:
+    def _ascent(self) -> float:
         """A_t: falls to zero over the steps of the phase."""
-        run, world = self.context.run, self.context.world
-        sampler = Sampler(len(self.context.retain), run.batch_size, world.rank, world.size, run.accumulation_steps)
-        total = math.ceil(round(phase.epochs * sampler.steps(), 6))
-        total = min(total, run.max_steps) if run.max_steps else total
-        return self.config.ascent * (1 + math.cos(math.pi * self.steps / total)) / 2
+        return self.config.ascent * (1 + math.cos(math.pi * self.steps / self.total)) / 2
 
     def before_step(self, model: nn.Module, phase: Phase) -> None:
-        if not self.forgetting:
+        if not phase.takes(self.steps)[1]:  # a step of repair
             return
         for name, weight in model.named_parameters():
             if weight.grad is not None:

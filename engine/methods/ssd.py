@@ -32,7 +32,7 @@ from engine.config import require
 from engine.data import Batch, Samples
 from engine.data.samples import concatenate
 from engine.errors import UserError
-from engine.methods.base import Context, cross_entropy, register
+from engine.methods.base import Context, Passes, Phase, Taken, cross_entropy, register
 from engine.methods.edits import Edit, EditConfig
 from engine.methods.gradients import mean_importance, trainable
 from engine.methods.spaces import Range, tunable
@@ -78,6 +78,12 @@ class Ssd(Edit):
                 f"option fisher_batch_size={config.fisher_batch_size}: groups are cut from batches of "
                 f"batch_size={context.run.batch_size}; raise that one too"
             )
+
+    def passes(self, phases: list[Phase], number: int, taken: Taken) -> list[Passes]:
+        if phases[number].name != "edit":
+            return []
+        images = 2 * len(self.context.forget) + len(self.context.retain)
+        return [Passes(name="importance of the weights", images=images, backward=1, kind="training")]
 
     def change(self, model: nn.Module) -> None:
         context, config = self.context, self.config

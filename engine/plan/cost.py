@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from engine.errors import UserError
+from engine.trainable import restrict
 from engine.vit import ModelSpec, ViTInfo, attention_as, attention_modules, capture_queries_keys, describe
 
 # Batches at which a pass is counted; bytes are a line through both.
@@ -46,11 +47,11 @@ class Cost:
     """One architecture under one precision, attention and checkpointing.
 
     parameters: all weights. largest_layer: weights of the largest layer. outputs: width of the logits; features: of
-    what the head reads.
+    what the head reads. image: (height, width) of the input.
     activations: peak of a training pass above weights and gradients. guided: of a pass without gradients, in which
     the q and k of all blocks are kept for attention rollout.
     forward_flops, backward_flops: of one image; backward counts what checkpointing computes again. rollout_flops: the
-    class row through all blocks.
+    class row through all blocks. updating_flops: backward where not all weights are trained; None: as backward_flops.
     """
 
     parameters: int
@@ -62,12 +63,22 @@ class Cost:
     forward_flops: int
     backward_flops: int
     rollout_flops: int
+    updating_flops: int | None = None
+    image: tuple[int, int] = (224, 224)
+
+    @property
+    def updating(self) -> int:
+        """Of the backward pass of a step."""
+        return self.backward_flops if self.updating_flops is None else self.updating_flops
 
 
-def count_cost(spec: ModelSpec, *, precision: str, autocast: bool, checkpointing: bool, attention: str) -> Cost:
+def count_cost(
+    spec: ModelSpec, *, precision: str, autocast: bool, checkpointing: bool, attention: str, trainable: str = "all"
+) -> Cost:
     """Counts a model of `spec`; takes a few seconds for ViT-L, no data, no weights and no GPU.
 
-    autocast: bf16 as autocast over float32 weights (one process) rather than as bf16 weights (DeepSpeed).
+    autocast: bf16 as autocast over float32 weights (one process) rather than as bf16 weights (DeepSpeed). trainable: of
+    the run; for its flops alone.
     Raises UserError for an architecture that is not known or not a ViT of timm.
     """
     info = describe(_on_meta(spec))
@@ -89,6 +100,8 @@ def count_cost(spec: ModelSpec, *, precision: str, autocast: bool, checkpointing
         forward_flops=forward,
         backward_flops=backward,
         rollout_flops=_rollout_flops(model, info),
+        image=info.input_size,
+        updating_flops=None if trainable == "all" else _flops(spec, info, checkpointing, trainable)[1],
     )
 
 
@@ -152,9 +165,14 @@ def _teach(model: nn.Module, images: Tensor, autocast: Any, keep: bool) -> None:
         model.eval()(images)
 
 
-def _flops(spec: ModelSpec, info: ViTInfo, checkpointing: bool) -> tuple[int, int]:
-    """Of one image, forward and backward; explicit attention, whose products any implementation has to make."""
+def _flops(spec: ModelSpec, info: ViTInfo, checkpointing: bool, trainable: str = "all") -> tuple[int, int]:
+    """Of one image, forward and backward; explicit attention, whose products any implementation has to make.
+
+    W + B A of `lora:R` is made once a step, not once an image, and is left out: its gradient is that of W.
+    """
     model = _on_meta(spec)
+    if not trainable.startswith("lora"):
+        restrict(model, trainable, 0)
     if checkpointing:
         _checkpoint(model)
     images = torch.empty(1, info.in_chans, *info.input_size, device="meta")

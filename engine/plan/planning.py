@@ -26,9 +26,10 @@ NOT_COUNTED = (
     "are kept, logits of the evaluation",
 )
 RESTRICTED = (
-    "trainable: memory and time are counted as if all weights were trained, an upper bound but for the merged weights "
-    "of lora:R, which a step holds once more"
+    "trainable: memory is counted as if all weights were trained, an upper bound but for the merged weights of lora:R, "
+    "which a step holds once more"
 )
+MOST = "stop_when: where it ends the run; steps, images and times are the most there can be"
 NO_TIME = (
     "no time: give --throughput IMAGES_PER_SECOND_PER_GPU (training images, forward and backward), or --measure on the "
     "machine that will run it"
@@ -140,7 +141,7 @@ def plan(
         forget=forget,
         watched=any(phase.guarded for phase in phases_of(method, method_config)),
     )
-    cost, answer = _count(spec, job, attention, run.gradient_checkpointing)
+    cost, answer = _count(spec, job, attention, run.gradient_checkpointing, run.trainable)
     memory = count_memory(cost, job, answer.get("baseline"))
     sizes = Sizes(
         forget=forget,
@@ -148,10 +149,11 @@ def plan(
         test=test_images,
         ranks=gpus,
         batch=run.batch_size * run.accumulation_steps * gpus,
+        image=cost.image,
     )
     chosen = recipe(retrain_recipe, retrain_epochs)
     work = {
-        "unlearn": unlearning_work(cost, sizes, method, method_config, run.max_steps),
+        "unlearn": unlearning_work(cost, sizes, method, method_config, run),
         "retrain": retraining_work(cost, sizes, chosen["epochs"]),
     }
     measured = measure_rates(spec, method, options or {}, run.batch_size, device) if measure else None
@@ -195,7 +197,11 @@ def plan(
         advice=_advice(cost, job, spec, attention, run, memory, capacity, answer.get("baseline"))
         if fits is False
         else [],
-        notes=[*NOT_COUNTED, *([RESTRICTED] if run.trainable != "all" else [])],
+        notes=[
+            *NOT_COUNTED,
+            *([RESTRICTED] if run.trainable != "all" else []),
+            *([MOST] if run.stop_when != "never" else []),
+        ],
     )
 
 
@@ -260,11 +266,13 @@ def _check(
         raise UserError("option teacher='sharded': needs ZeRO stage 3 and several ranks; use teacher=replicated")
 
 
-def _count(spec: ModelSpec, job: Run, attention: str, checkpointing: bool) -> tuple[Cost, dict[str, Any]]:
+def _count(
+    spec: ModelSpec, job: Run, attention: str, checkpointing: bool, trainable: str
+) -> tuple[Cost, dict[str, Any]]:
     """The cost of a pass, and what a process with DeepSpeed answers meanwhile."""
     baseline = job.device == "cpu"
     if job.zero.stage < 2 and not baseline:
-        return _pass(spec, job, attention, checkpointing), {}
+        return _pass(spec, job, attention, checkpointing, trainable), {}
     parameters, largest = count_parameters(spec)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         answer = pool.submit(
@@ -276,15 +284,16 @@ def _count(spec: ModelSpec, job: Run, attention: str, checkpointing: bool) -> tu
             deepspeed=job.deepspeed,
             baseline=baseline,
         )
-        return _pass(spec, job, attention, checkpointing), answer.result()
+        return _pass(spec, job, attention, checkpointing, trainable), answer.result()
 
 
-def _pass(spec: ModelSpec, job: Run, attention: str, checkpointing: bool) -> Cost:
+def _pass(spec: ModelSpec, job: Run, attention: str, checkpointing: bool, trainable: str = "all") -> Cost:
     return count_cost(
         spec,
         precision="bf16" if job.bf16 else "fp32",
         autocast=job.by_autocast,
         checkpointing=checkpointing,
+        trainable=trainable,
         # Fused attention saves the same tensors, whoever computes it.
         attention="eager" if attention == "eager" else "sdpa",
     )

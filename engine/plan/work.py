@@ -13,12 +13,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from engine.config import RunConfig
+from engine.data.sampling import Epochs
+from engine.early_stop import last_stage
 from engine.errors import UserError
 from engine.evaluate.metrics import MOST_RETAINED
 from engine.loop import WATCHED
 from engine.methods import Method, Phase, get_method
+from engine.methods.base import Taken
 from engine.plan.cost import Cost
 from engine.plan.memory import Zero
+from engine.pruning import PrunedPhase, pruned_phases
 from engine.trainer import CHECKS
 
 # Epochs of the recipes a ViT may have been trained by on ImageNet, and whose they are.
@@ -44,13 +48,23 @@ class Work:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """Samples of a job and ranks of a run; batch: samples an optimizer step, over all ranks."""
+    """Samples of a job and ranks of a run; batch: samples an optimizer step, over all ranks. image: (height, width) of
+    the model's input. held_out: validation samples; none given: the fifth of the test samples that a source without
+    any holds out.
+    """
 
     forget: int
     retain: int
     test: int
     ranks: int
     batch: int
+    image: tuple[int, int] = (224, 224)
+    held_out: int | None = None
+
+    @property
+    def validation(self) -> int:
+        """Samples that the original never trained on."""
+        return round(self.test / 5) if self.held_out is None else self.held_out
 
     @property
     def evaluated(self) -> int:
@@ -58,32 +72,65 @@ class Sizes:
         return self.forget + min(self.retain, MOST_RETAINED) + self.test
 
 
-def unlearning_work(cost: Cost, sizes: Sizes, method: str, config: Any, max_steps: int | None) -> list[Work]:
-    """Everything that `lethe unlearn` does with the model, in order. config: the method's; max_steps: a phase."""
-    phases = phases_of(method, config, forget=sizes.forget, retain=sizes.retain)
-    counts = {"forget": sizes.forget, "retain": sizes.retain, "all": sizes.forget + sizes.retain}
-    items = []
-    looks = 2  # before and after
-    cached = not getattr(config, "augment_forget", False)
-    for phase in phases:
-        counted = counts[phase.samples]
-        if phase.samples != "forget":
-            counted -= sizes.retain - max(1, round(phase.retain_part * sizes.retain))
-        per_epoch = math.ceil(counted / sizes.batch)
-        steps = math.ceil(round(phase.epochs * per_epoch, 6))
-        images = phase.epochs * counted
-        if max_steps and max_steps < steps:
-            steps, images = max_steps, float(max_steps * sizes.batch)
-        if method == "lethe" and phase.name == "forget":
-            passes = sizes.forget if cached else images
-            items.append(_teacher(cost, passes))
-        if phase.beside:
-            images += steps * min(phase.beside_share * sizes.batch, counts[phase.beside])
-        items.append(_training(f"{phase.name} phase", cost, images, steps, phase.name))
-        looks += min(CHECKS, steps) if phase.guarded else 0
-    items.append(_forward("watched accuracy", cost, looks * min(WATCHED, sizes.test or sizes.retain)))
+def unlearning_work(cost: Cost, sizes: Sizes, method: str, config: Any, run: RunConfig) -> list[Work]:
+    """Everything that `lethe unlearn` does with the model, in order. config: the method's.
+
+    Where `run.stop_when` or a method's own rule may end it earlier, the most that it does.
+    """
+    used = sizes.retain if run.retain_share == 1 else max(1, round(run.retain_share * sizes.retain))
+    made = planned(method, config, sizes.forget, used, run)
+    phases = made.phases()
+    pruned = pruned_phases(run, phases, sizes.forget, [phase.retained(used) for phase in phases])
+    stage = last_stage(phases) if run.stop_when != "never" else set()
+    items = _choosing(cost, sizes, run)
+    watches, looks = 2, sizes.validation if stage else 0  # before and after; the original's
+    for number, phase in enumerate(phases):
+        taken = _taken(phase, sizes, used, run, pruned.get(number))
+        for each in made.passes(phases, number, taken):
+            flops = each.forward * cost.forward_flops + each.backward * cost.backward_flops
+            flops = each.images * (flops + each.rollouts * cost.rollout_flops)
+            items.append(Work(name=each.name, images=each.images, steps=0, flops=flops, kind=each.kind))
+        images = taken.images + taken.beside
+        items.append(_training(f"{phase.name} phase", cost, images, taken.steps, phase.name, cost.updating))
+        watches += max(1, min(CHECKS, taken.steps)) if phase.guarded else 0
+        if number in stage:
+            epochs = math.ceil(phase.epochs) - (number == max(stage))  # none after the last of all
+            alone = phase.samples == "retain" and phase.beside is None
+            looks += epochs * (sizes.forget + (sizes.validation if alone else 0))
+    items.append(_forward("looks of stop_when", cost, looks))
+    items.append(_forward("watched accuracy", cost, watches * min(WATCHED, sizes.test or used)))
     items.append(_forward("evaluation of the original and the result", cost, 2 * sizes.evaluated))
-    return _merged(items)
+    return [item for item in _merged(items) if item.images or item.steps or item.name.endswith("phase")]
+
+
+def _choosing(cost: Cost, sizes: Sizes, run: RunConfig) -> list[Work]:
+    """The passes by which `retain_choice` chooses."""
+    if run.retain_share == 1 or run.retain_choice == "random":
+        return []
+    return [_forward("choice of retained samples", cost, sizes.retain + sizes.forget * (run.retain_choice == "near"))]
+
+
+def _taken(phase: Phase, sizes: Sizes, retain: int, run: RunConfig, pruned: PrunedPhase | None) -> Taken:
+    """What the steps of a phase take, as `engine.trainer` counts it."""
+    whole = phase.retained(retain) + (0 if phase.samples == "retain" else sizes.forget)
+    epochs = Epochs(pruned.counts if pruned else (whole,), sizes.batch)
+    steps = epochs.steps(phase.epochs)
+    steps = min(steps, run.max_steps) if run.max_steps else steps
+    beside = None
+    if phase.beside is not None:
+        processes = sizes.ranks * run.accumulation_steps
+        size = phase.beside_size(sizes.batch // processes, pruned.grown if pruned else 1.0) * processes
+        beside = Epochs(({"forget": sizes.forget, "retain": retain}[phase.beside],), size)
+    if not phase.turns:
+        main, other = epochs.samples(steps), beside.samples(steps) if beside else 0
+    else:
+        assert beside is not None
+        turns = [phase.takes(step) for step in range(steps)]
+        main, other = (
+            sum(each.samples(step + 1) - each.samples(step) for step in range(steps) if turns[step][kind])
+            for kind, each in enumerate((epochs, beside))
+        )
+    return Taken(steps=steps, images=main, beside=other, held_out=sizes.validation, image=sizes.image)
 
 
 def _merged(items: list[Work]) -> list[Work]:
@@ -106,35 +153,34 @@ def retraining_work(cost: Cost, sizes: Sizes, epochs: float) -> list[Work]:
     """The same architecture from fresh weights on the retained samples, and one evaluation."""
     steps = math.ceil(epochs * math.ceil(sizes.retain / sizes.batch))
     return [
-        _training("training", cost, epochs * sizes.retain, steps, "retain"),
+        _training("training", cost, epochs * sizes.retain, steps, "retain", cost.backward_flops),
         _forward("evaluation of the result", cost, sizes.evaluated),
     ]
 
 
-def phases_of(method: str, config: Any, forget: int = 1, retain: int = 9) -> list[Phase]:
-    """The method's own phases, for so many samples; rates as for a model of width 1."""
+def phases_of(method: str, config: Any) -> list[Phase]:
+    """The method's own phases, for one sample to forget and nine to retain; rates as for a model of width 1."""
+    return planned(method, config, 1, 9, RunConfig()).phases()
+
+
+def planned(method: str, config: Any, forget: int, retain: int, run: RunConfig) -> Method:
+    """A method for so many samples that can be asked for its phases and passes, and for nothing else."""
     method_class = get_method(method)
     made = method_class.__new__(method_class)
     context: Any = types.SimpleNamespace(
-        info=types.SimpleNamespace(width=1), forget=range(forget), retain=range(retain), run=RunConfig()
+        info=types.SimpleNamespace(width=1), forget=range(forget), retain=range(retain), run=run
     )
     Method.__init__(made, config, context)
-    return made.phases()
+    return made
 
 
-def _training(name: str, cost: Cost, images: float, steps: int, kind: str) -> Work:
-    flops = images * (cost.forward_flops + cost.backward_flops)
+def _training(name: str, cost: Cost, images: float, steps: int, kind: str, backward: int) -> Work:
+    flops = images * (cost.forward_flops + backward)
     return Work(name=name, images=images, steps=steps, flops=flops, kind=kind)
 
 
 def _forward(name: str, cost: Cost, images: float) -> Work:
     return Work(name=name, images=images, steps=0, flops=images * cost.forward_flops, kind="forward")
-
-
-def _teacher(cost: Cost, images: float) -> Work:
-    """The original on each forget image and on its masked copy, and the class row of the rollout between them."""
-    flops = images * (2 * cost.forward_flops + cost.rollout_flops)
-    return Work(name="masks and teacher outputs", images=images, steps=0, flops=flops, kind="teacher")
 
 
 def seconds_of(work: list[Work], cost: Cost, ranks: int, rates: Mapping[str, float]) -> dict[str, float]:

@@ -19,6 +19,7 @@ from engine.errors import UserError
 from engine.files import full_disk, replacing
 from engine.report.record import IDS, SALT, Record, canonical, hashed_ids, recorded, verify_record
 from engine.report.signature import signer
+from engine.sliced import STAGES
 from engine.trainer import UnlearnResult
 
 # What a run folder holds at the end of a training, and of an unlearning that was evaluated.
@@ -109,7 +110,7 @@ def write_record(
     record.append("events", {"events": result.events, "bad_images": bad_images})
     if metrics is not None:
         record.append("metrics", metrics)
-    record.seal(folder, [*files, *([IDS] if (folder / IDS).exists() else [])], options.key)
+    record.seal(folder, [*files, *(name for name in (IDS, STAGES) if (folder / name).exists())], options.key)
 
 
 def _ids(

@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 from bench import retrain_cost
 from bench.__main__ import app
-from bench.retrain_cost import DIGITS, Subject, rank_stability, run_retrain_cost
+from bench.retrain_cost import DIGITS, Subject, run_retrain_cost
+from bench.retrain_summary import foresight, rank_stability
 from engine.errors import UserError
 from engine.vit import save_checkpoint
 
@@ -36,6 +37,15 @@ def test_stability_needs_seeds_and_methods_that_have_them() -> None:
     assert rank_stability(rows({"a": [1, 2], "b": [2, 3], "c": [3, 4], "d": [0, None]})) == {"mean": 1.0, "least": 1.0}
 
 
+def test_foresight_is_kendalls_tau_between_score_and_gap() -> None:
+    def entry(method: str, score: float | None, gap: float) -> dict[str, Any]:
+        return {"method": method, "score": None if score is None else {"mean": score}, "gap": {"mean": gap}}
+
+    found = [entry("a", 1.0, 5.0), entry("b", 2.0, 6.0), entry("c", 3.0, 5.5), entry("retrain", 9.0, 0.1)]
+    assert foresight(found) == pytest.approx(1 / 3)  # two of three pairs
+    assert foresight([*found[:2], entry("c", None, 5.5)]) is None
+
+
 def test_chosen_methods_run_beside_the_retrain_and_the_best_comes_first(
     tmp_path: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -54,11 +64,15 @@ def test_chosen_methods_run_beside_the_retrain_and_the_best_comes_first(
     entry = report["tasks"]["toy"]
     assert {row["method"] for row in entry["rows"]} == {*methods, "retrain"}
     assert entry["stability"]["least"] <= entry["stability"]["mean"] <= 1
+    assert -1 <= entry["foresight"] <= 1
+    assert entry["untouched"]["score"] != entry["rows"][0]["score"] > 0
     shown = capsys.readouterr().out
     order = sorted(entry["summary"], key=lambda each: each["gap"]["mean"])
     places = [shown.rindex(f"\n {each['method']}") for each in order]
     assert places == sorted(places)
     assert "Kendall's tau" in shown
+    run_retrain_cost([subject], 1, settings, None, None, None, projection=False, methods=("s3t",))
+    assert "s3t: left out, it takes checkpoints of `lethe train --sliced` alone" in capsys.readouterr().out
     with pytest.raises(UserError, match="unknown method 'finetun'; did you mean 'finetune'"):
         run_retrain_cost([subject], 2, settings, None, None, None, projection=False, methods=("finetun",))
 

@@ -21,7 +21,8 @@ from bench.__main__ import app
 from bench.cases import TINY, VIT_B, VIT_S
 from bench.measure import EnergyMeter
 from bench.recipes import RECIPES, Timed, measure, project, sizes_of
-from bench.retrain_cost import DIGITS, RETRAIN_SEED, Subject, plot, run_retrain_cost, summarise
+from bench.retrain_cost import DIGITS, RETRAIN_SEED, Subject, plot, run_retrain_cost
+from bench.retrain_summary import print_task, summarise
 from engine.demo import RECIPE
 from engine.errors import UserError
 from engine.evaluate import compare
@@ -146,7 +147,7 @@ def test_the_time_of_the_evaluation_decodes_images_anew(subject: Subject, monkey
 def test_quality_is_what_lethe_evaluate_says(subject: Subject) -> None:
     task, options = Task.open(subject.data, subject.forget), {"precision": "fp32"}
     models = [tiny_vit(seed=seed) for seed in range(3)]
-    looked = [retrain_cost._looked_at(subject, task, options, model) for model in models]
+    looked = [retrain_cost.looked_at(subject, task, options, model) for model in models]
     references = [{"name": str(number), **row} for number, row in enumerate(looked[1:])]
     row = {"method": "lethe", "seed": 0, "collapsed": False, "seconds": {"total": 1.0}, **looked[0]}
     entry = retrain_cost._entry(subject, task, looked[0], references, [row], price=None)
@@ -316,7 +317,7 @@ def test_a_plot_is_written_for_each_task(report: dict[str, Any], tmp_path: Path)
 def test_the_table_shows_quality_and_time_in_one_row(
     report: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    retrain_cost._print_task("toy", report["tasks"]["toy"])
+    print_task("toy", report["tasks"]["toy"])
     lines = capsys.readouterr().out.splitlines()
     (finetune,) = (line for line in lines if "finetune" in line)
     (found,) = (found for found in report["tasks"]["toy"]["summary"] if found["method"] == "finetune")

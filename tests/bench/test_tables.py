@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 from toys import tiny_vit
 
-from bench.ablation import VARIANTS, run_ablation
+from bench.ablation import VARIANTS, run_ablation, table_rows
 from bench.quality import run_quality
 from engine.errors import UserError
 from engine.vit import save_checkpoint
 
 QUICK = ["max_steps=1", "batch_size=16", "precision=fp32"]
+PLUS = ["max_steps=4", "lr=0.01", "augment=flip", "batch_size=16", "precision=fp32"]
 
 
 @pytest.fixture
@@ -35,20 +36,31 @@ def test_quality_sets_every_method_beside_the_retrain(
     assert "of retrain" in capsys.readouterr().out
 
 
+def test_every_choice_of_lethe_plus_changes_its_result(models: list[str]) -> None:
+    arguments = ("lethe_plus", models[0], "digits", "random:0.01@0", models[1:])
+    report = run_ablation(*arguments, seeds=1, jobs=1, settings=PLUS, json_file=None)
+    assert [row["variant"] for row in report["rows"]] == list(VARIANTS["lethe_plus"])
+    assert len({row["kl"] for row in report["rows"]}) == len(VARIANTS["lethe_plus"])
+    assert {name for name, *_ in table_rows(report)} == set(VARIANTS["lethe_plus"])
+
+
 def test_ablation_runs_every_variant_and_goes_on_where_it_ended(models: list[str], tmp_path: Path) -> None:
     file = tmp_path / "a.json"
-    arguments = (models[0], "digits", "random:0.01@0", models[1:])
+    arguments = ("lethe", models[0], "digits", "random:0.01@0", models[1:])
     report = run_ablation(*arguments, seeds=1, jobs=1, settings=QUICK, json_file=file)
     stages = [(row["variant"], row["stage"]) for row in report["rows"]]
-    expected = [(v, s) for v in VARIANTS for s in ("forget", "retain") if s == "retain" or v != "retain stage alone"]
+    expected = [(variant, "retain") for variant in VARIANTS["lethe"]]
+    expected += [(variant, "forget") for variant in VARIANTS["lethe"] if variant != "retain stage alone"]
     assert sorted(stages) == sorted(expected)
     # Variants differ in what they do, so their results do.
     gaps = {row["variant"]: (row["gap"], row["auc"]) for row in report["rows"] if row["stage"] == "retain"}
-    assert len(set(gaps.values())) == len(VARIANTS)
+    assert len(set(gaps.values())) == len(VARIANTS["lethe"])
     cut = json.loads(file.read_text())
     cut["rows"] = [row for row in cut["rows"] if row["variant"] != "features"]
     file.write_text(json.dumps(cut))
     again = run_ablation(*arguments, seeds=1, jobs=1, settings=QUICK, json_file=file)
     assert sorted(map(str, again["rows"])) == sorted(map(str, report["rows"]))
+    with pytest.raises(UserError, match="--method finetune: there are variants of lethe and lethe_plus"):
+        run_ablation("finetune", *arguments[1:], seeds=1, jobs=1, settings=QUICK, json_file=None)
     with pytest.raises(UserError, match="ablation of another options"):
         run_ablation(*arguments, seeds=1, jobs=1, settings=["max_steps=2"], json_file=file)

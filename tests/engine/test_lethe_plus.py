@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,44 @@ def test_the_losses_are_those_of_the_equation(train: Samples) -> None:
     torch.testing.assert_close(method.loss(student, retain, phase)["retain_ce"], expected)
 
 
+def test_the_aim_follows_what_is_left_of_the_memory(train: Samples) -> None:
+    """Two steps from the equations, the log-odds of probabilities in place of those of logits."""
+    method = made(train, correction=20.0)
+    phase = method.phases()[0]
+    method.prepare(phase)
+    student, forget = tiny_vit(seed=5), batch_of(method)
+    row = torch.arange(len(forget))
+    said = outputs(student, forget.images).detach().double().softmax(1)
+    q = method.targets[forget.index].double()
+
+    def odds(p: torch.Tensor) -> torch.Tensor:
+        return (p[row, forget.labels] / (1 - p[row, forget.labels])).log()
+
+    s = 0.0
+    method.begins(phase, 5)
+    for step in range(4):
+        raised = q.clone()
+        raised[row, forget.labels] *= math.exp(s)
+        raised /= raised.sum(1, keepdim=True)
+        expected = 2.0 * (raised * (raised / said).log()).sum(1).mean()
+        torch.testing.assert_close(method.loss_beside(student, forget, phase)["forget_kl"].double(), expected)
+        # A batch that keeps a rank in step counts nothing.
+        method.loss_beside(student, dataclasses.replace(forget, weight=0.0), phase)
+        method.after_step(student, phase)
+        if step >= 2:  # two fifths of the steps are over
+            s -= 20.0 / 20 * float((odds(said) - odds(q)).sum())
+        assert float(method.shift) == pytest.approx(s, rel=1e-5)
+    assert abs(s) > 0.1
+    other = made(train, correction=20.0)
+    other.load_state(method.state())
+    assert (float(other.shift), other.taken) == (float(method.shift), 4)
+    still = made(train, correction=0.0)
+    still.prepare(phase)
+    still.loss_beside(student, forget, phase)
+    still.after_step(student, phase)
+    assert float(still.shift) == 0
+
+
 def test_steps_hold_as_many_forget_samples_as_their_passes_need(train: Samples) -> None:
     """20 forget and 40 retained samples: 1 pass of the former is half a pass of the latter."""
     (phase,) = make("lethe_plus", train, epochs=4.0, forget_passes=2.0).phases()
@@ -131,23 +170,51 @@ def test_steps_hold_as_many_forget_samples_as_their_passes_need(train: Samples) 
     assert (phase.epochs, phase.beside_share) == (3.0, 1.0)
 
 
-def test_what_was_memorised_comes_to_look_like_what_was_not(train: Samples) -> None:
-    """Samples with wrong labels, which nothing but memory can know: afterwards forgotten, and the others kept."""
+def wrong(start: int, count: int) -> Samples:
+    """Samples with wrong labels, which nothing but memory can know."""
+    shift = np.random.default_rng(start).integers(1, 10, count)
+    part = open_source("digits").train.subset(range(start, start + count))
+    return Samples("wrong", part.ids[:], (part.labels + shift) % 10, part.image, natural=False)
 
-    def wrong(start: int, count: int) -> Samples:
-        shift = np.random.default_rng(start).integers(1, 10, count)
-        part = train.subset(range(start, start + count))
-        return Samples("wrong", part.ids[:], (part.labels + shift) % 10, part.image, natural=False)
 
-    forget, retain, held_out = wrong(0, 30), train.subset(range(30, 120)), wrong(300, 100)
-    config = {"precision": "fp32", "batch_size": 20}
-    whole = concatenate(forget, retain)
-    trained = unlearn(tiny_vit(), few(retain, 2), whole, method="retrain", config={**config, "epochs": 120, "lr": 3e-3})
-    assert trained.accuracy(forget) > 0.8
-    config |= {"lr": 2e-3, "epochs": 4.0, "forget_passes": 40.0}
-    result = unlearn(trained.model, forget, retain, method="lethe_plus", validation=held_out, config=config)
+@pytest.fixture(scope="module")
+def memorised(train: Samples) -> tuple[torch.nn.Module, Samples]:
+    """A model, and what it was trained on: 20 samples with wrong labels, then 80 with right ones."""
+    samples = concatenate(wrong(0, 20), train.subset(range(20, 100)))
+    config = {"precision": "fp32", "batch_size": 20, "epochs": 100, "lr": 3e-3}
+    result = unlearn(tiny_vit(), few(train, 2), samples, method="retrain", config=config)
+    assert result.accuracy(samples.subset(range(20))) > 0.8
+    return result.model, samples
+
+
+def test_what_was_memorised_comes_to_look_like_what_was_not(memorised: tuple[torch.nn.Module, Samples]) -> None:
+    model, samples = memorised
+    forget, retain = samples.subset(range(20)), samples.subset(range(20, 100))
+    config = {"precision": "fp32", "batch_size": 20, "lr": 2e-3, "epochs": 4.0, "forget_passes": 40.0}
+    result = unlearn(model, forget, retain, method="lethe_plus", validation=wrong(300, 100), config=config)
     assert result.accuracy(forget) < 0.3
-    assert result.accuracy(retain) > 0.9
+    assert result.accuracy(retain) > 0.85
+
+
+def test_the_correction_takes_away_what_is_left(memorised: tuple[torch.nn.Module, Samples], train: Samples) -> None:
+    model, samples = memorised
+    held_out = train.subset(range(300, 400))
+    method: Any = make("lethe_plus", samples, model, batch_size=20)
+    method.context = dataclasses.replace(method.context, held_out=held_out)
+    method.prepare(method.phases()[0])
+    forget, retain = method.context.forget, method.context.retain
+    (batch,) = method.context.loader(forget, "none").ordered()
+    wanted = log_odds(method.targets.log(), batch.labels)
+
+    def left(correction: float) -> float:
+        config = {"precision": "fp32", "batch_size": 20, "lr": 2e-3, "forget_passes": 40.0, "correction": correction}
+        changed = unlearn(model, forget, retain, method="lethe_plus", validation=held_out, config=config).model
+        with torch.no_grad():
+            return float((log_odds(changed(batch.images), batch.labels) - wanted).mean())
+
+    without, corrected = left(0.0), left(0.5)
+    assert without > 0.5
+    assert abs(corrected) < 0.5 * without
 
 
 def test_it_needs_held_out_samples_and_resumes_to_the_same_bits(train: Samples, tmp_path: Path) -> None:

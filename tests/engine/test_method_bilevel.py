@@ -46,7 +46,9 @@ def gradient(loss: torch.Tensor, model: torch.nn.Module, graph: bool = False) ->
 def step_gradient(method: Method, model: torch.nn.Module, retain: Batch, forget: Batch) -> torch.Tensor:
     """What the loop would step with, of a method whose losses are added up; without the step."""
     phase = method.phases()[0]
-    terms = {**method.loss(model, retain, phase), **method.loss_beside(model, forget, phase)}
+    main, beside = phase.takes(getattr(method, "steps", 0))
+    terms = method.loss(model, retain, phase) if main else {}
+    terms |= method.loss_beside(model, forget, phase) if beside else {}
     model.zero_grad()
     sum(terms.values()).backward()  # type: ignore[union-attr]
     method.before_step(model, phase)
@@ -154,6 +156,7 @@ def test_sfron_step_equals_the_equations(train: Samples) -> None:
     method: Any = make("sfron", train, ascent=4.0, repair_steps=2, exponent=0.7, epochs=2.0, saliency_threshold=0.5)
     phase, model = method.phases()[0], tiny_vit()
     method.prepare(phase)
+    method.begins(phase, 10)  # 40 retained samples in batches of 8, twice
     salient = squared(model, method.context.forget, method) >= 0.5 * squared(model, method.context.retain, method)
     assert 0.1 < salient.float().mean() < 0.9
     mask = torch.cat([method.mask[name].flatten() for name, _ in model.named_parameters()])
@@ -165,36 +168,49 @@ def test_sfron_step_equals_the_equations(train: Samples) -> None:
     repair = gradient(F.cross_entropy(model(retain.images), retain.labels), model)
     for step in range(4):
         found = step_gradient(method, model, retain, forget)
-        # 40 retained samples in batches of 8, twice: 10 steps.
         ascent = 4.0 * (1 + math.cos(math.pi * step / 10)) / 2
         expected = -ascent * mask * raised if step % 3 == 0 else repair
         torch.testing.assert_close(found, expected, msg=str(step))
         method.after_step(model, phase)
 
 
-def test_sfron_computes_only_the_batch_that_a_step_has_a_use_for(train: Samples) -> None:
-    calls: list[int] = []
-    method: Any = make("sfron", train)
-    phase, model = method.phases()[0], tiny_vit()
-    model.register_forward_hook(lambda m, i, out: calls.append(1))
-    for _ in range(4):
-        method.loss(model, batch_of(method, "retain"), phase)
-        method.loss_beside(model, batch_of(method), phase)
-        method.after_step(model, phase)
-    assert len(calls) == 4
+def test_sfron_takes_only_the_batch_that_a_step_has_a_use_for(train: Samples) -> None:
+    """Neither decoded nor counted: of 12 steps 4 forget on 10 of 12 samples, the last of them on the other 2."""
+    seen: dict[str, list[int]] = {"loss": [], "loss_beside": []}
+    cls: Any = get_method("sfron")
+    with pytest.MonkeyPatch.context() as patched:
+        for name, calls in seen.items():
+            real = vars(cls)[name]
+
+            def noting(self: Any, model: Any, batch: Batch, phase: Any, *, calls: Any = calls, real: Any = real) -> Any:
+                calls.append((self.steps, len(batch)))
+                return real(self, model, batch, phase)
+
+            patched.setattr(cls, name, noting)
+        result = run(train, "sfron", config={"epochs": 3.0, "repair_steps": 2})
+    assert seen["loss_beside"] == [(0, 10), (3, 2), (6, 10), (9, 2)]
+    assert seen["loss"] == [(step, 10) for step in (1, 2, 4, 5, 7, 8, 10, 11)]
+    assert result.samples_seen == {"forget": 24 + 80}
 
 
 def test_sfron_ascent_ends_with_the_phase(train: Samples) -> None:
-    """A_t of the last step is all but zero whatever decides the number of steps."""
-    for options, steps in (({"epochs": 3.0}, 15), ({"max_steps": 7}, 7), ({"epochs": 2.0, "accumulation_steps": 2}, 6)):
-        method: Any = make("sfron", train, **options)
-        method.steps = steps
-        assert method._ascent(method.phases()[0]) == pytest.approx(0.0, abs=1e-12)
+    """A_t of a step past the last would be zero, whatever decides the number of steps; 40 samples in batches of 10."""
+    cls: Any = get_method("sfron")
+    for options, steps in (({"epochs": 3.0}, 12), ({"max_steps": 7}, 7), ({"epochs": 2.0, "accumulation_steps": 2}, 4)):
+        made: list[Any] = []
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(cls, "prepare", lambda self, phase, made=made: made.append(self))
+            patched.setattr(cls, "before_step", lambda *_: None)
+            patched.setattr(cls, "prepared", lambda *_: {})
+            run(train, "sfron", config=options)
+        assert (made[0].steps, made[0].total) == (steps, steps)
+        assert made[0]._ascent() == pytest.approx(0.0, abs=1e-12)
 
 
 def test_sfron_forgets_samples_whose_loss_rounds_to_zero_too(train: Samples) -> None:
     """One such sample must not take the whole weight of the batch."""
     method: Any = make("sfron", train)
+    method.begins(method.phases()[0], 10)
     model, batch = tiny_vit(seed=5), batch_of(method)
     sharp = copy.deepcopy(model)
     with torch.no_grad():
@@ -292,7 +308,7 @@ def test_a_killed_run_resumes_to_the_same_bits(
         def wrapper(self: Method, *arguments: Any) -> Any:
             nonlocal calls
             calls += 1
-            if calls == (6 if name == "ofmu" else 12):  # in the last step; the checkpoint is that of the first 4
+            if calls == (12 if name == "three_stage" else 6):  # after the checkpoint, which is that of the first 4
                 raise Stop
             return wrapped(self, *arguments)
 

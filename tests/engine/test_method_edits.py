@@ -18,7 +18,7 @@ from toys import few, tiny_vit
 from engine.data import Batch, Loader, Preprocessing, Samples, open_source
 from engine.errors import UserError
 from engine.loop import unlearn
-from engine.methods import base, influence, list_methods, razor, ssd
+from engine.methods import base, influence, line_search, list_methods, razor, ssd
 from engine.methods.gradients import mean_gradient, mean_importance
 from engine.vit import weights_sha256
 
@@ -26,7 +26,7 @@ NAMES = ["influence", "razor", "ssd"]
 # Few samples and rounds, so that an edit takes little time.
 QUICK: dict[str, dict[str, Any]] = {
     "ssd": {},
-    "influence": {"fisher_samples": 10, "solver_steps": 3},
+    "influence": {"alpha": 0.5, "fisher_samples": 10, "solver_steps": 3},
     "razor": {"rounds": 2, "search_steps": 2, "max_drop": 100.0},
 }
 
@@ -223,7 +223,7 @@ def test_influence_draws_its_retained_samples_by_the_seed(train: Samples) -> Non
 @pytest.mark.parametrize("option", ["compile", "gradient_checkpointing"])
 def test_influence_refuses_what_has_no_directional_derivatives(train: Samples, option: str) -> None:
     with pytest.raises(UserError, match=f"option {option}=true: influence takes directional derivatives"):
-        make("influence", train, **{option: True})
+        make("influence", train, alpha=1.0, **{option: True})
 
 
 # RAZOR
@@ -321,10 +321,10 @@ def test_razors_step_moves_the_edit_set_alone_and_as_its_equation_says(train: Sa
     ("allowed_to", "enough_from", "expected"),
     [(1.0, 0.3, 0.3), (0.6, 0.8, 0.6), (0.2, 0.1, 0.1), (0.0, 0.5, 0.0), (1.0, 9.0, 1.0)],
 )
-def test_razor_searches_the_smallest_enough_or_the_largest_allowed_step(
+def test_a_search_takes_the_smallest_enough_or_the_largest_allowed_step(
     train: Samples, monkeypatch: pytest.MonkeyPatch, allowed_to: float, enough_from: float, expected: float
 ) -> None:
-    method = with_held_out(train, tiny_vit(), max_change=1.0, search_steps=8)
+    search = with_held_out(train, tiny_vit(), search_steps=8).search
     model = torch.nn.Linear(1, 1, bias=False)
     model.weight.data.zero_()  # its weight is the step taken
 
@@ -334,11 +334,12 @@ def test_razor_searches_the_smallest_enough_or_the_largest_allowed_step(
 
     def predictions(model: Any, samples: Samples, context: Any) -> Answer:
         eta = float(model.weight)
-        held_out = samples is method.watched
+        held_out = samples is search.watched
         return Answer(float(eta <= allowed_to) if held_out else float(eta < enough_from))
 
-    monkeypatch.setattr(razor, "predictions_of", predictions)
-    method.search(model, {"weight": model.weight}, {"weight": torch.ones(1, 1)}, lowest=0.5, enough=0.5)
+    monkeypatch.setattr(line_search, "predictions_of", predictions)
+    search.lowest = search.enough = 0.5
+    assert search.along(model, {"weight": torch.ones(1, 1)}, 1.0) == float(model.weight)
     assert float(model.weight) == pytest.approx(expected, abs=2**-7)
     assert float(model.weight) <= allowed_to
 
@@ -372,8 +373,8 @@ def test_razor_does_not_hold_a_forgotten_class_against_a_step(train: Samples) ->
         held_out=train.subset(np.concatenate([zeros[20:25], others[40:60]])),
     )
     made = razor.Razor(razor.RazorConfig(), context)
-    assert len(made.watched) == 20
-    assert (made.watched.labels != 0).all()
+    assert len(made.search.watched) == 20
+    assert (made.search.watched.labels != 0).all()
     only_zeros = dataclasses.replace(context, held_out=train.subset(zeros[20:25]))
     with pytest.raises(UserError, match="razor: no held-out sample is of a class that is retained"):
         razor.Razor(razor.RazorConfig(), only_zeros)
@@ -402,7 +403,7 @@ def split(train: Samples) -> tuple[Samples, Samples, Samples]:
 
 
 def run(name: str, train: Samples, **options: Any) -> Any:
-    options.setdefault("config", OPTIONS | QUICK[name])
+    options.setdefault("config", OPTIONS | QUICK.get(name, {}))
     forget, retain, held_out = split(train)
     return unlearn(tiny_vit(), forget, retain, method=name, validation=held_out, **options)
 
@@ -413,6 +414,27 @@ def test_an_edit_takes_no_steps(train: Samples, name: str) -> None:
     assert result.samples_seen == {}
     assert result.seconds["edit_phase"] > 0
     assert weights_sha256(result.model) != weights_sha256(tiny_vit())
+
+
+@pytest.mark.parametrize(("name", "given", "most"), [("influence", "alpha", 4.0), ("iau", "lr", 0.256 / 32)])
+def test_the_size_of_a_step_is_searched_unless_it_is_given(train: Samples, name: str, given: str, most: float) -> None:
+    """All forget samples are answered right, no held-out one: the search goes on until the former are wrong too."""
+    forget, retain, _ = split(train)
+    quick = {key: value for key, value in QUICK.get(name, {}).items() if key != given}
+    config = OPTIONS | quick | {"max_drop": 100.0, "search_steps": 3}
+    searched = run(name, train, config=config)
+    tried = [
+        run(name, train, config=config | {given: most * part / 8}) for part in (1, 2, 3, 4, 5, 6, 7)
+    ]  # what three halvings can come to
+    enough = [result for result in tried if result.accuracy(forget) == 0]
+    expected = (enough or tried[-1:])[0].model.state_dict()
+    for key, value in searched.model.state_dict().items():
+        torch.testing.assert_close(value, expected[key], atol=1e-6, rtol=1e-5)
+    with pytest.raises(
+        UserError, match=rf"{name}: needs samples .* to search the size of its step on \(or set {given}\)"
+    ):
+        unlearn(tiny_vit(), forget, retain, method=name, config=config)
+    unlearn(tiny_vit(), forget, retain, method=name, config=config | {given: 1e-6})
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -461,6 +483,9 @@ def test_an_edit_keeps_to_the_weights_that_may_change(train: Samples, name: str)
         ("ssd", {"dampening": -1.0}),
         ("ssd", {"fisher_batch_size": 0}),
         ("ssd", {"retain_epochs": -1.0}),
+        ("influence", {"alpha": 0.0}),
+        ("influence", {"max_drop": -1.0}),
+        ("influence", {"search_steps": 0}),
         ("influence", {"damping": 0.0}),
         ("influence", {"fisher_samples": 0}),
         ("razor", {"rounds": 0}),

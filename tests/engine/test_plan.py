@@ -16,6 +16,7 @@ from toys import TINY, few, tiny_vit
 
 from engine import cli
 from engine import plan as plan_package
+from engine.config import RunConfig
 from engine.data import open_source
 from engine.errors import UserError
 from engine.loop import unlearn
@@ -212,7 +213,7 @@ def test_steps_and_images_are_those_of_a_real_run() -> None:
     options = {"forget_epochs": 1.5, "retain_epochs": 2, "batch_size": 8, "device": "cpu", "augment": "none"}
     result = unlearn(tiny_vit(), forget, retain, config=options, validation=few(source.test, 20))
     steps = {row["phase"]: row["step"] + 1 for row in result.history if "step" in row and "event" not in row}
-    planned = unlearning_work(COST, SIZES, "lethe", method_config(forget_epochs=1.5, retain_epochs=2), None)
+    planned = unlearning_work(COST, SIZES, "lethe", method_config(forget_epochs=1.5, retain_epochs=2), RunConfig())
     items = {item.name: item for item in planned}
     for phase in ("forget", "retain"):
         assert items[f"{phase} phase"].steps == steps[phase]
@@ -222,14 +223,14 @@ def test_steps_and_images_are_those_of_a_real_run() -> None:
 
 
 def test_everything_that_is_waited_for_is_counted() -> None:
-    items = {item.name: item for item in unlearning_work(COST, SIZES, "lethe", method_config(), None)}
+    items = {item.name: item for item in unlearning_work(COST, SIZES, "lethe", method_config(), RunConfig())}
     assert items["masks and teacher outputs"].flops == 30 * (2 * 100 + 7)
     assert items["forget phase"].flops == 2 * 30 * 300
     assert items["retain phase"].flops == 8 * 170 * 300
     assert items["evaluation of the original and the result"].flops == 2 * (30 + 170 + 40) * 100
-    again = {i.name: i for i in unlearning_work(COST, SIZES, "lethe", method_config(augment_forget=True), None)}
+    again = {i.name: i for i in unlearning_work(COST, SIZES, "lethe", method_config(augment_forget=True), RunConfig())}
     assert again["masks and teacher outputs"].images == 2 * 30  # in every epoch
-    short = {i.name: i for i in unlearning_work(COST, SIZES, "lethe", method_config(), 3)}
+    short = {i.name: i for i in unlearning_work(COST, SIZES, "lethe", method_config(), RunConfig(max_steps=3))}
     assert (short["retain phase"].steps, short["retain phase"].images) == (3, 24)
     training, evaluation = retraining_work(COST, SIZES, 300)
     assert (training.images, training.steps, training.flops) == (300 * 170, 300 * math.ceil(170 / 8), 300 * 170 * 300)
@@ -238,7 +239,7 @@ def test_everything_that_is_waited_for_is_counted() -> None:
 
 @pytest.mark.parametrize(("method", "phases"), [("finetune", ["retain phase"]), ("random_labels", ["forget phase"])])
 def test_other_methods_have_their_own_phases_and_no_teacher(method: str, phases: list[str]) -> None:
-    items = {i.name: i for i in unlearning_work(COST, SIZES, method, method_config(method), None)}
+    items = {i.name: i for i in unlearning_work(COST, SIZES, method, method_config(method), RunConfig())}
     assert [name for name in items if name.endswith("phase")] == phases
     assert "masks and teacher outputs" not in items
     if method == "random_labels":
@@ -246,7 +247,7 @@ def test_other_methods_have_their_own_phases_and_no_teacher(method: str, phases:
 
 
 def test_seconds_come_of_one_rate_by_flops_or_of_a_rate_each() -> None:
-    work = unlearning_work(COST, SIZES, "lethe", method_config(), None)
+    work = unlearning_work(COST, SIZES, "lethe", method_config(), RunConfig())
     stated = seconds_of(work, COST, 2, {"training": 5.0})
     assert stated["retain phase"] == 8 * 170 / (5.0 * 2)
     assert stated["evaluation of the original and the result"] == pytest.approx(480 / 3 / (5.0 * 2))

@@ -1,0 +1,352 @@
+"""S3T, sequence-aware sharded sliced training (Chowdhury et al., Towards Scalable Exact Machine Unlearning Using
+Parameter-Efficient Fine-Tuning, ICLR 2025, arXiv 2406.16257): exact, for models that were trained for it.
+
+Training (`lethe train --sliced`; here: nothing to forget). The samples are dealt into slices S_1 .. S_L and the blocks
+into L groups, the top group first. Stage m = 1 .. L trains low-rank updates of group m and the head on S_1 to S_m; all
+other weights are still. What stage m leaves, its updates and its head, is kept (engine/sliced.py).
+
+    model of stage m = base + updates of stages 1 .. m, with the head of stage m
+
+Deletion of F. Let m be the least slice that holds a sample of F: stages below m never saw any of F, nor was anything
+that they were made of decided by F. Stages m .. L are dropped and the model of stage m - 1 is what is served;
+with `retrain_dropped` they are trained again on what is retained. Nothing is left where m = 1: then they must be.
+
+Without a pretrained base (`base=fresh`) stage 1 trains all weights on S_1, and the L - 1 groups are those of the stages
+after it: random blocks that stay as they are learn little (docs/methods.md), and where stage 1 falls all falls anyway.
+
+Why it is exact. Stage m is a function of the base, the recipe, the seed and the retained samples of S_1 .. S_m alone:
+the slice of a sample is a hash of (seed, id), so it does not depend on what other samples there are; a stage takes its
+samples in the order of those hashes; rates, order and dropout are drawn from (seed, m). So the stages below m are those
+that a training without F would have made, and with `retrain_dropped` the whole model is: the same bits, on the CPU.
+Exact is meant of the samples and relative to the base, which must never have seen them: pretrained elsewhere, or
+random. Whatever a user does by looking at results (which seed, which options) is not part of it.
+
+Departures from the paper and its public code:
+- There slices are cut by position, so that a deletion shifts other samples across the cuts, the best epoch is chosen on
+  test data, and one head is trained in all stages; to deactivate updates alone then leaves that head. Here slices are
+  hashed, epochs fixed, and each stage keeps a head of its own, which starts from the one of the stage before.
+- One sequence of slices and one shard. The paper trains several permutations, and serves the one that a deletion leaves
+  most of, and several shards, which vote: neither is here, so one sample in S_1 drops everything.
+- Low-rank updates of all linear layers of a block without scale and dropout (engine.trainable), not of q and v alone.
+- `base=fresh`: the paper's base is always pretrained.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from engine.config import RunConfig, require, to_dict
+from engine.data import Batch, Samples
+from engine.errors import UserError
+from engine.methods.base import Context, Method, Phase, cross_entropy, register
+from engine.methods.gs_lora import LORA_LR_PER_WIDTH
+from engine.sliced import Stages, classifier_weights, slices_of, stages_of, tokens_of, untouched
+from engine.trainable import LowRank, low_ranks, restrict
+from engine.vit import set_folder, spec_of, weights_sha256
+
+if TYPE_CHECKING:
+    from engine.trainer import UnlearnResult
+
+# Options that the bits of a stage depend on: the method's, and the run's.
+_OURS = ("slices", "epochs", "lr", "rank", "base", "base_epochs", "base_lr")
+_RUNS = (
+    "seed",
+    "batch_size",
+    "accumulation_steps",
+    "max_steps",
+    "precision",
+    "attention",
+    "decode",
+    "on_bad_image",
+    "augment",
+    "weight_decay",
+    "grad_clip",
+)
+# Options of a run that say how, not what. All others would change what a stage sees or trains: they stay as they are.
+_HOW = (
+    "device",
+    "workers",
+    "timeout",
+    "checkpoint_every",
+    "gradient_checkpointing",
+    "compile",
+    "kernels",
+    "collapse_drop",
+    "max_bad_share",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class S3TConfig:
+    """Options of S3T. Those of the training are the checkpoint's when it is unlearned: leave them out then.
+
+    retrain_dropped: train the dropped stages again, at that cost; else the model of the stages that are left is served.
+    Training: slices: L. epochs: passes of each stage over its slices, so epochs (L + 1) / 2 over all samples.
+    lr: peak rate; null: 0.64 / width. rank: of the updates. base: fresh (weights drawn from the seed) | given (those of
+    the model that the training is given, head included; it must never have seen the training samples).
+    base_epochs, base_lr: of stage 1 where the base is fresh; null: epochs x slices, as many steps as of all samples.
+    """
+
+    retrain_dropped: bool = False
+    slices: int = 4
+    epochs: float = 30.0
+    lr: float | None = None
+    rank: int = 16
+    base: Literal["fresh", "given"] = "fresh"
+    base_epochs: float | None = None
+    base_lr: float = 1e-3
+
+    def __post_init__(self) -> None:
+        require(self.slices >= 2, "slices", self.slices, "at least 2")
+        require(self.epochs > 0, "epochs", self.epochs, "above 0")
+        require(self.lr is None or self.lr > 0, "lr", self.lr, "above 0, or null")
+        require(self.rank >= 1, "rank", self.rank, "at least 1")
+        require(self.base_epochs is None or self.base_epochs > 0, "base_epochs", self.base_epochs, "above 0, or null")
+        require(self.base_lr > 0, "base_lr", self.base_lr, "above 0")
+
+
+@register
+class S3T(Method):
+    name = "s3t"
+    summary = "drops the stages of a sliced training that saw a sample, or trains them again; exact"
+    Config = S3TConfig
+    one_process = "every stage freezes other weights than the one before, after DeepSpeed has laid them out"
+    exact = True
+    needs_checkpoint = "`lethe train --sliced`"
+    after_collapse = "Train the dropped stages again (--set retrain_dropped=true)"
+
+    _first = 1  # the first stage that is trained in this run
+
+    def __init__(self, config: S3TConfig, context: Context) -> None:
+        super().__init__(config, context)
+        run = context.run
+        defaults = to_dict(RunConfig())
+        for key, value in to_dict(run).items():
+            if key not in (*_RUNS, *_HOW) and value != defaults[key]:
+                raise UserError(
+                    f"option {key}={value!r}: s3t says itself what a stage trains, and on which samples; leave it out"
+                )
+        self._stages: Stages | None = None
+        self._heads: dict[int, dict[str, Tensor]] = {}
+        self._groups: list[list[LowRank]] = []
+        self._base: dict[str, Tensor] = {}
+        self._plain: dict[str, nn.Parameter] = {}
+        self._trained: dict[str, Tensor] = {}  # all weights but updates and head, as stage 1 left them
+        if self._training:
+            self.recipe = {key: getattr(config, key) for key in _OURS} | {key: getattr(run, key) for key in _RUNS}
+            self.recipe["lr"] = self.learning_rate(config.lr, LORA_LR_PER_WIDTH)
+        else:
+            self._stages = self._opened()
+            self.recipe = self._stages.recipe
+            self._refuse_other_recipe(self.recipe)
+        self._tokens = tokens_of(context.retain, self.recipe["seed"])
+        if self._stages is not None:
+            self._first = untouched(self._stages, context.retain, context.forget) + 1
+            if self._first == 1 and not config.retrain_dropped:
+                raise UserError(
+                    "s3t: some of the samples are in slice 1, which every stage was trained on, so nothing trained is "
+                    "left; --set retrain_dropped=true trains all stages again"
+                )
+        first = slices_of(self._tokens, self.recipe["slices"]).min(initial=self.recipe["slices"] + 1)
+        if first > 1 and self._trains:
+            raise UserError(
+                f"{context.retain.name}: none of its {len(context.retain)} samples is in slice 1 of "
+                f"{self.recipe['slices']}, so stage 1 has nothing to learn from; train a new model with fewer slices"
+            )
+
+    @property
+    def _training(self) -> bool:
+        return not len(self.context.forget)
+
+    @property
+    def _trains(self) -> bool:
+        return self._training or self.config.retrain_dropped
+
+    def _opened(self) -> Stages:
+        stages = stages_of(self.context.original)
+        if stages is None:
+            raise UserError(
+                "s3t: the checkpoint was not trained in slices (its folder has no stages.safetensors), so there is no "
+                "stage to drop; train one by `lethe train --sliced`, or take --method retrain"
+            )
+        if weights_sha256(self.context.original) != stages.served:
+            raise UserError(
+                "s3t: the checkpoint's weights are not those that its stages make: somebody changed them, and what "
+                "they saw is not known; take the folder as the sliced training or the last deletion wrote it"
+            )
+        return stages
+
+    def _refuse_other_recipe(self, recipe: dict[str, Any]) -> None:
+        defaults = S3TConfig()
+        for key in _OURS:
+            value = getattr(self.config, key)
+            if value not in (getattr(defaults, key), recipe[key]):
+                raise UserError(
+                    f"option {key}={value!r}: the checkpoint was trained with {recipe[key]!r}; leave it out"
+                )
+        other = [key for key in _RUNS if getattr(self.context.run, key) != recipe[key]]
+        if other and self.config.retrain_dropped:
+            remedy = " ".join(f"--set {key}={'null' if recipe[key] is None else recipe[key]}" for key in other)
+            raise UserError(
+                f"option {other[0]}={getattr(self.context.run, other[0])!r}: dropped stages are trained again by the "
+                f"recipe of the others; give {remedy}"
+            )
+
+    def initial_model(self, model: nn.Module) -> nn.Module:
+        recipe = self.recipe
+        if self._stages is not None:
+            model = spec_of(model).build()
+            model.load_state_dict(self._stages.base)
+        elif recipe["base"] == "fresh":
+            model = spec_of(model).build(seed=recipe["seed"])
+        self._base = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
+        self._head = classifier_weights(model)
+        heads = {id(weight) for weight in self._head.values()}
+        plain = {name: weight for name, weight in model.named_parameters() if id(weight) not in heads}
+        restrict(model, f"lora:{recipe['rank']}", recipe["seed"])
+        self._groups = self._cut(low_ranks(model)[::-1])
+        if recipe["base"] == "fresh":
+            self._plain = plain
+        for weight in (*self._head.values(), *self._plain.values()):
+            weight.requires_grad_(True)  # here, so that the optimizer knows of them
+        if self._stages is not None:
+            self._take(self._stages)
+        return model
+
+    def _cut(self, blocks: list[list[LowRank]]) -> list[list[LowRank]]:
+        """The updates of each stage. blocks: those of each block, top first."""
+        slices = self.recipe["slices"]
+        first: list[list[LowRank]] = [[]] if self.recipe["base"] == "fresh" else []
+        count = slices - len(first)
+        if count > len(blocks):
+            raise UserError(
+                f"option slices={slices}: the updates of a stage are of at least one block, and the model has "
+                f"{len(blocks)}; give at most {len(blocks) + len(first)}"
+            )
+        cuts = np.linspace(0, len(blocks), count + 1).round().astype(int)
+        return first + [
+            [layer for block in blocks[start:stop] for layer in block] for start, stop in itertools.pairwise(cuts)
+        ]
+
+    @torch.no_grad()
+    def _take(self, stages: Stages) -> None:
+        """Puts the stages that are left into the model."""
+        for number, stage in enumerate(stages.kept[: self._first - 1], 1):
+            self._heads[number] = {name: stage[f"head.{name}"] for name in self._head}
+            for name, weight in self._weights_of(number).items():
+                weight.copy_(stage[name])
+        if self._first > 1:
+            self._trained = _copies(self._plain)
+
+    def _weights_of(self, number: int) -> dict[str, nn.Parameter]:
+        """What a stage trains, by its name in the file; the tensors are the model's."""
+        updates = {
+            f"{i}.{name}": weight
+            for i, layer in enumerate(self._groups[number - 1])
+            for name, weight in layer.named_parameters()
+        }
+        plain = {f"plain.{name}": weight for name, weight in self._plain.items()} if number == 1 else {}
+        return updates | plain | {f"head.{name}": weight for name, weight in self._head.items()}
+
+    def phases(self) -> list[Phase]:
+        """One a stage, so that each has the same number, and so the same seeds, in every run; those that stay take no
+        step."""
+        recipe = getattr(self, "recipe", vars(self.config))  # a plan has no checkpoint
+        lr = self.learning_rate(recipe["lr"], LORA_LR_PER_WIDTH)
+        phases = []
+        for number in range(1, recipe["slices"] + 1):
+            all_weights = number == 1 and recipe["base"] == "fresh"
+            epochs = (recipe["base_epochs"] or recipe["epochs"] * recipe["slices"]) if all_weights else recipe["epochs"]
+            trains = self._trains and number >= self._first
+            phases.append(
+                Phase(
+                    name=f"stage_{number}",
+                    samples="retain",
+                    epochs=epochs if trains else 0,
+                    lr=recipe["base_lr"] if all_weights else lr,
+                    schedule="one_cycle" if trains else "constant",
+                    retain_part=number / recipe["slices"],
+                )
+            )
+        return phases
+
+    def samples_of(self, phase: Phase) -> Samples:
+        chosen = np.flatnonzero(slices_of(self._tokens, self.recipe["slices"]) <= _number(phase))
+        if not len(chosen):  # a stage that takes no step; the loop wants some samples all the same
+            chosen = np.arange(1)
+        return self.context.retain.subset(
+            chosen[np.argsort(self._tokens[chosen], kind="stable")], f"{self.context.retain.name} ({phase.name})"
+        )
+
+    def prepare(self, phase: Phase) -> None:
+        """Also where a run is resumed within the phase."""
+        number = _number(phase)
+        if number > 1 and number - 1 not in self._heads:
+            self._heads[number - 1] = _copies(self._head)
+            self._note_trained()
+        for group in self._groups:
+            for layer in group:
+                layer.requires_grad_(False)
+        for weight in self._plain.values():
+            weight.requires_grad_(False)
+        for weight in self._weights_of(number).values():
+            weight.requires_grad_(True)
+
+    def _note_trained(self) -> None:
+        """Keeps what stage 1 left, before the updates of later stages are merged into it."""
+        if 1 in self._heads and not self._trained:
+            self._trained = _copies(self._plain)
+
+    def loss(self, model: nn.Module, batch: Batch, phase: Phase) -> dict[str, Tensor]:
+        return {"retain_ce": cross_entropy(model, batch)}
+
+    def state(self) -> dict[str, Any]:
+        return {"heads": self._heads}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self._heads = state["heads"]
+        self._note_trained()  # the weights were loaded before
+
+    def finished(self, result: UnlearnResult) -> None:
+        """Writes stages.safetensors beside the model, and what became of the stages into the record."""
+        slices = self.recipe["slices"]
+        last = slices if self._trains else self._first - 1
+        result.config["stages"] = {
+            "slices": slices,
+            "served": last,
+            "kept": self._first - 1,
+            "dropped": 0 if self._stages is None else len(self._stages.kept) - self._first + 1,
+            "recipe": self.recipe,
+        }
+        set_folder(result.model, result.output_dir)
+        if result.output_dir is None or not self.context.world.is_main:
+            return
+        heads = {**self._heads, last: _copies(self._head)}
+        kept = []
+        for number in range(1, last + 1):
+            before_merge = {
+                **{f"plain.{name}": weight for name, weight in self._trained.items()},
+                **{f"head.{name}": weight for name, weight in heads[number].items()},
+            }
+            kept.append({name: before_merge.get(name, weight) for name, weight in self._weights_of(number).items()})
+        Stages(
+            recipe=self.recipe,
+            served=weights_sha256(result.model),
+            members=np.sort(self._tokens),
+            base=self._base,
+            kept=kept,
+        ).write(result.output_dir)
+
+
+def _copies(weights: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    return {name: weight.detach().cpu().clone() for name, weight in weights.items()}
+
+
+def _number(phase: Phase) -> int:
+    return int(phase.name.removeprefix("stage_"))
