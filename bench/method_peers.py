@@ -41,11 +41,18 @@ from torch import nn
 from bench.measure import mean_and_half_range
 from bench.peer_libraries import PEERS, Peer, Values
 from bench.report import Report, kept, load_average
-from bench.retrain_cost import QUICK_STEPS, RETRAIN_SEED, Subject, compared, looked_at, noise_floor, original_of
+from bench.retrain_cost import (
+    QUICK_STEPS,
+    RETRAIN_SEED,
+    Subject,
+    compared,
+    looked_at,
+    noise_floor,
+    original_of,
+    setting_of,
+)
 from bench.retrain_summary import Row
-from engine.config import parse_assignments
 from engine.console import console, progress_bars
-from engine.device import resolve_device
 from engine.errors import UserError, nearest
 from engine.job import Task
 from engine.loop import set_up, unlearn
@@ -92,24 +99,13 @@ def run_method_peers(
 
     methods: those of the peers to run; none: all.
     """
-    if seeds < 1:
-        raise UserError(f"--seeds {seeds}: expected 1 or more")
-    options = parse_assignments(settings)
-    if "seed" in options:
-        raise UserError("--set seed: every run has a seed of its own here; --seeds says how many")
+    setting = setting_of(subjects, seeds, settings, quick)
+    options = setting["options"]
     known = [peer.method for peer in peers]
     for name in methods:
         if name not in known:
             raise UserError(f"--method {name!r}: no peer has it{nearest(name, known)}")
     chosen = [peer for peer in peers if peer.method in (methods or known)]
-    device = resolve_device(options.get("device", "auto"))
-    setting: dict[str, Any] = {
-        "subjects": [dataclasses.asdict(subject) | {"references": list(subject.references)} for subject in subjects],
-        "options": options,
-        "quick": quick,
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-    }
     report = Report()
     before = kept(json_file, setting, "peers")
     tasks: dict[str, Any] = dict(before.get("tasks", {}))

@@ -119,6 +119,23 @@ def class_of(subject: Subject, name: str) -> Subject:
     return dataclasses.replace(subject, name=f"{subject.name}, class {name}", forget=f"class:{name}", references=())
 
 
+def setting_of(subjects: Sequence[Subject], seeds: int, settings: Sequence[str], quick: bool) -> dict[str, Any]:
+    """What a results file has to agree in to be gone on with; the options as they were given among it."""
+    if seeds < 1:
+        raise UserError(f"--seeds {seeds}: expected 1 or more")
+    options = parse_assignments(settings)
+    if "seed" in options:
+        raise UserError("--set seed: every run has a seed of its own here; --seeds says how many")
+    device = resolve_device(options.get("device", "auto"))
+    return {
+        "subjects": [dataclasses.asdict(subject) | {"references": list(subject.references)} for subject in subjects],
+        "options": options,
+        "quick": quick,
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+    }
+
+
 def run_retrain_cost(
     subjects: Sequence[Subject],
     seeds: int,
@@ -134,26 +151,16 @@ def run_retrain_cost(
 
     methods: those to run beside the retrain; none: all of them.
     """
-    if seeds < 1:
-        raise UserError(f"--seeds {seeds}: expected 1 or more")
+    setting = setting_of(subjects, seeds, settings, quick)
+    options = setting["options"]
     if price is not None and price < 0:
         raise UserError(f"--price {price:g}: expected 0 or more for one hour of a device")
-    options = parse_assignments(settings)
-    if "seed" in options:
-        raise UserError("--set seed: every run has a seed of its own here; --seeds says how many")
     chosen = {name: get_method(name) for name in (*methods, "retrain")} if methods else list_methods()
     for name in [name for name, method in chosen.items() if method.needs_checkpoint]:
         console.print(f"{name}: left out, it takes checkpoints of {chosen.pop(name).needs_checkpoint} alone")
     for method in chosen.values():
         split_options(options, method.Config)  # a wrong option is an error now, not after an hour
     device = resolve_device(options.get("device", "auto"))
-    setting: dict[str, Any] = {
-        "subjects": [dataclasses.asdict(subject) | {"references": list(subject.references)} for subject in subjects],
-        "options": options,
-        "quick": quick,
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-    }
     report = Report()
     tasks: dict[str, Any] = dict(kept(json_file, setting, "a comparison").get("tasks", {}))
     meter = EnergyMeter(device)

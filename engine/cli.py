@@ -253,14 +253,28 @@ def methods(
     table = Table("method", "what it does", "options and defaults", header_style="bold")
     for key, cls in chosen.items():
         defaults = to_dict(build(cls.Config, {}))
-        table.add_row(key, cls.summary, ", ".join(f"{k}={'auto' if v is None else v}" for k, v in defaults.items()))
+        what = f"{cls.summary} [dim](one process)[/dim]" if cls.one_process else cls.summary
+        table.add_row(key, what, ", ".join(f"{k}={'auto' if v is None else v}" for k, v in defaults.items()))
     console.print(table)
     if name:
-        console.print(inspect.getdoc(chosen[name].Config) or "")
+        cls = chosen[name]
+        console.print(inspect.getdoc(cls.Config) or "")
+        if cls.one_process:
+            console.print(f"\nRuns on one process: {cls.one_process}.")
+        if cls.needs_checkpoint:
+            console.print(f"\nTakes checkpoints of {cls.needs_checkpoint} alone.")
         console.print(f"\nOptions of every method:\n{inspect.getdoc(RunConfig)}")
     write_json_file(
         json_file,
-        {key: {"summary": cls.summary, "options": to_dict(build(cls.Config, {}))} for key, cls in chosen.items()},
+        {
+            key: {
+                "summary": cls.summary,
+                "options": to_dict(build(cls.Config, {})),
+                "one_process": cls.one_process,
+                "needs_checkpoint": cls.needs_checkpoint,
+            }
+            for key, cls in chosen.items()
+        },
     )
 
 

@@ -15,7 +15,7 @@ q_s is q with s added to the log-odds of y, and s, 0 at first, follows what is l
 
 where those that are not in the step count as 0. A target is never quite reached, least where memory is strongest; so
 the aim goes lower until the forget samples are answered, in the mean, as held-out samples are. That begins after a
-fifth of the steps: what is left before is what has not been learned yet, and to answer it would lower the aim too far.
+tenth of the steps: what is left before is what has not been learned yet, and to answer it would lower the aim too far.
 
 p, because what a model has memorised of an image is tied to its pixels, and a shifted copy (1/16 and 1/8 of the side,
 edges mirrored) shows what it would have said without. q, because a mean over views is unsure of everything, while a
@@ -45,7 +45,7 @@ from engine.vit import outputs
 # Peak rate times the width of the model; see docs/notes.md.
 LR_PER_WIDTH = 0.0768
 # Share of the steps after which the aim is corrected.
-_SETTLED = 0.2
+_SETTLED = 0.1
 # Of log-probabilities, so that a class that no view names can be raised by its log-odds.
 _LEAST = 1e-9
 
@@ -67,7 +67,7 @@ class LethePlusConfig:
     forget_passes: float = tunable(18.0, Range(6, 36, step=3))
     lr: float | None = tunable(None, rate(LR_PER_WIDTH))
     forget_weight: float = tunable(1.0, Range(0.5, 8.0, log=True))
-    correction: float = 0.5
+    correction: float = 0.7
     views: bool = True
     calibrate: bool = True
     augment_retain: bool = False

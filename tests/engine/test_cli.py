@@ -162,9 +162,13 @@ def test_train_builds_a_timm_architecture(lethe: Lethe, tmp_path: Path) -> None:
 def test_methods_lists_all_and_one(lethe: Lethe, tmp_path: Path) -> None:
     code, out, _ = lethe("methods", "--json", tmp_path / "m.json")
     assert code == 0
-    assert {"lethe", "retrain", "finetune", "gradient_ascent", "random_labels"} <= set(
-        json.loads((tmp_path / "m.json").read_text())
-    )
+    assert "(one process)" in out
+    found = json.loads((tmp_path / "m.json").read_text())
+    assert {"lethe", "retrain", "finetune", "gradient_ascent", "random_labels"} <= set(found)
+    assert (found["lethe"]["one_process"], found["s3t"]["needs_checkpoint"]) == ("", "`lethe train --sliced`")
+    code, out, _ = lethe("methods", "s3t")
+    assert "Runs on one process: every stage freezes other weights" in out
+    assert "Takes checkpoints of `lethe train --sliced` alone." in out
     code, out, _ = lethe("methods", "lethe")
     assert "temperature" in out
     assert "collapse_drop" in out
