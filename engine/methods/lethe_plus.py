@@ -11,11 +11,11 @@ stage (docs/notes.md). So here the target is another, and both stages are one. W
 
 q_s is q with s added to the log-odds of y, and s, 0 at first, follows what is left of the memory: after every step
 
-    s <- s - c mean over all forget samples of l(f(x)) - l(q(x))        l: log-odds of y
+    s <- s - c / (all steps) mean over its forget samples of l(f(x)) - l(q(x))      l: log-odds of y
 
-where those that are not in the step count as 0. A target is never quite reached, least where memory is strongest; so
-the aim goes lower until the forget samples are answered, in the mean, as held-out samples are. That begins after a
-tenth of the steps: what is left before is what has not been learned yet, and to answer it would lower the aim too far.
+A target is never quite reached, least where memory is strongest; so the aim goes lower until the forget samples are
+answered, in the mean, as held-out samples are. That begins after a tenth of the steps: what is left before is what has
+not been learned yet, and to answer it would lower the aim too far.
 
 p, because what a model has memorised of an image is tied to its pixels, and a shifted copy (1/16 and 1/8 of the side,
 edges mirrored) shows what it would have said without. q, because a mean over views is unsure of everything, while a
@@ -58,7 +58,7 @@ class LethePlusConfig:
     where they are so many that a step would hold more forget than retained samples, the steps are more instead.
     lr: peak rate; null: 0.0768 / width. forget_weight: w above.
     views: p is the mean over shifted images; false: the original's answer on the image itself.
-    correction: c above, the share of what is left by which s moves in a pass over the forget samples; 0: s stays 0.
+    correction: c above; 0: s stays 0.
     calibrate: q has the log-odds of held-out samples; false: those of p.
     augment_retain: augment retained images as the run says.
     """
@@ -67,7 +67,7 @@ class LethePlusConfig:
     forget_passes: float = tunable(18.0, Range(6, 36, step=3))
     lr: float | None = tunable(None, rate(LR_PER_WIDTH))
     forget_weight: float = tunable(1.0, Range(0.5, 8.0, log=True))
-    correction: float = 0.7
+    correction: float = 12.0
     views: bool = True
     calibrate: bool = True
     augment_retain: bool = False
@@ -90,7 +90,7 @@ class LethePlus(Method):
         super().__init__(config, context)
         self.steps = self.taken = 0
         self.shift = torch.zeros((), dtype=torch.float64, device=context.device)  # s
-        self._left = torch.zeros_like(self.shift)  # sum of the mean's terms in this step, on this rank
+        self._left = self.shift.new_zeros(2)  # of this step, on this rank: sum and number of the mean's terms
 
     def phases(self) -> list[Phase]:
         config = self.config
@@ -144,7 +144,8 @@ class LethePlus(Method):
         if batch.weight:
             left = log_odds(logits.detach(), batch.labels) - log_odds(target, batch.labels)
             # Of a class of which nothing is retained the target has no log-odds.
-            self._left += left.masked_fill(~left.isfinite(), 0).sum()
+            known = left.isfinite()
+            self._left += torch.stack([left.masked_fill(~known, 0).sum(), known.sum()])
         aim = target.scatter_add(1, true, self.shift.to(target).expand_as(true)).softmax(1)
         divergence = F.kl_div(logits.log_softmax(1), aim, reduction="none").sum(1)
         return {"forget_kl": self.config.forget_weight * divergence.mean()}
@@ -152,8 +153,8 @@ class LethePlus(Method):
     def after_step(self, model: nn.Module, phase: Phase) -> None:
         self.taken += 1
         if self.taken > _SETTLED * self.steps:
-            left = self.context.world.sum(self._left)
-            self.shift = self.shift - self.config.correction / len(self.context.forget) * left
+            left, count = self.context.world.sum(self._left)
+            self.shift = self.shift - self.config.correction / self.steps * left / count.clamp_min(1)
         self._left = torch.zeros_like(self._left)
 
     def state(self) -> dict[str, Any]:
