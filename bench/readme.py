@@ -84,6 +84,8 @@ def ablation_table(report: Report) -> Sheet:
 
 def retrain_cost_table(report: Report) -> Sheet:
     columns = ["task, method", "seeds", "seconds", "of retrain", "average gap", "gap / noise floor", "forget", "test"]
+    # Early files have none.
+    scored = any(found.get("score") for entry in report["tasks"].values() for found in entry["summary"])
     rows = []
     for task, entry in report["tasks"].items():
         untouched, floor = entry["untouched"], entry["noise_floor"]
@@ -92,7 +94,7 @@ def retrain_cost_table(report: Report) -> Sheet:
             rows.append([
                 f"{task}, {found['method']}", str(found["seeds"]), _either(found["seconds"], 1),
                 _either(found["share"], 1, 100, "%"), _either(found["gap"], 2), _either(found["gap_to_floor"], 1),
-                *percent, str(found["collapsed"]),
+                *percent, *([_either(found.get("score"), 2)] if scored else []), str(found["collapsed"]),
             ])  # fmt: skip
         percent = [f"{100 * untouched['accuracy'][key]:.1f}" for key in ("forget", "test")]
         agreement = untouched.get("agreement")
@@ -100,10 +102,11 @@ def retrain_cost_table(report: Report) -> Sheet:
         rows.append([
             f"{task}, untouched", "-", "-", "-", "-" if gap is None else f"{gap:.2f}",
             f"{gap / floor:.1f}" if gap is not None and floor else "-", *percent,
-            f"{100 * untouched['mia']['efficacy']:.1f}", "-" if agreement is None else f"{100 * agreement:.1f}", "-",
+            f"{100 * untouched['mia']['efficacy']:.1f}", "-" if agreement is None else f"{100 * agreement:.1f}",
+            *([f"{untouched['score']:.2f}"] if scored else []), "-",
         ])  # fmt: skip
     return Sheet(
-        columns=[*columns, "MIA efficacy", "agreement", "collapsed"],
+        columns=[*columns, "MIA efficacy", "agreement", *(["score"] if scored else []), "collapsed"],
         rows=rows,
         marked=frozenset(i for i, row in enumerate(rows) if row[0].endswith(", lethe")),
     )

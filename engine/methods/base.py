@@ -206,7 +206,8 @@ class Method:
         raise NotImplementedError
 
     def before_step(self, model: nn.Module, phase: Phase) -> None:
-        """May change `.grad` of parameters, before gradients are clipped. Needs `one_process`, as all of the next."""
+        """May change `.grad` of parameters, before gradients are clipped. What touches gradients or weights here and in
+        the next two needs `one_process`; every rank calls them."""
 
     def after_step(self, model: nn.Module, phase: Phase) -> None:
         """May change weights after each optimizer step."""
