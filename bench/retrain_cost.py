@@ -335,7 +335,7 @@ def _entry(
 ) -> dict[str, Any]:
     """What the rows come to, compared with the references that there are by now."""
     references = references or [
-        {"name": f"retrained, seed {row['seed']}", **{key: row[key] for key in untouched}}
+        {"name": f"retrained, seed {row['seed']}", **{key: row[key] for key in untouched if key != "score"}}
         for row in rows
         if row["method"] == "retrain"
     ]

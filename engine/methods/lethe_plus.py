@@ -11,11 +11,12 @@ stage (docs/notes.md). So here the target is another, and both stages are one. W
 
 q_s is q with s added to the log-odds of y, and s, 0 at first, follows what is left of the memory: after every step
 
-    s <- s - c / (all steps) mean over its forget samples of l(f(x)) - l(q(x))      l: log-odds of y
+    s <- s - c / (all steps) mean over its forget samples of l(f(x)) - l(q(x))
+    l: log-odds of y, cut to [-5, 5]: how sure is sure does not matter, and would outweigh the rest where all is easy
 
 A target is never quite reached, least where memory is strongest; so the aim goes lower until the forget samples are
-answered, in the mean, as held-out samples are. That begins after a tenth of the steps: what is left before is what has
-not been learned yet, and to answer it would lower the aim too far.
+answered as surely, in the mean, as held-out samples are. That begins after a tenth of the steps: what is left before is
+what has not been learned yet, and to answer it would lower the aim too far.
 
 p, because what a model has memorised of an image is tied to its pixels, and a shifted copy (1/16 and 1/8 of the side,
 edges mirrored) shows what it would have said without. q, because a mean over views is unsure of everything, while a
@@ -46,6 +47,8 @@ from engine.vit import outputs
 LR_PER_WIDTH = 0.0768
 # Share of the steps after which the aim is corrected.
 _SETTLED = 0.1
+# Log-odds beyond which an answer counts as sure: 99.3%.
+_SURE = 5.0
 # Of log-probabilities, so that a class that no view names can be raised by its log-odds.
 _LEAST = 1e-9
 
@@ -139,14 +142,13 @@ class LethePlus(Method):
 
     def loss_beside(self, model: nn.Module, batch: Batch, phase: Phase) -> dict[str, Tensor]:
         logits = outputs(model, batch.images).float()
-        target = self.targets[batch.index].to(logits.device).log()
+        target = self.targets[batch.index].to(logits.device)
         true = batch.labels[:, None]
         if batch.weight:
-            left = log_odds(logits.detach(), batch.labels) - log_odds(target, batch.labels)
-            # Of a class of which nothing is retained the target has no log-odds.
-            known = left.isfinite()
-            self._left += torch.stack([left.masked_fill(~known, 0).sum(), known.sum()])
-        aim = target.scatter_add(1, true, self.shift.to(target).expand_as(true)).softmax(1)
+            known = target.gather(1, true)[:, 0] > 0  # something of the class is retained
+            said, wanted = (log_odds(z, batch.labels).clamp(-_SURE, _SURE) for z in (logits.detach(), target.log()))
+            self._left += torch.stack([((said - wanted) * known).sum(), known.sum()])
+        aim = target.log().scatter_add(1, true, self.shift.to(target).expand_as(true)).softmax(1)
         divergence = F.kl_div(logits.log_softmax(1), aim, reduction="none").sum(1)
         return {"forget_kl": self.config.forget_weight * divergence.mean()}
 

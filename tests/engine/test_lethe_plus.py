@@ -130,13 +130,15 @@ def test_the_aim_follows_what_is_left_of_the_memory(train: Samples) -> None:
     phase = method.phases()[0]
     method.prepare(phase)
     student, forget = tiny_vit(seed=5), batch_of(method)
+    student.head.weight.data.mul_(40)  # sure of some
     row = torch.arange(len(forget))
     said = outputs(student, forget.images).detach().double().softmax(1)
     q = method.targets[forget.index].double()
 
     def odds(p: torch.Tensor) -> torch.Tensor:
-        return (p[row, forget.labels] / (1 - p[row, forget.labels])).log()
+        return (p[row, forget.labels] / (1 - p[row, forget.labels])).log().clamp(-5, 5)
 
+    assert 0 < (odds(said).abs() == 5).sum() < len(forget)
     s = 0.0
     method.begins(phase, 20)
     for step in range(4):
@@ -205,17 +207,17 @@ def test_the_correction_takes_away_what_is_left(memorised: tuple[torch.nn.Module
     method.prepare(method.phases()[0])
     forget, retain = method.context.forget, method.context.retain
     (batch,) = method.context.loader(forget, "none").ordered()
-    wanted = log_odds(method.targets.log(), batch.labels)
+    wanted = method.targets.gather(1, batch.labels[:, None])
 
     def left(correction: float) -> float:
-        config = {"precision": "fp32", "batch_size": 20, "lr": 2e-3, "forget_passes": 40.0, "correction": correction}
+        config = {"precision": "fp32", "batch_size": 20, "lr": 5e-4, "forget_passes": 20.0, "correction": correction}
         changed = unlearn(model, forget, retain, method="lethe_plus", validation=held_out, config=config).model
         with torch.no_grad():
-            return float((log_odds(changed(batch.images), batch.labels) - wanted).mean())
+            return float((changed(batch.images).softmax(1).gather(1, batch.labels[:, None]) - wanted).mean())
 
     without, corrected = left(0.0), left(12.0)
-    assert without > 0.5
-    assert abs(corrected) < 0.7 * without
+    assert without > 0.1
+    assert abs(corrected) < 0.5 * without
 
 
 def test_it_needs_held_out_samples_and_resumes_to_the_same_bits(train: Samples, tmp_path: Path) -> None:

@@ -247,11 +247,15 @@ def test_deepspeed_that_cannot_keep_the_promise_is_refused() -> None:
         refuse_sharding(model, zero(3, False))
 
 
-def test_a_plan_says_that_it_counts_all_weights() -> None:
+def test_a_plan_says_whose_memory_it_counts() -> None:
     def notes(**options: Any) -> list[str]:
         asked: dict[str, Any] = {"images": 100, "forget_share": 0.1, "num_classes": 5, "method": "finetune"}
         small = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 1}
         return plan("vit_tiny_patch16_224", model_args=small, options={"batch_size": 4, **options}, **asked).notes
 
-    assert [note for note in notes(trainable="last:1") if note.startswith("trainable: memory and time")]
+    assert [
+        note
+        for note in notes(trainable="last:1")
+        if note.startswith("trainable: memory is counted as if all weights were trained")
+    ]
     assert not [note for note in notes() if note.startswith("trainable")]
