@@ -48,6 +48,16 @@ def _ablation_figures(report: Report) -> dict[str, str]:
     return {"gain": f"{gaps['retain stage alone'] - gaps['default: top patches, cosine, logits']:.2f}"}
 
 
+def _stability(report: Report) -> dict[str, str]:
+    random, of_class = (entry["stability"]["mean"] for entry in report["tasks"].values())
+    return {"random": f"{random:.2f}", "of_class": f"{of_class:.2f}"}
+
+
+def _foresight(report: Report) -> dict[str, str]:
+    (entry,) = report["tasks"].values()
+    return {"tau": f"{entry['foresight']:.2f}"}
+
+
 def _equality_setup(report: Report) -> dict[str, str]:
     (steps,) = {row["steps"] for row in report["rows"]}
     return {"steps": str(steps)}
@@ -158,6 +168,15 @@ FIGURES = (
     Figure(
         name="ablation", file="yardstick-ablation.json", values=_ablation_figures,
         text="The forget stage takes {gain} points off the gap that the retain stage leaves alone",
+    ),
+    Figure(
+        name="stability", file="leaderboard-digits.json", values=_stability,
+        text="Between seeds the order of the methods by gap has Kendall's tau {random} on a random tenth of digits and "
+        "{of_class} on a class",
+    ),
+    Figure(
+        name="foresight", file="leaderboard-yardstick.json", values=_foresight,
+        text="orders the methods on the yardstick as the gap does with Kendall's tau {tau}",
     ),
     Figure(
         name="equality-setup", file="equality.json", values=_equality_setup,
