@@ -51,7 +51,7 @@ from bench.retrain_cost import (
     original_of,
     setting_of,
 )
-from bench.retrain_summary import Row
+from bench.retrain_summary import PLACES, Row, over_seeds
 from engine.console import console, progress_bars
 from engine.errors import UserError, nearest
 from engine.job import Task
@@ -61,15 +61,8 @@ from engine.vit import load_checkpoint
 OURS = "ours"
 EQUAL, DEFAULTS = SETTINGS = ("equal", "defaults")
 
-# What a comparison tells of both sides, and where a row has it.
-_TOLD: dict[str, tuple[str, ...]] = {
-    "gap": ("gap", "average"),
-    "forget": ("accuracy", "forget"),
-    "retain": ("accuracy", "retain"),
-    "test": ("accuracy", "test"),
-    "efficacy": ("mia", "efficacy"),
-    "agreement": ("agreement",),
-}
+# What a comparison tells of both sides.
+_TOLD = ("gap", "forget", "retain", "test", "efficacy", "agreement")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -305,9 +298,9 @@ def comparisons(rows: Sequence[Row], floor: float | None, peers: Sequence[Peer] 
 
 def _comparison(peer: Peer, setting: str, ours: list[Row], theirs: list[Row], floor: float | None) -> Row:
     clock = "seconds" if any(row["cpu_seconds"] is None for row in (*ours, *theirs)) else "cpu_seconds"
-    paths = {**_TOLD, "seconds": (clock,)}
+    paths = {**{key: PLACES[key] for key in _TOLD}, "seconds": (clock,)}
     sides = (("ours", ours), ("theirs", theirs))
-    told = {side: {key: _spread(rows, path) for key, path in paths.items()} for side, rows in sides}
+    told: Row = {side: {key: over_seeds(rows, path) for key, path in paths.items()} for side, rows in sides}
     times = mean_and_half_range([their[clock] / our[clock] for our, their in zip(ours, theirs, strict=True)])
     mine, other = told["ours"]["gap"], told["theirs"]["gap"]
     noise = (floor or 0.0) + max(mine["half_range"], other["half_range"])
@@ -330,16 +323,6 @@ def verdict(difference: float, noise: float) -> str:
     if abs(difference) <= noise:
         return "within noise"
     return "better" if difference < 0 else "worse"
-
-
-def _spread(rows: Sequence[Row], path: Sequence[str]) -> dict[str, float]:
-    values = []
-    for row in rows:
-        found: Any = row
-        for step in path:
-            found = found[step]
-        values.append(found)
-    return dict(zip(("mean", "half_range"), mean_and_half_range(values), strict=True))
 
 
 def print_comparisons(name: str, entry: Row) -> None:

@@ -18,7 +18,7 @@ from engine.methods import list_methods
 Row = dict[str, Any]
 
 # What the summary tells of a method's runs, and where a row has it.
-_SUMMARY: dict[str, tuple[str, ...]] = {
+PLACES: dict[str, tuple[str, ...]] = {
     "seconds": ("seconds", "total"),
     "unlearn_seconds": ("seconds", "unlearn"),
     "evaluate_seconds": ("seconds", "evaluate"),
@@ -47,11 +47,7 @@ def summarise(rows: Sequence[Row]) -> list[Row]:
     for method in list_methods():
         chosen = [row for row in rows if row["method"] == method]
         if chosen:
-            numbers: Row = {}
-            for key in _SUMMARY:
-                values = _values(chosen, key)
-                pair = mean_and_half_range(values) if values else None
-                numbers[key] = dict(zip(("mean", "half_range"), pair, strict=True)) if pair else None
+            numbers = {key: over_seeds(chosen, path) for key, path in PLACES.items()}
             collapsed = sum(row["collapsed"] for row in chosen)
             entries.append({"method": method, "seeds": len(chosen), **numbers, "collapsed": collapsed})
     return entries
@@ -80,10 +76,16 @@ def foresight(summary: Sequence[Row]) -> float | None:
     return float(kendalltau(*zip(*known, strict=True)).statistic) if len(known) > 2 else None
 
 
-def _values(rows: Sequence[Row], key: str) -> list[float]:
-    """What the rows have under a key of the summary; rows without it are left out."""
+def over_seeds(rows: Sequence[Row], path: Sequence[str]) -> dict[str, float] | None:
+    """{mean, half_range} of what rows have at a place; None where none has it."""
+    values = _values(rows, path)
+    return dict(zip(("mean", "half_range"), mean_and_half_range(values), strict=True)) if values else None
+
+
+def _values(rows: Sequence[Row], path: Sequence[str]) -> list[float]:
+    """What rows have at a place; rows without it are left out."""
     found: list[Any] = list(rows)
-    for step in _SUMMARY[key]:
+    for step in path:
         found = [value[step] for value in found if value.get(step) is not None]
     return found
 
@@ -111,7 +113,7 @@ def print_task(name: str, entry: Row) -> None:
         ("joules", "joules", 0, 1.0, False),
         ("money", "money", 4, 1.0, False),
     ]
-    columns = [column for column in columns if _values(entry["rows"], column[1])]
+    columns = [column for column in columns if _values(entry["rows"], PLACES[column[1]])]
     for column in columns:
         table.add_column(column[0], justify="right", overflow="fold")
     table.add_row("untouched", *(_cell([entry["untouched"]], *column[1:]) for column in columns))
@@ -142,7 +144,7 @@ def print_task(name: str, entry: Row) -> None:
 
 
 def _cell(rows: Sequence[Row], key: str, digits: int, factor: float, spreads: bool) -> str:
-    values = [factor * value for value in _values(rows, key)]
+    values = [factor * value for value in _values(rows, PLACES[key])]
     if not values:
         return "-"
     return spread(values, digits) if spreads and len(values) > 1 else f"{mean_of(values):.{digits}f}"

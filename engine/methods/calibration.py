@@ -9,6 +9,9 @@ from engine.data import Samples
 from engine.evaluate.predict import Predictions, predict
 from engine.methods.base import Context
 
+# What a plan calls the passes that measure both.
+LOOKS = "accuracy on forget and held-out samples"
+
 
 def predictions_of(model: nn.Module, samples: Samples, context: Context) -> Predictions:
     """What a model says of samples as they are, under the run's precision; every rank calls it."""

@@ -13,10 +13,8 @@ from engine.config import require
 from engine.data.samples import spread
 from engine.errors import UserError
 from engine.methods.base import Method, Passes
-from engine.methods.calibration import predictions_of, unseen_accuracy
+from engine.methods.calibration import LOOKS, predictions_of, unseen_accuracy
 from engine.methods.spaces import Range, tunable
-
-NAME = "accuracy on forget and held-out samples"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,7 +98,7 @@ class LineSearch:
 def looks(config: SearchConfig, searches: int, held_out: int, forget: int) -> Passes:
     """The passes of so many searches, at most, in a run with so many held-out and forget samples."""
     held_out, forget = (min(config.held_out_samples, count) for count in (held_out, forget))
-    return Passes(name=NAME, images=held_out + searches * config.search_steps * (held_out + forget))
+    return Passes(name=LOOKS, images=held_out + searches * config.search_steps * (held_out + forget))
 
 
 def go(model: nn.Module, step: Sequence[Tensor], length: float, search: LineSearch | None) -> None:

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from engine.config import require
 from engine.data import Batch
 from engine.methods.base import Context, Passes, Phase, Taken, register
-from engine.methods.calibration import predictions_of, said, unseen_accuracy
+from engine.methods.calibration import LOOKS, predictions_of, said, unseen_accuracy
 from engine.methods.distillation import Distillation
 from engine.methods.spaces import Range, rate, tunable
 from engine.vit import outputs
@@ -95,7 +95,7 @@ class Lotus(Distillation):
 
     def passes(self, phases: list[Phase], number: int, taken: Taken) -> list[Passes]:
         looks = self.config.epochs * len(self.context.forget)  # one before each epoch
-        look = Passes(name="accuracy on forget and held-out samples", images=looks + taken.held_out)
+        look = Passes(name=LOOKS, images=looks + taken.held_out)
         return [*super().passes(phases, number, taken), look]
 
     def prepare(self, phase: Phase) -> None:

@@ -36,9 +36,10 @@ from engine.config import require
 from engine.data import Batch, Samples
 from engine.errors import UserError
 from engine.methods.base import Context, Passes, Phase, Taken, cross_entropy, register
+from engine.methods.calibration import LOOKS
 from engine.methods.edits import Edit, EditConfig
 from engine.methods.gradients import mean_gradient
-from engine.methods.line_search import NAME, LineSearch, SearchConfig, looks
+from engine.methods.line_search import LineSearch, SearchConfig, looks
 from engine.methods.spaces import Range, tunable
 
 _EPS = 1e-8
@@ -110,7 +111,7 @@ class Razor(Edit):
         looked = config.rounds * min(config.held_out_samples, forget)  # before each round
         return [
             Passes(name="gradients", images=config.rounds * of_round, backward=1, kind="training"),
-            Passes(name=NAME, images=looked),
+            Passes(name=LOOKS, images=looked),
             looks(config, config.rounds, taken.held_out, forget),
         ]
 

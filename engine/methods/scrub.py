@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from engine.config import require
 from engine.data import Batch
 from engine.methods.base import Context, Passes, Phase, Taken, register
-from engine.methods.calibration import matched_accuracy, predictions_of
+from engine.methods.calibration import LOOKS, matched_accuracy, predictions_of
 from engine.methods.distillation import Distillation, divergence
 from engine.methods.finetune import RETAIN_LR_PER_WIDTH
 from engine.methods.spaces import rate, tunable
@@ -142,7 +142,7 @@ class ScrubRewind(Scrub):
         found = super().passes(phases, number, taken)
         if phases[number].name == "rewind":  # each min epoch was followed by a look at the forget samples
             looks = self.config.retain_epochs * len(self.context.forget) + taken.held_out
-            found.append(Passes(name="accuracy on forget and held-out samples", images=looks))
+            found.append(Passes(name=LOOKS, images=looks))
         return found
 
     def edit(self, model: nn.Module, phase: Phase) -> None:
