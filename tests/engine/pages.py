@@ -21,7 +21,7 @@ from engine.evaluate.verdict import (
 )
 from engine.report.proof import write_proof
 
-HOSTILE = "<script>alert(1)</script>\"' onerror=alert(2) {{ 7 * 7 }} $x^2$"
+HOSTILE = "<script>alert(1)</script>\"' onerror=alert(2) {{ 7919 * 7919 }} $x^2$"
 PARTS = ("verdict", "attacks", "agreement", "relearning", "representation", "attention")
 
 
