@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import Dataset
@@ -36,7 +35,7 @@ from engine.early_stop import HeldOutStop, check_stop
 from engine.errors import UserError
 from engine.last_block import only_tokens_of_the_head
 from engine.methods import Context, Method, Phase, get_method
-from engine.pruning import PrunedPhase, check_pruning, pruned_phases
+from engine.pruning import check_pruning, pruned_phases
 from engine.retained import choose_retained
 from engine.trainable import refuse_sharding, restrict
 from engine.trainer import AfterPhase, Progress, Trainer, UnlearnResult
@@ -313,11 +312,10 @@ def set_up(
     if run.stop_when != "never":
         check_stop(unlearner, phases)
         stop = HeldOutStop(unlearner, phases)
-    pruned: dict[int, PrunedPhase] = {}
-    if run.retain_pruning != "none":
-        dealt = [_retained(unlearner, phase) for phase in phases]
-        pruned = pruned_phases(run, phases, len(forget), dealt)
-        check_pruning(run, method, pruned)
+    pruned = pruned_phases(run, phases, len(forget), len(retain))
+    check_pruning(run, method, pruned)
+    # That a model forgets a class of which nothing is retained is no collapse.
+    watched = watched.of_classes(everything.labels) or watched
     folder = spec = None
     if output_dir is not None:
         spec = spec_of(original)  # a model that cannot be saved is an error now, not after the work
@@ -339,7 +337,7 @@ def set_up(
         folder,
         progress,
         after_phase,
-        spread(_of_retained_classes(watched, everything), WATCHED, "watched"),
+        spread(watched, WATCHED, "watched"),
         loader,
         release,
         spec,
@@ -428,18 +426,6 @@ def _frozen(
         teacher.to(device)
 
     return teacher, lambda: release_frozen(teacher)
-
-
-def _retained(method: Method, phase: Phase) -> int:
-    """How many retained samples a phase goes through."""
-    forget = {"forget": None, "retain": 0, "all": len(method.context.forget)}[phase.samples]
-    return 0 if forget is None else len(method.samples_of(phase)) - forget
-
-
-def _of_retained_classes(watched: Samples, retain: Samples) -> Samples:
-    """Without the classes of which nothing is retained: that a model forgets those is no collapse."""
-    known = np.isin(watched.labels, retain.labels)
-    return watched if known.all() or not known.any() else watched.subset(np.flatnonzero(known))
 
 
 def _check_data(model: nn.Module, forget: Samples, retain: Samples, watched: Samples) -> None:

@@ -155,16 +155,15 @@ class PrunedPhase:
         self.seta.losses[places[places >= 0]] = values[places >= 0]
 
 
-def pruned_phases(
-    run: RunConfig, phases: Sequence[Phase], forget: int, retained: Sequence[int]
-) -> dict[int, PrunedPhase]:
+def pruned_phases(run: RunConfig, phases: Sequence[Phase], forget: int, retain: int) -> dict[int, PrunedPhase]:
     """The phases that go through retained samples, by number; none where the run does not prune.
 
-    forget: samples to forget. retained: how many retained samples each phase goes through.
+    forget, retain: samples of each kind.
     """
     if run.retain_pruning == "none":
         return {}
-    counts = {number: retained[number] for number, phase in enumerate(phases) if phase.epochs > 0 and retained[number]}
+    counts = {number: phase.retained(retain) for number, phase in enumerate(phases) if phase.epochs > 0}
+    counts = {number: count for number, count in counts.items() if count}
     epochs: dict[int, int] = {}  # of each number of samples: the same number is the same samples
     firsts = {}
     for number, count in counts.items():

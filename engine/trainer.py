@@ -154,7 +154,7 @@ class Trainer:
         self.seconds["prepare"] += time.perf_counter() - began
         total = loader.epochs.steps(phase.epochs)
         total = min(total, self.run.max_steps) if self.run.max_steps else total
-        self.method.begins(phase, total)
+        self.method.total_steps = total
         step, stopped = self._step_of(number), False
         guard = _Guard(self, phase, total) if phase.guarded else None
         if step == 0:
@@ -279,7 +279,7 @@ class Trainer:
         batches, others: of the steps that take one of the phase's samples, and of those that take one of
         `phase.beside`. pruned: sees the losses on the way.
         """
-        device = self.method.context.device
+        device, self.method.step = self.method.context.device, step
         # Dropout is a function of seed, step and rank, so that a run can go on from any step.
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed((seed * 1_000_003 + step) * 8_191 + self.world.rank)

@@ -116,6 +116,11 @@ class Samples:
             functools.partial(_of_chosen, self._where, chosen) if self._where else None,
         )
 
+    def of_classes(self, labels: np.ndarray) -> Samples:
+        """Those whose label is among `labels`; the samples themselves where all are."""
+        found = np.isin(self.labels, labels)
+        return self if found.all() else self.subset(np.flatnonzero(found))
+
     def positions(self, ids: Sequence[str], asked: str) -> np.ndarray:
         """Position [n] of each id. Raises UserError for ids that are not there; asked: who names them, for its text."""
         positions = self.ids.positions(ids)

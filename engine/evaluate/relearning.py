@@ -208,10 +208,10 @@ def _mean_loss(p: Predictions) -> float:
 
 def of_classes(test: Samples, forget: Samples) -> Samples:
     """The test samples of the classes that the forget samples have."""
-    kept = np.flatnonzero(np.isin(test.labels, forget.labels))
+    kept = test.of_classes(forget.labels)
     if not len(kept):
         raise UserError(f"relearning: {test.name} has no samples of the classes that are forgotten; give some")
-    return test if len(kept) == len(test) else test.subset(kept)
+    return kept
 
 
 def steps_to(curve: RelearningCurve, level: float) -> int | None:

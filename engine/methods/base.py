@@ -141,6 +141,7 @@ class Method:
     needs_checkpoint: what made the only checkpoints that the method takes; empty: it takes any.
     exact: never looks at the forget samples, so that there is nothing to choose by them, and `lethe tune` refuses it.
     after_collapse: what a user can do about a result that collapsed.
+    step, total_steps: of the phase, set by the loop: the number of the step being taken, from 0, and of all its steps.
     """
 
     name: ClassVar[str]
@@ -150,6 +151,8 @@ class Method:
     exact: ClassVar[bool] = False
     needs_checkpoint: ClassVar[str] = ""
     after_collapse: ClassVar[str] = "Lower the rates (--set forget_lr=..., lr=...)"
+    step: int = 0
+    total_steps: int = 1
 
     def __init__(self, config: Any, context: Context) -> None:
         self.config, self.context = config, context
@@ -181,9 +184,6 @@ class Method:
         Only `config`, `context.run` and the lengths of `context.forget` and `context.retain` are there to look at.
         """
         return []
-
-    def begins(self, phase: Phase, steps: int) -> None:
-        """Told before the first step of a phase, or of what is left of it: how many steps it takes in all."""
 
     def needs_original(self, phase: Phase, prepared: bool) -> bool:
         """Whether a phase still runs the original, before or after it is prepared; where none does, its memory is

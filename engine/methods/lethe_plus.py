@@ -91,7 +91,6 @@ class LethePlus(Method):
 
     def __init__(self, config: LethePlusConfig, context: Context) -> None:
         super().__init__(config, context)
-        self.steps = self.taken = 0
         self.shift = torch.zeros((), dtype=torch.float64, device=context.device)  # s
         self._left = self.shift.new_zeros(2)  # of this step, on this rank: sum and number of the mean's terms
 
@@ -134,9 +133,6 @@ class LethePlus(Method):
     def restore(self, phase: Phase, prepared: dict[str, Tensor]) -> None:
         self.targets = prepared["targets"]
 
-    def begins(self, phase: Phase, steps: int) -> None:
-        self.steps = steps
-
     def loss(self, model: nn.Module, batch: Batch, phase: Phase) -> dict[str, Tensor]:
         return {"retain_ce": cross_entropy(model, batch)}
 
@@ -153,18 +149,16 @@ class LethePlus(Method):
         return {"forget_kl": self.config.forget_weight * divergence.mean()}
 
     def after_step(self, model: nn.Module, phase: Phase) -> None:
-        self.taken += 1
-        if self.taken > _SETTLED * self.steps:
+        if self.step + 1 > _SETTLED * self.total_steps:
             left, count = self.context.world.sum(self._left)
-            self.shift = self.shift - self.config.correction / self.steps * left / count.clamp_min(1)
+            self.shift = self.shift - self.config.correction / self.total_steps * left / count.clamp_min(1)
         self._left = torch.zeros_like(self._left)
 
     def state(self) -> dict[str, Any]:
-        return {"shift": float(self.shift), "taken": self.taken}
+        return {"shift": float(self.shift)}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.shift = torch.full_like(self.shift, state["shift"])
-        self.taken = state["taken"]
 
     @torch.no_grad()
     def _answers(self, batch: Batch) -> tuple[Tensor]:

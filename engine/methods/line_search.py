@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -45,14 +44,13 @@ class LineSearch:
 
     def __init__(self, method: Method, config: SearchConfig, why: str) -> None:
         self.context = context = method.context
-        held_out = method.held_out(why)
-        kept = np.isin(held_out.labels, context.retain.labels)
-        if not kept.any():
+        # What becomes of a class that is forgotten whole is not to hold a step back.
+        kept = method.held_out(why).of_classes(context.retain.labels)
+        if not len(kept):
             raise UserError(
                 f"{method.name}: no held-out sample is of a class that is retained; give others as validation=..."
             )
-        # What becomes of a class that is forgotten whole is not to hold a step back.
-        self.watched = spread(held_out.subset(np.flatnonzero(kept)), config.held_out_samples)
+        self.watched = spread(kept, config.held_out_samples)
         self.forget = spread(context.forget, config.held_out_samples)
         self.config = config
         self.enough = self.lowest = 0.0

@@ -25,7 +25,6 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +85,6 @@ class Ofmu(Method):
         ):
             if given:
                 raise UserError(f"option {option}: ofmu differentiates the backward pass, and it cannot; use {remedy}")
-        self.steps = 0  # taken so far
         self._retain: Tensor | None = None  # loss of the retained batch, until the forget batch beside it is there
 
     def phases(self) -> list[Phase]:
@@ -107,7 +105,7 @@ class Ofmu(Method):
 
     @property
     def inner(self) -> bool:
-        return self.steps % (self.config.ascent_steps + 1) < self.config.ascent_steps
+        return self.step % (self.config.ascent_steps + 1) < self.config.ascent_steps
 
     def loss(self, model: nn.Module, batch: Batch, phase: Phase) -> dict[str, Tensor]:
         with _differentiable(model):
@@ -144,15 +142,6 @@ class Ofmu(Method):
         """Backward passes are not to be run under autocast."""
         with torch.autocast(self.context.device.type, enabled=False):
             yield
-
-    def after_step(self, model: nn.Module, phase: Phase) -> None:
-        self.steps += 1
-
-    def state(self) -> dict[str, Any]:
-        return {"steps": self.steps}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        self.steps = state["steps"]
 
 
 @contextlib.contextmanager

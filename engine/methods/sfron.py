@@ -23,7 +23,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -76,7 +75,6 @@ class Sfron(Method):
 
     def __init__(self, config: SfronConfig, context: Context) -> None:
         super().__init__(config, context)
-        self.steps = self.total = 0  # taken so far, and of the phase
         self.mask: dict[str, Tensor] = {}
 
     def phases(self) -> list[Phase]:
@@ -86,9 +84,6 @@ class Sfron(Method):
     def passes(self, phases: list[Phase], number: int, taken: Taken) -> list[Passes]:
         both = len(self.context.forget) + len(self.context.retain)
         return [Passes(name="importance of the weights", images=both, backward=1, kind="training")]
-
-    def begins(self, phase: Phase, steps: int) -> None:
-        self.total = steps
 
     def prepare(self, phase: Phase) -> None:
         context, threshold = self.context, self.config.saliency_threshold
@@ -124,20 +119,11 @@ class Sfron(Method):
 
     def _ascent(self) -> float:
         """A_t: falls to zero over the steps of the phase."""
-        return self.config.ascent * (1 + math.cos(math.pi * self.steps / self.total)) / 2
+        return self.config.ascent * (1 + math.cos(math.pi * self.step / self.total_steps)) / 2
 
     def before_step(self, model: nn.Module, phase: Phase) -> None:
-        if not phase.takes(self.steps)[1]:  # a step of repair
+        if not phase.takes(self.step)[1]:  # a step of repair
             return
         for name, weight in model.named_parameters():
             if weight.grad is not None:
                 weight.grad.mul_(self.mask[name])
-
-    def after_step(self, model: nn.Module, phase: Phase) -> None:
-        self.steps += 1
-
-    def state(self) -> dict[str, Any]:
-        return {"steps": self.steps}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        self.steps = state["steps"]

@@ -80,7 +80,7 @@ def unlearning_work(cost: Cost, sizes: Sizes, method: str, config: Any, run: Run
     used = sizes.retain if run.retain_share == 1 else max(1, round(run.retain_share * sizes.retain))
     made = planned(method, config, sizes.forget, used, run)
     phases = made.phases()
-    pruned = pruned_phases(run, phases, sizes.forget, [phase.retained(used) for phase in phases])
+    pruned = pruned_phases(run, phases, sizes.forget, used)
     stage = last_stage(phases) if run.stop_when != "never" else set()
     items = _choosing(cost, sizes, run)
     watches, looks = 2, sizes.validation if stage else 0  # before and after; the original's

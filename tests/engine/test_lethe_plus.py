@@ -140,8 +140,9 @@ def test_the_aim_follows_what_is_left_of_the_memory(train: Samples) -> None:
 
     assert 0 < (odds(said).abs() == 5).sum() < len(forget)
     s = 0.0
-    method.begins(phase, 20)
+    method.total_steps = 20
     for step in range(4):
+        method.step = step
         raised = q.clone()
         raised[row, forget.labels] *= math.exp(s)
         raised /= raised.sum(1, keepdim=True)
@@ -156,10 +157,9 @@ def test_the_aim_follows_what_is_left_of_the_memory(train: Samples) -> None:
     assert abs(s) > 0.1
     other = made(train, correction=100.0)
     other.load_state(method.state())
-    assert (float(other.shift), other.taken) == (float(method.shift), 4)
+    assert float(other.shift) == float(method.shift)
     still = made(train, correction=0.0)
     still.prepare(phase)
-    still.begins(phase, 1)
     still.loss_beside(student, forget, phase)
     still.after_step(student, phase)
     assert float(still.shift) == 0

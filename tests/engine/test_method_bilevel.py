@@ -46,7 +46,7 @@ def gradient(loss: torch.Tensor, model: torch.nn.Module, graph: bool = False) ->
 def step_gradient(method: Method, model: torch.nn.Module, retain: Batch, forget: Batch) -> torch.Tensor:
     """What the loop would step with, of a method whose losses are added up; without the step."""
     phase = method.phases()[0]
-    main, beside = phase.takes(getattr(method, "steps", 0))
+    main, beside = phase.takes(method.step)
     terms = method.loss(model, retain, phase) if main else {}
     terms |= method.loss_beside(model, forget, phase) if beside else {}
     model.zero_grad()
@@ -156,7 +156,7 @@ def test_sfron_step_equals_the_equations(train: Samples) -> None:
     method: Any = make("sfron", train, ascent=4.0, repair_steps=2, exponent=0.7, epochs=2.0, saliency_threshold=0.5)
     phase, model = method.phases()[0], tiny_vit()
     method.prepare(phase)
-    method.begins(phase, 10)  # 40 retained samples in batches of 8, twice
+    method.total_steps = 10  # 40 retained samples in batches of 8, twice
     salient = squared(model, method.context.forget, method) >= 0.5 * squared(model, method.context.retain, method)
     assert 0.1 < salient.float().mean() < 0.9
     mask = torch.cat([method.mask[name].flatten() for name, _ in model.named_parameters()])
@@ -167,11 +167,11 @@ def test_sfron_step_equals_the_equations(train: Samples) -> None:
     raised = gradient((c / c.sum() * losses).sum(), model)
     repair = gradient(F.cross_entropy(model(retain.images), retain.labels), model)
     for step in range(4):
+        method.step = step
         found = step_gradient(method, model, retain, forget)
         ascent = 4.0 * (1 + math.cos(math.pi * step / 10)) / 2
         expected = -ascent * mask * raised if step % 3 == 0 else repair
         torch.testing.assert_close(found, expected, msg=str(step))
-        method.after_step(model, phase)
 
 
 def test_sfron_takes_only_the_batch_that_a_step_has_a_use_for(train: Samples) -> None:
@@ -183,7 +183,7 @@ def test_sfron_takes_only_the_batch_that_a_step_has_a_use_for(train: Samples) ->
             real = vars(cls)[name]
 
             def noting(self: Any, model: Any, batch: Batch, phase: Any, *, calls: Any = calls, real: Any = real) -> Any:
-                calls.append((self.steps, len(batch)))
+                calls.append((self.step, len(batch)))
                 return real(self, model, batch, phase)
 
             patched.setattr(cls, name, noting)
@@ -203,14 +203,14 @@ def test_sfron_ascent_ends_with_the_phase(train: Samples) -> None:
             patched.setattr(cls, "before_step", lambda *_: None)
             patched.setattr(cls, "prepared", lambda *_: {})
             run(train, "sfron", config=options)
-        assert (made[0].steps, made[0].total) == (steps, steps)
+        assert (made[0].step, made[0].total_steps) == (steps - 1, steps)
+        made[0].step += 1
         assert made[0]._ascent() == pytest.approx(0.0, abs=1e-12)
 
 
 def test_sfron_forgets_samples_whose_loss_rounds_to_zero_too(train: Samples) -> None:
     """One such sample must not take the whole weight of the batch."""
     method: Any = make("sfron", train)
-    method.begins(method.phases()[0], 10)
     model, batch = tiny_vit(seed=5), batch_of(method)
     sharp = copy.deepcopy(model)
     with torch.no_grad():
@@ -254,16 +254,16 @@ def test_ofmu_steps_equal_the_equations(train: Samples) -> None:
     curved = (climb_at(small * climb) - climb_at(-small * climb)) / (2 * small)
     assert (0.2 * 2 * curved).norm() > 0.1 * repair.norm()
     for step in range(4):
+        method.step = step
         found = step_gradient(method, model, retain, forget)
         expected = repair + 0.2 * 2 * curved if step == 2 else -0.3 * climb
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3, msg=str(step))
-        method.after_step(model, method.phases()[0])
 
 
 def test_ofmu_without_penalty_is_plain_descent_outside(train: Samples) -> None:
     method: Any = make("ofmu", train, stationarity=0.0)
     model, retain, forget = tiny_vit(seed=5), batch_of(method, "retain"), batch_of(method)
-    method.steps = 1
+    method.step = 1
     repair = gradient(F.cross_entropy(model(retain.images), retain.labels), model)
     torch.testing.assert_close(step_gradient(method, model, retain, forget), repair)
 
