@@ -22,6 +22,7 @@ from engine.distributed.updater import Updater
 from engine.early_stop import HeldOutStop
 from engine.errors import RunStopped
 from engine.evaluate.predict import predict
+from engine.guard import Guard
 from engine.methods import Method, Phase
 from engine.pruning import PrunedPhase, load_state, state_of
 from engine.runfolder import RunFolder
@@ -32,8 +33,6 @@ logger = logging.getLogger(__name__)
 
 # Steps between reads of the losses: a read waits for the device.
 _FLUSH = 10
-# Checks of a guarded phase, spread over its steps.
-CHECKS = 8
 # Points of watched accuracy lost at the end of a run that are reported as a collapse.
 _LOST = 10.0
 
@@ -156,7 +155,7 @@ class Trainer:
         total = min(total, self.run.max_steps) if self.run.max_steps else total
         self.method.total_steps = total
         step, stopped = self._step_of(number), False
-        guard = _Guard(self, phase, total) if phase.guarded else None
+        guard = Guard(self, phase, total) if phase.guarded else None
         if step == 0:
             self.updater.begin_phase(phase.lr)
             stopped = self._edit(phase, guard, total)
@@ -195,7 +194,7 @@ class Trainer:
             self.after_phase(phase.name, self.model.eval())
             self.started += time.perf_counter() - began
 
-    def _edit(self, phase: Phase, guard: _Guard | None, total: int) -> bool:
+    def _edit(self, phase: Phase, guard: Guard | None, total: int) -> bool:
         """Lets the method change weights before the first step; True where that ended the phase."""
         self.method.edit(self.updater.module, phase)
         return bool(guard and total == 0 and guard.collapsed(0))
@@ -243,7 +242,7 @@ class Trainer:
         stop: int,
         total: int,
         scheduler: Any,
-        guard: _Guard | None,
+        guard: Guard | None,
     ) -> bool:
         """The steps [step, stop) of a phase, all of one epoch; True where the guard ended the phase."""
         pending: list[Row] = []
@@ -457,50 +456,6 @@ class Row:
     lr: float
     terms: dict[str, Tensor]
     norm: Tensor | float
-
-
-class _Guard:
-    """Watches a phase that may destroy the model; takes it back to its last good weights and ends the phase."""
-
-    def __init__(self, trainer: Trainer, phase: Phase, total: int) -> None:
-        self.trainer, self.phase = trainer, phase
-        self.steps = {math.ceil(total * (i + 1) / CHECKS) for i in range(CHECKS)}
-        self.good_step, self.good = 0, trainer.updater.weights()
-
-    def state(self) -> dict[str, Any]:
-        return {"step": self.good_step, "weights": self.good}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        self.good_step, self.good = state["step"], state["weights"] if self.trainer.world.is_main else None
-
-    def collapsed(self, step: int) -> bool:
-        trainer = self.trainer
-        before, now = trainer.watched["before"], trainer.watch(trainer.model)
-        trainer.event({"phase": self.phase.name, "step": step - 1, "watched_accuracy": now})
-        if 100 * (before - now) <= trainer.run.collapse_drop:
-            self.good = None  # before the next copy is made: one is enough to hold
-            self.good_step, self.good = step, trainer.updater.weights()
-            return False
-        trainer.updater.load_weights(self.good)
-        trainer.event(
-            {
-                "event": "collapse",
-                "phase": self.phase.name,
-                "step": step - 1,
-                "watched_accuracy": now,
-                "back_to_step": self.good_step,
-            }
-        )
-        logger.warning(
-            "collapse in phase %s at step %d: accuracy on the watched samples %.1f%%, before the run %.1f%%; "
-            "taken back to step %d and the phase ended (raise collapse_drop to go on, or lower the rate)",
-            self.phase.name,
-            step - 1,
-            100 * now,
-            100 * before,
-            self.good_step,
-        )
-        return True
 
 
 def schedule(phase: Phase, optimizer: torch.optim.Optimizer, total: int) -> Any:

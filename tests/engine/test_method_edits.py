@@ -271,7 +271,7 @@ def test_razors_edit_set_equals_a_brute_force_one(train: Samples, alpha: float) 
     for name, masks in brute_force_units(model).items():
         theta, f, r = (torch.cat([t[key][mask] for key, mask in masks.items()]) for t in (weights, g_f, g_r))
         cosine = (f * r).sum() / (f.norm() * r.norm())
-        expected[name] = float(f.norm() / (theta.norm() + 1e-8) * (1 - cosine) ** alpha)
+        expected[name] = float((f.norm() / (theta.norm() + 1e-8) * (1 - cosine) ** alpha).detach())
     found = razor.units(model)
     grads = list(method.gradients(model))
     scores = {n: razor.score(*(razor.part(t, unit) for t in (weights, *grads[:2])), alpha) for n, unit in found.items()}
