@@ -193,8 +193,8 @@ def _run(run: Run, started: float, finalize: Callable[[UnlearnResult], None] | N
             trainer.run_phase(
                 number,
                 phase,
-                run.loader_of(number, phase),
-                run.beside_of(number, phase),
+                run.loader_of,
+                run.beside_of,
                 any(run.method.needs_original(later, prepared=False) for later in phases[number + 1 :]),
             )
 
@@ -357,7 +357,7 @@ def set_up(
         if phase.beside is None:
             return None
         return loader(
-            {"forget": forget, "retain": retain}[phase.beside],
+            unlearner.samples_beside(phase),
             run.augment if (phase.augment if phase.augment_beside is None else phase.augment_beside) else "none",
             run.seed * 1009 + 500 + number,
             run.accumulation_steps,
