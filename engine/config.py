@@ -152,6 +152,13 @@ def require(condition: bool, key: str, value: object, expected: str) -> None:
         raise UserError(f"option {key}={value!r}: expected {expected}")
 
 
+def positive_or_null(options: object, *keys: str) -> None:
+    """The same for options that are above 0, or None."""
+    for key in keys:
+        value = getattr(options, key)
+        require(value is None or value > 0, key, value, "above 0, or null")
+
+
 def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
     """`["lr=1e-4", "kernels.backend=eager"]` -> `{"lr": 0.0001, "kernels": {"backend": "eager"}}`."""
     options: dict[str, Any] = {}

@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.config import require
+from engine.config import positive_or_null, require
 from engine.data import Batch
 from engine.data.sampling import Sampler, epoch_order
 from engine.device import autocast
@@ -75,7 +75,7 @@ class AdversarialConfig:
             self.unlearn_steps,
             "at least 1, or null",
         )
-        require(self.unlearn_lr is None or self.unlearn_lr > 0, "unlearn_lr", self.unlearn_lr, "above 0, or null")
+        positive_or_null(self, "unlearn_lr")
         require(self.weight_lr > 0, "weight_lr", self.weight_lr, "above 0")
         require(self.gamma >= 0, "gamma", self.gamma, "0 or more")
 

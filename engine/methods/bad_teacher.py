@@ -20,7 +20,7 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
-from engine.config import require
+from engine.config import positive_or_null, require
 from engine.data import Batch
 from engine.methods.base import Context, Phase, register
 from engine.methods.distillation import Distillation, divergence
@@ -47,7 +47,7 @@ class BadTeacherConfig:
 
     def __post_init__(self) -> None:
         require(self.epochs > 0, "epochs", self.epochs, "above 0")
-        require(self.lr is None or self.lr > 0, "lr", self.lr, "above 0, or null")
+        positive_or_null(self, "lr")
         require(0 < self.retain_part <= 1, "retain_part", self.retain_part, "in (0, 1]")
         require(self.temperature > 0, "temperature", self.temperature, "above 0")
 

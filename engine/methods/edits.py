@@ -6,7 +6,7 @@ import dataclasses
 
 from torch import Tensor, nn
 
-from engine.config import require
+from engine.config import positive_or_null, require
 from engine.data import Batch
 from engine.errors import UserError
 from engine.methods.base import Context, Method, Phase, cross_entropy
@@ -27,7 +27,7 @@ class EditConfig:
 
     def __post_init__(self) -> None:
         require(self.retain_epochs >= 0, "retain_epochs", self.retain_epochs, "0 or more")
-        require(self.lr is None or self.lr > 0, "lr", self.lr, "above 0, or null")
+        positive_or_null(self, "lr")
 
 
 class Edit(Method):

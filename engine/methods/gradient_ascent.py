@@ -9,7 +9,7 @@ import dataclasses
 
 from torch import Tensor, nn
 
-from engine.config import require
+from engine.config import positive_or_null, require
 from engine.data import Batch
 from engine.methods.base import Method, Phase, cross_entropy, register
 from engine.methods.spaces import Range, rate, tunable
@@ -28,7 +28,7 @@ class GradientAscentConfig:
 
     def __post_init__(self) -> None:
         require(self.forget_epochs > 0, "forget_epochs", self.forget_epochs, "above 0")
-        require(self.lr is None or self.lr > 0, "lr", self.lr, "above 0, or null")
+        positive_or_null(self, "lr")
 
 
 @register

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +62,7 @@ def mean_importance(
     loss: Loss,
     *,
     size: int,
-    power: int,
+    power: Literal[1, 2],
     autocast: Autocast = contextlib.nullcontext,
 ) -> list[Tensor]:
     """Mean over groups of samples of |gradient of the group's mean loss| ** power; power 2 is the diagonal of the
@@ -71,6 +71,7 @@ def mean_importance(
     The samples are in random order, that of the loader's seed; each batch is cut into groups of about equal size, at
     most `size`.
     """
+    raised = Tensor.square if power == 2 else Tensor.abs
     model.eval()
     total, count = [torch.zeros_like(parameter) for parameter in trainable(model)], 0
     for batch in _readable(loader.epoch(0)):
@@ -79,7 +80,7 @@ def mean_importance(
         for images, labels, index in zip(*pieces, strict=True):
             with autocast():
                 value = loss(model, Batch(images, labels, index))
-            torch._foreach_add_(total, [each.abs() ** power for each in gradient(model, value)])
+            torch._foreach_add_(total, [raised(each) for each in gradient(model, value)])
             count += 1
     torch._foreach_div_(total, max(1, count))
     return total

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.config import require
+from engine.config import positive_or_null, require
 from engine.data import Batch, Samples
 from engine.errors import UserError
 from engine.methods.base import Context, Method, Passes, Phase, Taken, cross_entropy, phase_of_both, register
@@ -59,10 +59,10 @@ class GSLoRAConfig:
 
     def __post_init__(self) -> None:
         require(self.retain_epochs > 0, "retain_epochs", self.retain_epochs, "above 0")
-        require(self.lr is None or self.lr > 0, "lr", self.lr, "above 0, or null")
+        positive_or_null(self, "lr")
         require(self.rank >= 1, "rank", self.rank, "at least 1")
         require(self.beta >= 0, "beta", self.beta, "0 or more")
-        require(self.bound is None or self.bound > 0, "bound", self.bound, "above 0, or null")
+        positive_or_null(self, "bound")
         require(self.alpha >= 0, "alpha", self.alpha, "0 or more")
         require(self.warmup >= 0, "warmup", self.warmup, "0 or more")
         require(0 < self.forget_share <= 1, "forget_share", self.forget_share, "in (0, 1]")

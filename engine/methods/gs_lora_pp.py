@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.config import require
+from engine.config import positive_or_null, require
 from engine.data import Batch
 from engine.errors import UserError
 from engine.methods.base import Context, Passes, Phase, Taken, register
@@ -49,12 +49,7 @@ class GSLoRAPPConfig(GSLoRAConfig):
         super().__post_init__()
         require(self.forget_prototype >= 0, "forget_prototype", self.forget_prototype, "0 or more")
         require(self.retain_prototype >= 0, "retain_prototype", self.retain_prototype, "0 or more")
-        require(
-            self.prototype_bound is None or self.prototype_bound > 0,
-            "prototype_bound",
-            self.prototype_bound,
-            "above 0, or null",
-        )
+        positive_or_null(self, "prototype_bound")
 
 
 @register

@@ -20,7 +20,7 @@ import dataclasses
 
 from torch import nn
 
-from engine.config import require
+from engine.config import positive_or_null
 from engine.methods.base import Context, Method, Passes, Phase, Taken, cross_entropy, register
 from engine.methods.gradients import mean_gradient
 from engine.methods.line_search import LineSearch, SearchConfig, go, looks
@@ -37,7 +37,7 @@ class IAUConfig(SearchConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.lr is None or self.lr > 0, "lr", self.lr, "above 0, or null")
+        positive_or_null(self, "lr")
 
 
 @register

@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.config import require
+from engine.config import positive_or_null, require
 from engine.data import Loader
 from engine.errors import UserError
 from engine.methods.base import Context, Passes, Phase, Taken, cross_entropy, register
@@ -64,7 +64,7 @@ class InfluenceConfig(SearchConfig, EditConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         EditConfig.__post_init__(self)
-        require(self.alpha is None or self.alpha > 0, "alpha", self.alpha, "above 0, or null")
+        positive_or_null(self, "alpha")
         require(self.fisher_samples >= 1, "fisher_samples", self.fisher_samples, "at least 1")
         require(self.damping > 0, "damping", self.damping, "above 0")
         require(self.tolerance > 0, "tolerance", self.tolerance, "above 0")

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.config import require
+from engine.config import positive_or_null, require
 from engine.data import Batch
 from engine.data.samples import spread
 from engine.methods.base import Context, Passes, Phase, Taken, cross_entropy, register
@@ -66,14 +66,14 @@ class LafConfig:
 
     def __post_init__(self) -> None:
         require(self.forget_epochs > 0, "forget_epochs", self.forget_epochs, "above 0")
-        require(self.forget_lr is None or self.forget_lr > 0, "forget_lr", self.forget_lr, "above 0, or null")
+        positive_or_null(self, "forget_lr")
         require(self.alignment >= 0, "alignment", self.alignment, "0 or more")
         require(self.temperature > 0, "temperature", self.temperature, "above 0")
         require(self.vae_epochs >= 1, "vae_epochs", self.vae_epochs, "at least 1")
         require(self.latent >= 1, "latent", self.latent, "at least 1")
         require(self.vae_samples >= 1, "vae_samples", self.vae_samples, "at least 1")
         require(self.repair_epochs >= 0, "repair_epochs", self.repair_epochs, "0 or more")
-        require(self.lr is None or self.lr > 0, "lr", self.lr, "above 0, or null")
+        positive_or_null(self, "lr")
 
 
 class Autoencoder(nn.Module):

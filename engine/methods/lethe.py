@@ -26,7 +26,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from engine.config import require
+from engine.config import positive_or_null, require
 from engine.data import Batch
 from engine.errors import UserError
 from engine.masking import HeadFusion, MaskSource, count_masked, mask_and_outputs, random_masks
@@ -79,8 +79,7 @@ class LetheConfig:
             self.retain_epochs,
             "at least one stage to run",
         )
-        require(self.lr is None or self.lr > 0, "lr", self.lr, "above 0, or null")
-        require(self.forget_lr is None or self.forget_lr > 0, "forget_lr", self.forget_lr, "above 0, or null")
+        positive_or_null(self, "lr", "forget_lr")
         require(0 < self.mask_share < 1, "mask_share", self.mask_share, "between 0 and 1")
         require(self.temperature > 0, "temperature", self.temperature, "above 0")
 

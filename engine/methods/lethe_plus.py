@@ -40,7 +40,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.config import require
+from engine.config import positive_or_null, require
 from engine.data import Batch, Samples
 from engine.methods.base import Context, Method, Passes, Phase, Taken, cross_entropy, phase_of_both, register
 from engine.methods.spaces import Range, rate, tunable
@@ -83,7 +83,7 @@ class LethePlusConfig:
     def __post_init__(self) -> None:
         require(self.epochs > 0, "epochs", self.epochs, "above 0")
         require(self.forget_passes > 0, "forget_passes", self.forget_passes, "above 0")
-        require(self.lr is None or self.lr > 0, "lr", self.lr, "above 0, or null")
+        positive_or_null(self, "lr")
         require(self.forget_weight > 0, "forget_weight", self.forget_weight, "above 0")
         require(0 < self.coverage <= 1, "coverage", self.coverage, "above 0 and at most 1")
         require(self.correction >= 0, "correction", self.correction, "0 or more")

@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.config import require
+from engine.config import positive_or_null, require
 from engine.data import Batch
 from engine.methods.base import Context, Passes, Phase, Taken, register
 from engine.methods.calibration import LOOKS, predictions_of, said, unseen_accuracy
@@ -62,7 +62,7 @@ class LotusConfig:
 
     def __post_init__(self) -> None:
         require(self.epochs >= 1, "epochs", self.epochs, "at least 1")
-        require(self.lr is None or self.lr > 0, "lr", self.lr, "above 0, or null")
+        positive_or_null(self, "lr")
         require(0 < self.retain_part <= 1, "retain_part", self.retain_part, "in (0, 1]")
         require(self.alpha >= 0, "alpha", self.alpha, "0 or more")
         require(0 <= self.tolerance < 1, "tolerance", self.tolerance, "in [0, 1)")

@@ -21,7 +21,7 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.config import require
+from engine.config import positive_or_null, require
 from engine.data import Batch
 from engine.methods.base import Phase, register
 from engine.methods.finetune import Finetune, FinetuneConfig
@@ -46,7 +46,7 @@ class NegGradPlusConfig(FinetuneConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.beta >= 0, "beta", self.beta, "0 or more")
-        require(self.bound is None or self.bound > 0, "bound", self.bound, "above 0, or null")
+        positive_or_null(self, "bound")
         require(0 < self.forget_share <= 1, "forget_share", self.forget_share, "in (0, 1]")
 
 

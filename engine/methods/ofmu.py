@@ -29,7 +29,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from engine.config import require
+from engine.config import positive_or_null, require
 from engine.data import Batch
 from engine.errors import UserError
 from engine.methods.base import Context, Method, Passes, Phase, Taken, cross_entropy, phase_of_both, register
@@ -60,7 +60,7 @@ class OfmuConfig:
 
     def __post_init__(self) -> None:
         require(self.epochs > 0, "epochs", self.epochs, "above 0")
-        require(self.lr is None or self.lr > 0, "lr", self.lr, "above 0, or null")
+        positive_or_null(self, "lr")
         require(self.ascent_steps >= 1, "ascent_steps", self.ascent_steps, "at least 1")
         require(self.ascent > 0, "ascent", self.ascent, "above 0")
         require(self.similarity >= 0, "similarity", self.similarity, "0 or more")

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine.config import require
+from engine.config import positive_or_null, require
 from engine.data import Batch
 from engine.errors import UserError
 from engine.methods.base import Context, Method, Phase, cross_entropy, register
@@ -28,7 +28,7 @@ class RandomLabelsConfig:
 
     def __post_init__(self) -> None:
         require(self.epochs > 0, "epochs", self.epochs, "above 0")
-        require(self.lr is None or self.lr > 0, "lr", self.lr, "above 0, or null")
+        positive_or_null(self, "lr")
 
 
 @register

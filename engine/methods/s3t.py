@@ -41,7 +41,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine.config import RunConfig, require, to_dict
+from engine.config import RunConfig, positive_or_null, require, to_dict
 from engine.data import Batch, Samples
 from engine.errors import UserError
 from engine.methods.base import Context, Method, Phase, cross_entropy, register
@@ -105,9 +105,9 @@ class S3TConfig:
     def __post_init__(self) -> None:
         require(self.slices >= 2, "slices", self.slices, "at least 2")
         require(self.epochs > 0, "epochs", self.epochs, "above 0")
-        require(self.lr is None or self.lr > 0, "lr", self.lr, "above 0, or null")
+        positive_or_null(self, "lr")
         require(self.rank >= 1, "rank", self.rank, "at least 1")
-        require(self.base_epochs is None or self.base_epochs > 0, "base_epochs", self.base_epochs, "above 0, or null")
+        positive_or_null(self, "base_epochs")
         require(self.base_lr > 0, "base_lr", self.base_lr, "above 0")
 
 

@@ -26,7 +26,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.config import require
+from engine.config import positive_or_null, require
 from engine.data import Batch
 from engine.methods.base import Context, Passes, Phase, Taken, register
 from engine.methods.calibration import LOOKS, matched_accuracy, predictions_of
@@ -64,8 +64,7 @@ class ScrubConfig:
     def __post_init__(self) -> None:
         require(self.forget_epochs >= 1, "forget_epochs", self.forget_epochs, "at least 1")
         require(self.retain_epochs >= self.forget_epochs, "retain_epochs", self.retain_epochs, "forget_epochs or more")
-        require(self.lr is None or self.lr > 0, "lr", self.lr, "above 0, or null")
-        require(self.forget_lr is None or self.forget_lr > 0, "forget_lr", self.forget_lr, "above 0, or null")
+        positive_or_null(self, "lr", "forget_lr")
         require(self.alpha >= 0, "alpha", self.alpha, "0 or more")
         require(self.gamma >= 0, "gamma", self.gamma, "0 or more")
         require(self.alpha + self.gamma > 0, "gamma", self.gamma, "above 0 where alpha is 0")

@@ -27,7 +27,7 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.config import require
+from engine.config import positive_or_null, require
 from engine.data import Batch
 from engine.methods.base import Context, Method, Passes, Phase, Taken, cross_entropy, phase_of_both, register
 from engine.methods.gradients import mean_importance
@@ -59,7 +59,7 @@ class SfronConfig:
 
     def __post_init__(self) -> None:
         require(self.epochs > 0, "epochs", self.epochs, "above 0")
-        require(self.lr is None or self.lr > 0, "lr", self.lr, "above 0, or null")
+        positive_or_null(self, "lr")
         require(self.ascent > 0, "ascent", self.ascent, "above 0")
         require(self.exponent >= 0, "exponent", self.exponent, "0 or more")
         require(self.repair_steps >= 1, "repair_steps", self.repair_steps, "at least 1")

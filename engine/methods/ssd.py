@@ -28,7 +28,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from engine.config import require
+from engine.config import positive_or_null, require
 from engine.data import Batch, Samples
 from engine.data.samples import concatenate
 from engine.errors import UserError
@@ -60,7 +60,7 @@ class SsdConfig(EditConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.alpha is None or self.alpha > 0, "alpha", self.alpha, "above 0, or null")
+        positive_or_null(self, "alpha")
         require(self.dampening is None or self.dampening >= 0, "dampening", self.dampening, "0 or more, or null")
         require(self.fisher_batch_size >= 1, "fisher_batch_size", self.fisher_batch_size, "at least 1")
 

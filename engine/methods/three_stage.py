@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.config import require
+from engine.config import positive_or_null, require
 from engine.data import Batch
 from engine.errors import UserError
 from engine.methods.base import Context, Method, Phase, cross_entropy, phase_of_both, register
@@ -58,7 +58,7 @@ class ThreeStageConfig:
 
     def __post_init__(self) -> None:
         require(self.epochs > 0, "epochs", self.epochs, "above 0")
-        require(self.lr is None or self.lr > 0, "lr", self.lr, "above 0, or null")
+        positive_or_null(self, "lr")
         require(self.forget_share > 0, "forget_share", self.forget_share, "above 0")
         require(0 <= self.ema < 1, "ema", self.ema, "0 or more, below 1")
         require(self.weight_lr >= 0, "weight_lr", self.weight_lr, "0 or more")
