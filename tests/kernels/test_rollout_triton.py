@@ -88,8 +88,9 @@ def test_full_size(assert_near: Any, tokens: int, heads: int, width: int, proces
     check(assert_near, queries, keys, torch.bfloat16, chosen)
 
 
-def test_vit_base_at_full_depth(assert_near: Any) -> None:
-    queries, keys = make(197, 12, 64, layers=12, batch=1)
+@pytest.mark.parametrize("heads", [3, pytest.param(12, marks=pytest.mark.slow)])
+def test_a_vit_of_patch_16_at_full_depth(assert_near: Any, heads: int) -> None:
+    queries, keys = make(197, heads, 64, layers=12, batch=1)
     check(assert_near, queries, keys, torch.bfloat16)
 
 
@@ -271,8 +272,8 @@ def test_permuting_patches_permutes_scores(way: tuple[str, str, str], prefix: in
 
 
 @FEW
-@given(st.integers(1, 9), st.integers(0, 9), SEED)
-def test_adding_a_constant_to_a_row_of_logits_changes_nothing(heads: int, k: int, seed: int) -> None:
+@given(st.integers(1, 5), SEED)
+def test_adding_a_constant_to_a_row_of_logits_changes_nothing(heads: int, seed: int) -> None:
     queries, keys = (cast(x, torch.float32) for x in make(10, heads, 4, layers=2, seed=seed))
     shifted = [x.clone() for x in keys]
     for x in shifted:
