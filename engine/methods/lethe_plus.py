@@ -71,11 +71,11 @@ class LethePlusConfig:
     """
 
     epochs: float = tunable(2.25, Range(0.75, 6, step=0.75))
-    forget_passes: float = tunable(9.0, Range(3, 18, step=1.5))
+    forget_passes: float = tunable(11.0, Range(3, 18))
     lr: float | None = tunable(None, rate(LR_PER_WIDTH))
     forget_weight: float = tunable(1.0, Range(0.5, 8.0, log=True))
-    coverage: float = 0.95
-    correction: float = 12.0
+    coverage: float = 0.97
+    correction: float = 8.5
     views: bool = True
     calibrate: bool = True
     augment_retain: bool = False
