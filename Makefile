@@ -44,7 +44,7 @@ fix: $(STAMP) ## let ruff repair what it can, and format
 bench: $(STAMP) ## the benchmarks; ARGS goes to `python -m bench`
 	$(BIN)/python -m bench $(ARGS)
 
-tables: $(STAMP) ## README's tables and figures, from bench/results/
+tables: $(STAMP) ## tables and figures of README and docs/results.md, from bench/results/
 	$(BIN)/python -m bench tables $(ARGS)
 
 clean: ## remove .venv, caches and build products

@@ -9,7 +9,6 @@ import typer
 
 from bench.ablation import run_ablation
 from bench.kernels import run_kernels
-from bench.quality import run_quality
 from engine.cli import run_app
 from engine.errors import UserError
 
@@ -29,23 +28,10 @@ OwnData = Annotated[str | None, typer.Option(help="Data source, as for `lethe un
 OwnRequest = Annotated[str | None, typer.Option(help="Forget request, as for `lethe unlearn`.", show_default=False)]
 OwnName = Annotated[str, typer.Option(help="What the checkpoint is called in the results.")]
 OwnEpochs = Annotated[float, typer.Option(help="Recipe of the checkpoint's retrain.")]
-
-
-@app.command()
-def quality(
-    checkpoint: Checkpoint,
-    data: Data,
-    forget: Forget,
-    reference: Reference,
-    method: Annotated[list[str] | None, typer.Option(help="Default: finetune and lethe.", show_default=False)] = None,
-    retrain_epochs: Annotated[float, typer.Option(help="Recipe of the retrain that is timed; 0 leaves it out.")] = 30.0,
-    settings: Settings = None,
-    json: Json = None,
-) -> None:
-    """Methods at their defaults, the untouched model and the retrain's time, in one run."""
-    run_quality(
-        checkpoint, data, forget, reference, method or ["finetune", "lethe"], retrain_epochs, settings or [], json
-    )
+CostPlot = Annotated[
+    Path | None,
+    typer.Option(help="PNG: gap against share of the retrain's time, a file a task.", show_default=False),
+]
 
 
 @app.command()
@@ -218,9 +204,7 @@ def retrain_cost(
     price: Annotated[
         float | None, typer.Option(help="Of one device-hour, in any currency.", show_default=False)
     ] = None,
-    plot: Annotated[
-        Path | None, typer.Option(help="PNG: gap against share of the retrain's time, a file a task.")
-    ] = None,
+    plot: CostPlot = None,
     quick: Annotated[bool, typer.Option("--quick", help="Three steps a phase, two seeds, seconds.")] = False,
     settings: Settings = None,
     json: Annotated[Path | None, typer.Option("--json", help="Results; goes on where the file ends.")] = None,
@@ -253,6 +237,7 @@ def leaderboard(
         list[str] | None, typer.Option(help="Methods beside the retrain; without any all.", show_default=False)
     ] = None,
     seeds: Annotated[int, typer.Option(help="Seeds 0, 1, ... of every method and of the retrain.")] = 3,
+    plot: CostPlot = None,
     quick: Annotated[bool, typer.Option("--quick", help="Three steps a phase, two seeds, a minute.")] = False,
     settings: Settings = None,
     json: Annotated[Path | None, typer.Option("--json", help="Results; goes on where the file ends.")] = None,
@@ -264,7 +249,19 @@ def leaderboard(
     classes = [(subject, "3" if subject.checkpoint is None else class_name) for subject in subjects]
     subjects += [class_of(subject, chosen) for subject, chosen in classes if chosen]
     number = min(seeds, 2) if quick else seeds
-    run_retrain_cost(subjects, number, settings or [], None, json, None, quick, False, methods=method or ())
+    run_retrain_cost(subjects, number, settings or [], None, json, plot, quick, False, methods=method or ())
+
+
+@app.command()
+def plot(
+    results: Annotated[Path, typer.Argument(help="File that `leaderboard` or `retrain-cost` wrote.")],
+    picture: Annotated[Path, typer.Argument(help="PNG; with several tasks each has its name in the file's.")],
+) -> None:
+    """What --plot of `leaderboard` and of `retrain-cost` draws, from their results alone: nothing is run."""
+    from bench.retrain_cost import plot as draw
+    from bench.tables import fitted, load
+
+    fitted([results.name], lambda report: draw(report, picture), load(results))
 
 
 @app.command()
@@ -386,7 +383,7 @@ def tables(
         bool, typer.Option("--check", help="Only compare: exit 1 names what is out of date, and changes nothing.")
     ] = False,
 ) -> None:
-    """README's tables and figures made from bench/results/; exit 1 where one cannot be."""
+    """The tables and figures of README.md and docs/results.md made from bench/results/; exit 1 where one cannot be."""
     from bench.tables import run_tables
 
     if not run_tables(check):

@@ -1,7 +1,7 @@
 """`python -m bench page`: every result file as a section of one HTML file that loads nothing.
 
 A section has the command, machine, date, commit and load of its file, its tables, and plots where there is something
-to see. Tables are README's where it has some, else all that is plain in the file.
+to see. Tables are those of README.md and docs/results.md where there are some, else all that is plain in the file.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ TITLES = {
     "train": "Training steps",
     "retrain-cost": "Unlearning beside retraining",
     "leaderboard-yardstick": "Every method on the yardstick",
+    "leaderboard-yardstick-class": "Every method on the yardstick, a class forgotten",
     "leaderboard-digits": "Every method on digits",
     "peers-digits": "Methods beside other libraries' on digits",
     "peers-yardstick": "Methods beside other libraries' on the yardstick",
-    "yardstick-quality": "Methods on the yardstick",
     "yardstick-ablation": "The choices of LetheViT",
     "scaling": "How cost grows",
     "kernels": "Kernels beside their peers",

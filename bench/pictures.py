@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
 from bench import plots
 from bench.kernels import duration
 from bench.measure import middle, size
 from bench.plots import Style
+from bench.retrain_summary import OWN
+from engine.report.plots import BLUE, VERMILLION
 
 Report = dict[str, Any]
 # A figure, and what it shows in words.
@@ -82,34 +84,50 @@ def train(report: Report, style: Style) -> Iterator[Drawn]:
 def retrain_cost(report: Report, style: Style) -> Iterator[Drawn]:
     """A figure a task: average gap to retrained models against the share of a retrain's time."""
     for task, entry in report["tasks"].items():
+        drawn = [found for found in entry["summary"] if found["gap"] and found["share"]]
+        floor, untouched = entry["noise_floor"], (entry["untouched"].get("gap") or {}).get("average")
         figure, axes = plots.figure(
-            style, f"{task}: what forgetting costs, and what it is worth", "time in % of a retrain (log)",
-            "average gap, points", size=(4.6, 4.4),
+            style, f"{task}: gap to a retrain, and its cost", "time in % of a retrain (log)",
+            f"average gap, points (log above {'the noise floor' if floor else '1'})",
+            size=(6.4, max(4.0, 1.2 + plots.LABEL_INCHES * (len(drawn) + 2))),
         )  # fmt: skip
         axes.set_xscale("log")
-        words = []
-        floor, untouched = entry["noise_floor"], (entry["untouched"].get("gap") or {}).get("average")
+        # What is not forgotten may be a hundred times as far away as what is: a linear scale would show that alone.
+        axes.set_yscale("symlog", linthresh=floor or 1.0, linscale=0.5)
+        words, labels = [], []
         if floor is not None:
-            axes.axhspan(0, floor, color=style.faint, alpha=0.6, label="noise floor")
+            axes.axhspan(0, floor, color=style.faint, alpha=0.6)
+            labels.append(plots.Label(text="noise floor", y=floor, colour=style.ink))
             words.append(f"noise floor {floor:.2f} points")
         if untouched is not None:
-            axes.axhline(untouched, color=style.ink, linestyle="--", linewidth=1, label="untouched, no time")
+            axes.axhline(untouched, color=style.ink, linestyle="--", linewidth=1)
+            labels.append(plots.Label(text="untouched, no time", y=untouched, colour=style.ink))
             words.append(f"untouched {untouched:.2f} points")
-        drawn = [found for found in entry["summary"] if found["gap"] and found["share"]]
-        for number, found in enumerate(drawn):
-            colour, marker = plots.look(number)
+        for found in drawn:
+            own = found["method"] in OWN
+            colour, marker, points = (VERMILLION, "D", 8) if own else (BLUE, "o", 5)
             share, gap = found["share"], found["gap"]
             axes.errorbar(
                 100 * share["mean"], gap["mean"], xerr=100 * share["half_range"], yerr=gap["half_range"],
-                color=colour, marker=marker, markersize=7, markeredgecolor=style.ink, capsize=3, linestyle="",
-                label=found["method"],
+                color=colour, marker=marker, markersize=points, markeredgecolor=style.ink, elinewidth=0.8, linestyle="",
+            )  # fmt: skip
+            labels.append(
+                plots.Label(
+                    text=found["method"], x=100 * share["mean"], y=gap["mean"],
+                    colour=VERMILLION if own else style.ink, bold=own,
+                )
             )  # fmt: skip
             words.append(f"{found['method']} {gap['mean']:.2f} points in {100 * share['mean']:.1f}% of the time")
         axes.set_ylim(bottom=0)
+        most = axes.get_ylim()[1]
+        decades = [factor * 10.0**power for power in range(-3, 4) for factor in (1, 2, 5)]
+        axes.set_yticks([0.0, *(value for value in decades if (floor or 1.0) <= value <= most)])
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter(NullFormatter())
-        plots.legend(figure, axes, style, below=True)
+        plots.label_column(figure, axes, labels)
         yield figure, f"{task}, average gap to retrained models: {'; '.join(words)}"
 
 
@@ -152,12 +170,12 @@ def scaling(report: Report, style: Style) -> Iterator[Drawn]:
 
 
 def write(drawn: Iterable[Drawn], names: Sequence[str], file: Path) -> None:
-    """A light PNG of each, its name in the file's where there are several."""
+    """A light PNG of each with what it shows in its description; its name in the file's where there are several."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    for name, (figure, _) in zip(names, drawn, strict=True):
+    for name, (figure, words) in zip(names, drawn, strict=True):
         slug = "-".join(re.findall(r"\w+", name.lower()))
         target = file if len(names) == 1 else file.with_name(f"{file.stem}-{slug}{file.suffix}")
-        target.write_bytes(plots.png(figure))
+        target.write_bytes(plots.png(figure, words))
 
 
 PICTURES: dict[str, Callable[[Report, Style], Iterator[Drawn]]] = {
@@ -165,5 +183,8 @@ PICTURES: dict[str, Callable[[Report, Style], Iterator[Drawn]]] = {
     "train": train,
     "data": data,
     "retrain-cost": retrain_cost,
+    "leaderboard-yardstick": retrain_cost,
+    "leaderboard-yardstick-class": retrain_cost,
+    "leaderboard-digits": retrain_cost,
     "scaling": scaling,
 }

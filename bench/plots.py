@@ -9,13 +9,15 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from sklearn.isotonic import isotonic_regression  # type: ignore[import-untyped,unused-ignore]
 
 from engine.report.plots import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILLION
 
 # Neighbours differ in brightness too; all of them stand out on white and on black.
 PALETTE = (BLUE, ORANGE, GREEN, SKY, VERMILLION, PURPLE)
-MARKERS = ("o", "s", "^", "D", "v", "X")
 HATCHES = ("", "///", "...", "xxx", "\\\\\\", "++")
+# Height that a line of text in a column of labels takes.
+LABEL_INCHES = 0.16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,12 +51,6 @@ def figure(
     axes.grid(color=style.faint, linewidth=0.7)
     axes.set_axisbelow(True)
     return made, axes
-
-
-def look(number: int) -> tuple[str, str]:
-    """(colour, marker) of the series with this number; eighteen series and more begin again."""
-    turn = number // len(PALETTE)
-    return PALETTE[number % len(PALETTE)], MARKERS[(number + turn) % len(MARKERS)]
 
 
 def bars(
@@ -101,8 +97,50 @@ def legend(made: Figure, axes: Axes, style: Style, below: bool = False) -> None:
         text.set_parse_math(False)
 
 
-def png(made: Figure) -> bytes:
-    """Without a date or a version in it: the same numbers give the same bytes."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Label:
+    """What stands beside the axes for something in them. x: None for a line across, which ends at the label."""
+
+    text: str
+    y: float
+    x: float | None = None
+    colour: str
+    bold: bool = False
+
+
+def label_column(made: Figure, axes: Axes, labels: Sequence[Label]) -> None:
+    """Names right of the axes in the order of what they name, a thin line to each; for more series than a legend holds.
+
+    Call it when limits and scales are set. The axes have to be as high as the labels are together: LABEL_INCHES each.
+    """
+    made.draw_without_rendering()  # only now is the height of the axes known
+    ordered = sorted(labels, key=lambda label: label.y)
+    left, _ = axes.get_xlim()
+    points = axes.transAxes.inverted().transform(axes.transData.transform([(left, label.y) for label in ordered]))
+    step = LABEL_INCHES * made.dpi / axes.get_window_extent().height
+    for label, place in zip(ordered, _apart([y for _, y in points], step), strict=True):
+        axes.annotate(
+            label.text, (1.0 if label.x is None else label.x, label.y), (1.09, place), annotation_clip=False,
+            xycoords=axes.get_yaxis_transform() if label.x is None else "data", textcoords="axes fraction",
+            color=label.colour, fontsize=9, fontweight="bold" if label.bold else "normal", va="center",
+            parse_math=False,
+            arrowprops={
+                "arrowstyle": "-", "color": label.colour, "linewidth": 0.6, "alpha": 0.6, "relpos": (0, 0.5),
+                "shrinkA": 1, "shrinkB": 0 if label.x is None else 3,
+            },
+        )  # fmt: skip
+
+
+def _apart(wanted: Sequence[float], step: float) -> list[float]:
+    """Places in [0, 1] as near as can be to the wanted ones, which ascend, and at least a step from each other."""
+    steps = [step * number for number in range(len(wanted))]
+    free = [place - taken for place, taken in zip(wanted, steps, strict=True)]
+    moved = isotonic_regression(free, y_min=0, y_max=max(0.0, 1 - steps[-1]))
+    return [float(place) + taken for place, taken in zip(moved, steps, strict=True)]
+
+
+def png(made: Figure, words: str = "") -> bytes:
+    """Without a date or a version in it: the same numbers give the same bytes. words: what it shows, kept in it."""
     buffer = io.BytesIO()
-    made.savefig(buffer, format="png", dpi=180, metadata={"Software": None})
+    made.savefig(buffer, format="png", dpi=180, metadata={"Software": None, "Description": words or None})
     return buffer.getvalue()

@@ -1,25 +1,29 @@
-"""README.md's tables, each made from a file of bench/results/; `bench.readme_figures` has the figures in sentences.
+"""The tables of README.md and docs/results.md, each made from a file of bench/results/.
 
-`python -m bench tables` puts them in their places. A new table is a function, an entry of TABLES and its two marker
-lines in README.md.
+`bench.readme_figures` has the figures in sentences; `python -m bench tables` puts both in their places. A new table is
+a function, an entry of TABLES and its two marker lines in the document.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from bench import ablation, quality
+from bench import ablation
 from bench.kernel_peers import INFO_NCE_PYTORCH
 from bench.kernel_targets import CONTRAST, MASKING
 from bench.measure import middle, size
+from bench.retrain_summary import OWN, PLACES, over_seeds
 from bench.rollout_peers import FAST_VIT_ROLLOUT, HOOKED, PLAIN
 from bench.train import BEST_BF16, BEST_FP32, OURS_COMPILED
 
 Report = dict[str, Any]
 MIB = 2**20
+# The documents, from the repository's root: what to know first, and every table in full.
+README = "README.md"
+IN_FULL = "docs/results.md"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,10 +47,10 @@ def _line(cells: Iterable[str]) -> str:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generator:
-    """A table of README.md. make: from the contents of `files`, in their order.
+    """A table of a document. make: from the contents of `files`, in their order.
 
-    command: where a file does not say what made it. expected: without it, neither the files nor the markers need be
-    there yet.
+    command: where a file does not say what made it. expected: without it, the files need not be there yet, and the
+    document says so in the table's place. document: None is on the page of `python -m bench page` alone.
     """
 
     name: str
@@ -54,24 +58,10 @@ class Generator:
     make: Callable[..., Sheet]
     command: str = ""
     expected: bool = True
+    document: str | None = README
 
 
 # --- unlearning -------------------------------------------------------------------------------------------------------
-
-_QUALITY = ("forget", "retain", "test", "MIA efficacy", "loss AUC", "average gap")
-
-
-def quality_table(report: Report) -> Sheet:
-    rows = []
-    for name, cells in quality.table_rows(report["rows"], report["retrain_seconds"]):
-        config = report["rows"].get(name, {}).get("config", {})
-        if name == "finetune":
-            name = f"fine-tuning, {config['retain_epochs']:g} epochs"
-        elif name == "lethe":
-            name = f"lethe ({config['forget_epochs']:g} + {config['retain_epochs']:g} epochs)"
-        rows.append([name, *cells])
-    columns = ["model", *_QUALITY, "gap / noise floor", "agreement", "seconds", "of retrain"]
-    return Sheet(columns=columns, rows=rows, marked=_starting(rows, "lethe ("))
 
 
 def ablation_table(report: Report) -> Sheet:
@@ -82,44 +72,73 @@ def ablation_table(report: Report) -> Sheet:
     return Sheet(columns=["variant", *ablation.columns(report)], rows=rows, marked=_starting(rows, "default"))
 
 
+# Heading: what an entry of a summary has it under, digits, factor, unit.
+_COLUMNS = {
+    "seconds": ("seconds", 1, 1, ""),
+    "of retrain": ("share", 1, 100, "%"),
+    "average gap": ("gap", 2, 1, ""),
+    "gap / noise floor": ("gap_to_floor", 1, 1, ""),
+    "agreement": ("agreement", 1, 100, ""),
+    "forget": ("forget", 1, 100, ""),
+    "retain": ("retain", 1, 100, ""),
+    "test": ("test", 1, 100, ""),
+    "MIA efficacy": ("efficacy", 1, 100, ""),
+    "score": ("score", 2, 1, ""),
+}
+
+
 def retrain_cost_table(report: Report) -> Sheet:
-    columns = ["task, method", "seeds", "seconds", "of retrain", "average gap", "gap / noise floor", "forget", "test"]
-    # Early files have none.
-    scored = any(found.get("score") for entry in report["tasks"].values() for found in entry["summary"])
-    rows = []
-    for task, entry in report["tasks"].items():
-        untouched, floor = entry["untouched"], entry["noise_floor"]
-        for found in entry["summary"]:
-            percent = [_either(found[key], 1, 100) for key in ("forget", "test", "efficacy", "agreement")]
-            rows.append([
-                f"{task}, {found['method']}", str(found["seeds"]), _either(found["seconds"], 1),
-                _either(found["share"], 1, 100, "%"), _either(found["gap"], 2), _either(found["gap_to_floor"], 1),
-                *percent, *([_either(found.get("score"), 2)] if scored else []), str(found["collapsed"]),
-            ])  # fmt: skip
-        percent = [f"{100 * untouched['accuracy'][key]:.1f}" for key in ("forget", "test")]
-        agreement = untouched.get("agreement")
-        gap = (untouched.get("gap") or {}).get("average")
-        rows.append([
-            f"{task}, untouched", "-", "-", "-", "-" if gap is None else f"{gap:.2f}",
-            f"{gap / floor:.1f}" if gap is not None and floor else "-", *percent,
-            f"{100 * untouched['mia']['efficacy']:.1f}", "-" if agreement is None else f"{100 * agreement:.1f}",
-            *([f"{untouched['score']:.2f}"] if scored else []), "-",
-        ])  # fmt: skip
-    return Sheet(
-        columns=[*columns, "MIA efficacy", "agreement", *(["score"] if scored else []), "collapsed"],
-        rows=rows,
-        marked=frozenset(i for i, row in enumerate(rows) if row[0].endswith(", lethe")),
-    )
+    return _comparison({task: _standing(entry) for task, entry in report["tasks"].items()})
 
 
 def leaderboard_table(report: Report) -> Sheet:
     """The same, the smallest gap first in each task."""
+    return _comparison({task: sorted(_standing(entry), key=_gap) for task, entry in report["tasks"].items()})
 
-    def gap(found: Report) -> float:
-        return found["gap"]["mean"] if found["gap"] else math.inf
 
-    tasks = {name: {**entry, "summary": sorted(entry["summary"], key=gap)} for name, entry in report["tasks"].items()}
-    return retrain_cost_table({"tasks": tasks})
+def _comparison(tasks: Mapping[str, Sequence[Report]]) -> Sheet:
+    every = [(task, found) for task, entries in tasks.items() for found in entries]
+    # Early files have no score.
+    headings = [heading for heading, (key, *_) in _COLUMNS.items() if any(found.get(key) for _, found in every)]
+    return Sheet(
+        columns=["task, method", "seeds", *headings, "collapsed"],
+        rows=[
+            [f"{task}, {found['method']}", _count(found["seeds"]), *_cells(found, headings), _count(found["collapsed"])]
+            for task, found in every
+        ],
+        marked=frozenset(number for number, (_, found) in enumerate(every) if found["method"] in OWN),
+    )
+
+
+def overview_table(report: Report) -> Sheet:
+    """A leaderboard of one task, for those who read one table: quality first, then what it takes."""
+    (entry,) = report["tasks"].values()
+    entries = sorted(_standing(entry), key=_gap)
+    headings = [*(heading for heading in _COLUMNS if heading not in ("seconds", "of retrain")), "of retrain"]
+    return Sheet(
+        columns=["method", *headings, "seeds"],
+        rows=[[found["method"], *_cells(found, headings), _count(found["seeds"])] for found in entries],
+        marked=frozenset(number for number, found in enumerate(entries) if found["method"] in OWN),
+    )
+
+
+def _standing(entry: Report) -> list[Report]:
+    """A task's summary, and the untouched model as an entry of it."""
+    numbers = {key: over_seeds([entry["untouched"]], path) for key, path in PLACES.items()}
+    return [*entry["summary"], {"method": "untouched", "seeds": None, "collapsed": None, **numbers}]
+
+
+def _gap(found: Report) -> float:
+    return found["gap"]["mean"] if found["gap"] else math.inf
+
+
+def _cells(found: Report, headings: Iterable[str]) -> list[str]:
+    chosen = [_COLUMNS[heading] for heading in headings]
+    return [_either(found.get(key), digits, factor, unit, found["seeds"]) for key, digits, factor, unit in chosen]
+
+
+def _count(number: int | None) -> str:
+    return "-" if number is None else str(number)
 
 
 def peers_table(report: Report) -> Sheet:
@@ -130,13 +149,13 @@ def peers_table(report: Report) -> Sheet:
             sides = (found["ours"], found["theirs"])
             pairs = [("forget", 100), ("test", 100), ("efficacy", 100), ("agreement", 100), ("seconds", 1)]
             rows.append([
-                f"{task}, {found['method']}, {found['setting']}", found["library"],
-                *(_either(side["gap"], 2) for side in sides), found["verdict"],
+                f"{task}, {found['method']}, {found['setting']}", found["library"], str(found["seeds"]),
+                *(_either(side["gap"], 2, seeds=found["seeds"]) for side in sides), found["verdict"],
                 *(" / ".join(f"{factor * side[key]['mean']:.1f}" for side in sides) for key, factor in pairs),
-                _either(found["times"], 2),
+                _either(found["times"], 2, seeds=found["seeds"]),
             ])  # fmt: skip
-    columns = ["ours / theirs", "library", "gap, ours", "gap, theirs", "ours is", "forget", "test", "MIA efficacy"]
-    return Sheet(columns=[*columns, "agreement", "seconds", "their time over ours"], rows=rows)
+    columns = ["ours / theirs", "library", "seeds", "gap, ours", "gap, theirs", "ours is", "forget", "test"]
+    return Sheet(columns=[*columns, "MIA efficacy", "agreement", "seconds", "their time over ours"], rows=rows)
 
 
 def projection_table(report: Report) -> Sheet:
@@ -380,37 +399,48 @@ def _starting(rows: Sequence[Sequence[str]], text: str) -> frozenset[int]:
     return frozenset(number for number, row in enumerate(rows) if row[0].startswith(text))
 
 
-def _either(found: dict[str, float] | None, digits: int, factor: float = 1.0, unit: str = "") -> str:
-    """Mean ± half of the range, or a dash where there is none."""
+def _either(
+    found: dict[str, float] | None, digits: int, factor: float = 1.0, unit: str = "", seeds: int | None = None
+) -> str:
+    """Mean ± half of the range, the mean alone of one seed, or a dash where there is none."""
     if found is None:
         return "-"
-    return f"{factor * found['mean']:.{digits}f} ± {factor * found['half_range']:.{digits}f}{unit}"
+    half = f" ± {factor * found['half_range']:.{digits}f}" if seeds and seeds > 1 else ""
+    return f"{factor * found['mean']:.{digits}f}{half}{unit}"
 
 
 TABLES = (
-    Generator(name="yardstick-quality", files=("yardstick-quality.json",), make=quality_table),
-    Generator(name="yardstick-ablation", files=("yardstick-ablation.json",), make=ablation_table),
-    Generator(name="retrain-cost", files=("retrain-cost.json",), make=retrain_cost_table),
-    Generator(name="leaderboard-digits", files=("leaderboard-digits.json",), make=leaderboard_table),
-    Generator(name="leaderboard-yardstick", files=("leaderboard-yardstick.json",), make=leaderboard_table),
-    Generator(name="peers-digits", files=("peers-digits.json",), make=peers_table, expected=False),
-    Generator(name="peers-yardstick", files=("peers-yardstick.json",), make=peers_table, expected=False),
-    Generator(name="retrain-projection", files=("retrain-cost.json",), make=projection_table),
+    Generator(name="overview", files=("leaderboard-yardstick.json",), make=overview_table),
+    Generator(name="verdicts", files=("verdicts.json",), make=verdicts_table),
     Generator(
-        name="equality", files=("equality.json",), make=equality_table,
+        name="leaderboard-yardstick", files=("leaderboard-yardstick.json",), make=leaderboard_table, document=IN_FULL
+    ),
+    Generator(
+        name="leaderboard-yardstick-class", files=("leaderboard-yardstick-class.json",), make=leaderboard_table,
+        expected=False, document=IN_FULL,
+    ),
+    Generator(name="leaderboard-digits", files=("leaderboard-digits.json",), make=leaderboard_table, document=IN_FULL),
+    Generator(name="yardstick-ablation", files=("yardstick-ablation.json",), make=ablation_table, document=IN_FULL),
+    Generator(name="peers-digits", files=("peers-digits.json",), make=peers_table, document=IN_FULL),
+    Generator(name="peers-yardstick", files=("peers-yardstick.json",), make=peers_table, document=IN_FULL),
+    Generator(name="retrain-projection", files=("retrain-cost.json",), make=projection_table, document=IN_FULL),
+    Generator(name="train", files=("train-cpu.json",), make=train_table, document=IN_FULL),
+    Generator(name="scaling", files=("scaling-cpu.json",), make=scaling_table, document=IN_FULL),
+    Generator(name="ulira", files=("ulira-digits.json",), make=ulira_table, document=IN_FULL),
+    Generator(
+        name="equality", files=("equality.json",), make=equality_table, document=IN_FULL,
         command="python -m bench equality --checkpoint ORIGINAL --data parquet:DATA --forget IDS",
     ),
     Generator(
-        name="memory", files=("memory-fp32.json", "memory-bf16.json"), make=memory_table,
+        name="memory", files=("memory-fp32.json", "memory-bf16.json"), make=memory_table, document=IN_FULL,
         command="python -m bench memory --images FOLDER --case ...",
     ),
-    Generator(name="train", files=("train-cpu.json",), make=train_table),
-    Generator(name="scaling", files=("scaling-cpu.json",), make=scaling_table),
-    Generator(name="verdicts", files=("verdicts.json",), make=verdicts_table),
-    Generator(name="ulira", files=("ulira-digits.json",), make=ulira_table),
     Generator(
-        name="kernels-compile", files=("kernels-compile.json",), make=compile_table, command="python -m bench compile"
+        name="kernels-compile", files=("kernels-compile.json",), make=compile_table, document=IN_FULL,
+        command="python -m bench compile",
     ),
-    Generator(name="kernels-masks", files=("kernels-cpu.json",), make=masks_table),
-    Generator(name="kernels-info-nce", files=("kernels-cpu.json",), make=info_nce_table),
+    Generator(name="kernels-masks", files=("kernels-cpu.json",), make=masks_table, document=IN_FULL),
+    Generator(name="kernels-info-nce", files=("kernels-cpu.json",), make=info_nce_table, document=IN_FULL),
+    # The leaderboards say the same of more methods; what `bench all` measured is to be seen on its page.
+    Generator(name="retrain-cost", files=("retrain-cost.json",), make=retrain_cost_table, document=None),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Figures in README.md's sentences, each made from a file of bench/results/.
+"""Figures in the sentences of README.md and docs/results.md, each made from a file of bench/results/.
 
 `python -m bench tables` finds them by the words around them. A new one is an entry of FIGURES and its sentence; a
 function of `values` raises UserError where the sentence would no longer be true.
@@ -11,11 +11,14 @@ from collections.abc import Callable
 from typing import Any
 
 from bench import ablation
+from bench.cases import VIT_B
 from bench.kernel_peers import INFO_NCE_PYTORCH
 from bench.kernel_targets import CONTRAST, MASKING
 from bench.measure import middle, ratios
-from bench.readme import MIB, Report
+from bench.readme import IN_FULL, MIB, README, Report
+from bench.recipes import RECIPES
 from bench.rollout_peers import FAST_VIT_ROLLOUT, PLAIN
+from bench.train import BEST_BF16
 from engine.errors import UserError
 
 
@@ -27,18 +30,37 @@ class Figure:
     file: str
     text: str
     values: Callable[[Report], dict[str, str]]
+    document: str = README
 
 
-def _quality_figures(report: Report) -> dict[str, str]:
-    untouched, lethe = (report["rows"][name] for name in ("untouched", "lethe"))
-    gap, before = lethe["gap"]["average"], untouched["gap"]["average"]
-    floors = gap / lethe["noise_floor"]["average"]
-    return {"closed": f"{round(100 * (before - gap) / before, -1):.0f}", "floors": f"{floors:.0f}"}
+def _yardstick(report: Report) -> dict[str, str]:
+    (entry,), (subject,) = report["tasks"].values(), report["subjects"]
+    samples = entry["samples"]
+    return {
+        "samples": f"{samples['forget'] + samples['retain']:,}",
+        "epochs": f"{subject['recipe']['epochs']:g}",
+        "forget": f"{samples['forget']:,}",
+        "references": str(len(entry["references"])),
+    }
 
 
-def _quality_setup(report: Report) -> dict[str, str]:
-    samples = report["rows"]["lethe"]["config"]["samples"]
-    return {"samples": f"{samples['forget'] + samples['retain']:,}"}
+def _standing(report: Report) -> dict[str, str]:
+    (entry,) = report["tasks"].values()
+    gaps = {each["method"]: each["gap"]["mean"] for each in entry["summary"] if each["method"] != "retrain"}
+    order = sorted(gaps, key=lambda method: gaps[method])
+    if gaps["finetune"] - gaps["lethe"] > entry["noise_floor"]:
+        raise UserError("leaderboard-yardstick.json has lethe better than finetune; change the sentence")
+    return {
+        "untouched": f"{entry['untouched']['gap']['average']:.2f}", "floor": f"{entry['noise_floor']:.2f}",
+        "lethe": f"{gaps['lethe']:.2f}", "finetune": f"{gaps['finetune']:.2f}", "plus": f"{gaps['lethe_plus']:.2f}",
+        "place": str(1 + order.index("lethe_plus")), "lethe_place": str(1 + order.index("lethe")),
+        "methods": str(len(order)),
+    }  # fmt: skip
+
+
+def _busy(report: Report) -> dict[str, str]:
+    loads = [row["load_average"] for entry in report["tasks"].values() for row in entry["rows"]]
+    return {"least": f"{min(loads):.1f}", "most": f"{max(loads):.1f}"}
 
 
 def _ablation_figures(report: Report) -> dict[str, str]:
@@ -56,6 +78,28 @@ def _stability(report: Report) -> dict[str, str]:
 def _foresight(report: Report) -> dict[str, str]:
     (entry,) = report["tasks"].values()
     return {"tau": f"{entry['foresight']:.2f}"}
+
+
+def _steps(report: Report) -> dict[str, str]:
+    times = [case["rows"][0].get("times_with_prepare", {}).get(BEST_BF16) for case in report["cases"]]
+    found = [middle(each) for each in times if each]
+    return {"least": f"{min(found):.2f}", "most": f"{max(found):.2f}"}
+
+
+def _projected(report: Report) -> dict[str, str]:
+    (found,) = (each for each in report["projection"] if each["model"] == VIT_B.name)
+    (hours,) = (each for each in found["hours"] if each["work"] == "lethe")
+    return {"share": f"{100 * hours['share'][RECIPES[0].name]:.1f}"}
+
+
+def _coin_toss(report: Report) -> dict[str, str]:
+    (found,) = (each for each in report["rows"] if each["method"] == "lethe")
+    return {key: f"{found[part]['auc']['value']:.2f}" for key, part in (("lethe", "ulira"), ("before", "untouched"))}
+
+
+def _equality_worst(report: Report) -> dict[str, str]:
+    worst = max(row["tensor"] for row in report["rows"] if row["precision"] == "fp32")
+    return {"worst": f"{worst:.1e}".replace("e-0", "e-")}
 
 
 def _equality_setup(report: Report) -> dict[str, str]:
@@ -157,20 +201,42 @@ def _paired_figures(report: Report) -> dict[str, str]:
 
 FIGURES = (
     Figure(
-        name="quality-setup", file="yardstick-quality.json", values=_quality_setup,
-        text="on CIFAR-10 images: trained on {samples} of them",
+        name="yardstick", file="leaderboard-yardstick.json", values=_yardstick,
+        text="on {samples} images of CIFAR-10 for {epochs} epochs; {forget} of them, drawn at random, are to be "
+        "forgotten; {references} models trained without them",
     ),
     Figure(
-        name="quality", file="yardstick-quality.json", values=_quality_figures,
-        text="The published recipe closes about {closed}% of the untouched model's gap, stays {floors} noise floors "
-        "away",
+        name="standing", file="leaderboard-yardstick.json", values=_standing,
+        text="The untouched model is {untouched} points from a retrained one, and retrained models are {floor} from "
+        "each other. LetheViT as published ends {lethe} points away, no better than fine-tuning alone ({finetune}); "
+        "`lethe_plus` ends {plus} away. By gap they have places {lethe_place} and {place} of {methods} methods",
     ),
     Figure(
-        name="ablation", file="yardstick-ablation.json", values=_ablation_figures,
+        name="steps", file="train-cpu.json", values=_steps,
+        text="{least} to {most} times as many images a second as the best plain loop in bf16",
+    ),
+    Figure(
+        name="projected", file="retrain-cost.json", values=_projected,
+        text="LetheViT on ViT-B/16 is projected to take {share}% of DeiT's 300 epochs",
+    ),
+    Figure(
+        name="coin-toss", file="ulira-digits.json", values=_coin_toss,
+        text="finds LetheViT's forget samples with an AUC of {lethe}, those of the untouched model with {before}",
+    ),
+    Figure(
+        name="equality-worst", file="equality.json", values=_equality_worst,
+        text="differ from one process by at most {worst} of a tensor's norm",
+    ),
+    Figure(
+        name="busy", file="leaderboard-yardstick.json", values=_busy, document=IN_FULL,
+        text="the load average before a run on the yardstick was {least} to {most}",
+    ),
+    Figure(
+        name="ablation", file="yardstick-ablation.json", values=_ablation_figures, document=IN_FULL,
         text="The forget stage takes {gain} points off the gap that the retain stage leaves alone",
     ),
     Figure(
-        name="stability", file="leaderboard-digits.json", values=_stability,
+        name="stability", file="leaderboard-digits.json", values=_stability, document=IN_FULL,
         text="Between seeds the order of the methods by gap has Kendall's tau {random} on a random tenth of digits and "
         "{of_class} on a class",
     ),
@@ -179,11 +245,11 @@ FIGURES = (
         text="orders the methods on the yardstick as the gap does with Kendall's tau {tau}",
     ),
     Figure(
-        name="equality-setup", file="equality.json", values=_equality_setup,
+        name="equality-setup", file="equality.json", values=_equality_setup, document=IN_FULL,
         text="After {steps} steps on the yardstick",
     ),
     Figure(
-        name="equality-bf16", file="equality.json", values=_equality_bf16,
+        name="equality-bf16", file="equality.json", values=_equality_bf16, document=IN_FULL,
         text="differ by {least} to {most} in the worst tensor and by {low} to {high} points of accuracy",
     ),
     Figure(
@@ -197,13 +263,13 @@ FIGURES = (
         name="two-hosts", file="two-hosts.json", values=_two_hosts, text="for a link between two hosts that was cut"
     ),
     Figure(
-        name="data", file="data-cpu.json", values=_data_figures,
+        name="data", file="data-cpu.json", values=_data_figures, document=IN_FULL,
         text="{images} images in {shards} tar shards, small ones made on the spot: index built in {index} s, opened "
         "again in {open} s, {ids} ids matched in {match} s, first training batch of {batch} after {first} s; {extra} "
         "MiB at most above the process before it ({peak} GiB in all)",
     ),
     Figure(
-        name="decoding", file="data-cpu.json", values=_decoding_figures,
+        name="decoding", file="data-cpu.json", values=_decoding_figures, document=IN_FULL,
         text="training {ours} against {same} for torchvision's ImageFolder with the same interpolation ({default} with "
         "its default, bilinear); evaluation {ours_evaluating} against {evaluating}",
     ),
@@ -217,12 +283,12 @@ FIGURES = (
         "them with a spill",
     ),
     Figure(
-        name="masks", file="kernels-cpu.json", values=_masks_figures,
+        name="masks", file="kernels-cpu.json", values=_masks_figures, document=IN_FULL,
         text="Beside fast-vit-rollout ours is {small} times as fast on ViT-S and {base} times on ViT-B, where the aim "
         "was 1.15 for both: there the forward pass alone takes {forward} of the peer's {peer} s",
     ),
     Figure(
-        name="paired", file="kernels-cpu.json", values=_paired_figures,
+        name="paired", file="kernels-cpu.json", values=_paired_figures, document=IN_FULL,
         text="256 pairs of 1,000 logits, our loss takes {ours} ms and info-nce-pytorch's {peer} ms",
     ),
 )  # fmt: skip

@@ -17,6 +17,8 @@ from engine.methods import list_methods
 
 Row = dict[str, Any]
 
+# Stand out in tables and pictures: the published method and ours.
+OWN = ("lethe", "lethe_plus")
 # What the summary tells of a method's runs, and where a row has it.
 PLACES: dict[str, tuple[str, ...]] = {
     "seconds": ("seconds", "total"),

@@ -1,4 +1,4 @@
-"""`python -m bench tables`: README.md brought up to date with bench/results/, or with --check compared with it.
+"""`python -m bench tables`: README.md and docs/results.md brought up to date with bench/results/, or compared with it.
 
 A table stands between `<!-- table NAME -->` and `<!-- end table -->`, with the command that made it and a link below
 it; everything between is rewritten. The figures in sentences are found by the words around them.
@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from bench.readme import TABLES, Generator, Report, Sheet
+from bench.readme import README, TABLES, Generator, Report, Sheet
 from bench.readme_figures import FIGURES, Figure
 from engine.console import console
 from engine.environment import ROOT
@@ -32,8 +32,9 @@ _NUMBER = r"(\d(?:[\d.,]*\d)?(?:e-?\d+)?)"
 
 @dataclasses.dataclass
 class Outcome:
-    """text: README as it should be. tables: those made. differing: a name with its diff. errors: one line each."""
+    """What a document should be: text. tables: those made. differing: a name with its diff. errors: one line each."""
 
+    document: str
     text: str
     tables: int = 0
     differing: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -41,39 +42,58 @@ class Outcome:
 
 
 def run_tables(
-    check: bool, readme: Path | None = None, results: Path = RESULTS, tables: Sequence[Generator] = TABLES,
+    check: bool, root: Path | None = None, results: Path = RESULTS, tables: Sequence[Generator] = TABLES,
     figures: Sequence[Figure] = FIGURES,
 ) -> bool:  # fmt: skip
-    """Rewrites README, or with `check` only compares. False: something is wrong with it, and it was printed."""
-    readme = readme or ROOT / "README.md"
-    for path, what in ((readme, "to bring up to date"), (results, "with the results")):
+    """Rewrites the documents, or with `check` only compares. False: something is wrong with one, and it was printed.
+
+    root: the folder that the documents' names start from.
+    """
+    files = {name: (root or ROOT) / name for name in documents(tables, figures)}
+    for path, name, what in [*((path, name, "to bring up to date") for name, path in files.items()),
+                             (results, results.name, "with the results")]:  # fmt: skip
         if not path.exists():
-            raise UserError(f"{path.name}: no such file or folder {what}; run it in a checkout of the repository")
-    before = readme.read_text(encoding="utf-8")
-    found = update(before, results, tables, figures)
-    for error in found.errors:
-        console.print(error, soft_wrap=True, markup=False, highlight=False, style="red")
-    for name, diff in found.differing.items():
-        state = f"out of date; run `{REMEDY}`" if check else "brought up to date"
-        console.print(f"{readme.name}, {name}: {state}\n{diff}", soft_wrap=True, markup=False, highlight=False)
-    if not check and found.text != before:
-        with replacing(readme) as temporary:
-            temporary.write_text(found.text, encoding="utf-8")
-    if not found.errors and not found.differing:
-        console.print(f"{readme.name}: {found.tables} tables and {len(figures)} sentences agree with {results.name}/")
-    return not found.errors and not (check and found.differing)
+            raise UserError(f"{name}: no such file or folder {what}; run it in a checkout of the repository")
+    right = True
+    for name, path in files.items():
+        before = path.read_text(encoding="utf-8")
+        found = update(before, results, tables, figures, name)
+        for error in found.errors:
+            console.print(error, soft_wrap=True, markup=False, highlight=False, style="red")
+        for part, diff in found.differing.items():
+            state = f"out of date; run `{REMEDY}`" if check else "brought up to date"
+            console.print(f"{name}, {part}: {state}\n{diff}", soft_wrap=True, markup=False, highlight=False)
+        if not check and found.text != before:
+            with replacing(path) as temporary:
+                temporary.write_text(found.text, encoding="utf-8")
+        if not found.errors and not found.differing:
+            sentences = sum(figure.document == name for figure in figures)
+            console.print(f"{name}: {found.tables} tables and {sentences} sentences agree with {results.name}/")
+        right = right and not found.errors and not (check and found.differing)
+    return right
 
 
-def update(text: str, results: Path, tables: Sequence[Generator], figures: Sequence[Figure]) -> Outcome:
-    """What README should say; where something is missing, that part stays as it is and is an error."""
-    outcome = Outcome(text)
+def documents(tables: Sequence[Generator] = TABLES, figures: Sequence[Figure] = FIGURES) -> list[str]:
+    """Names, from the repository's root, of the files that hold the tables and figures."""
+    named = [*(table.document for table in tables), *(figure.document for figure in figures)]
+    return list(dict.fromkeys(name for name in named if name is not None))
+
+
+def update(
+    text: str, results: Path, tables: Sequence[Generator], figures: Sequence[Figure], document: str = README
+) -> Outcome:
+    """What a document should say; where something is missing, that part stays as it is and is an error."""
+    outcome = Outcome(document, text)
     generators = {table.name: table for table in tables}
     pieces, end, there = [], 0, set()
-    for name, start, stop in _places(text, outcome.errors):
+    for name, start, stop in _places(outcome):
+        marker = f"{document} has <!-- table {name} -->"
         if name not in generators:
-            outcome.errors.append(f"README.md has <!-- table {name} -->, which no generator of bench/readme.py makes")
+            outcome.errors.append(f"{marker}, which no generator of bench/readme.py makes")
+        elif (home := generators[name].document) != document:
+            outcome.errors.append(f"{marker}, which belongs in {home or 'no document'}; move it, or take it out")
         elif name in there:
-            outcome.errors.append(f"README.md has <!-- table {name} --> twice")
+            outcome.errors.append(f"{marker} twice")
         elif (made := _table(generators[name], results, outcome.errors)) is not None:
             pieces += [text[end:start], made]
             end = stop
@@ -83,31 +103,31 @@ def update(text: str, results: Path, tables: Sequence[Generator], figures: Seque
         there.add(name)
     outcome.text = "".join(pieces) + text[end:]
     for table in tables:
-        # A table that is still to come may be missing altogether, not in part.
-        due = table.expected or all((results / file).is_file() for file in table.files)
-        if table.name not in there and due:
-            outcome.errors.append(f"table {table.name}: README.md has no <!-- table {table.name} --> for it")
+        if table.document == document and table.name not in there:
+            outcome.errors.append(f"table {table.name}: {document} has no <!-- table {table.name} --> for it")
     for figure in figures:
-        _update_figure(figure, results, outcome)
+        if figure.document == document:
+            _update_figure(figure, results, outcome)
     return outcome
 
 
-def _places(text: str, errors: list[str]) -> list[tuple[str, int, int]]:
+def _places(outcome: Outcome) -> list[tuple[str, int, int]]:
     """(name, start, end) of what lies between each pair of markers; what is not a pair is an error."""
+    document, text, errors = outcome.document, outcome.text, outcome.errors
     places, opened = [], None
     for marker in _MARKER.finditer(text):
         name = marker[2]
         if name and opened:
-            errors.append(f"README.md has <!-- table {opened[0]} --> without <!-- end table -->")
+            errors.append(f"{document} has <!-- table {opened[0]} --> without <!-- end table -->")
         elif not name and not opened:
-            errors.append(f"README.md has an <!-- end table --> too many, before {text[marker.end() :][:40]!r}")
+            errors.append(f"{document} has an <!-- end table --> too many, before {text[marker.end() :][:40]!r}")
         if name:
             opened = (name, marker.end())
         elif opened:
             places.append((*opened, marker.start()))
             opened = None
     if opened:
-        errors.append(f"README.md has <!-- table {opened[0]} --> without <!-- end table -->")
+        errors.append(f"{document} has <!-- table {opened[0]} --> without <!-- end table -->")
     return places
 
 
@@ -151,6 +171,8 @@ def _shown(path: Path) -> str:
 
 def _table(table: Generator, results: Path, errors: list[str]) -> str | None:
     """The lines between the markers; None where they cannot be made, and why is among the errors."""
+    if not table.expected and not any((results / file).exists() for file in table.files):
+        return "\nNot measured yet.\n\n"
     try:
         reports = [_load_measured(results / file) for file in table.files]
         sheet = fitted(table.files, table.make, *reports)
@@ -158,7 +180,8 @@ def _table(table: Generator, results: Path, errors: list[str]) -> str | None:
         errors.append(f"table {table.name}: {error}")
         return None
     command = reports[0].get("command") or table.command
-    links = ", ".join(f"[bench/results/{file}](bench/results/{file})" for file in table.files)
+    up = "../" * (table.document or README).count("/")  # a link is followed from the document's folder
+    links = ", ".join(f"[bench/results/{file}]({up}bench/results/{file})" for file in table.files)
     return f"\n{sheet.markdown()}\n\n`{command}` ({links})\n\n"
 
 
@@ -171,8 +194,8 @@ def _update_figure(figure: Figure, results: Path, outcome: Outcome) -> None:
     found = list(re.finditer(pattern, outcome.text))
     if len(found) != 1:
         outcome.errors.append(
-            f"figure {figure.name}: README.md has its sentence {len(found)} times, expected once: {figure.text!r}; put "
-            "it back, or change FIGURES of bench/readme_figures.py"
+            f"figure {figure.name}: {outcome.document} has its sentence {len(found)} times, expected once: "
+            f"{figure.text!r}; put it back, or change FIGURES of bench/readme_figures.py"
         )
         return
     try:
@@ -202,7 +225,7 @@ def _diff(old: str, new: str, most: int = 8) -> str:
 
 
 def sheets_of(name: str, report: Report) -> list[tuple[Generator, Sheet]]:
-    """README's tables of one result file, by its name without .json; of a GPU's and a CPU's alike."""
+    """The tables of one result file, by its name without .json; of a GPU's and a CPU's alike."""
     kind = kind_of(name)
     found = [table for table in TABLES if any(kind_of(file) == kind for file in table.files)]
     return [(table, fitted([f"{name}.json"], table.make, report)) for table in found]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from toys import tiny_vit
 from typer.testing import CliRunner
 
@@ -12,6 +14,7 @@ from bench import retrain_cost
 from bench.__main__ import app
 from bench.retrain_cost import DIGITS, Subject, run_retrain_cost
 from bench.retrain_summary import foresight, rank_stability
+from bench.tables import RESULTS
 from engine.errors import UserError
 from engine.vit import save_checkpoint
 
@@ -81,14 +84,30 @@ def test_the_command_asks_for_a_random_tenth_and_a_class(monkeypatch: pytest.Mon
     given: list[Any] = []
     monkeypatch.setattr(retrain_cost, "run_retrain_cost", lambda *a, **options: given.append((*a, options)))
     command = ["leaderboard", "--checkpoint", "c", "--data", "d", "--forget", "f", "--reference", "a"]
-    assert CliRunner().invoke(app, [*command, "--class", "cat", "--method", "lethe"]).exit_code == 0
-    subjects, seeds, *_, options = given[0]
+    assert CliRunner().invoke(app, [*command, "--class", "cat", "--method", "lethe", "--plot", "p.png"]).exit_code == 0
+    subjects, seeds, _, _, _, plot, *_, options = given[0]
     assert [(each.name, each.forget, each.references) for each in subjects] == [
         ("digits", DIGITS.forget, ()),
         ("yardstick", "f", ("a",)),
         ("digits, class 3", "class:3", ()),
         ("yardstick, class cat", "class:cat", ()),  # references of another request are none
     ]
-    assert (seeds, options["methods"]) == (3, ["lethe"])
+    assert (seeds, plot, options["methods"]) == (3, Path("p.png"), ["lethe"])
     assert CliRunner().invoke(app, command).exit_code == 0
     assert [each.name for each in given[1][0]] == ["digits", "yardstick", "digits, class 3"]
+
+
+def test_a_picture_is_drawn_from_results_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retrain_cost, "run_retrain_cost", None)  # nothing may be run
+    results, out = RESULTS / "leaderboard-digits.json", tmp_path / "new" / "board.png"
+    assert CliRunner().invoke(app, ["plot", str(results), str(out)]).exit_code == 0
+    names = ["board-digits-class-3.png", "board-digits.png"]
+    assert sorted(file.name for file in out.parent.iterdir()) == names
+    for name, task in zip(names, ("digits, class 3,", "digits, average"), strict=True):
+        with Image.open(out.parent / name) as picture:
+            assert picture.info["Description"].startswith(task)
+    for content, error in (("{}", "does not have what is read there"), ("[", "is no JSON")):
+        (tmp_path / "bad.json").write_text(content)
+        answer = CliRunner().invoke(app, ["plot", str(tmp_path / "bad.json"), str(out)])
+        assert isinstance(answer.exception, UserError)
+        assert error in str(answer.exception)

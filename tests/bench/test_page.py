@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from matplotlib.colors import to_rgb
+from matplotlib.text import Text
 from typer.testing import CliRunner
 
 from bench import page, plots, run_all
@@ -55,15 +56,15 @@ def test_every_committed_result_has_its_section_with_command_and_numbers(committ
         content = json.loads(file.read_text())
         if isinstance(content, dict) and "command" in content:
             assert html.escape(content["command"]) in section(committed, file.stem)
-    quality = section(committed, "yardstick-quality")
-    assert '<th scope="row">lethe (2 + 8 epochs)</th><td class="short">66.9</td>' in quality
-    assert '<tr class="mark"><th scope="row">lethe' in quality
-    assert "2026-11-21 05:56:29 UTC" in quality
-    assert "<dt>commit</dt><dd>not recorded</dd>" in quality
+    ablation = section(committed, "yardstick-ablation")
+    assert '<th scope="row">random patches</th><td class="short">66.8 ± 1.4</td>' in ablation
+    assert '<tr class="mark"><th scope="row">default' in ablation
+    assert "<dt>commit</dt><dd>not recorded</dd>" in ablation
     assert "<code>python -m bench compile</code>" in section(committed, "kernels-compile")
     kernels = section(committed, "kernels-cpu")
     assert "1.16 before, 2.01 after" in kernels
     assert "fa875ae0f3c0, with changes" in kernels
+    assert json.loads((RESULTS / "kernels-cpu.json").read_text())["finished"][:10] in kernels
     assert "at least 1.15 x as fast as fast-vit-rollout</th>" in kernels  # the targets too
     assert len(re.findall("<picture>", kernels)) == 2
     assert "rollout-scale-dropped" in section(committed, "mutation")
@@ -213,6 +214,42 @@ def test_pictures_of_retraining_and_of_curves() -> None:
     assert len(words) == 2
 
 
+@pytest.mark.parametrize("number", [1, 3, 23])
+@pytest.mark.parametrize("apart", [0.0, 1e-3, 3.0])
+def test_names_beside_a_comparison_stand_apart_in_the_order_of_their_points(number: int, apart: float) -> None:
+    def entry(method: str, gap: float) -> dict[str, Any]:
+        share = {"mean": 0.3, "half_range": 0.2}
+        return {"method": method, "share": share, "gap": {"mean": gap, "half_range": 0.1}}
+
+    names = ["lethe", "lethe_plus", *(f"$other_{n}$" for n in range(2, number))][:number]
+    summary = [entry(name, 0.4 + apart * place) for place, name in enumerate(names)]
+    task = {"noise_floor": 0.3, "untouched": {"gap": {"average": 50.0}}, "summary": summary}
+    ((figure, _),) = PICTURES["leaderboard-yardstick"]({"tasks": {"yardstick, class cat": task}}, plots.LIGHT)
+    figure.draw_without_rendering()
+    labels = {text.get_text(): text for text in figure.axes[0].texts}
+    assert set(labels) == {*names, "noise floor", "untouched, no time"}
+    boxes = {name: Text.get_window_extent(text) for name, text in labels.items()}  # without the leader
+    for one, other in itertools.combinations(boxes.values(), 2):
+        assert not one.overlaps(other)
+    (left,) = {round(box.x0) for box in boxes.values()}
+    assert left > figure.axes[0].get_window_extent().x1
+    for box in boxes.values():
+        assert figure.bbox.contains(box.x0, box.y0)
+        assert figure.bbox.contains(box.x1, box.y1)
+    order = sorted(boxes, key=lambda name: boxes[name].y0)
+    assert order[0] == "noise floor"
+    assert [name for name in order if name in names] == names
+    assert [labels[name].get_fontweight() for name in names] == ["bold", "bold", *["normal"] * 21][:number]
+    tops = [labels[name].xy for name in names]
+    assert tops == [(30.0, pytest.approx(found["gap"]["mean"])) for found in summary], "a leader ends at its point"
+
+
+def test_names_are_moved_no_more_than_they_must() -> None:
+    assert plots._apart([0.1, 0.5, 0.9], 0.2) == pytest.approx([0.1, 0.5, 0.9])
+    assert plots._apart([0.5, 0.5, 0.5], 0.2) == pytest.approx([0.3, 0.5, 0.7])
+    assert plots._apart([0.0, 0.0, 0.9, 1.2], 0.2) == pytest.approx([0.0, 0.2, 0.8, 1.0])
+
+
 def test_the_fitted_line_goes_through_its_points() -> None:
     curve = {
         "name": "n", "quantity": "seconds", "variable": "v", "labels": ["2", "4", "8"], "sizes": [2, 4, 8],
@@ -233,8 +270,6 @@ def test_colours_differ_in_brightness_from_their_neighbours_and_from_both_papers
     shades = [grey(colour) for colour in plots.PALETTE]
     assert all(abs(one - other) > 0.12 for one, other in itertools.pairwise(shades))
     assert all(abs(shade - grey(style.paper)) > 0.2 for shade in shades for style in (plots.LIGHT, plots.DARK))
-    looks = [plots.look(number) for number in range(18)]
-    assert len(set(looks)) == 18
 
 
 def test_bars_are_in_order_with_ours_standing_out_and_the_same_bytes_twice() -> None:

@@ -1,34 +1,28 @@
-"""README says what bench/results/ says, and a difference in either is noticed."""
+"""README and docs/results.md say what bench/results/ says, and a difference in any of them is noticed."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
-from bench import tables
+from bench import plots, tables
 from bench.__main__ import app
-from bench.readme import (
-    TABLES,
-    Generator,
-    Sheet,
-    equality_table,
-    projection_table,
-    retrain_cost_table,
-    scaling_table,
-    train_table,
-)
+from bench.pictures import PICTURES
+from bench.readme import IN_FULL, README, TABLES, Generator, Sheet
 from bench.readme_figures import FIGURES, Figure
-from bench.tables import RESULTS, Outcome, kind_of, load, run_tables, sheets_of, update
+from bench.tables import RESULTS, Outcome, documents, load, run_tables, update
 from engine.environment import ROOT
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in documents()}
 REPORT = {"command": "python -m bench x", "rows": [{"name": "a", "seconds": 1.5}, {"name": "b", "seconds": 2.25}]}
 TEXT = """# Title
 
@@ -80,26 +74,58 @@ def clean(found: Outcome) -> bool:
     return not found.errors and not found.differing
 
 
-# --- the README of the repository -------------------------------------------------------------------------------------
+# --- the documents of the repository ----------------------------------------------------------------------------------
 
 
-def test_readme_is_up_to_date() -> None:
-    found = update(README, RESULTS, TABLES, FIGURES)
+def test_there_are_two_documents() -> None:
+    assert documents() == [README, IN_FULL]
+
+
+@pytest.mark.parametrize(("document", "tables"), [(README, 2), (IN_FULL, 14)])
+def test_the_documents_are_up_to_date(document: str, tables: int) -> None:
+    found = update(TEXTS[document], RESULTS, TABLES, FIGURES, document)
     assert not found.errors
     assert not found.differing, f"run `make tables`:\n{found.differing}"
-    assert found.text == README
-    assert found.tables >= 7
+    assert found.text == TEXTS[document]
+    assert found.tables >= tables
 
 
 @pytest.mark.parametrize(
-    ("figure", "wrong"),
-    [("| 4.95 |", "| 4.94 |"), ("built in 12.7 s", "built in 12.6 s"), ("7,802 MiB", "802 MiB"), ("984 ", "1,984 ")],
+    ("document", "figure", "wrong"),
+    [
+        (README, "| 57.9 | PASS |", "| 57.8 | PASS |"),
+        (README, "984 ", "1,984 "),
+        (IN_FULL, "4.95 ± 0.31", "4.94 ± 0.31"),
+        (IN_FULL, "built in 12.7 s", "built in 12.6 s"),
+        (IN_FULL, "7,802 MiB", "802 MiB"),
+    ],
 )
-def test_one_changed_figure_is_noticed_and_brought_back(figure: str, wrong: str) -> None:
-    assert README.count(figure) == 1
-    found = update(README.replace(figure, wrong), RESULTS, TABLES, FIGURES)
+def test_one_changed_figure_is_noticed_and_brought_back(document: str, figure: str, wrong: str) -> None:
+    text = TEXTS[document]
+    assert text.count(figure) == 1
+    found = update(text.replace(figure, wrong), RESULTS, TABLES, FIGURES, document)
     assert (len(found.differing), found.errors) == (1, [])
-    assert found.text == README
+    assert found.text == text
+
+
+@pytest.mark.parametrize("document", TEXTS)
+def test_links_lead_to_files_and_headings_that_are_there(document: str) -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", TEXTS[document])
+    assert len(links) > 10
+    for path, anchor in links:
+        target = (ROOT / document).parent / path if path else ROOT / document
+        assert target.exists(), path
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
+def test_the_picture_is_of_the_numbers() -> None:
+    """It says in words what it shows; bytes may differ with the version of matplotlib."""
+    with Image.open(RESULTS / "leaderboard-yardstick.png") as picture:
+        found = picture.info["Description"]
+    ((_, words),) = PICTURES["leaderboard-yardstick"](load(RESULTS / "leaderboard-yardstick.json"), plots.LIGHT)
+    assert found == words, "draw it anew by `python -m bench plot`, see docs/results.md"
 
 
 def _otherwise(value: Any) -> Any:
@@ -117,7 +143,7 @@ USED = {file for table in TABLES for file in table.files} | {figure.file for fig
 
 
 @pytest.mark.parametrize("file", sorted(file for file in USED if (RESULTS / file).is_file()))
-def test_all_that_readme_says_of_a_file_depends_on_it(file: str, tmp_path: Path) -> None:
+def test_all_that_is_said_of_a_file_depends_on_it(file: str, tmp_path: Path) -> None:
     for other in RESULTS.glob("*.json"):
         shutil.copy(other, tmp_path)
     content = load(RESULTS / file)
@@ -127,11 +153,11 @@ def test_all_that_readme_says_of_a_file_depends_on_it(file: str, tmp_path: Path)
         content = _otherwise(content)
         content.pop("settings", None)
     (tmp_path / file).write_text(json.dumps(content))
-    found = update(README, tmp_path, TABLES, FIGURES)
-    names = {f"table {table.name}" for table in TABLES if file in table.files}
+    names = {f"table {table.name}" for table in TABLES if file in table.files and table.document}
     names |= {f"figure {figure.name}" for figure in FIGURES if figure.file == file}
-    errors = {error.split(":")[0] for error in found.errors}
-    assert set(found.differing) | errors == names
+    outcomes = [update(text, tmp_path, TABLES, FIGURES, document) for document, text in TEXTS.items()]
+    errors = {error.split(":")[0] for found in outcomes for error in found.errors}
+    assert {name for found in outcomes for name in found.differing} | errors == names
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -211,14 +237,36 @@ def test_files_that_are_missing_or_of_no_use_are_errors(results: Path, content: 
     assert found.text == TEXT  # what cannot be made stays
 
 
-def test_a_table_still_to_come_may_be_missing_altogether_and_not_in_part(results: Path) -> None:
-    coming = dataclasses.replace(SMALL, name="coming", files=("coming.json",), expected=False)
-    assert clean(outcome(TEXT, results, SMALL, coming))
+def test_a_table_still_to_come_says_so_and_may_not_be_there_in_part(results: Path) -> None:
+    coming = dataclasses.replace(SMALL, name="coming", files=("coming.json", "small.json"), expected=False)
+    assert "README.md has no <!-- table coming -->" in outcome(TEXT, results, SMALL, coming).errors[0]
     marked = TEXT + "\n<!-- table coming -->\n<!-- end table -->\n"
     assert "coming.json is missing" in outcome(marked, results, SMALL, coming).errors[0]
+    coming = dataclasses.replace(coming, files=("coming.json",))
+    found = outcome(marked, results, SMALL, coming)
+    assert list(found.differing) == ["table coming"]
+    assert found.text.endswith("<!-- table coming -->\n\nNot measured yet.\n\n<!-- end table -->\n")
+    assert clean(outcome(found.text, results, SMALL, coming))
     (results / "coming.json").write_text(json.dumps(REPORT))
-    assert "README.md has no <!-- table coming -->" in outcome(TEXT, results, SMALL, coming).errors[0]
-    assert list(outcome(marked, results, SMALL, coming).differing) == ["table coming"]
+    assert "Not measured yet" not in outcome(found.text, results, SMALL, coming).text
+
+
+def test_each_document_has_its_own_tables_and_sentences_with_links_from_its_folder(results: Path) -> None:
+    document = "docs/all/full.md"
+    mine, moved = (dataclasses.replace(each, document=document) for each in (SMALL, SENTENCE))
+    others = [dataclasses.replace(mine, name="other")], [dataclasses.replace(moved, text="not in README")]
+    assert clean(update(TEXT, results, [SMALL, *others[0]], [SENTENCE, *others[1]], README))
+    found = update(TEXT, results, [mine], [moved], document)
+    assert not found.errors
+    assert "([bench/results/small.json](../../bench/results/small.json))" in found.text
+    (error,) = update(TEXT, results, [mine], [SENTENCE], README).errors
+    assert error == f"README.md has <!-- table small -->, which belongs in {document}; move it, or take it out"
+    page_alone = dataclasses.replace(SMALL, document=None)
+    (error,) = update(TEXT, results, [page_alone], [], README).errors
+    assert "belongs in no document" in error
+    assert documents([page_alone, mine], [SENTENCE]) == [document, README]
+    errors = update("<!-- end table -->", results, [mine], [moved], document).errors
+    assert [error.count(document) for error in errors] == [1, 1, 1], errors
 
 
 def test_cells_cannot_end_a_column() -> None:
@@ -248,124 +296,60 @@ def test_a_sentence_that_is_gone_or_there_twice_is_an_error(results: Path, text:
 def test_a_sentence_that_is_no_longer_true_is_an_error(file: str, key: str, tmp_path: Path) -> None:
     shutil.copytree(RESULTS, tmp_path, dirs_exist_ok=True)
     (tmp_path / file).write_text(json.dumps({**load(RESULTS / file), key: {}}))
-    (error,) = update(README, tmp_path, TABLES, FIGURES).errors
+    (error,) = update(TEXTS[README], tmp_path, TABLES, FIGURES).errors
     assert "change the sentence" in error
+
+
+def test_lethe_may_not_be_called_no_better_than_finetune_where_it_is(tmp_path: Path) -> None:
+    shutil.copytree(RESULTS, tmp_path, dirs_exist_ok=True)
+    content = load(RESULTS / "leaderboard-yardstick.json")
+    (entry,) = content["tasks"].values()
+    (lethe,) = (found for found in entry["summary"] if found["method"] == "lethe")
+    lethe["gap"]["mean"] = 0.1
+    (tmp_path / "leaderboard-yardstick.json").write_text(json.dumps(content))
+    (error,) = update(TEXTS[README], tmp_path, TABLES, FIGURES).errors
+    assert "figure standing: leaderboard-yardstick.json has lethe better than finetune; change the sentence" in error
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
+# A figure of each document, and the table that has it.
+SHOWN = {README: ("| 57.9 | PASS |", "verdicts"), IN_FULL: ("7,802 MiB", "memory")}
+
+
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "README.md").write_text(README.replace("| 4.95 |", "| 3.95 |"))
+    (tmp_path / "docs").mkdir()
+    for name, text in TEXTS.items():
+        (tmp_path / name).write_text(text)
     monkeypatch.setattr(tables, "ROOT", tmp_path)
-    return tmp_path / "README.md"
+    return tmp_path
 
 
-def test_the_command_checks_or_rewrites(checkout: Path) -> None:
+@pytest.mark.parametrize("document", TEXTS)
+def test_the_command_checks_or_rewrites_each_document(checkout: Path, document: str) -> None:
     run: Callable[..., Any] = CliRunner().invoke
-    before = checkout.read_text()
+    (shown, table), file = SHOWN[document], checkout / document
+    before = TEXTS[document].replace(shown, shown.replace("7", "6"))
+    assert before != TEXTS[document]
+    file.write_text(before)
     result = run(app, ["tables", "--check"])
     assert result.exit_code == 1
-    assert "table yardstick-quality: out of date; run `make tables`" in result.output
-    assert "3.95" in result.output
-    assert checkout.read_text() == before
+    assert f"{document}, table {table}: out of date; run `make tables`" in result.output
+    assert shown.replace("7", "6") in result.output
+    assert file.read_text() == before
     assert run(app, ["tables"]).exit_code == 0
-    assert checkout.read_text() == README
+    assert {name: (checkout / name).read_text() for name in TEXTS} == TEXTS
     result = run(app, ["tables", "--check"])
-    assert (result.exit_code, "agree" in result.output) == (0, True)
-    checkout.write_text(README.replace("<!-- table memory -->", ""))
+    assert (result.exit_code, result.output.count("agree")) == (0, 2)
+    file.write_text(TEXTS[document].replace(f"<!-- table {table} -->", ""))
     assert run(app, ["tables"]).exit_code == 1  # an error is one without --check too
 
 
 def test_what_is_not_a_checkout_is_wrong_use(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"README\.md: no such file"):
-        run_tables(True, tmp_path / "README.md")
-
-
-# --- generators -------------------------------------------------------------------------------------------------------
-
-
-def test_ranks_that_are_alike_in_every_figure_are_one_row() -> None:
-    def row(case: str, loss: float, points: float = 0.0, precision: str = "fp32") -> dict[str, Any]:
-        return {"case": case, "precision": precision, "tensor": 2.51e-6, "weight": 1e-5, "loss": loss, "points": points}
-
-    rows = [row("one process", 0), row("DeepSpeed, one process", 1e-6), row("two ranks, zero1", 4e-6)]
-    rows += [row("two ranks, zero2", 4e-6), row("two ranks, zero3", 4e-6, 0.5), row("two ranks, zero3", 9, 0, "bf16")]
-    assert equality_table({"rows": rows}).rows == [
-        ["DeepSpeed, one process", "2.5e-6", "1.0e-5", "1.0e-6", "equal"],
-        ["two ranks, ZeRO-1 and ZeRO-2", "2.5e-6", "1.0e-5", "4.0e-6", "equal"],
-        ["two ranks, ZeRO-3", "2.5e-6", "1.0e-5", "4.0e-6", "0.50 points"],
-    ]
-
-
-def test_training_steps_are_charged_with_their_preparation() -> None:
-    def row(name: str, **facts: Any) -> dict[str, Any]:
-        return {"contender": name, "status": "measured", "batch": 8, "median": 2.0, "prepare_a_step": 0.0, **facts}
-
-    ours = row(
-        "ours", median=0.5, prepare_a_step=0.3, mfu=0.404,
-        times_with_prepare={"best plain fp32": [2.0, 9.0, 2.5], "best plain bf16": [1.2]},
-    )  # fmt: skip
-    rows = [
-        ours,
-        row("ours, compiled", status="failed"),
-        row("plain a"),
-        row("plain b", median=4.0),
-        row("SalUn's loop"),
-    ]
-    case = {"case": "forget", "best": {"best plain fp32": "plain b", "best plain bf16": "plain a"}, "rows": rows}
-    (cells,) = train_table({"cases": [case]}).rows
-    assert cells == ["forget", "10.0", "failed", "2.0", "4.0", "4.0", "-", "2.50", "1.20", "40%"]
-
-
-def test_costs_of_retraining_and_what_they_project_to() -> None:
-    def spread(mean: float) -> dict[str, float]:
-        return {"mean": mean, "half_range": mean / 10}
-
-    found: dict[str, Any] = {
-        "method": "lethe", "seeds": 3, "seconds": spread(100), "share": spread(0.25), "gap": spread(5), "collapsed": 0,
-        "gap_to_floor": None, "forget": spread(0.6), "test": spread(0.5), "efficacy": spread(0.4), "agreement": None,
-    }  # fmt: skip
-    untouched = {
-        "accuracy": {"forget": 0.9, "test": 0.55}, "mia": {"efficacy": 0.2}, "gap": {"average": 12.0}, "agreement": 0.7
-    }  # fmt: skip
-    task = {"untouched": untouched, "noise_floor": 2.0, "summary": [found, {**found, "method": "retrain"}]}
-    sheet = retrain_cost_table({"tasks": {"digits": task}})
-    assert [list(row) for row in sheet.rows[::2]] == [
-        ["digits, lethe", "3", "100.0 ± 10.0", "25.0 ± 2.5%", "5.00 ± 0.50", "-", "60.0 ± 6.0", "50.0 ± 5.0",
-         "40.0 ± 4.0", "-", "0"],
-        ["digits, untouched", "-", "-", "-", "12.00", "6.0", "90.0", "55.0", "20.0", "70.0", "-"],
-    ]  # fmt: skip
-    assert sheet.marked == {0}
-    hours = {
-        "work": "lethe",
-        "recipe": None,
-        "device_hours": 1234.56,
-        "share": {"DeiT": 0.031},
-        "kwh": None,
-        "money": 9.0,
-    }
-    projection = {"model": "ViT-S/16 224", "precision": "bf16", "hours": [hours]}
-    assert projection_table({"projection": [projection]}).rows == [
-        ["ViT-S/16 224, lethe", "bf16", "1,234.6", "3.1% of DeiT", "-", "9.0"]
-    ]
-
-
-def test_a_curve_reads_look_where_it_is_not_within() -> None:
-    curve = {
-        "name": "rollout", "quantity": "seconds", "variable": "tokens N", "labels": ["64 px", "96 px", "128 px"],
-        "exponent": 1.996, "uncertainty": 0.1, "exponent_of_largest_two": 2.4, "expected": 2, "tolerance": 0.25,
-        "within": False,
-    }  # fmt: skip
-    (cells,) = scaling_table({"curves": [curve]}).rows
-    assert cells == ["rollout: seconds by tokens N", "64 px to 128 px", "2.00 ± 0.10", "2.40", "2.00 ± 0.25", "LOOK"]
-
-
-def test_tables_of_a_gpu_are_those_of_a_cpu() -> None:
-    assert [kind_of(name) for name in ("kernels-cpu.json", "kernels-cuda", "kernels-compile.json", "memory-bf16")] == [
-        "kernels", "kernels", "kernels-compile", "memory-bf16"
-    ]  # fmt: skip
-    names = [table.name for table, _ in sheets_of("kernels-cuda", load(RESULTS / "kernels-cpu.json"))]
-    assert names == ["kernels-masks", "kernels-info-nce"]
-    assert sheets_of("chaos", {}) == []
+        run_tables(True, tmp_path)
+    (tmp_path / "README.md").touch()
+    with pytest.raises(ValueError, match=r"docs/results\.md: no such file"):
+        run_tables(True, tmp_path)

@@ -9,7 +9,6 @@ import pytest
 from toys import tiny_vit
 
 from bench.ablation import VARIANTS, run_ablation, table_rows
-from bench.quality import run_quality
 from engine.errors import UserError
 from engine.vit import save_checkpoint
 
@@ -20,20 +19,6 @@ PLUS = ["max_steps=4", "lr=0.01", "augment=flip", "batch_size=16", "precision=fp
 @pytest.fixture
 def models(tmp_path: Path) -> list[str]:
     return [str(save_checkpoint(tiny_vit(seed=seed), tmp_path / str(seed))) for seed in range(3)]
-
-
-def test_quality_sets_every_method_beside_the_retrain(
-    models: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    report = run_quality(
-        models[0], "digits", "random:0.01@0", models[1:], ["finetune", "lethe"], 1.0, QUICK, tmp_path / "q.json"
-    )
-    assert list(report["rows"]) == ["untouched", "finetune", "lethe, after forget stage", "lethe"]
-    assert report["retrain_seconds"] > 0
-    assert report["rows"]["lethe"]["seconds"]["unlearn"] > 0
-    assert report["rows"]["lethe"]["gap"]["average"] != report["rows"]["untouched"]["gap"]["average"]
-    assert json.loads((tmp_path / "q.json").read_text()) == report
-    assert "of retrain" in capsys.readouterr().out
 
 
 def test_every_choice_of_lethe_plus_changes_its_result(models: list[str]) -> None:
