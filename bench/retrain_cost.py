@@ -19,7 +19,7 @@ gaps in percentage points, money in the currency of --price; what was not measur
         retrain_seconds: [total of each seed].
         rows: [ROW], a method and seed each, "retrain" among them.
         stability: Kendall's tau between the orders by average gap of each two seeds: {mean, least}, over the methods
-            that have all seeds; null with fewer than two seeds or three methods.
+            that have both; null where no two seeds have three methods.
         foresight: Kendall's tau between the orders of the methods by score and by gap, means over seeds; null with
             fewer than three methods.
         summary: [{method, seeds, seconds, unlearn_seconds, evaluate_seconds, share, gap, gap_to_floor, forget, retain,

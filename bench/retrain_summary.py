@@ -61,14 +61,12 @@ def rank_stability(rows: Sequence[Row]) -> dict[str, float] | None:
     for row in rows:
         if row["gap"] is not None and row["method"] != "retrain":
             gaps.setdefault(row["method"], {})[row["seed"]] = row["gap"]["average"]
-    seeds = sorted({seed for found in gaps.values() for seed in found})
-    whole = [[found[seed] for seed in seeds] for found in gaps.values() if len(found) == len(seeds)]
-    if len(seeds) < 2 or len(whole) < 3:
-        return None
-    taus = [
-        float(kendalltau(one, other).statistic) for one, other in itertools.combinations(zip(*whole, strict=True), 2)
-    ]
-    return {"mean": mean_of(taus), "least": min(taus)}
+    taus = []
+    for one, other in itertools.combinations(sorted({seed for found in gaps.values() for seed in found}), 2):
+        both = [(found[one], found[other]) for found in gaps.values() if one in found and other in found]
+        if len(both) > 2:
+            taus.append(float(kendalltau(*zip(*both, strict=True)).statistic))
+    return {"mean": mean_of(taus), "least": min(taus)} if taus else None
 
 
 def foresight(summary: Sequence[Row]) -> float | None:

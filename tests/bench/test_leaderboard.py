@@ -38,6 +38,9 @@ def test_stability_needs_seeds_and_methods_that_have_them() -> None:
     assert rank_stability(rows({"a": [1, 2], "b": [2, 1]})) is None
     assert rank_stability(rows({"a": [1, 2], "b": [2, 3], "c": [3, None]})) is None  # its second seed is still to come
     assert rank_stability(rows({"a": [1, 2], "b": [2, 3], "c": [3, 4], "d": [0, None]})) == {"mean": 1.0, "least": 1.0}
+    # The third seed has two methods: nothing is said of it.
+    some = rank_stability(rows({"a": [1, 2, 9], "b": [2, 3, 1], "c": [3, 4, None], "d": [4, 1, None]}))
+    assert some == {"mean": 0.0, "least": 0.0}
 
 
 def test_foresight_is_kendalls_tau_between_score_and_gap() -> None:
