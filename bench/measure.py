@@ -233,8 +233,8 @@ def mean_and_half_range(values: Sequence[float]) -> tuple[float, float]:
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:
-    """Mean ± half of the range, for people."""
-    return " ± ".join(f"{value:.{digits}f}" for value in mean_and_half_range(values))
+    """Mean ± half of the range, for people; of one value that alone."""
+    return " ± ".join(f"{value:.{digits}f}" for value in mean_and_half_range(values)[: len(values)])
 
 
 class EnergyMeter:

@@ -33,6 +33,7 @@ TITLES = {
     "peers-digits": "Methods beside other libraries' on digits",
     "peers-yardstick": "Methods beside other libraries' on the yardstick",
     "yardstick-ablation": "The choices of LetheViT",
+    "yardstick-ablation-plus": "The pieces of lethe_plus",
     "scaling": "How cost grows",
     "kernels": "Kernels beside their peers",
     "kernels-compile": "Kernels compiled for GPUs",

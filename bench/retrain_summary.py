@@ -147,4 +147,4 @@ def _cell(rows: Sequence[Row], key: str, digits: int, factor: float, spreads: bo
     values = [factor * value for value in _values(rows, PLACES[key])]
     if not values:
         return "-"
-    return spread(values, digits) if spreads and len(values) > 1 else f"{mean_of(values):.{digits}f}"
+    return spread(values if spreads else [mean_of(values)], digits)
