@@ -296,8 +296,8 @@ def test_noise_is_the_floor_and_the_spread_over_common_seeds() -> None:
     assert [each["setting"] for each in comparisons([*ours, *theirs, more], 0.5)] == ["equal", "defaults"]
     sheet = peers_table({"tasks": {"digits": {"comparisons": [found], "untouched": {"gap": {"average": 4.0}}}}})
     assert list(sheet.rows[0]) == [
-        "digits, salun, equal", "torchunlearn", "2", "3.50 ± 0.50", "6.50 ± 1.50", "better", "50.0 / 50.0", "60.0 / 60.0",
-        "40.0 / 40.0", "70.0 / 70.0", "2.0 / 4.0", "2.00 ± 1.00",
+        "digits, salun, equal", "torchunlearn", "2", "3.50 ± 0.50", "6.50 ± 1.50", "better", "50.0 / 50.0",
+        "60.0 / 60.0", "40.0 / 40.0", "70.0 / 70.0", "2.0 / 4.0", "2.00 ± 1.00",
     ]  # fmt: skip
     assert len(sheet.columns) == len(sheet.rows[0])
 
