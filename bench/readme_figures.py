@@ -247,7 +247,7 @@ FIGURES = (
     ),
     Figure(
         name="stability-yardstick", file="leaderboard-yardstick.json", values=_stability_of_some, document=IN_FULL,
-        text="Those that have two seeds or more keep their order by gap with Kendall's tau {tau}",
+        text="Between them the methods keep their order by gap with Kendall's tau {tau}",
     ),
     Figure(
         name="foresight", file="leaderboard-yardstick.json", values=_foresight,
