@@ -75,7 +75,7 @@ def _stability(report: Report) -> dict[str, str]:
     return {"random": f"{random:.2f}", "of_class": f"{of_class:.2f}"}
 
 
-def _stability_of_some(report: Report) -> dict[str, str]:
+def _stability_of_one(report: Report) -> dict[str, str]:
     (entry,) = report["tasks"].values()
     return {"tau": f"{entry['stability']['mean']:.2f}"}
 
@@ -246,7 +246,7 @@ FIGURES = (
         "{of_class} on a class",
     ),
     Figure(
-        name="stability-yardstick", file="leaderboard-yardstick.json", values=_stability_of_some, document=IN_FULL,
+        name="stability-yardstick", file="leaderboard-yardstick.json", values=_stability_of_one, document=IN_FULL,
         text="Between them the methods keep their order by gap with Kendall's tau {tau}",
     ),
     Figure(
