@@ -42,12 +42,13 @@ def ablation(
     reference: Reference,
     seeds: Annotated[int, typer.Option(help="Seeds 0, 1, ... of every variant.")] = 3,
     jobs: Annotated[int, typer.Option(help="Runs at once; each then has its share of the threads.")] = 1,
-    method: Annotated[str, typer.Option(help="lethe or lethe_plus.")] = "lethe",
+    method: Annotated[str, typer.Option(help="lethe or lethe_plus; any, with --accelerators.")] = "lethe",
+    accelerators: Annotated[bool, typer.Option("--accelerators", help="Ways to train less in their place.")] = False,
     settings: Settings = None,
     json: Json = None,
 ) -> None:
     """Each choice of LetheViT, or of LetheViT+, against its alternative: mean and spread over seeds."""
-    run_ablation(method, checkpoint, data, forget, reference, seeds, jobs, settings or [], json)
+    run_ablation(method, checkpoint, data, forget, reference, seeds, jobs, settings or [], json, accelerators)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""The choices of LetheViT and of LetheViT+, each against its alternative, over seeds.
+"""The choices of LetheViT and of LetheViT+, each against its alternative, and ways to train less, over seeds.
 
 Every run is kept as soon as it is done, so that a broken-off ablation goes on with `--json` of the same file.
 """
@@ -6,6 +6,7 @@ Every run is kept as soon as it is done, so that a broken-off ablation goes on w
 from __future__ import annotations
 
 import multiprocessing
+import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -22,6 +23,7 @@ from engine.errors import UserError
 from engine.evaluate import Evaluation, compare
 from engine.job import Task
 from engine.loop import unlearn
+from engine.methods import get_method
 from engine.vit import load_checkpoint
 
 # Of each method, variant: options that differ from the defaults.
@@ -43,8 +45,21 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "retained images augmented": {"augment_retain": True},
     },
 }
+# Ways to train less: options of every run, so of any method.
+ACCELERATORS: dict[str, dict[str, Any]] = {
+    "default: all weights, all retained images": {},
+    "half of the retained images, random": {"retain_share": 0.5, "retain_choice": "random"},
+    "half of the retained images, hard": {"retain_share": 0.5, "retain_choice": "hard"},
+    "half of the retained images, near": {"retain_share": 0.5, "retain_choice": "near"},
+    "retained images pruned by SeTa": {"retain_pruning": "seta"},
+    "the last three blocks": {"trainable": "last:3"},
+    "low-rank updates, rank 8": {"trainable": "lora:8"},
+    "until forget samples look held out": {"stop_when": "held_out"},
+}
 # Of lethe: the first half of the default's run.
 ALONE = "forget stage alone"
+# Stage of the rows of accelerators, whatever the method's own are called.
+ALL_STAGES = "all stages"
 
 
 def run_ablation(
@@ -57,13 +72,21 @@ def run_ablation(
     jobs: int,
     settings: Sequence[str],
     json_file: Path | None,
+    accelerators: bool = False,
 ) -> dict[str, Any]:
-    """Prints and returns rows (variant, seed, stage)."""
-    if method not in VARIANTS:
-        raise UserError(f"--method {method}: there are variants of {' and '.join(VARIANTS)}")
+    """Prints and returns rows (variant, seed, stage). accelerators: `ACCELERATORS` in place of the method's choices.
+
+    seconds of a row: wall seconds of the run until the end of the stage, without the evaluation of stages.
+    """
+    if not accelerators and method not in VARIANTS:
+        raise UserError(
+            f"--method {method}: there are variants of {' and '.join(VARIANTS)}; --accelerators takes any method"
+        )
+    get_method(method)  # a wrong name is an error before the models are read
     report = Report()
     setting: dict[str, Any] = {
         "method": method,
+        "accelerators": accelerators,
         "checkpoint": checkpoint,
         "data": data,
         "forget": forget,
@@ -72,7 +95,8 @@ def run_ablation(
     }
     rows = list(kept(json_file, setting, "an ablation").get("rows", []))
     done = {(row["variant"], row["seed"]) for row in rows}
-    wanted = [(variant, seed) for seed in range(seeds) for variant in VARIANTS[method] if (variant, seed) not in done]
+    variants = variants_of(setting)
+    wanted = [(variant, seed) for seed in range(seeds) for variant in variants if (variant, seed) not in done]
     evaluator = Task.open(data, forget).evaluator(setting["options"])
     retrained = [evaluator(load_checkpoint(reference)) for reference in references]
     threads = max(1, torch.get_num_threads() // jobs)
@@ -95,28 +119,34 @@ def _one(
     task = Task.open(setting["data"], setting["forget"])
     evaluator = task.evaluator(setting["options"])
     rows: list[dict[str, Any]] = []
+    evaluating = 0.0
 
     def keep(phase: str, model: torch.nn.Module) -> None:
+        nonlocal evaluating
+        ended = time.perf_counter()
         metrics = compare(evaluator(model), retrained)
         numbers = {**metrics["accuracy"], **{k: metrics["mia"][k] for k in ("efficacy", "auc")}}
         agreement = metrics["reference"]["agreement"]
         rows.append(
             {"variant": variant, "seed": seed, "stage": phase, **numbers, "gap": metrics["gap"]["average"]}
             | {"noise_floor": metrics.get("noise_floor", {}).get("average")}
-            | {"agreement": agreement["top1"], "kl": agreement["kl"]}
+            | {"agreement": agreement["top1"], "kl": agreement["kl"], "seconds": ended - began - evaluating}
         )
+        evaluating += time.perf_counter() - ended
 
+    original = load_checkpoint(setting["checkpoint"])
+    began = time.perf_counter()
     result = unlearn(
-        load_checkpoint(setting["checkpoint"]),
+        original,
         task.forget,
         task.retain,
         method=setting["method"],
-        config={**setting["options"], **VARIANTS[setting["method"]][variant], "seed": seed},
+        config={**setting["options"], **variants_of(setting)[variant], "seed": seed},
         validation=task.source.validation,
         after_phase=keep,
     )
     rows[-1]["events"] = result.events
-    return rows
+    return [rows[-1] | {"stage": ALL_STAGES}] if setting["accelerators"] else rows
 
 
 def _print(report: dict[str, Any]) -> None:
@@ -131,6 +161,7 @@ def _print(report: dict[str, Any]) -> None:
 
 # Heading: (key of a row, factor, digits).
 _COLUMNS = {
+    "seconds": ("seconds", 1, 1),
     "forget": ("forget", 100, 1),
     "retain": ("retain", 100, 1),
     "test": ("test", 100, 1),
@@ -142,18 +173,23 @@ _COLUMNS = {
 }
 
 
+def variants_of(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The options of each variant of a setting or of its results; early files are of lethe and do not say so."""
+    return ACCELERATORS if report.get("accelerators") else VARIANTS[report.get("method", "lethe")]
+
+
 def columns(report: dict[str, Any]) -> list[str]:
-    """Headings of what the rows have; those of early versions had no agreement."""
+    """Headings of what the rows have; those of early versions had neither agreement nor seconds."""
     return [name for name, (key, _, _) in _COLUMNS.items() if all(key in row for row in report["rows"])]
 
 
 def table_rows(report: dict[str, Any]) -> list[tuple[str, str, int, list[str]]]:
     """(variant, stage, number of seeds, cells) of each variant and stage; cells as `columns` heads them."""
     shown = [_COLUMNS[name] for name in columns(report)]
-    variants = VARIANTS[report.get("method", "lethe")]  # early files are of lethe and do not say so
+    variants = variants_of(report)
     made = []
     for variant, options in variants.items():
-        for stage in ("forget", "retain"):
+        for stage in ("forget", "retain", ALL_STAGES):
             chosen = [row for row in report["rows"] if (row["variant"], row["stage"]) == (variant, stage)]
             if chosen:
                 alone = stage == "forget" and not options and variants is VARIANTS["lethe"]

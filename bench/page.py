@@ -34,6 +34,7 @@ TITLES = {
     "peers-yardstick": "Methods beside other libraries' on the yardstick",
     "yardstick-ablation": "The choices of LetheViT",
     "yardstick-ablation-plus": "The pieces of lethe_plus",
+    "yardstick-accelerators": "Ways to train less",
     "scaling": "How cost grows",
     "kernels": "Kernels beside their peers",
     "kernels-compile": "Kernels compiled for GPUs",

@@ -425,6 +425,10 @@ TABLES = (
         name="yardstick-ablation-plus", files=("yardstick-ablation-plus.json",), make=ablation_table, expected=False,
         document=IN_FULL,
     ),
+    Generator(
+        name="yardstick-accelerators", files=("yardstick-accelerators.json",), make=ablation_table, expected=False,
+        document=IN_FULL,
+    ),
     Generator(name="peers-digits", files=("peers-digits.json",), make=peers_table, document=IN_FULL),
     Generator(name="peers-yardstick", files=("peers-yardstick.json",), make=peers_table, document=IN_FULL),
     Generator(name="retrain-projection", files=("retrain-cost.json",), make=projection_table, document=IN_FULL),

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from toys import tiny_vit
 
-from bench.ablation import VARIANTS, run_ablation, table_rows
+from bench.ablation import ACCELERATORS, ALL_STAGES, VARIANTS, run_ablation, table_rows
+from bench.readme import ablation_table
 from engine.errors import UserError
 from engine.vit import save_checkpoint
 
@@ -29,6 +30,23 @@ def test_every_choice_of_lethe_plus_changes_its_result(models: list[str]) -> Non
     assert {name for name, *_ in table_rows(report)} == set(VARIANTS["lethe_plus"])
 
 
+def test_ways_to_train_less_are_measured_with_any_method(tmp_path: Path) -> None:
+    models = [str(save_checkpoint(tiny_vit(seed=seed, depth=4), tmp_path / str(seed))) for seed in range(2)]
+    arguments = (models[0], "digits", "random:0.01@0", models[1:])
+    settings = ["batch_size=64", "precision=fp32", "retain_epochs=2", "lr=0.01", "stop_tolerance=0.99"]
+    report = run_ablation("neg_grad_plus", *arguments, 1, 1, settings, None, accelerators=True)
+    rows = {row["variant"]: row for row in report["rows"]}
+    assert list(rows) == list(ACCELERATORS)
+    assert len({row["kl"] for row in rows.values()}) == len(rows)  # each does something, and something of its own
+    whole = rows["default: all weights, all retained images"]["seconds"]
+    for variant in ("half of the retained images, random", "until forget samples look held out"):
+        assert rows[variant]["seconds"] < 0.8 * whole, variant
+    assert {stage for _, stage, *_ in table_rows(report)} == {ALL_STAGES}
+    assert ablation_table(report).columns[:2] == ["variant", "seconds"]
+    with pytest.raises(UserError, match="unknown method 'nosuch'"):
+        run_ablation("nosuch", *arguments, 1, 1, [], None, accelerators=True)
+
+
 def test_ablation_runs_every_variant_and_goes_on_where_it_ended(models: list[str], tmp_path: Path) -> None:
     file = tmp_path / "a.json"
     arguments = ("lethe", models[0], "digits", "random:0.01@0", models[1:])
@@ -44,8 +62,9 @@ def test_ablation_runs_every_variant_and_goes_on_where_it_ended(models: list[str
     cut["rows"] = [row for row in cut["rows"] if row["variant"] != "features"]
     file.write_text(json.dumps(cut))
     again = run_ablation(*arguments, seeds=1, jobs=1, settings=QUICK, json_file=file)
-    assert sorted(map(str, again["rows"])) == sorted(map(str, report["rows"]))
-    with pytest.raises(UserError, match="--method finetune: there are variants of lethe and lethe_plus"):
+    again_rows, rows = ([{**row, "seconds": None} for row in each["rows"]] for each in (again, report))
+    assert sorted(map(str, again_rows)) == sorted(map(str, rows))
+    with pytest.raises(UserError, match="--method finetune: there are variants of lethe and lethe_plus; --acc"):
         run_ablation("finetune", *arguments[1:], seeds=1, jobs=1, settings=QUICK, json_file=None)
     with pytest.raises(UserError, match="ablation of another options"):
         run_ablation(*arguments, seeds=1, jobs=1, settings=["max_steps=2"], json_file=file)
