@@ -220,8 +220,6 @@ def run(
     version before stays the current one and the requests stay open; INSUFFICIENT EVIDENCE leaves them unproven until
     a later verdict passes. A run that was killed goes on where it was.
     """
-    from rich.markup import escape
-
     from engine.config import parse_assignments, to_dict
     from engine.console import console, print_metrics, progress_bars
     from engine.requests.runner import abandon_run, run_requests
@@ -251,13 +249,12 @@ def run(
         write_json_file(json_file, {"run": None, "warnings": warnings})
         return
     print_metrics(finished.metrics, name=f"version {finished.version:04d}")
-    colour, listed = _COLOURS[finished.status], ", ".join(map(str, finished.requests))
-    console.print(
-        f"[{colour}]{finished.status}[/]{escape(f': {finished.reason}') if finished.reason else ''}", soft_wrap=True
-    )
+    _print_status(finished.status, finished.reason)
+    listed = ", ".join(map(str, finished.requests))
     what = {
         "done": f"version {finished.version:04d} is the current one; requests {listed} are done",
-        "unproven": f"version {finished.version:04d} is the current one; requests {listed} are unproven, not done",
+        "unproven": f"version {finished.version:04d} is the current one; requests {listed} are unproven, not done; "
+        "lethe request judge --reference RETRAINED looks again, without another run",
         "open": f"version {finished.version:04d} is rejected; version {finished.parent:04d} stays the current one and "
         f"requests {listed} stay open: run again with another --method or --set",
     }[finished.state]
@@ -265,6 +262,47 @@ def run(
     _warn(warnings)
     write_json_file(json_file, {"run": to_dict(finished), "warnings": warnings})
     raise typer.Exit(EXIT["FAIL" if finished.state == "open" else finished.status])
+
+
+@request_app.command("judge")
+def judge(
+    store: StoreFolder,
+    settings: Settings = None,
+    reference: Reference = None,
+    gates: GatesFile = None,
+    json_file: Json = None,
+) -> None:
+    """Judges the current version again, with retrained models above all. Exit 0: done; 1: FAIL; 3: still unproven.
+
+    PASS makes all unproven requests done, without another run. After a FAIL the version before is the current one and
+    the requests of this one are open again.
+    """
+    from engine.config import parse_assignments, to_dict
+    from engine.console import console
+    from engine.requests.runner import judge_again
+    from engine.requests.status import status
+
+    found = judge_again(
+        store,
+        config=parse_assignments(settings or []),
+        references=reference,
+        gates=gates,
+        say=lambda line: console.print(line, soft_wrap=True),
+    )
+    warnings = status(store)["warnings"]
+    write_json_file(json_file, {"judged": None if found is None else to_dict(found), "warnings": warnings})
+    if found is None:
+        console.print("no unproven requests: nothing to judge")
+        return
+    _print_status(found.status, found.reason)
+    if found.status == "FAIL":
+        console.print(f"version {found.version:04d} is rejected; the version before is the current one again")
+    for state in ("done", "unproven", "open"):
+        listed = ", ".join(str(number) for number, each in found.requests.items() if each == state)
+        if listed:
+            console.print(f"requests {listed} are {state}", soft_wrap=True)
+    _warn(warnings)
+    raise typer.Exit(EXIT[found.status])
 
 
 @request_app.command("rebase")
@@ -280,6 +318,14 @@ def rebase(store: StoreFolder, checkpoint: Checkpoint) -> None:
         else "that none of the forgotten samples was in its training is taken as stated"
     )
     console.print(f"version {number:04d} is a copy of {checkpoint}; {shown}", soft_wrap=True)
+
+
+def _print_status(status: str, reason: str) -> None:
+    from rich.markup import escape
+
+    from engine.console import console
+
+    console.print(f"[{_COLOURS[status]}]{status}[/]{escape(f': {reason}') if reason else ''}", soft_wrap=True)
 
 
 def _requests_table(rows: list[dict[str, Any]]) -> Any:

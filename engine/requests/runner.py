@@ -11,7 +11,8 @@ One run takes the open requests, the nearest deadline first, as one batch:
 
 PASS: the version is accepted and its requests are done. FAIL: the version is kept as rejected, the one before stays
 the current one, and the requests stay open. INSUFFICIENT EVIDENCE: accepted, and the requests are unproven, never done,
-until a later verdict passes; `require_proof` treats it as a FAIL.
+until a later verdict passes; `require_proof` treats it as a FAIL. That verdict is the next run's, or one on the same
+version with more evidence: `judge_again`.
 """
 
 from __future__ import annotations
@@ -56,6 +57,9 @@ class Verify(Protocol):
     ) -> Verdict: ...
 
 
+Record = Callable[[Path, Verdict], None]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
     """How a run is done; kept with it, so that a run that goes on after a kill is the one that began.
@@ -87,6 +91,17 @@ class Finished:
     verdict: dict[str, Any] | None
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Judged:
+    """What a later verdict on a version came to. requests: those that were unproven, with their states now."""
+
+    version: int
+    status: str
+    reason: str
+    requests: Mapping[int, str]
+    verdict: dict[str, Any]
+
+
 def run_requests(
     folder: Path,
     *,
@@ -97,7 +112,7 @@ def run_requests(
     gates: Path | None = None,
     require_proof: bool = False,
     verify: Verify | None = None,
-    record: Callable[[Path, Verdict], None] | None = None,
+    record: Record | None = None,
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Finished | None:
@@ -141,13 +156,9 @@ def run_requests(
         status, reason = FAIL, _useless(store, run, metrics)
         if not reason:
             say(f"judging version {run.number:04d} on the {len(whole.forget)} samples forgotten so far")
-            if verify is None or record is None:
-                from engine.verify import record_verdict, verify_job
-
-                verify, record = verify or verify_job, record or record_verdict
             verdict = _judge(store, verify, whole, task if earlier else None, place, options)
             # A kill between these lines and the next has the verdict taken and recorded once more: twice is no harm.
-            record(place, verdict)
+            _record(record, place, verdict)
             status, reason = verdict.status, _reason(verdict)
         accepted = status == PASS or (status != FAIL and not options.require_proof)
         store.finish(run, "accepted" if accepted else "rejected", verdict=status, reason=reason, drift=drift)
@@ -163,6 +174,50 @@ def run_requests(
         drift=drift,
         metrics=metrics,
         verdict=verdict.to_dict() if verdict else None,
+    )
+
+
+def judge_again(
+    folder: Path,
+    *,
+    config: Mapping[str, Any] | None = None,
+    references: Sequence[str] | None = None,
+    gates: Path | None = None,
+    verify: Verify | None = None,
+    record: Record | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Judged | None:
+    """Judges the current version with other evidence, retrained models above all; None where nothing is unproven.
+
+    PASS: all unproven requests are done. INSUFFICIENT EVIDENCE: they stay unproven. FAIL: the version is rejected, the
+    one before is the current one, and the requests of the version are open again; those of earlier versions stay
+    unproven. Options and errors as of `run_requests`; UserError too where a run has not ended.
+    """
+    with locked(folder), Store.open(folder) as store:
+        _ended(store)
+        unproven = [request.number for request in store.requests() if request.state == "unproven"]
+        if not unproven:
+            return None
+        source, version, ids = open_data(store), store.current(), store.forgotten()
+        options = _options(store, None, config, references, gates)
+        split_options(options.config, get_method(options.method).Config)
+        whole = Task.of_ids(source, ids, spec=f"all requests up to version {version.number}")
+        batch = store.ids_of(unproven)
+        earlier = sorted({*ids} - {*batch})
+        part = Task.of_ids(source, batch, spec="the unproven requests", excluded=earlier) if earlier else None
+        say(f"judging version {version.number:04d} on the {len(ids)} samples forgotten so far")
+        place = store.place(version.number)
+        verdict = _judge(store, verify, whole, part, place, options)
+        if version.kind == "unlearned":  # a full retrain was copied without its record
+            _record(record, place, verdict)
+        store.judge_again(version.number, verdict.status, _reason(verdict))
+        states = {request.number: request.state for request in store.requests() if request.number in unproven}
+    return Judged(
+        version=version.number,
+        status=verdict.status,
+        reason=_reason(verdict),
+        requests=states,
+        verdict=verdict.to_dict(),
     )
 
 
@@ -182,12 +237,7 @@ def rebase(folder: Path, checkpoint: str) -> tuple[int, bool]:
     Raises UserError for one that by its run folder is no retrain, or was trained on what has been forgotten.
     """
     with locked(folder), Store.open(folder) as store:
-        run = store.unfinished()
-        if run is not None:
-            raise UserError(
-                f"{folder}: the run of version {run.number:04d} has not ended; go on with it by lethe request run, or "
-                "give it up by lethe request run --abandon"
-            )
+        _ended(store)
         source, forgotten = open_data(store), store.forgotten()
         model, found = load_fitting(checkpoint, source), origin(Path(checkpoint))
         if found is not None and found.method != "retrain":
@@ -225,6 +275,36 @@ def drift_from(base: Predictions, model: Predictions) -> dict[str, float]:
 # --- the steps of a run -----------------------------------------------------------------------------------------------
 
 
+def _ended(store: Store) -> None:
+    """Raises UserError while there is a run that has not ended."""
+    run = store.unfinished()
+    if run is not None:
+        raise UserError(
+            f"{store.folder}: the run of version {run.number:04d} has not ended; go on with it by lethe request run, "
+            "or give it up by lethe request run --abandon"
+        )
+
+
+def _options(
+    store: Store,
+    method: str | None,
+    config: Mapping[str, Any] | None,
+    references: Sequence[str] | None,
+    gates: Path | None,
+    require_proof: bool = False,
+) -> Options:
+    """The store's settings under what was given in their place."""
+    settings = store.settings
+    own_gates = str((store.folder / settings["gates"]).resolve()) if settings["gates"] else None
+    return Options(
+        method=method or settings["method"],
+        config={**settings["config"], **(config or {})},
+        references=settings["references"] if references is None else absolute(references),
+        gates=str(gates.resolve()) if gates else own_gates,
+        require_proof=require_proof,
+    )
+
+
 def _begin(
     store: Store,
     source: Source,
@@ -238,15 +318,7 @@ def _begin(
     batch = [request.number for request in store.requests() if request.state == "open"][:limit]
     if not batch:
         return None
-    settings = store.settings
-    own_gates = str((store.folder / settings["gates"]).resolve()) if settings["gates"] else None
-    options = Options(
-        method=method or settings["method"],
-        config={**settings["config"], **(config or {})},
-        references=settings["references"] if references is None else absolute(references),
-        gates=str(gates.resolve()) if gates else own_gates,
-        require_proof=require_proof,
-    )
+    options = _options(store, method, config, references, gates, require_proof)
     # Wrong use is found before the run is noted: else it would be in the way of the next.
     split_options(options.config, get_method(options.method).Config)
     Task.of_ids(source, store.ids_of(batch), spec="the open requests", excluded=store.forgotten())
@@ -325,18 +397,29 @@ def _useless(store: Store, run: Run, metrics: Mapping[str, Any]) -> str:
     return ""
 
 
-def _judge(store: Store, verify: Verify, whole: Task, batch: Task | None, place: Path, options: Options) -> Verdict:
+def _judge(
+    store: Store, verify: Verify | None, whole: Task, batch: Task | None, place: Path, options: Options
+) -> Verdict:
     """The verdict on all that was forgotten, or that on the batch alone where it fails. None: the batch is all."""
+    from engine.verify import verify_job
+
     gates = Path(options.gates) if options.gates else None
 
     def judged(task: Task) -> Verdict:
-        return verify(task, place, store.place(0), options.references, gates=gates, config=options.config)
+        call = verify or verify_job
+        return call(task, place, store.place(0), options.references, gates=gates, config=options.config)
 
     if batch is not None and len(batch.forget) >= Gates.read(gates).minimum_samples:
         alone = judged(batch)
         if alone.status == FAIL:
             return alone
     return judged(whole)
+
+
+def _record(record: Record | None, place: Path, verdict: Verdict) -> None:
+    from engine.verify import record_verdict
+
+    (record or record_verdict)(place, verdict)
 
 
 def _drift(store: Store, run: Run, test: Samples, forgotten: int, options: Options) -> dict[str, Any]:

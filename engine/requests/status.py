@@ -81,7 +81,7 @@ def _late(requests: Sequence[Request], now: datetime.datetime) -> list[str]:
     found = []
     for state, remedy in (
         ("open", "lethe request run"),
-        ("unproven", "the next verdict that passes closes them: it needs more forgotten samples, or --reference"),
+        ("unproven", "lethe request judge with --reference, or a run with more forgotten samples, closes them"),
     ):
         late = [str(r.number) for r in requests if r.state == state and _overdue(r, now)]
         if late:

@@ -327,9 +327,26 @@ class Store:
                 (run.number, run.number),
             )
             if verdict == "PASS":
-                self._database.execute(
-                    "UPDATE requests SET proven = ? WHERE version IS NOT NULL AND proven IS NULL", (run.number,)
-                )
+                self._prove(run.number)
+
+    def judge_again(self, number: int, verdict: str, reason: str) -> None:
+        """Notes a later verdict on the current version, of which nothing was proven yet.
+
+        PASS proves all that is unproven. FAIL rejects the version, so that the one before is the current one again,
+        and opens its requests.
+        """
+        with _transaction(self._database):
+            self._database.execute(
+                "UPDATE versions SET verdict = ?, reason = ?, state = ? WHERE number = ?",
+                (verdict, reason, "rejected" if verdict == "FAIL" else "accepted", number),
+            )
+            if verdict == "FAIL":
+                self._database.execute("UPDATE requests SET version = NULL WHERE version = ?", (number,))
+            elif verdict == "PASS":
+                self._prove(number)
+
+    def _prove(self, number: int) -> None:
+        self._database.execute("UPDATE requests SET proven = ? WHERE version IS NOT NULL AND proven IS NULL", (number,))
 
     def add_rebase(self, number: int, reason: str) -> None:
         """Adds a full retrain as the current version and as the base of those to come."""

@@ -1,75 +1,30 @@
-"""The store of requests: what it takes, what it refuses, any order of events; and the commands around it."""
+"""The store of requests: what it takes, what it refuses, any order of events."""
 
 from __future__ import annotations
 
 import datetime
-import json
 import shutil
 import sqlite3
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
-from typer.testing import CliRunner, Result
+from planted_requests import COUNT, SOURCE, Crash, make_store, plant, unlearned, verdict
 
-from engine.cli import app
-from engine.data import Samples, Source
 from engine.errors import RunStopped, UserError
-from engine.evaluate.verdict import Gate, Verdict
-from engine.files import write_json
+from engine.evaluate.verdict import Verdict
 from engine.job import Outcome, Task
-from engine.requests import intake, runner
+from engine.requests import runner
 from engine.requests.intake import add_request
-from engine.requests.runner import rebase, run_requests
+from engine.requests.runner import judge_again, rebase, run_requests
 from engine.requests.status import status
 from engine.requests.store import Store, moment, place_of, stamp
 
-COUNT = 40
 NOW = datetime.datetime(2026, 5, 25, 12, tzinfo=datetime.timezone.utc)
-METRICS = {"accuracy": {"forget": 0.5, "retain": 0.9, "test": 0.6}, "mia": {"efficacy": 0.4, "auc": 0.5}}
-
-
-def samples(name: str, count: int) -> Samples:
-    return Samples(name, [f"{name}/{i}" for i in range(count)], np.arange(count) % 10, lambda i: None)
-
-
-SOURCE = Source("planted", samples("train", COUNT), samples("validation", 5), samples("test", 5))
-
-
-def verdict(status: Any) -> Verdict:
-    return Verdict([Gate("membership", "?", status, None, "limit", "planted [x]")], 0, {"forget": 1, "test": 1})
-
-
-def make_store(folder: Path) -> Path:
-    (folder / "versions" / "0000").mkdir(parents=True)
-    settings: dict[str, Any] = {
-        "data": "planted",
-        "train": COUNT,
-        "fingerprint": SOURCE.train.fingerprint(),
-        "checkpoint": "x",
-        "method": "lethe",
-        "config": {},
-        "references": [],
-        "gates": None,
-        "max_share": 0.2,
-    }
-    with Store.create(folder, settings):
-        return folder
-
-
-def unlearned(task: Task, checkpoint: str, place: Path, **options: Any) -> Outcome:
-    """Stands for `run_job`: the files that say that it ended."""
-    place.mkdir(parents=True, exist_ok=True)
-    write_json(place / "metrics.json", {**METRICS, "collapsed": False})
-    for name in ("config.yaml", "model.safetensors", "report.html"):
-        (place / name).touch()
-    return Outcome(None, {**METRICS, "collapsed": False})  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -77,22 +32,6 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A store whose runs take no time."""
     plant(monkeypatch)
     return make_store(tmp_path / "store")
-
-
-def plant(monkeypatch: pytest.MonkeyPatch) -> None:
-    def drift(store: Store, run: Any, test: Samples, forgotten: int, options: Any) -> dict[str, Any]:
-        return {
-            "forgotten": forgotten,
-            "share": forgotten / COUNT,
-            "test_accuracy": 0.6,
-            "test_accuracy_change": -1.0,
-            "test_kl": 0.02,
-        }
-
-    monkeypatch.setattr(intake, "open_source", lambda spec: SOURCE)
-    monkeypatch.setattr(runner, "run_job", unlearned)
-    monkeypatch.setattr(runner, "_drift", drift)
-    monkeypatch.setattr(runner, "_useless", lambda store, run, metrics: "")
 
 
 def add(store: Path, *numbers: int, **options: Any) -> tuple[int | None, dict[str, int]]:
@@ -217,10 +156,6 @@ def test_a_version_is_durable_and_keys_are_foreign(store: Path) -> None:
         assert opened.unfinished() is None
 
 
-class Crash(BaseException):
-    """The process is gone."""
-
-
 class Sequences(RuleBasedStateMachine):
     """Any order of requests, verdicts, kills, retrains; what must hold after each of them."""
 
@@ -229,14 +164,16 @@ class Sequences(RuleBasedStateMachine):
         self.folder = make_store(Path(tempfile.mkdtemp()) / "store")
         self.batches: dict[int, list[str]] = {}
         self.state: dict[int, str] = {}
+        self.version: dict[int, int] = {}
         self.forgotten: set[str] = set()
         self.left = [f"train/{n}" for n in range(COUNT)]
         self.chain = [0]
+        self.rebased: set[int] = set()
 
     def teardown(self) -> None:
         shutil.rmtree(self.folder.parent)
 
-    @precondition(lambda self: len(self.left) > 5)
+    @precondition(lambda self: len(self.left) > 5 and list(self.state.values()).count("open") < 3)
     @rule(count=st.integers(1, 4), days=st.integers(0, 60))
     def add(self, count: int, days: int) -> None:
         ids = [self.left.pop() for _ in range(count)]
@@ -244,6 +181,10 @@ class Sequences(RuleBasedStateMachine):
         assert request is not None
         self.batches[request.number], self.state[request.number] = ids, "open"
 
+    def has(self, state: str) -> bool:
+        return state in self.state.values()
+
+    @precondition(lambda self: self.has("open"))
     @rule(
         said=st.sampled_from(["PASS", "FAIL", "INSUFFICIENT EVIDENCE"]),
         limit=st.sampled_from([None, 1, 2]),
@@ -252,8 +193,9 @@ class Sequences(RuleBasedStateMachine):
     def run_and_crash(self, said: str, limit: int | None, crash: str) -> None:
         self.run(said, limit, crash)
 
+    @precondition(lambda self: self.has("open"))
     @rule(
-        said=st.sampled_from(["PASS", "FAIL", "INSUFFICIENT EVIDENCE"]),
+        said=st.sampled_from(["INSUFFICIENT EVIDENCE", "PASS", "FAIL"]),
         limit=st.sampled_from([None, 1, 2]),
     )
     def run_to_the_end(self, said: str, limit: int | None) -> None:
@@ -293,9 +235,7 @@ class Sequences(RuleBasedStateMachine):
                 )
             except Crash:
                 return
-        if finished is None:
-            assert "open" not in self.state.values()
-            return
+        assert finished is not None
         batch = {i for number in finished.requests for i in self.batches[number]}
         assert self.judged == self.forgotten | batch
         assert finished.parent == self.chain[-1]
@@ -305,10 +245,48 @@ class Sequences(RuleBasedStateMachine):
         self.chain.append(finished.version)
         self.forgotten |= batch
         for number in finished.requests:
-            self.state[number] = "unproven"
+            self.state[number], self.version[number] = "unproven", finished.version
         if said == "PASS":
             self.state = {n: "done" if state == "unproven" else state for n, state in self.state.items()}
 
+    @precondition(lambda self: self.has("unproven"))
+    @rule(
+        said=st.sampled_from(["FAIL", "PASS", "INSUFFICIENT EVIDENCE"]),
+        crash=st.sampled_from([None, "verdict", "record"]),
+    )
+    def judge_again(self, said: str, crash: str | None) -> None:
+        with Store.open(self.folder) as opened:
+            current, unfinished = opened.current(), opened.unfinished()
+
+        def at(place: str) -> None:
+            if crash == place:
+                raise Crash
+
+        def verify(task: Task, place: Path, *arguments: Any, **options: Any) -> Verdict:
+            at("verdict")
+            assert set(task.forget.ids) == self.forgotten  # so few samples are never judged apart
+            assert place == place_of(self.folder, self.chain[-1])
+            return verdict(said)
+
+        try:
+            found = judge_again(self.folder, verify=verify, record=lambda place, found: at("record"))
+        except UserError:
+            assert unfinished
+            return
+        except Crash:
+            return
+        unproven = {number for number, state in self.state.items() if state == "unproven"}
+        assert found is not None
+        if said == "PASS":
+            self.state |= dict.fromkeys(unproven, "done")
+        elif said == "FAIL":
+            self.chain.pop()
+            opened_again = {n for n in unproven if self.version[n] == current.number}
+            self.state |= dict.fromkeys(opened_again, "open")
+            self.forgotten -= {i for number in opened_again for i in self.batches[number]}
+        assert found.requests == {number: self.state[number] for number in unproven}
+
+    @precondition(lambda self: self.chain[-1] not in self.rebased)  # else most events are this one
     @rule()
     def rebase(self) -> None:
         with Store.open(self.folder) as opened, pytest.MonkeyPatch.context() as patch:
@@ -320,6 +298,7 @@ class Sequences(RuleBasedStateMachine):
                     rebase(self.folder, "retrain")
             else:
                 self.chain.append(rebase(self.folder, "retrain")[0])
+                self.rebased.add(self.chain[-1])
 
     @invariant()
     def holds(self) -> None:
@@ -341,147 +320,8 @@ class Sequences(RuleBasedStateMachine):
 
 def test_any_order_of_events_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch)
-    settings = hypothesis_settings(max_examples=12, stateful_step_count=15, deadline=None)
+    settings = hypothesis_settings(max_examples=12, stateful_step_count=25, deadline=None)
     run_state_machine_as_test(Sequences, settings=settings)
-
-
-# --- the commands -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def lethe(store: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
-    monkeypatch.setenv("COLUMNS", "250")
-
-    def call(command: str, *arguments: str | Path) -> Result:
-        return CliRunner().invoke(app, ["request", command, "--store", str(store), *map(str, arguments)])
-
-    return call
-
-
-def test_commands_from_request_to_version(
-    lethe: Callable[..., Result], store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import engine.verify
-
-    said = ["INSUFFICIENT EVIDENCE", "FAIL", "PASS", "PASS"]
-    recorded = []
-    monkeypatch.setattr(engine.verify, "verify_job", lambda *a, **k: verdict(said.pop(0)))
-    monkeypatch.setattr(
-        engine.verify, "record_verdict", lambda place, found: recorded.append((place.name, found.status))
-    )
-
-    result = lethe("add", "--id", "train/1", "--id", "train/1", "--id", "train/2", "--source", "letter [a]",
-                   "--received", "2026-05-01", "--days", "1", "--json", tmp_path / "a.json")  # fmt: skip
-    assert result.exit_code == 0, result.output
-    assert "request 1: 2 samples, deadline 2026-05-02T00:00:00Z; 1 ids named more than once, merged" in result.output
-    assert json.loads((tmp_path / "a.json").read_text())["added"]["overdue"] is True
-    assert (
-        "nothing was added; 1 ids of other requests, left out" in lethe("add", "--id", "train/1", "--skip-known").output
-    )
-
-    result = lethe("list")
-    assert "OVERDUE" in result.output
-    assert "letter [a]" in result.output
-
-    result = lethe("run", "--json", tmp_path / "r.json")
-    assert result.exit_code == 3, result.output
-    assert "INSUFFICIENT EVIDENCE: membership: planted [x]" in result.output
-    assert "requests 1 are unproven, not done" in result.output
-    assert json.loads((tmp_path / "r.json").read_text())["run"]["version"] == 1
-
-    lethe("add", "--id", "train/3")
-    result = lethe("run")
-    assert result.exit_code == 1, result.output
-    assert "version 0002 is rejected; version 0001 stays the current one and requests 2 stay open" in result.output
-
-    result = lethe("run")
-    assert result.exit_code == 0, result.output
-    assert "version 0003 is the current one; requests 2 are done" in result.output
-    assert recorded == [("0001", "INSUFFICIENT EVIDENCE"), ("0002", "FAIL"), ("0003", "PASS")]
-    assert "no open requests: nothing to do" in lethe("run", "--json", tmp_path / "r.json").output
-    assert json.loads((tmp_path / "r.json").read_text())["run"] is None
-
-    lethe("add", *(text for n in range(10, 20) for text in ("--id", f"train/{n}")))
-    assert lethe("run").exit_code == 0
-    result = lethe("status", "--json", tmp_path / "s.json")
-    found = json.loads((tmp_path / "s.json").read_text())
-    assert found["requests"] == {"open": 0, "unproven": 0, "done": 3, "overdue": 0}
-    assert [v["verdict"] for v in found["versions"]] == [None, "INSUFFICIENT EVIDENCE", "FAIL", "PASS", "PASS"]
-    assert found["versions"][3]["drift"]["test_kl"] == 0.02
-    assert found["current"]["version"] == 4
-    assert "warning: 32.5% of the training samples were forgotten" in result.output
-    assert "warning" not in lethe("status", "--max-share", "0.4").output
-    for shown in ("0001", "0003", "rejected", "current", "-1.0", "32.5%"):
-        assert shown in result.output, shown
-    result = lethe("list", "--all", "--ids", tmp_path / "ids.txt", "--json", tmp_path / "l.json")
-    assert "13 ids in" in result.output
-    assert sorted((tmp_path / "ids.txt").read_text().split()) == sorted(f"train/{n}" for n in (1, 2, 3, *range(10, 20)))
-    assert [row["state"] for row in json.loads((tmp_path / "l.json").read_text())["requests"]] == ["done"] * 3
-
-
-def test_commands_of_an_unfinished_run(
-    lethe: Callable[..., Result], store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def crash(*arguments: Any, **options: Any) -> Any:
-        raise Crash
-
-    lethe("add", "--id", "train/1")
-    with pytest.raises(Crash):
-        run_requests(store, verify=crash, record=crash)
-    assert "in run 0001" in lethe("list").output
-    assert "the run of version 0001, begun" in lethe("status").output
-    result = lethe("run", "--no-reference", "--reference", "x")
-    assert isinstance(result.exception, UserError)
-    assert "the run of version 0001 was given up; its requests stay open" in lethe("run", "--abandon").output
-    assert "abandoned" in lethe("status").output
-
-
-def test_commands_that_take_a_checkpoint(
-    lethe: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(runner, "load_fitting", lambda checkpoint, source: None)
-    monkeypatch.setattr(runner, "save_checkpoint", lambda model, place: place.mkdir())
-    assert (
-        "version 0001 is a copy of retrain; that none of the forgotten"
-        in lethe("rebase", "--checkpoint", "retrain").output
-    )
-    write_json(
-        tmp_path / "config.yaml", {"method": "retrain", "samples": {"retain_sha256": SOURCE.train.fingerprint()}}
-    )
-    assert "by its run folder it was trained on exactly" in lethe("rebase", "--checkpoint", tmp_path).output
-    result = lethe("init", "--checkpoint", "x", "--data", "planted")
-    assert "is a store of requests already" in str(result.exception)
-
-    monkeypatch.setattr(intake, "load_fitting", lambda checkpoint, source: None)
-    monkeypatch.setattr(intake, "save_checkpoint", lambda model, place: place.mkdir(parents=True))
-    new = tmp_path / "new"
-    result = CliRunner().invoke(
-        app,
-        [
-            "request",
-            "init",
-            "--store",
-            str(new),
-            "--checkpoint",
-            "x",
-            "--data",
-            "planted",
-            "--set",
-            "seed=3",
-            "--max-share",
-            "0.1",
-            "--method",
-            "finetune",
-        ],
-    )
-    assert f"store in {new}; version 0000 is a copy of x" in result.output
-    with Store.open(new) as opened:
-        assert {key: opened.settings[key] for key in ("method", "config", "max_share", "train")} == {
-            "method": "finetune",
-            "config": {"seed": 3},
-            "max_share": 0.1,
-            "train": COUNT,
-        }
 
 
 def test_times() -> None:
