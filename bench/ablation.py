@@ -39,7 +39,6 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "lethe_plus": {
         "default": {},
         "no correction": {"correction": 0.0},
-        "all forget samples, each less often": {"coverage": 1.0},
         "targets of the image itself": {"views": False},
         "targets as sure as the mean over views": {"calibrate": False},
         "retained images augmented": {"augment_retain": True},

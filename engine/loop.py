@@ -357,7 +357,7 @@ def set_up(
         if phase.beside is None:
             return None
         return loader(
-            unlearner.samples_beside(phase),
+            {"forget": forget, "retain": retain}[phase.beside],
             run.augment if (phase.augment if phase.augment_beside is None else phase.augment_beside) else "none",
             run.seed * 1009 + 500 + number,
             run.accumulation_steps,

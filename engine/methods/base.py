@@ -168,10 +168,6 @@ class Method:
         """The samples of a phase, unless a method deals them out itself; asked once it is prepared."""
         return self.context.samples_of(phase)
 
-    def samples_beside(self, phase: Phase) -> Samples:
-        """The same for the samples beside those."""
-        return self.context.retain if phase.beside == "retain" else self.context.forget
-
     def prepare(self, phase: Phase) -> None:
         """Passes of the original that a phase needs; runs once before it, and its time counts."""
 

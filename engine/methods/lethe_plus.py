@@ -7,14 +7,11 @@ stage (docs/notes.md). So here the target is another, and both stages are one. W
     p(x) = mean over small shifts T of softmax f_o(T x)
     q(x) = p(x), the log-odds of its true class y set to the quantile of f_o's log-odds on held-out samples of class y
            at which x stands among the forget samples of class y when they are ordered by the log-odds of p
-    L    = CE(f(x_r), y_r) + w a KL(q_s(x_f) || f(x_f))     retained x_r and forget x_f in every step
-
-x_f is one of the fewest forget samples that hold `coverage` of the sum of KL(q || f_o), a is their share of all: the
-others are answered nearly as they should be from the start, and a step on them would be a step wasted.
+    L    = CE(f(x_r), y_r) + w KL(q_s(x_f) || f(x_f))       retained x_r and forget x_f in every step
 
 q_s is q with s added to the log-odds of y, and s, 0 at first, follows what is left of the memory: after every step
 
-    s <- s - c a / (all steps) mean over its forget samples of l(f(x)) - l(q(x))
+    s <- s - c / (all steps) mean over its forget samples of l(f(x)) - l(q(x))
     l: log-odds of y, cut to [-5, 5]: how sure is sure does not matter, and would outweigh the rest where all is easy
 
 A target is never quite reached, least where memory is strongest; so the aim goes lower until the forget samples are
@@ -41,7 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.config import positive_or_null, require
-from engine.data import Batch, Samples
+from engine.data import Batch
 from engine.methods.base import Context, Method, Passes, Phase, Taken, cross_entropy, phase_of_both, register
 from engine.methods.spaces import Range, rate, tunable
 from engine.vit import outputs
@@ -63,7 +60,6 @@ class LethePlusConfig:
     epochs: passes over the retained samples, at least. forget_passes: forget samples taken in the same steps, in passes
     over all of them; where they are so many that a step would hold more forget than retained samples, the steps are
     more instead. lr: peak rate; null: 0.0768 / width. forget_weight: w above.
-    coverage: share of the divergence that the forget samples to be taken hold; 1: all are taken.
     views: p is the mean over shifted images; false: the original's answer on the image itself.
     correction: c above; 0: s stays 0.
     calibrate: q has the log-odds of held-out samples; false: those of p.
@@ -74,7 +70,6 @@ class LethePlusConfig:
     forget_passes: float = tunable(11.0, Range(3, 18))
     lr: float | None = tunable(None, rate(LR_PER_WIDTH))
     forget_weight: float = tunable(1.0, Range(0.5, 8.0, log=True))
-    coverage: float = 0.97
     correction: float = 8.5
     views: bool = True
     calibrate: bool = True
@@ -85,7 +80,6 @@ class LethePlusConfig:
         require(self.forget_passes > 0, "forget_passes", self.forget_passes, "above 0")
         positive_or_null(self, "lr")
         require(self.forget_weight > 0, "forget_weight", self.forget_weight, "above 0")
-        require(0 < self.coverage <= 1, "coverage", self.coverage, "above 0 and at most 1")
         require(self.correction >= 0, "correction", self.correction, "0 or more")
 
 
@@ -117,41 +111,27 @@ class LethePlus(Method):
     def passes(self, phases: list[Phase], number: int, taken: Taken) -> list[Passes]:
         config = self.config
         views = len(offsets(*taken.image)) if config.views else 1
-        looks = views + (config.coverage < 1)
-        targets = len(self.context.forget) * looks + (taken.held_out if config.calibrate else 0)
+        targets = len(self.context.forget) * views + (taken.held_out if config.calibrate else 0)
         return [Passes(name="teacher outputs", images=targets)]
 
     def prepare(self, phase: Phase) -> None:
         context, config = self.context, self.config
         labels = torch.from_numpy(context.forget.labels)
-        plain = context.loader(context.forget, "none")
-        logits = plain.rows(self._views_mean if config.views else self._answers)[0]
+        loader = context.loader(context.forget, "none")
+        (logits,) = loader.rows(self._views_mean if config.views else self._answers)
         known = torch.zeros(context.num_classes, dtype=torch.bool)
         known[torch.from_numpy(context.retain.labels).unique()] = True
         if config.calibrate:
             held_out = self.held_out("to answer as it answers on those")
             answers, true = context.loader(held_out, "none").rows(lambda batch: (*self._answers(batch), batch.labels))
             logits = with_log_odds_of(logits, labels, log_odds(answers, true), true)
-        targets = logits.masked_fill(~known, -torch.inf).softmax(1)
-        self.taken = torch.arange(len(targets))
-        if config.coverage < 1:
-            (said,) = plain.rows(self._answers)
-            self.taken = fewest(F.kl_div(said.log_softmax(1), targets, reduction="none").sum(1), config.coverage)
-        self.targets = targets[self.taken]
+        self.targets = logits.masked_fill(~known, -torch.inf).softmax(1)
 
     def prepared(self, phase: Phase) -> dict[str, Tensor]:
-        return {"targets": self.targets, "taken": self.taken}
+        return {"targets": self.targets}
 
     def restore(self, phase: Phase, prepared: dict[str, Tensor]) -> None:
-        self.targets, self.taken = prepared["targets"], prepared["taken"]
-
-    def samples_beside(self, phase: Phase) -> Samples:
-        return self.context.forget.subset(self.taken.numpy())
-
-    @property
-    def _share(self) -> float:
-        """a above."""
-        return len(self.taken) / len(self.context.forget)
+        self.targets = prepared["targets"]
 
     def loss(self, model: nn.Module, batch: Batch, phase: Phase) -> dict[str, Tensor]:
         return {"retain_ce": cross_entropy(model, batch)}
@@ -166,12 +146,12 @@ class LethePlus(Method):
             self._left += torch.stack([((said - wanted) * known).sum(), known.sum()])
         aim = target.log().scatter_add(1, true, self.shift.to(target).expand_as(true)).softmax(1)
         divergence = F.kl_div(logits.log_softmax(1), aim, reduction="none").sum(1)
-        return {"forget_kl": self.config.forget_weight * self._share * divergence.mean()}
+        return {"forget_kl": self.config.forget_weight * divergence.mean()}
 
     def after_step(self, model: nn.Module, phase: Phase) -> None:
         if self.step + 1 > _SETTLED * self.total_steps:
             left, count = self.context.world.sum(self._left)
-            rate = self.config.correction * self._share / self.total_steps
+            rate = self.config.correction / self.total_steps
             self.shift = self.shift - rate * left / count.clamp_min(1)
         self._left = torch.zeros_like(self._left)
 
@@ -193,13 +173,6 @@ class LethePlus(Method):
             self._answers(dataclasses.replace(batch, images=shifted))[0].softmax(1) for shifted in shifts(batch.images)
         ]
         return (torch.stack(said).mean(0).clamp_min(_LEAST).log(),)
-
-
-def fewest(parts: Tensor, share: float) -> Tensor:
-    """Positions [k], rising, of the fewest `parts` [n] (0 or more) that hold a share of their sum; one at least."""
-    largest, order = parts.double().sort(descending=True, stable=True)
-    held = largest.cumsum(0)
-    return order[: 1 + int((held < share * held[-1]).sum())].sort().values
 
 
 def shifts(images: Tensor) -> Iterator[Tensor]:

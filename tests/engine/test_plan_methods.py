@@ -88,12 +88,7 @@ def test_steps_samples_and_teachers_are_those_of_a_run(method: str, pruning: str
     items = {item.name: item for item in planned}
     for name in {row["phase"] for row in result.history if "lr" in row}:
         steps = sum("lr" in row and row["phase"] == name for row in result.history)
-        assert items[f"{name} phase"].steps == steps
-        images = items[f"{name} phase"].images
-        if method == "lethe_plus":  # batches of the samples that it picks may be cut short
-            assert 0.8 * images < result.samples_seen[name] <= images
-        else:
-            assert images == result.samples_seen[name]
+        assert (items[f"{name} phase"].steps, items[f"{name} phase"].images) == (steps, result.samples_seen[name])
     assert sum(item.steps for item in planned) == sum("lr" in row for row in result.history)
     if method in ("lethe", "lethe_plus", "bad_teacher", "scrub", "scrub_r", "laf", "gs_lora", "gs_lora_pp"):
         told = sum(items[name].images for name in TAUGHT if name in items)
