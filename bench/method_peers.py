@@ -112,7 +112,7 @@ def run_method_peers(
         options = {**options, "max_steps": QUICK_STEPS}
         there = [dataclasses.replace(peer, defaults=_shortened(peer.defaults)) for peer in there]
     for subject in subjects:
-        for entry in _measured(subject, there, seeds, options, tasks.get(subject.name), quick):
+        for entry in _measured(subject, there, peers, seeds, options, tasks.get(subject.name), quick):
             tasks[subject.name] = entry
             report.write(results, json_file)
         if subject.name in tasks:
@@ -134,10 +134,16 @@ def _shortened(values: Values) -> Values:
 
 
 def _measured(
-    subject: Subject, peers: Sequence[Peer], seeds: int, options: Values, before: Row | None, quick: bool
+    subject: Subject,
+    chosen: Sequence[Peer],
+    peers: Sequence[Peer],
+    seeds: int,
+    options: Values,
+    before: Row | None,
+    quick: bool,
 ) -> Iterator[Row]:
-    """The subject's entry after every run that was still to be done."""
-    if not peers:
+    """The subject's entry after every run of the chosen peers that was still to be done; compared are all of them."""
+    if not chosen:
         return
     task = Task.open(subject.data, subject.forget)
     original = original_of(subject, task, options)
@@ -148,7 +154,7 @@ def _measured(
     rows: list[Row] = list(before["rows"]) if before else []
     done = {_key(row["method"], row["contender"], row["settings"], row["seed"]) for row in rows}
     for seed in range(seeds):
-        for peer in peers:
+        for peer in chosen:
             contenders = contenders_of(peer)
             first = seed % len(contenders)
             for each in (*contenders[first:], *contenders[:first]):

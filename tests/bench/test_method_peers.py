@@ -408,6 +408,10 @@ def test_without_references_two_are_trained_once(
     again = run_method_peers([alone], 1, SETTINGS, [], file, peers=[_fake([])])
     assert len(trained) == 3
     assert again["tasks"] == report["tasks"]
+    both = [_fake([]), _fake([], method="gradient_ascent")]
+    other = run_method_peers([alone], 1, SETTINGS, ["gradient_ascent"], file, peers=both)
+    compared = [(each["method"], each["setting"]) for each in other["tasks"]["toy"]["comparisons"]]
+    assert compared == [(name, each) for name in ("finetune", "gradient_ascent") for each in ("equal", "defaults")]
 
 
 def test_with_no_library_there_is_nothing_to_run(subject: Subject, capsys: pytest.CaptureFixture[str]) -> None:
