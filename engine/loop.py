@@ -193,8 +193,8 @@ def _run(run: Run, started: float, finalize: Callable[[UnlearnResult], None] | N
             trainer.run_phase(
                 number,
                 phase,
-                run.loader_of,
-                run.beside_of,
+                run.loader_of(number, phase),
+                run.beside_of(number, phase),
                 any(run.method.needs_original(later, prepared=False) for later in phases[number + 1 :]),
             )
 

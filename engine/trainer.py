@@ -140,14 +140,14 @@ class Trainer:
         self,
         number: int,
         phase: Phase,
-        loader_of: Callable[[int, Phase], Loader],
-        beside_of: Callable[[int, Phase], Loader | None],
+        loader: Loader,
+        beside: Loader | None,
         original_needed: bool,
     ) -> None:
         """Runs a phase, or what a resumed run has left of it.
 
-        loader_of, beside_of: make its batches, and those beside them, once it is prepared. original_needed: by a phase
-        that comes later.
+        beside: of the samples beside those of the phase, where it has any. original_needed: by a phase that comes
+        later.
         """
         if self.early_stop and self.early_stop.stopped and number in self.early_stop.stage:
             return
@@ -156,7 +156,6 @@ class Trainer:
         if not original_needed and not self.method.needs_original(phase, prepared=True):
             self.release()
         self.seconds["prepare"] += time.perf_counter() - began
-        loader, beside = loader_of(number, phase), beside_of(number, phase)
         total = loader.epochs.steps(phase.epochs)
         total = min(total, self.run.max_steps) if self.run.max_steps else total
         self.method.total_steps = total

@@ -165,7 +165,7 @@ class Method:
         raise NotImplementedError
 
     def samples_of(self, phase: Phase) -> Samples:
-        """The samples of a phase, unless a method deals them out itself; asked once it is prepared."""
+        """The samples of a phase, unless a method deals them out itself."""
         return self.context.samples_of(phase)
 
     def prepare(self, phase: Phase) -> None:
