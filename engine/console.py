@@ -22,6 +22,14 @@ _SILENT = int(os.environ.get("RANK", "0")) > 0
 console = Console(width=None if sys.stdout.isatty() else 150, quiet=_SILENT)
 
 
+_COLOURS = {"PASS": "green", "FAIL": "red", "INSUFFICIENT EVIDENCE": "yellow"}
+
+
+def coloured(status: str) -> str:
+    """The status of a verdict or a gate, as rich markup."""
+    return f"[{_COLOURS[status]}]{status}[/]"
+
+
 @contextlib.contextmanager
 def progress_bars() -> Iterator[Report]:
     """Yields the callback of `engine.unlearn`: one bar a phase."""

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
-from engine.console import console
+from engine.console import coloured, console
 from engine.errors import UserError
 from engine.evaluate.relearning import relearning_curve, steps_of
 from engine.evaluate.representation import compare_weights
@@ -206,16 +206,13 @@ def check_recorded(folder: Path) -> None:
         raise UserError(f"--record: {folder} has no record.json; it is written by `lethe unlearn` and `lethe train`")
 
 
-_COLOURS = {"PASS": "green", "FAIL": "red", "INSUFFICIENT EVIDENCE": "yellow"}
-
-
 def print_verdict(verdict: Verdict) -> None:
     table = Table("gate", "", "limit", "found", header_style="bold")
     for gate in verdict.gates:
-        table.add_row(gate.name, _coloured(gate.status), escape(gate.limit), escape(gate.reason))
+        table.add_row(gate.name, coloured(gate.status), escape(gate.limit), escape(gate.reason))
     console.print(table)
     console.print(
-        f"{_coloured(verdict.status)} on {verdict.samples['forget']} forget and {verdict.samples['test']} test "
+        f"{coloured(verdict.status)} on {verdict.samples['forget']} forget and {verdict.samples['test']} test "
         f"samples, {verdict.references} references"
         + (f"; decided by {', '.join(verdict.decided_by)}" if verdict.decided_by else ""),
         soft_wrap=True,
@@ -225,7 +222,3 @@ def print_verdict(verdict: Verdict) -> None:
     console.print("[dim]It does not prove:[/dim]")
     for line in DOES_NOT_PROVE:
         console.print(f"[dim]  {line}[/dim]", soft_wrap=True)
-
-
-def _coloured(status: str) -> str:
-    return f"[{_COLOURS[status]}]{status}[/]"

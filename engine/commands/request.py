@@ -37,7 +37,6 @@ MaxShare = Annotated[
         show_default=False,
     ),
 ]
-_COLOURS = {"PASS": "green", "FAIL": "red", "INSUFFICIENT EVIDENCE": "yellow"}
 
 
 @request_app.command("init")
@@ -323,9 +322,9 @@ def rebase(store: StoreFolder, checkpoint: Checkpoint) -> None:
 def _print_status(status: str, reason: str) -> None:
     from rich.markup import escape
 
-    from engine.console import console
+    from engine.console import coloured, console
 
-    console.print(f"[{_COLOURS[status]}]{status}[/]{escape(f': {reason}') if reason else ''}", soft_wrap=True)
+    console.print(f"{coloured(status)}{escape(f': {reason}') if reason else ''}", soft_wrap=True)
 
 
 def _requests_table(rows: list[dict[str, Any]]) -> Any:
@@ -353,6 +352,8 @@ def _requests_table(rows: list[dict[str, Any]]) -> Any:
 def _versions_table(rows: list[dict[str, Any]], current: int) -> Any:
     from rich.table import Table
 
+    from engine.console import coloured
+
     table = Table("version", "from", "kind", "samples", "verdict", "state", "forgotten", "test", "change", "KL")
     for row in rows:
         verdict, drift = row["verdict"], row["drift"]
@@ -369,7 +370,7 @@ def _versions_table(rows: list[dict[str, Any]], current: int) -> Any:
             "-" if row["parent"] is None else f"{row['parent']:04d}",
             row["kind"],
             str(row["samples"]),
-            f"[{_COLOURS[verdict]}]{verdict}[/]" if verdict else "-",
+            coloured(verdict) if verdict else "-",
             "[bold]current[/]" if row["version"] == current else row["state"],
             *figures,
         )

@@ -127,8 +127,7 @@ def run_requests(
     """
     if limit is not None and limit < 1:
         raise UserError(f"--limit {limit}: expected 1 or more")
-    if launched():
-        raise UserError("lethe request run is one process; start it without a launcher")
+    _alone("run")
     if gates is not None:
         Gates.read(gates)
     with locked(folder), Store.open(folder) as store:
@@ -193,6 +192,7 @@ def judge_again(
     one before is the current one, and the requests of the version are open again; those of earlier versions stay
     unproven. Options and errors as of `run_requests`; UserError too where a run has not ended.
     """
+    _alone("judge")
     with locked(folder), Store.open(folder) as store:
         _ended(store)
         unproven = [request.number for request in store.requests() if request.state == "unproven"]
@@ -236,6 +236,7 @@ def rebase(folder: Path, checkpoint: str) -> tuple[int, bool]:
 
     Raises UserError for one that by its run folder is no retrain, or was trained on what has been forgotten.
     """
+    _alone("rebase")
     with locked(folder), Store.open(folder) as store:
         _ended(store)
         source, forgotten = open_data(store), store.forgotten()
@@ -273,6 +274,12 @@ def drift_from(base: Predictions, model: Predictions) -> dict[str, float]:
 
 
 # --- the steps of a run -----------------------------------------------------------------------------------------------
+
+
+def _alone(command: str) -> None:
+    """Raises UserError under a launcher: each of its ranks would change the lineage."""
+    if launched():
+        raise UserError(f"lethe request {command} is one process; start it without a launcher")
 
 
 def _ended(store: Store) -> None:

@@ -143,6 +143,20 @@ def test_judging_again_with_more_evidence(
         ]  # fmt: skip
 
 
+@pytest.mark.parametrize("command", ["run", "judge", "rebase"])
+def test_commands_that_change_the_lineage_refuse_a_launcher(
+    command: str, lethe: Callable[..., Result], store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lethe("add", "--id", "train/1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = lethe(command, *(["--checkpoint", store] if command == "rebase" else []))
+    assert isinstance(result.exception, UserError)
+    assert str(result.exception) == f"lethe request {command} is one process; start it without a launcher"
+    with Store.open(store) as opened:
+        assert [version.number for version in opened.versions()] == [0]
+        assert opened.unfinished() is None
+
+
 def test_a_full_retrain_is_judged_without_a_record(
     lethe: Callable[..., Result], store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
