@@ -75,7 +75,8 @@ def run_ablation(
 ) -> dict[str, Any]:
     """Prints and returns rows (variant, seed, stage). accelerators: `ACCELERATORS` in place of the method's choices.
 
-    seconds of a row: wall seconds of the run until the end of the stage, without the evaluation of stages.
+    seconds of a row: wall seconds of the run until the end of the stage, without the evaluation of stages. images, in
+    the row of the last stage: how many the steps of the whole run took.
     """
     if not accelerators and method not in VARIANTS:
         raise UserError(
@@ -144,7 +145,7 @@ def _one(
         validation=task.source.validation,
         after_phase=keep,
     )
-    rows[-1]["events"] = result.events
+    rows[-1] |= {"events": result.events, "images": sum(result.samples_seen.values())}
     return [rows[-1] | {"stage": ALL_STAGES}] if setting["accelerators"] else rows
 
 
@@ -161,6 +162,7 @@ def _print(report: dict[str, Any]) -> None:
 # Heading: (key of a row, factor, digits).
 _COLUMNS = {
     "seconds": ("seconds", 1, 1),
+    "images": ("images", 1, 0),
     "forget": ("forget", 100, 1),
     "retain": ("retain", 100, 1),
     "test": ("test", 100, 1),
