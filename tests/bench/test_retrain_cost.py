@@ -105,7 +105,7 @@ def test_every_method_runs_once_a_seed_seed_by_seed_and_in_turn(
     ]
     assert all(folder for _, _, folder, _ in calls), "a user's run writes checkpoints"
     for row, (*_, seconds) in zip(rows_of(report), calls, strict=True):
-        assert seconds <= row["seconds"]["unlearn"] < seconds + 5, "the whole call is timed, and nothing else"
+        assert seconds <= row["seconds"]["unlearn"] < seconds + 0.5, "the whole call is timed"
     # The recipe is the retrain's alone, the user's settings are everybody's.
     assert {method for method, config, *_ in calls if "epochs" in config} == {"retrain"}
     assert all(config["max_steps"] == 1 for _, config, *_ in calls)

@@ -43,8 +43,8 @@ def test_ways_to_train_less_are_measured_with_any_method(tmp_path: Path) -> None
     assert images["the last three blocks"] == images["low-rank updates, rank 8"] == whole
     for choice in ("random", "hard", "near"):
         assert images[f"half of the retained images, {choice}"] == pytest.approx(0.5 * whole, rel=0.05)
-    for variant in ("retained images pruned by SeTa", "until forget samples look held out"):
-        assert images[variant] < 0.95 * whole, variant
+    assert images["retained images pruned by SeTa"] < 0.95 * whole
+    assert images["until forget samples look held out"] < 0.8 * whole
     assert all(row["seconds"] > 0 for row in rows.values())
     assert {stage for _, stage, *_ in table_rows(report)} == {ALL_STAGES}
     assert ablation_table(report).columns[:3] == ["variant", "seconds", "images"]
