@@ -6,13 +6,16 @@ stages.safetensors holds
     stage.K.I.A, .B    the low-rank updates of stage K, of layer I of its blocks
     stage.K.head.NAME  the head as stage K left it
     stage.1.plain.NAME all other weights as stage 1 left them, where it trained them
+    sequence.S.stage.* the same of sequence S, from the second on
     members            int64, sorted: a token of every sample that the stages may have seen
 
 and, as its metadata, the recipe and the SHA-256 of the weights that the stages make. It is opened without unpickling.
 
 The token of a sample is the first 64 bits of SHA-256 of (seed, id), and token mod slices is its slice: no other sample
-has a say in it. Who holds the ids can tell by the tokens which samples were trained on: this file is for those who
-handle deletions, and a model is served without it.
+has a say in it. Sequence S takes the slices in the order S, .., L, 1, .., S - 1.
+
+Who holds the ids can tell by the tokens which samples were trained on: this file is for those who handle deletions, and
+a model is served without it.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -42,20 +46,21 @@ class Stages:
     """What stages.safetensors holds, see above.
 
     recipe: options of the training, by name. served: `engine.vit.weights_sha256` of base and stages, merged.
-    kept: one dict a stage, the first stage first; stages that were dropped are not in it.
+    kept: of each sequence, one dict a stage, the first stage first; stages that were dropped are not in it.
     """
 
     recipe: dict[str, Any]
     served: str
     members: np.ndarray
     base: dict[str, Tensor]
-    kept: list[dict[str, Tensor]]
+    kept: list[list[dict[str, Tensor]]]
 
     def write(self, folder: Path) -> None:
         tensors = {"members": torch.from_numpy(self.members), **{f"base.{k}": v for k, v in self.base.items()}}
-        for number, stage in enumerate(self.kept, 1):
-            tensors |= {f"stage.{number}.{key}": value for key, value in stage.items()}
-        said = {"recipe": self.recipe, "served": self.served, "stages": len(self.kept)}
+        for sequence, stages in enumerate(self.kept, 1):
+            for number, stage in enumerate(stages, 1):
+                tensors |= {_prefix(sequence, number) + key: value for key, value in stage.items()}
+        said = {"recipe": self.recipe, "served": self.served, "stages": [len(stages) for stages in self.kept]}
         with replacing(folder / STAGES) as temporary:
             save_file(
                 {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()},
@@ -75,13 +80,20 @@ class Stages:
                 served=said["served"],
                 members=tensors["members"].numpy(),
                 base=_below("base.", tensors),
-                kept=[_below(f"stage.{number}.", tensors) for number in range(1, said["stages"] + 1)],
+                kept=[
+                    [_below(_prefix(sequence, number), tensors) for number in range(1, count + 1)]
+                    for sequence, count in enumerate(said["stages"], 1)
+                ],
             )
         except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{folder / STAGES} is damaged ({type(error).__name__}: {str(error)[:80]}); take a whole copy of the "
                 "folder"
             ) from None
+
+
+def _prefix(sequence: int, number: int) -> str:
+    return f"sequence.{sequence}.stage.{number}." if sequence > 1 else f"stage.{number}."
 
 
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -92,6 +104,14 @@ def stages_of(model: nn.Module) -> Stages | None:
     """The stages of a model that `load_checkpoint` or a run with an output folder gave; None where it has none."""
     folder = folder_of(model)
     return Stages.read(folder) if folder is not None and (folder / STAGES).is_file() else None
+
+
+def copy_stages(model: nn.Module, folder: Path) -> None:
+    """Puts the stages of a model, where it has any, beside a copy of it."""
+    source = folder_of(model)
+    if source is not None and (source / STAGES).is_file():
+        with replacing(folder / STAGES) as temporary:
+            shutil.copyfile(source / STAGES, temporary)
 
 
 def tokens_of(samples: Samples, seed: int) -> np.ndarray:
@@ -105,8 +125,13 @@ def slices_of(tokens: np.ndarray, slices: int) -> np.ndarray:
     return (tokens.view(np.uint64) % np.uint64(slices)).astype(np.int64) + 1
 
 
-def untouched(stages: Stages, retain: Samples, forget: Samples) -> int:
-    """How many stages, counted from the first, never saw a sample that is to be forgotten.
+def places_of(slices: np.ndarray, sequence: int, count: int) -> np.ndarray:
+    """int64 [n]: the place, from 1 on, at which a sequence takes each of these slices, of `count` slices in all."""
+    return (slices - sequence) % count + 1
+
+
+def untouched(stages: Stages, retain: Samples, forget: Samples) -> list[int]:
+    """How many stages of each sequence, counted from its first, never saw a sample that is to be forgotten.
 
     Raises UserError where the samples are not those of the training, less those of earlier deletions.
     """
@@ -134,7 +159,10 @@ def untouched(stages: Stages, retain: Samples, forget: Samples) -> int:
             "so ids or data are not those of the training; give the same data source"
         )
     touched = slices_of(forgotten[np.isin(forgotten, members)], slices)
-    return min(len(stages.kept), int(touched.min(initial=slices + 1)) - 1)
+    return [
+        min(len(kept), int(places_of(touched, sequence, slices).min(initial=slices + 1)) - 1)
+        for sequence, kept in enumerate(stages.kept, 1)
+    ]
 
 
 def with_fresh_head(given: nn.Module, num_classes: int, seed: int = 0) -> nn.Module:

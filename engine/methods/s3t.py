@@ -7,17 +7,25 @@ other weights are still. What stage m leaves, its updates and its head, is kept 
 
     model of stage m = base + updates of stages 1 .. m, with the head of stage m
 
-Deletion of F. Let m be the least slice that holds a sample of F: stages below m never saw any of F, nor was anything
-that they were made of decided by F. Stages m .. L are dropped and the model of stage m - 1 is what is served;
-with `retrain_dropped` they are trained again on what is retained. Nothing is left where m = 1: then they must be.
+That is one sequence of the slices. With `sequences=B` there are B such trainings from the same base, sequence s over
+S_s .. S_L, S_1 .. S_(s-1): rotations, as in the paper's public code (`get_cyclic`). That costs B trainings; what is
+served is one model.
 
-Without a pretrained base (`base=fresh`) stage 1 trains all weights on S_1, and the L - 1 groups are those of the stages
-after it: random blocks that stay as they are learn little (docs/methods.md), and where stage 1 falls all falls anyway.
+Deletion of F. Let m be the least place in a sequence of a slice that holds a sample of F: stages below m never saw any
+of F, nor was anything that they were made of decided by F. Stages m .. L are dropped and the model of stage m - 1 is
+what the sequence has left; the sequence with the most stages left is served, the first of those. With `retrain_dropped`
+all that were dropped are trained again on what is retained. Where all sequences lose their first stage nothing is left:
+then they must be.
 
-Why it is exact. Stage m is a function of the base, the recipe, the seed and the retained samples of S_1 .. S_m alone:
+Without a pretrained base (`base=fresh`) stage 1 trains all weights on its slice, and the L - 1 groups are those of the
+stages after it: random blocks that stay as they are learn little (docs/methods.md), and where stage 1 falls all falls
+anyway.
+
+Why it is exact. Stage m is a function of the base, the recipe, the seed and the retained samples of its slices alone:
 the slice of a sample is a hash of (seed, id), so it does not depend on what other samples there are; a stage takes its
-samples in the order of those hashes; rates, order and dropout are drawn from (seed, m). So the stages below m are those
-that a training without F would have made, and with `retrain_dropped` the whole model is: the same bits, on the CPU.
+samples in the order of those hashes; rates, order and dropout are drawn from the seed, sequence and m. So the stages
+below m are those that a training without F would have made, and with `retrain_dropped` the whole model is: the same
+bits, on the CPU. (Which of those stages are served does depend on F: on the slices that it touches.)
 Exact is meant of the samples and relative to the base, which must never have seen them: pretrained elsewhere, or
 random. Whatever a user does by looking at results (which seed, which options) is not part of it.
 
@@ -25,8 +33,8 @@ Departures from the paper and its public code:
 - There slices are cut by position, so that a deletion shifts other samples across the cuts, the best epoch is chosen on
   test data, and one head is trained in all stages; to deactivate updates alone then leaves that head. Here slices are
   hashed, epochs fixed, and each stage keeps a head of its own, which starts from the one of the stage before.
-- One sequence of slices and one shard. The paper trains several permutations, and serves the one that a deletion leaves
-  most of, and several shards, which vote: neither is here, so one sample in S_1 drops everything.
+- One shard: the paper trains several models on parts of the data, which vote, and a checkpoint here is one model.
+- At most L sequences: more than the rotations, or sequences for slices that are not alike in risk, are not there.
 - Low-rank updates of all linear layers of a block without scale and dropout (engine.trainable), not of q and v alone.
 - `base=fresh`: the paper's base is always pretrained.
 """
@@ -35,6 +43,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -46,7 +55,7 @@ from engine.data import Batch, Samples
 from engine.errors import UserError
 from engine.methods.base import Context, Method, Phase, cross_entropy, register
 from engine.methods.gs_lora import LORA_LR_PER_WIDTH
-from engine.sliced import Stages, classifier_weights, slices_of, stages_of, tokens_of, untouched
+from engine.sliced import Stages, classifier_weights, places_of, slices_of, stages_of, tokens_of, untouched
 from engine.trainable import LowRank, low_ranks, restrict
 from engine.vit import set_folder, spec_of, weights_sha256
 
@@ -54,7 +63,7 @@ if TYPE_CHECKING:
     from engine.trainer import UnlearnResult
 
 # Options that the bits of a stage depend on: the method's, and the run's.
-_OURS = ("slices", "epochs", "lr", "rank", "base", "base_epochs", "base_lr")
+_OURS = ("slices", "sequences", "epochs", "lr", "rank", "base", "base_epochs", "base_lr")
 _RUNS = (
     "seed",
     "batch_size",
@@ -87,7 +96,8 @@ class S3TConfig:
     """Options of S3T. Those of the training are the checkpoint's when it is unlearned: leave them out then.
 
     retrain_dropped: train the dropped stages again, at that cost; else the model of the stages that are left is served.
-    Training: slices: L. epochs: passes of each stage over its slices, so epochs (L + 1) / 2 over all samples.
+    Training: slices: L. sequences: B, at most L; each is a training of its own. epochs: passes of each stage over its
+    slices, so epochs (L + 1) / 2 over all samples.
     lr: peak rate; null: 0.64 / width. rank: of the updates. base: fresh (weights drawn from the seed) | given (those of
     the model that the training is given, head included; it must never have seen the training samples).
     base_epochs, base_lr: of stage 1 where the base is fresh; null: epochs x slices, as many steps as of all samples.
@@ -95,6 +105,7 @@ class S3TConfig:
 
     retrain_dropped: bool = False
     slices: int = 4
+    sequences: int = 1
     epochs: float = 30.0
     lr: float | None = None
     rank: int = 16
@@ -104,6 +115,7 @@ class S3TConfig:
 
     def __post_init__(self) -> None:
         require(self.slices >= 2, "slices", self.slices, "at least 2")
+        require(1 <= self.sequences <= self.slices, "sequences", self.sequences, f"1 to {self.slices}, the slices")
         require(self.epochs > 0, "epochs", self.epochs, "above 0")
         positive_or_null(self, "lr")
         require(self.rank >= 1, "rank", self.rank, "at least 1")
@@ -121,7 +133,7 @@ class S3T(Method):
     needs_checkpoint = "`lethe train --sliced`"
     after_collapse = "Train the dropped stages again (--set retrain_dropped=true)"
 
-    _first = 1  # the first stage that is trained in this run
+    _left: Sequence[int] = ()  # stages of each sequence that the deletion leaves; empty: nothing is deleted
 
     def __init__(self, config: S3TConfig, context: Context) -> None:
         super().__init__(config, context)
@@ -133,10 +145,13 @@ class S3T(Method):
                     f"option {key}={value!r}: s3t says itself what a stage trains, and on which samples; leave it out"
                 )
         self._stages: Stages | None = None
-        self._heads: dict[int, dict[str, Tensor]] = {}
         self._groups: list[list[LowRank]] = []
         self._base: dict[str, Tensor] = {}
         self._plain: dict[str, nn.Parameter] = {}
+        self._drawn: list[tuple[nn.Parameter, Tensor]] = []  # all that is trained, as a sequence begins with it
+        # Of the sequence that is in the model; 0: none is yet.
+        self._sequence = 0
+        self._heads: dict[int, dict[str, Tensor]] = {}
         self._trained: dict[str, Tensor] = {}  # all weights but updates and head, as stage 1 left them
         if self._training:
             self.recipe = {key: getattr(config, key) for key in _OURS} | {key: getattr(run, key) for key in _RUNS}
@@ -146,18 +161,23 @@ class S3T(Method):
             self.recipe = self._stages.recipe
             self._refuse_other_recipe(self.recipe)
         self._tokens = tokens_of(context.retain, self.recipe["seed"])
+        slices, sequences = self.recipe["slices"], self.recipe["sequences"]
+        # What each sequence has left of its stages, but for the one in the model.
+        self._kept: list[list[dict[str, Tensor]]] = [[] for _ in range(sequences)]
         if self._stages is not None:
-            self._first = untouched(self._stages, context.retain, context.forget) + 1
-            if self._first == 1 and not config.retrain_dropped:
+            self._left = untouched(self._stages, context.retain, context.forget)
+            self._kept = [kept[:left] for kept, left in zip(self._stages.kept, self._left, strict=True)]
+            if not any(self._left) and not config.retrain_dropped:
+                begin = "slice 1" if sequences == 1 else f"each of the slices 1 to {sequences}"
                 raise UserError(
-                    "s3t: some of the samples are in slice 1, which every stage was trained on, so nothing trained is "
+                    f"s3t: some of the samples are in {begin}, which every stage was trained on, so nothing trained is "
                     "left; --set retrain_dropped=true trains all stages again"
                 )
-        first = slices_of(self._tokens, self.recipe["slices"]).min(initial=self.recipe["slices"] + 1)
-        if first > 1 and self._trains:
+        empty = np.setdiff1d(np.arange(1, sequences + 1), slices_of(self._tokens, slices))
+        if len(empty) and self._trains:
             raise UserError(
-                f"{context.retain.name}: none of its {len(context.retain)} samples is in slice 1 of "
-                f"{self.recipe['slices']}, so stage 1 has nothing to learn from; train a new model with fewer slices"
+                f"{context.retain.name}: none of its {len(context.retain)} samples is in slice {empty[0]} of {slices}, "
+                "so a stage 1 has nothing to learn from; train a new model with fewer slices"
             )
 
     @property
@@ -167,6 +187,11 @@ class S3T(Method):
     @property
     def _trains(self) -> bool:
         return self._training or self.config.retrain_dropped
+
+    @property
+    def _served(self) -> int:
+        """The sequence whose model is served: with the most stages left, the first of those."""
+        return 1 if self._trains or not self._left else 1 + self._left.index(max(self._left))
 
     def _opened(self) -> Stages:
         stages = stages_of(self.context.original)
@@ -205,7 +230,7 @@ class S3T(Method):
             model.load_state_dict(self._stages.base)
         elif recipe["base"] == "fresh":
             model = spec_of(model).build(seed=recipe["seed"])
-        self._base = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
+        self._base = {name: _copy(value) for name, value in model.state_dict().items()}
         self._head = classifier_weights(model)
         heads = {id(weight) for weight in self._head.values()}
         plain = {name: weight for name, weight in model.named_parameters() if id(weight) not in heads}
@@ -215,8 +240,8 @@ class S3T(Method):
             self._plain = plain
         for weight in (*self._head.values(), *self._plain.values()):
             weight.requires_grad_(True)  # here, so that the optimizer knows of them
-        if self._stages is not None:
-            self._take(self._stages)
+        weights = [weight for number in range(1, recipe["slices"] + 1) for weight in self._weights_of(number).values()]
+        self._drawn = [(weight, _copy(weight)) for weight in dict.fromkeys(weights)]
         return model
 
     def _cut(self, blocks: list[list[LowRank]]) -> list[list[LowRank]]:
@@ -234,16 +259,6 @@ class S3T(Method):
             [layer for block in blocks[start:stop] for layer in block] for start, stop in itertools.pairwise(cuts)
         ]
 
-    @torch.no_grad()
-    def _take(self, stages: Stages) -> None:
-        """Puts the stages that are left into the model."""
-        for number, stage in enumerate(stages.kept[: self._first - 1], 1):
-            self._heads[number] = {name: stage[f"head.{name}"] for name in self._head}
-            for name, weight in self._weights_of(number).items():
-                weight.copy_(stage[name])
-        if self._first > 1:
-            self._trained = _copies(self._plain)
-
     def _weights_of(self, number: int) -> dict[str, nn.Parameter]:
         """What a stage trains, by its name in the file; the tensors are the model's."""
         updates = {
@@ -255,18 +270,19 @@ class S3T(Method):
         return updates | plain | {f"head.{name}": weight for name, weight in self._head.items()}
 
     def phases(self) -> list[Phase]:
-        """One a stage, so that each has the same number, and so the same seeds, in every run; those that stay take no
-        step."""
+        """One a stage, so that each has the same number, and so the same seeds, in every training; those that stay take
+        no step. The first sequence comes last: it is in the model then, and served."""
         recipe = getattr(self, "recipe", vars(self.config))  # a plan has no checkpoint
         lr = self.learning_rate(recipe["lr"], LORA_LR_PER_WIDTH)
         phases = []
-        for number in range(1, recipe["slices"] + 1):
+        sequences = range(recipe["sequences"], 0, -1) if self._trains else [self._served]
+        for sequence, number in itertools.product(sequences, range(1, recipe["slices"] + 1)):
             all_weights = number == 1 and recipe["base"] == "fresh"
             epochs = (recipe["base_epochs"] or recipe["epochs"] * recipe["slices"]) if all_weights else recipe["epochs"]
-            trains = self._trains and number >= self._first
+            trains = self._trains and number > (self._left[sequence - 1] if self._left else 0)
             phases.append(
                 Phase(
-                    name=f"stage_{number}",
+                    name=f"stage_{number}" if sequence == 1 else f"sequence_{sequence}_stage_{number}",
                     samples="retain",
                     epochs=epochs if trains else 0,
                     lr=recipe["base_lr"] if all_weights else lr,
@@ -277,7 +293,9 @@ class S3T(Method):
         return phases
 
     def samples_of(self, phase: Phase) -> Samples:
-        chosen = np.flatnonzero(slices_of(self._tokens, self.recipe["slices"]) <= _number(phase))
+        sequence, number = _place(phase)
+        slices = self.recipe["slices"]
+        chosen = np.flatnonzero(places_of(slices_of(self._tokens, slices), sequence, slices) <= number)
         if not len(chosen):  # a stage that takes no step; the loop wants some samples all the same
             chosen = np.arange(1)
         return self.context.retain.subset(
@@ -286,8 +304,12 @@ class S3T(Method):
 
     def prepare(self, phase: Phase) -> None:
         """Also where a run is resumed within the phase."""
-        number = _number(phase)
-        if number > 1 and number - 1 not in self._heads:
+        sequence, number = _place(phase)
+        if sequence != self._sequence:
+            if self._sequence:
+                self._kept[self._sequence - 1] = self._stages_of_model(self.recipe["slices"])
+            self._sequence, self._heads, self._trained = sequence, {}, {}
+        elif number > 1 and number - 1 not in self._heads:
             self._heads[number - 1] = _copies(self._head)
             self._note_trained()
         for group in self._groups:
@@ -298,6 +320,19 @@ class S3T(Method):
         for weight in self._weights_of(number).values():
             weight.requires_grad_(True)
 
+    @torch.no_grad()
+    def edit(self, model: nn.Module, phase: Phase) -> None:
+        """Puts a sequence that begins into the model, with the stages that are left of it."""
+        if _place(phase)[1] > 1:
+            return
+        for weight, value in self._drawn:
+            weight.copy_(value)
+        for number, stage in enumerate(self._kept[self._sequence - 1], 1):
+            self._heads[number] = {name: stage[f"head.{name}"] for name in self._head}
+            for name, weight in self._weights_of(number).items():
+                weight.copy_(stage[name])
+        self._note_trained()
+
     def _note_trained(self) -> None:
         """Keeps what stage 1 left, before the updates of later stages are merged into it."""
         if 1 in self._heads and not self._trained:
@@ -307,26 +342,41 @@ class S3T(Method):
         return {"retain_ce": cross_entropy(model, batch)}
 
     def state(self) -> dict[str, Any]:
-        return {"heads": self._heads}
+        return {"sequence": self._sequence, "heads": self._heads, "kept": self._kept[self._sequence :]}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self._heads = state["heads"]
+        self._sequence, self._heads = state["sequence"], state["heads"]
+        self._kept[self._sequence :] = state["kept"]  # those that went before it
         self._note_trained()  # the weights were loaded before
 
     def finished(self, result: UnlearnResult) -> None:
         """Writes stages.safetensors beside the model, and what became of the stages into the record."""
-        slices = self.recipe["slices"]
-        last = slices if self._trains else self._first - 1
+        slices, served = self.recipe["slices"], self._served
+        last = slices if self._trains else self._left[served - 1]
+        before = [0] * len(self._kept) if self._stages is None else [len(kept) for kept in self._stages.kept]
+        left = self._left or before
         result.config["stages"] = {
             "slices": slices,
+            "sequence": served,
             "served": last,
-            "kept": self._first - 1,
-            "dropped": 0 if self._stages is None else len(self._stages.kept) - self._first + 1,
+            "kept": list(left),
+            "dropped": [had - has for had, has in zip(before, left, strict=True)],
             "recipe": self.recipe,
         }
         set_folder(result.model, result.output_dir)
         if result.output_dir is None or not self.context.world.is_main:
             return
+        self._kept[served - 1] = self._stages_of_model(last)
+        Stages(
+            recipe=self.recipe,
+            served=weights_sha256(result.model),
+            members=np.sort(self._tokens),
+            base=self._base,
+            kept=self._kept,
+        ).write(result.output_dir)
+
+    def _stages_of_model(self, last: int) -> list[dict[str, Tensor]]:
+        """Copies of the stages of the sequence in the model, whose updates may have been merged by now."""
         heads = {**self._heads, last: _copies(self._head)}
         kept = []
         for number in range(1, last + 1):
@@ -334,19 +384,24 @@ class S3T(Method):
                 **{f"plain.{name}": weight for name, weight in self._trained.items()},
                 **{f"head.{name}": weight for name, weight in heads[number].items()},
             }
-            kept.append({name: before_merge.get(name, weight) for name, weight in self._weights_of(number).items()})
-        Stages(
-            recipe=self.recipe,
-            served=weights_sha256(result.model),
-            members=np.sort(self._tokens),
-            base=self._base,
-            kept=kept,
-        ).write(result.output_dir)
+            kept.append(
+                {
+                    name: before_merge[name] if name in before_merge else _copy(weight)
+                    for name, weight in self._weights_of(number).items()
+                }
+            )
+        return kept
 
 
 def _copies(weights: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    return {name: weight.detach().cpu().clone() for name, weight in weights.items()}
+    return {name: _copy(weight) for name, weight in weights.items()}
 
 
-def _number(phase: Phase) -> int:
-    return int(phase.name.removeprefix("stage_"))
+def _copy(weight: Tensor) -> Tensor:
+    return weight.detach().cpu().clone()
+
+
+def _place(phase: Phase) -> tuple[int, int]:
+    """The sequence and the number of a stage, by the name of its phase."""
+    sequence, number = phase.name.split("stage_")
+    return int(sequence.removeprefix("sequence_").removesuffix("_") or 1), int(number)

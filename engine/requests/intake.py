@@ -17,6 +17,7 @@ from engine.evaluate.verdict import Gates
 from engine.job import Task
 from engine.methods import get_method
 from engine.requests.store import Request, Store, is_store, moment, place_of, utc_now
+from engine.sliced import copy_stages
 from engine.vit import describe, load_checkpoint, save_checkpoint
 
 DAYS = 30  # from receipt to the deadline, where a request names neither
@@ -52,6 +53,7 @@ def init_store(
     if gates is not None:
         Gates.read(gates)
     save_checkpoint(model, place_of(folder, 0))
+    copy_stages(model, place_of(folder, 0))
     if gates is not None:
         shutil.copyfile(gates, folder / _GATES)  # a later edit of the file must not change what requests are held to
     settings = {

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from toys import few, tiny_vit
 
@@ -21,11 +22,13 @@ from engine.evaluate.predict import Predictions
 from engine.evaluate.verdict import Gate, Status, Verdict
 from engine.files import write_json
 from engine.job import Task
+from engine.loop import train
 from engine.requests import intake, runner
 from engine.requests.intake import add_request, init_store
 from engine.requests.runner import Finished, abandon_run, rebase, run_requests
 from engine.requests.status import status
 from engine.requests.store import Store
+from engine.sliced import Stages, slices_of, tokens_of
 from engine.vit import load_checkpoint, save_checkpoint, weights_sha256
 
 # Two steps over what is retained, a checkpoint after each; so low a rate that nothing collapses.
@@ -323,6 +326,26 @@ def test_a_run_that_changes_nothing_is_rejected_though_the_root_is_far(store: Pa
         assert finished.state == state
     assert judge.asked == []
     assert finished.reason == "UNCHANGED: every weight outside the head is that of version 0001"
+
+
+def test_a_queue_of_an_exact_method_drops_stages_request_by_request(
+    store: Path, digits: Source, tmp_path: Path
+) -> None:
+    """One model in slices of which each request takes what it must; a request for what is dropped already is fine."""
+    options = {"batch_size": 32, "precision": "fp32", "max_steps": 2}
+    recipe = {**options, "slices": 3, "epochs": 1, "rank": 2}
+    train(tiny_vit(), digits.train, method="s3t", config=recipe, output_dir=tmp_path / "sliced")
+    queue = tmp_path / "queue"
+    init_store(queue, str(tmp_path / "sliced"), "digits", method="s3t", config=options)
+    of = slices_of(tokens_of(digits.train, 0), 3)
+    for number, position in enumerate([*np.flatnonzero(of == 3)[:2], np.flatnonzero(of == 2)[0]], 1):
+        add_request(queue, ids=[digits.train.ids[position]], source="letter")
+        finished = run(queue)
+        assert (finished.version, finished.status) == (number, "PASS")
+    served = [Stages.read(queue / "versions" / f"{number:04d}") for number in range(4)]
+    assert [len(stages.kept[0]) for stages in served] == [3, 2, 2, 1]
+    assert [len(stages.members) for stages in served] == [240, 239, 238, 237]
+    assert served[1].served == served[2].served != served[3].served
 
 
 def test_a_stopped_run_says_how_to_get_on(store: Path, digits: Source, monkeypatch: pytest.MonkeyPatch) -> None:

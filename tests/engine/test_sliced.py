@@ -67,8 +67,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory, samples: Samples) -> Path:
     return folder
 
 
-def stage_tensors(folder: Path, number: int) -> dict[str, Tensor]:
-    return {key: value for key, value in load_file(folder / STAGES).items() if key.startswith(f"stage.{number}.")}
+def stage_tensors(folder: Path, number: int, sequence: int = 1) -> dict[str, Tensor]:
+    """By names without the sequence."""
+    before = f"sequence.{sequence}." if sequence > 1 else ""
+    held = load_file(folder / STAGES).items()
+    return {key.removeprefix(before): value for key, value in held if key.startswith(f"{before}stage.{number}.")}
 
 
 def assert_same_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
@@ -115,7 +118,7 @@ def test_a_deletion_leaves_the_bits_of_a_training_without_the_samples(
         assert weights_sha256(load_checkpoint(result.output_dir)) == weights_sha256(result.model)  # type: ignore[arg-type]
     assert weights_sha256(again.model) != weights_sha256(load_checkpoint(trained))  # the samples do matter
     assert served.config["stages"] | {"recipe": None} == {
-        "slices": 3, "served": least - 1, "kept": least - 1, "dropped": 4 - least, "recipe": None,
+        "slices": 3, "sequence": 1, "served": least - 1, "kept": [least - 1], "dropped": [4 - least], "recipe": None,
     }  # fmt: skip
     assert not sum(served.samples_seen.values())
     assert set(again.samples_seen) == {f"stage_{number}" for number in range(least, 4)}
@@ -124,19 +127,22 @@ def test_a_deletion_leaves_the_bits_of_a_training_without_the_samples(
 def test_the_model_that_is_served_is_that_of_the_last_stage_that_is_left(
     trained: Path, samples: Samples, tmp_path: Path
 ) -> None:
-    """Base and stages put together by hand, from the equation."""
     forget, retain = split(samples, 3)
     model = unlearn(str(trained), forget, retain, method="s3t", config=RUN).model
-    held = load_file(trained / STAGES)
-    weights = {key.removeprefix("stage.1.plain."): value for key, value in stage_tensors(trained, 1).items()}
+    assert_same_bits(two_stages_by_hand(trained), dict(model.state_dict()))
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def two_stages_by_hand(folder: Path, sequence: int = 1) -> dict[str, Tensor]:
+    """Base and stages put together from the equation."""
+    first, second = (stage_tensors(folder, number, sequence) for number in (1, 2))
+    weights = {key.removeprefix("stage.1.plain."): value for key, value in first.items()}
     weights = {key: value for key, value in weights.items() if not key.startswith("stage.")}
     for i, layer in enumerate(("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")):  # stage 2: the top block
         weights[f"blocks.1.{layer}.weight"] = weights[f"blocks.1.{layer}.weight"] + (
-            held[f"stage.2.{i}.B"] @ held[f"stage.2.{i}.A"]
+            second[f"stage.2.{i}.B"] @ second[f"stage.2.{i}.A"]
         )
-    weights |= {"head.weight": held["stage.2.head.0.weight"], "head.bias": held["stage.2.head.0.bias"]}
-    assert_same_bits(weights, dict(model.state_dict()))
-    assert all(parameter.requires_grad for parameter in model.parameters())
+    return weights | {"head.weight": second["stage.2.head.0.weight"], "head.bias": second["stage.2.head.0.bias"]}
 
 
 def test_slice_1_takes_everything_with_it_and_all_is_trained_again_to_the_same_bits(
@@ -169,6 +175,99 @@ def test_two_deletions_one_after_the_other_are_one(trained: Path, samples: Sampl
     )
     without = learn(retain, tmp_path / "without")
     assert weights_sha256(chain.model) == weights_sha256(whole.model) == weights_sha256(without.model)
+
+
+# --- several sequences ---------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory, samples: Samples) -> Path:
+    """Trained in the sequences 123, 231 and 312."""
+    folder = tmp_path_factory.mktemp("three") / "model"
+    learn(samples, folder, sequences=3)
+    return folder
+
+
+def stages_left(folder: Path) -> list[int]:
+    return [len(kept) for kept in Stages.read(folder).kept]
+
+
+def test_the_sequence_with_the_most_stages_left_is_served_and_the_others_are_kept(
+    three: Path, samples: Samples, tmp_path: Path
+) -> None:
+    both, retain = split(samples, 1, 3)
+    first, second = both.subset([0, 1]), both.subset([2, 3])  # of slice 1, then of slice 3
+    after_first = samples.subset(np.setdiff1d(np.arange(len(samples)), samples.positions(list(first.ids), "test")))
+    one = unlearn(str(three), first, after_first, method="s3t", config=RUN, output_dir=tmp_path / "one")
+    assert stages_left(tmp_path / "one") == [0, 2, 1]
+    assert_same_bits(two_stages_by_hand(three, sequence=2), dict(one.model.state_dict()))
+    assert {key: one.config["stages"][key] for key in ("sequence", "served", "kept", "dropped")} == {
+        "sequence": 2, "served": 2, "kept": [0, 2, 1], "dropped": [3, 1, 2],
+    }  # fmt: skip
+    two = unlearn(str(tmp_path / "one"), second, retain, method="s3t", config=RUN, output_dir=tmp_path / "two")
+    assert stages_left(tmp_path / "two") == [0, 1, 0]
+    assert two.config["stages"]["dropped"] == [0, 1, 1]
+    without = learn(retain, tmp_path / "without", sequences=3)
+    for folder, left in (("one", 2), ("two", 1)):
+        for number in range(1, left + 1):
+            kept = stage_tensors(tmp_path / folder, number, sequence=2)
+            assert_same_bits(kept, stage_tensors(three, number, sequence=2))
+    assert_same_bits(stage_tensors(tmp_path / "two", 1, sequence=2), stage_tensors(tmp_path / "without", 1, sequence=2))
+    again = unlearn(
+        str(tmp_path / "one"),
+        second,
+        retain,
+        method="s3t",
+        config={**RUN, "retrain_dropped": True},
+        output_dir=tmp_path / "again",
+    )
+    assert_same_bits(dict(again.model.state_dict()), dict(without.model.state_dict()))
+    assert_same_bits(load_file(tmp_path / "again" / STAGES), load_file(tmp_path / "without" / STAGES))
+    assert set(again.samples_seen) == {
+        *(f"stage_{number}" for number in (1, 2, 3)),
+        *(f"sequence_2_stage_{number}" for number in (2, 3)),
+        *(f"sequence_3_stage_{number}" for number in (1, 2, 3)),
+    }
+    with pytest.raises(UserError, match=r"each of the slices 1 to 3.* --set retrain_dropped=true"):
+        unlearn(str(three), *split(samples, 1, 2, 3), method="s3t", config=RUN)
+
+
+def test_a_sequence_begins_with_another_slice_and_goes_round(
+    samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of = dict(zip(samples.ids, slice_by_hand(samples).tolist(), strict=True))
+    seen: dict[str, set[int]] = {}
+    deal = S3T.samples_of
+
+    def deal_and_note(method: S3T, phase: Any) -> Samples:
+        chosen = deal(method, phase)
+        seen[phase.name] = {of[each] for each in chosen.ids}
+        return chosen
+
+    monkeypatch.setattr(S3T, "samples_of", deal_and_note)
+    learn(samples, tmp_path / "run", sequences=2)
+    assert seen == {
+        "sequence_2_stage_1": {2}, "sequence_2_stage_2": {2, 3}, "sequence_2_stage_3": {1, 2, 3},
+        "stage_1": {1}, "stage_2": {1, 2}, "stage_3": {1, 2, 3},
+    }  # fmt: skip
+
+
+def test_sequences_begin_with_the_same_weights(
+    samples: Samples, tmp_path: Path, base: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the one before left in the model."""
+    held: dict[str, dict[str, Tensor]] = {}
+    edit = S3T.edit
+
+    def edit_and_note(method: S3T, model: Any, phase: Any) -> None:
+        edit(method, model, phase)
+        held[phase.name] = {key: value.clone() for key, value in model.state_dict().items()}
+
+    monkeypatch.setattr(S3T, "edit", edit_and_note)
+    learn(samples, tmp_path / "run", **base, sequences=2)
+    assert_same_bits(held["sequence_2_stage_1"], held["stage_1"])
+    with pytest.raises(AssertionError):
+        assert_same_bits(held["sequence_2_stage_2"], held["stage_2"])
 
 
 # --- what a stage changes, and what it sees ------------------------------------
@@ -244,6 +343,27 @@ def test_a_killed_retraining_of_stages_goes_on_to_the_same_bits(
     assert_same_bits(load_file(tmp_path / "run" / STAGES), load_file(tmp_path / "whole" / STAGES))
 
 
+@pytest.mark.parametrize("at", [("sequence_2_stage_1", 2), ("sequence_2_stage_3", 2), ("stage_1", 1), ("stage_2", 2)])
+def test_a_training_in_sequences_that_is_killed_goes_on_to_the_same_bits(
+    three: Path, samples: Samples, tmp_path: Path, at: tuple[str, int]
+) -> None:
+    fit = functools.partial(
+        train, tiny_vit(), samples, method="s3t", config={**RECIPE, "sequences": 3}, output_dir=tmp_path / "run"
+    )
+
+    class Killed(Exception):
+        pass
+
+    def die(phase: str, step: int, *_: Any) -> None:
+        if (phase, step) == at:
+            raise Killed
+
+    with pytest.raises(Killed):
+        fit(progress=die)
+    assert weights_sha256(fit(resume=True).model) == weights_sha256(load_checkpoint(three))
+    assert_same_bits(load_file(tmp_path / "run" / STAGES), load_file(three / STAGES))
+
+
 def test_a_killed_training_goes_on_to_the_same_bits(
     trained: Path, samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -286,6 +406,8 @@ def test_what_cannot_be_exact_is_refused(trained: Path, samples: Samples, tmp_pa
 
 
 def test_a_training_that_cannot_be_sliced_is_refused(samples: Samples, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"sequences=4: expected 1 to 3, the slices"):
+        learn(samples, tmp_path / "a", sequences=4)
     with pytest.raises(UserError, match="give output_dir"):
         train(tiny_vit(), samples, method="s3t", config=RECIPE)
     with pytest.raises(UserError, match=r"slices=4: .* the model has 2; give at most 3"):
@@ -293,6 +415,8 @@ def test_a_training_that_cannot_be_sliced_is_refused(samples: Samples, tmp_path:
     of = slice_by_hand(samples)
     with pytest.raises(UserError, match=r"none of its .* samples is in slice 1 of 3"):
         learn(samples.subset(np.flatnonzero(of != 1)), tmp_path / "b")
+    with pytest.raises(UserError, match=r"none of its .* samples is in slice 2 of 3"):
+        learn(samples.subset(np.flatnonzero(of != 2)), tmp_path / "b", sequences=2)
 
 
 def test_a_damaged_file_of_stages_is_one_line(trained: Path, tmp_path: Path) -> None:
