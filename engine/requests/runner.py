@@ -152,7 +152,7 @@ def run_requests(
         drift = _drift(store, run, source.test, len(batch) + len(earlier), options)
         whole = Task.of_ids(source, [*earlier, *batch], spec=f"all requests up to version {run.number}")
         verdict = None
-        status, reason = FAIL, _useless(store, run, metrics, options.method)
+        status, reason = FAIL, _useless(store, run, metrics)
         if not reason:
             say(f"judging version {run.number:04d} on the {len(whole.forget)} samples forgotten so far")
             verdict = _judge(store, verify, whole, task if earlier else None, place, options)
@@ -390,7 +390,7 @@ def _unlearn(store: Store, run: Run, task: Task, options: Options, progress: Pro
     return outcome.metrics
 
 
-def _useless(store: Store, run: Run, metrics: Mapping[str, Any], method: str) -> str:
+def _useless(store: Store, run: Run, metrics: Mapping[str, Any]) -> str:
     """Why a version fails before any verdict; empty where it does not.
 
     A verdict compares with the root, from which earlier versions differ already: that this run did nothing at all has
@@ -398,7 +398,7 @@ def _useless(store: Store, run: Run, metrics: Mapping[str, Any], method: str) ->
     """
     if metrics["collapsed"]:
         return "COLLAPSED: accuracy on the watched samples fell by more than 10 points"
-    if get_method(method).exact:
+    if get_method(run.options["method"]).exact:
         return ""
     model, parent = (load_checkpoint(store.place(number)) for number in (run.number, run.parent))
     if compare_weights(model, parent)["changed"] == 0:
