@@ -6,6 +6,7 @@ import functools
 import hashlib
 import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -320,6 +321,20 @@ def test_a_stage_changes_its_own_group_and_the_head_alone(
 # --- killed and resumed --------------------------------------------------------
 
 
+def killed_at(at: tuple[str, int], fit: Callable[..., UnlearnResult]) -> None:
+    """Breaks a run off when a phase has taken so many steps."""
+
+    class Killed(Exception):
+        pass
+
+    def die(phase: str, step: int, *_: Any) -> None:
+        if (phase, step) == at:
+            raise Killed
+
+    with pytest.raises(Killed):
+        fit(progress=die)
+
+
 def test_a_killed_retraining_of_stages_goes_on_to_the_same_bits(
     trained: Path, samples: Samples, tmp_path: Path
 ) -> None:
@@ -329,16 +344,7 @@ def test_a_killed_retraining_of_stages_goes_on_to_the_same_bits(
         unlearn, str(trained), forget, retain, method="s3t", config={**RUN, "retrain_dropped": True}
     )
     expected = begin(output_dir=tmp_path / "whole").model
-
-    class Killed(Exception):
-        pass
-
-    def die(phase: str, step: int, *_: Any) -> None:
-        if (phase, step) == ("stage_3", 2):
-            raise Killed
-
-    with pytest.raises(Killed):
-        begin(output_dir=tmp_path / "run", progress=die)
+    killed_at(("stage_3", 2), functools.partial(begin, output_dir=tmp_path / "run"))
     assert weights_sha256(begin(output_dir=tmp_path / "run", resume=True).model) == weights_sha256(expected)
     assert_same_bits(load_file(tmp_path / "run" / STAGES), load_file(tmp_path / "whole" / STAGES))
 
@@ -350,16 +356,7 @@ def test_a_training_in_sequences_that_is_killed_goes_on_to_the_same_bits(
     fit = functools.partial(
         train, tiny_vit(), samples, method="s3t", config={**RECIPE, "sequences": 3}, output_dir=tmp_path / "run"
     )
-
-    class Killed(Exception):
-        pass
-
-    def die(phase: str, step: int, *_: Any) -> None:
-        if (phase, step) == at:
-            raise Killed
-
-    with pytest.raises(Killed):
-        fit(progress=die)
+    killed_at(at, fit)
     assert weights_sha256(fit(resume=True).model) == weights_sha256(load_checkpoint(three))
     assert_same_bits(load_file(tmp_path / "run" / STAGES), load_file(three / STAGES))
 
