@@ -43,7 +43,7 @@ from engine.methods.base import Context, Method, Passes, Phase, Taken, cross_ent
 from engine.methods.spaces import Range, rate, tunable
 from engine.vit import outputs
 
-# Peak rate times the width of the model; see docs/notes.md.
+# Peak rate times the width of the model; see docs/notes-lethe-plus.md.
 LR_PER_WIDTH = 0.0768
 # Share of the steps after which the aim is corrected.
 _SETTLED = 0.1
