@@ -363,7 +363,7 @@ PEERS = (
         module="torchunlearn.unlearn",
         defaults={**_MERGED_DEFAULTS, "trainer": {}},
         equal=_bad_teacher_equal,
-        ours={},
+        ours={"untrained": "layers"},
         differs="both teachers on every batch; the bad one keeps the original's class token and position embedding",
         call=_bad_teacher,
     ),

@@ -9,6 +9,9 @@ KL_t as in `distillation`. On the forget samples (l = 1) together with a part of
 As published: 30% of the retained samples, drawn once; t = 1; no labels. The paper's code divides by the number of
 classes too, which AdamW does not see but for the clipping of gradients.
 
+A model that was never trained is not one thing: a ViT's own first weights answer nearly evenly, those of torch's layers
+less so, and pull harder (`untrained`).
+
 Departures: one cycle of the learning rate in place of a constant one, a rate that follows the width, and images that
 are not augmented by default, so that each teacher runs once an image.
 """
@@ -16,6 +19,7 @@ are not augmented by default, so that each teacher runs once an image.
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +40,8 @@ class BadTeacherConfig:
     """epochs: passes over the forget samples and the part of the retained ones. lr: peak rate; null: 0.0128 / width.
 
     retain_part: share (0, 1] of the retained samples that takes part. temperature: t above.
+    untrained: first weights of T_d: architecture, its own; layers, every layer that has torch's `reset_parameters` by
+        that, as torchunlearn makes it.
     augment_images: augment them; both teachers then run on every batch instead of once an image.
     """
 
@@ -43,6 +49,7 @@ class BadTeacherConfig:
     lr: float | None = tunable(None, rate(LR_PER_WIDTH))
     retain_part: float = 0.3
     temperature: float = 1.0
+    untrained: Literal["architecture", "layers"] = "architecture"
     augment_images: bool = False
 
     def __post_init__(self) -> None:
@@ -91,7 +98,10 @@ class BadTeacher(Distillation):
     def untrained(self) -> nn.Module:
         """The incompetent teacher: made when it is first asked, the same for a seed."""
         if self._untrained is None:
-            fresh = spec_of(self.context.original).build(seed=self.context.run.seed)
+            seed = self.context.run.seed
+            fresh = spec_of(self.context.original).build(seed=seed)
+            if self.config.untrained == "layers":
+                _reset_layers(fresh, seed)
             self._untrained = fresh.to(self.context.device).requires_grad_(False).eval()
         return self._untrained
 
@@ -103,3 +113,12 @@ class BadTeacher(Distillation):
 
     def _to_forget(self, batch: Batch) -> Tensor:
         return (batch.index < len(self.context.forget)).to(batch.images.device)
+
+
+def _reset_layers(model: nn.Module, seed: int) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for module in model.modules():
+            reset = getattr(module, "reset_parameters", None)
+            if reset is not None:
+                reset()

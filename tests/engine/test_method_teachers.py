@@ -307,6 +307,30 @@ def test_bad_teachers_each_see_an_image_once(train: Samples) -> None:
     assert sum(calls) == 2 * 40
 
 
+def test_the_untrained_teacher_may_start_as_its_layers_do(train: Samples) -> None:
+    methods: list[Any] = [make("bad_teacher", train, untrained="layers", seed=seed) for seed in (0, 0, 1)]
+    made = methods[0].untrained
+    torch.rand(3)  # the global generator is elsewhere for the second
+    before = torch.get_rng_state()
+    again, other = (method.untrained for method in methods[1:])
+    assert torch.equal(torch.get_rng_state(), before)
+    own = dict(tiny_vit(seed=0).named_parameters())
+    layers = 0
+    for module in made.modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+            # Uniform in +- 1 / sqrt(fan in), bias and all: what torch's reset_parameters draws.
+            bound = module.weight[0].numel() ** -0.5
+            assert 0.9 * bound < module.weight.abs().max() <= bound
+            assert 0 < module.bias.abs().max() <= bound
+            assert module.weight.std() == pytest.approx(bound / 3**0.5, rel=0.1)
+            layers += 1
+    assert layers == 2 + 4 * len(made.blocks)
+    for name in ("cls_token", "pos_embed"):  # of no layer
+        assert torch.equal(made.get_parameter(name), own[name])
+    assert torch.equal(weights(made), weights(again))
+    assert not torch.equal(weights(made), weights(other))
+
+
 # lotus
 
 
