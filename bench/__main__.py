@@ -280,6 +280,7 @@ def peers(
     method: Annotated[
         list[str] | None, typer.Option(help="ssd, scrub, salun or bad_teacher.", show_default="all")
     ] = None,
+    setting: Annotated[list[str] | None, typer.Option(help="equal or defaults.", show_default="both")] = None,
     seeds: Annotated[int, typer.Option(help="Seeds 0, 1, ... of every method.")] = 3,
     quick: Annotated[bool, typer.Option("--quick", help="A few steps or one epoch, one seed.")] = False,
     settings: Settings = None,
@@ -289,7 +290,7 @@ def peers(
     from bench.method_peers import run_method_peers
 
     subjects = _subjects(checkpoint, data, forget, reference or [], name, retrain_epochs, digits)
-    run_method_peers(subjects, 1 if quick else seeds, settings or [], method or [], json, quick)
+    run_method_peers(subjects, 1 if quick else seeds, settings or [], method or [], json, quick, terms=setting or [])
 
 
 def _subjects(

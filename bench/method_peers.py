@@ -87,10 +87,11 @@ def run_method_peers(
     json_file: Path | None,
     quick: bool = False,
     peers: Sequence[Peer] = PEERS,
+    terms: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Prints and returns what the module's description lists; goes on with the file of a run that was broken off.
 
-    methods: those of the peers to run; none: all.
+    methods: those of the peers to run; none: all. terms: EQUAL, DEFAULTS or both, the same; none: both.
     """
     setting = setting_of(subjects, seeds, settings, quick)
     options = setting["options"]
@@ -98,6 +99,9 @@ def run_method_peers(
     for name in methods:
         if name not in known:
             raise UserError(f"--method {name!r}: no peer has it{nearest(name, known)}")
+    for name in terms:
+        if name not in SETTINGS:
+            raise UserError(f"--setting {name!r}: expected {' or '.join(SETTINGS)}")
     chosen = [peer for peer in peers if peer.method in (methods or known)]
     report = Report()
     before = kept(json_file, setting, "peers")
@@ -112,7 +116,7 @@ def run_method_peers(
         options = {**options, "max_steps": QUICK_STEPS}
         there = [dataclasses.replace(peer, defaults=_shortened(peer.defaults)) for peer in there]
     for subject in subjects:
-        for entry in _measured(subject, there, peers, seeds, options, tasks.get(subject.name), quick):
+        for entry in _measured(subject, there, peers, seeds, terms, options, tasks.get(subject.name), quick):
             tasks[subject.name] = entry
             report.write(results, json_file)
         if subject.name in tasks:
@@ -138,6 +142,7 @@ def _measured(
     chosen: Sequence[Peer],
     peers: Sequence[Peer],
     seeds: int,
+    terms: Sequence[str],
     options: Values,
     before: Row | None,
     quick: bool,
@@ -155,7 +160,7 @@ def _measured(
     done = {_key(row["method"], row["contender"], row["settings"], row["seed"]) for row in rows}
     for seed in range(seeds):
         for peer in chosen:
-            contenders = contenders_of(peer)
+            contenders = [each for each in contenders_of(peer) if not terms or {*each.settings} & {*terms}]
             first = seed % len(contenders)
             for each in (*contenders[first:], *contenders[:first]):
                 if _key(each.method, each.name, each.settings, seed) in done:

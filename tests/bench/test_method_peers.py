@@ -389,6 +389,20 @@ def test_a_run_and_one_that_goes_on(
         run(["max_steps=2"])
 
 
+def test_one_setting_may_be_measured_alone(cheap: None, subject: Subject, tmp_path: Path) -> None:
+    peers = [_fake([]), _fake([], method="gradient_ascent", ours={"lr": 1e-6})]
+
+    def settings_of(method: str, terms: list[str]) -> list[tuple[str, ...]]:
+        report = run_method_peers([subject], 1, SETTINGS, [], tmp_path / "peers.json", peers=peers, terms=terms)
+        rows = report["tasks"]["toy"]["rows"]
+        return [(each["contender"], *each["settings"]) for each in rows if each["method"] == method]
+
+    equal = [("ours", "equal"), ("fake", "equal")]
+    assert settings_of("gradient_ascent", ["equal"]) == equal
+    assert settings_of("finetune", ["equal"]) == [("ours", "equal", "defaults"), ("fake", "equal")]
+    assert settings_of("gradient_ascent", []) == [*equal, ("ours", "defaults"), ("fake", "defaults")]
+
+
 def test_without_references_two_are_trained_once(
     cheap: None, subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -435,15 +449,20 @@ def test_what_is_wrong_is_said_before_anything_runs(subject: Subject) -> None:
     ):
         with pytest.raises(UserError, match=message):
             run_method_peers([subject], *arguments, None)
+    with pytest.raises(UserError, match="--setting 'equals': expected equal or defaults"):
+        run_method_peers([subject], 1, [], [], None, terms=["equals"])
 
 
 def test_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Any] = []
-    monkeypatch.setattr(method_peers, "run_method_peers", lambda *arguments: given.append(arguments))
+    monkeypatch.setattr(method_peers, "run_method_peers", lambda *arguments, terms: given.append((*arguments, terms)))
     command = ["peers", "--no-digits", "--checkpoint", "c", "--data", "d", "--forget", "f", "--reference", "a"]
-    assert CliRunner().invoke(app, [*command, "--method", "ssd"], catch_exceptions=False).exit_code == 0
+    assert (
+        CliRunner().invoke(app, [*command, "--method", "ssd", "--setting", "equal"], catch_exceptions=False).exit_code
+        == 0
+    )
     assert CliRunner().invoke(app, ["peers", "--quick"], catch_exceptions=False).exit_code == 0
     subjects, *rest = given[0]
     assert [(each.checkpoint, each.references) for each in subjects] == [("c", ("a",))]
-    assert rest == [3, [], ["ssd"], None, False]
-    assert ([each.name for each in given[1][0]], given[1][1], given[1][-1]) == (["digits"], 1, True)
+    assert rest == [3, [], ["ssd"], None, False, ["equal"]]
+    assert ([each.name for each in given[1][0]], given[1][1], *given[1][-2:]) == (["digits"], 1, True, [])
