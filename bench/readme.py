@@ -417,13 +417,12 @@ TABLES = (
     ),
     Generator(
         name="leaderboard-yardstick-class", files=("leaderboard-yardstick-class.json",), make=leaderboard_table,
-        expected=False, document=IN_FULL,
+        document=IN_FULL,
     ),
     Generator(name="leaderboard-digits", files=("leaderboard-digits.json",), make=leaderboard_table, document=IN_FULL),
     Generator(name="yardstick-ablation", files=("yardstick-ablation.json",), make=ablation_table, document=IN_FULL),
     Generator(
-        name="yardstick-ablation-plus", files=("yardstick-ablation-plus.json",), make=ablation_table, expected=False,
-        document=IN_FULL,
+        name="yardstick-ablation-plus", files=("yardstick-ablation-plus.json",), make=ablation_table, document=IN_FULL
     ),
     Generator(
         name="yardstick-accelerators", files=("yardstick-accelerators.json",), make=ablation_table, expected=False,
