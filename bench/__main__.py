@@ -237,6 +237,7 @@ def leaderboard(
     method: Annotated[
         list[str] | None, typer.Option(help="Methods beside the retrain; without any all.", show_default=False)
     ] = None,
+    retrain: Annotated[bool, typer.Option(help="A retrain of each seed; else references are needed.")] = True,
     seeds: Annotated[int, typer.Option(help="Seeds 0, 1, ... of every method and of the retrain.")] = 3,
     plot: CostPlot = None,
     quick: Annotated[bool, typer.Option("--quick", help="Three steps a phase, two seeds, a minute.")] = False,
@@ -250,7 +251,9 @@ def leaderboard(
     classes = [(subject, "3" if subject.checkpoint is None else class_name) for subject in subjects]
     subjects += [class_of(subject, chosen) for subject, chosen in classes if chosen]
     number = min(seeds, 2) if quick else seeds
-    run_retrain_cost(subjects, number, settings or [], None, json, plot, quick, False, methods=method or ())
+    run_retrain_cost(
+        subjects, number, settings or [], None, json, plot, quick, False, methods=method or (), retrain=retrain
+    )
 
 
 @app.command()

@@ -28,6 +28,7 @@ TITLES = {
     "train": "Training steps",
     "retrain-cost": "Unlearning beside retraining",
     "leaderboard-yardstick": "Every method on the yardstick",
+    "leaderboard-yardstick-alone": "LetheViT and lethe_plus alone on the machine",
     "leaderboard-yardstick-class": "Every method on the yardstick, a class forgotten",
     "leaderboard-digits": "Every method on digits",
     "peers-digits": "Methods beside other libraries' on digits",

@@ -416,6 +416,10 @@ TABLES = (
         name="leaderboard-yardstick", files=("leaderboard-yardstick.json",), make=leaderboard_table, document=IN_FULL
     ),
     Generator(
+        name="leaderboard-yardstick-alone", files=("leaderboard-yardstick-alone.json",), make=leaderboard_table,
+        document=IN_FULL,
+    ),
+    Generator(
         name="leaderboard-yardstick-class", files=("leaderboard-yardstick-class.json",), make=leaderboard_table,
         document=IN_FULL,
     ),

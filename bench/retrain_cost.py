@@ -146,16 +146,23 @@ def run_retrain_cost(
     quick: bool = False,
     projection: bool = True,
     methods: Sequence[str] = (),
+    retrain: bool = True,
 ) -> dict[str, Any]:
     """Prints and returns what the module's description lists; goes on with the file of a run that was broken off.
 
-    methods: those to run beside the retrain; none: all of them.
+    methods: those to run beside the retrain; none: all of them. retrain: False runs the methods alone, on subjects that
+        have references; shares of the retrain are null then.
     """
     setting = setting_of(subjects, seeds, settings, quick)
     options = setting["options"]
     if price is not None and price < 0:
         raise UserError(f"--price {price:g}: expected 0 or more for one hour of a device")
     chosen = {name: get_method(name) for name in (*methods, "retrain")} if methods else list_methods()
+    if not retrain:
+        del chosen["retrain"]
+        for subject in subjects:
+            if not subject.references:
+                raise UserError(f"--no-retrain: {subject.name} has no --reference, so there is nothing to compare with")
     for name in [name for name, method in chosen.items() if method.needs_checkpoint]:
         console.print(f"{name}: left out, it takes checkpoints of {chosen.pop(name).needs_checkpoint} alone")
     for method in chosen.values():

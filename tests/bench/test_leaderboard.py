@@ -83,6 +83,21 @@ def test_chosen_methods_run_beside_the_retrain_and_the_best_comes_first(
         run_retrain_cost([subject], 2, settings, None, None, None, projection=False, methods=("finetun",))
 
 
+def test_without_a_retrain_the_methods_run_alone(tmp_path: Any) -> None:
+    names = [str(save_checkpoint(tiny_vit(seed=seed), tmp_path / str(seed))) for seed in range(2)]
+    subject = Subject(
+        name="toy", data="digits", forget="random:0.01@0", checkpoint=names[0], references=tuple(names[1:])
+    )
+    settings = ["max_steps=1", "batch_size=16", "precision=fp32"]
+    chosen: Any = {"projection": False, "methods": ("gradient_ascent",), "retrain": False}
+    (row,) = run_retrain_cost([subject], 1, settings, None, None, None, **chosen)["tasks"]["toy"]["rows"]
+    assert row["method"] == "gradient_ascent"
+    assert row["share"] is None
+    assert row["gap"]["average"] > 0
+    with pytest.raises(UserError, match="--no-retrain: digits has no --reference"):
+        run_retrain_cost([subject, DIGITS], 1, settings, None, None, None, **chosen)
+
+
 def test_the_command_asks_for_a_random_tenth_and_a_class(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Any] = []
     monkeypatch.setattr(retrain_cost, "run_retrain_cost", lambda *a, **options: given.append((*a, options)))
@@ -96,7 +111,9 @@ def test_the_command_asks_for_a_random_tenth_and_a_class(monkeypatch: pytest.Mon
         ("yardstick, class cat", "class:cat", ()),  # references of another request are none
     ]
     assert (seeds, plot, options["methods"]) == (3, Path("p.png"), ["lethe"])
-    assert CliRunner().invoke(app, command).exit_code == 0
+    assert options["retrain"]
+    assert CliRunner().invoke(app, [*command, "--no-retrain"]).exit_code == 0
+    assert not given[1][-1]["retrain"]
     assert [each.name for each in given[1][0]] == ["digits", "yardstick", "digits, class 3"]
 
 
