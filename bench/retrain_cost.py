@@ -162,7 +162,10 @@ def run_retrain_cost(
         del chosen["retrain"]
         for subject in subjects:
             if not subject.references:
-                raise UserError(f"--no-retrain: {subject.name} has no --reference, so there is nothing to compare with")
+                raise UserError(
+                    f"--no-retrain: {subject.name} has no retrained model to be compared with; give --reference and "
+                    "--no-digits"
+                )
     for name in [name for name, method in chosen.items() if method.needs_checkpoint]:
         console.print(f"{name}: left out, it takes checkpoints of {chosen.pop(name).needs_checkpoint} alone")
     for method in chosen.values():

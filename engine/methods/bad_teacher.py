@@ -40,8 +40,8 @@ class BadTeacherConfig:
     """epochs: passes over the forget samples and the part of the retained ones. lr: peak rate; null: 0.0128 / width.
 
     retain_part: share (0, 1] of the retained samples that takes part. temperature: t above.
-    untrained: first weights of T_d: architecture, its own; layers, every layer that has torch's `reset_parameters` by
-        that, as torchunlearn makes it.
+    untrained: first weights of T_d: architecture, its own; layers, those of torch's `reset_parameters` where a layer
+        has it, as in torchunlearn.
     augment_images: augment them; both teachers then run on every batch instead of once an image.
     """
 

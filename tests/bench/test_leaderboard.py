@@ -94,7 +94,7 @@ def test_without_a_retrain_the_methods_run_alone(tmp_path: Any) -> None:
     assert row["method"] == "gradient_ascent"
     assert row["share"] is None
     assert row["gap"]["average"] > 0
-    with pytest.raises(UserError, match="--no-retrain: digits has no --reference"):
+    with pytest.raises(UserError, match="--no-retrain: digits has no retrained model to be compared with"):
         run_retrain_cost([subject, DIGITS], 1, settings, None, None, None, **chosen)
 
 

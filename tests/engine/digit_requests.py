@@ -1,4 +1,4 @@
-"""A store of deletion requests over a part of digits: runs of two steps, a verdict that is told what to say."""
+"""Runs of deletion requests on digits: two steps, a verdict that is told what to say, processes that are killed."""
 
 from __future__ import annotations
 
@@ -9,15 +9,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
-from toys import few
-
-from engine.data import Source, open_source
+from engine.data import Source
 from engine.evaluate.verdict import Gate, Status, Verdict
 from engine.files import write_json
 from engine.job import Task
-from engine.requests import intake
-from engine.requests.intake import init_store
 from engine.requests.runner import Finished, run_requests
 from engine.requests.store import Store
 
@@ -42,20 +37,6 @@ class Judge:
 
 def record(place: Path, verdict: Verdict) -> None:
     write_json(place / "verdict.json", verdict.to_dict())
-
-
-def part_of_digits() -> Source:
-    """The evaluation of a run takes most of these tests' time, so not all samples."""
-    whole = open_source("digits")
-    return Source("digits", few(whole.train, 240), whole.validation, few(whole.test, 80))
-
-
-def make_store(folder: Path, checkpoint: Path, digits: Source, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A store of digits. The evidence of its runs is an empty report: `engine.job`'s is tested elsewhere."""
-    monkeypatch.setattr(intake, "open_source", {"digits": digits}.__getitem__)
-    monkeypatch.setattr("engine.job._write_evidence", lambda task, folder, *rest: (folder / "report.html").touch())
-    init_store(folder, str(checkpoint), "digits", method="finetune", config=QUICK)
-    return folder
 
 
 def ids_of(digits: Source, start: int, count: int = 6) -> list[str]:

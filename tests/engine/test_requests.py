@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from digit_requests import QUICK, Judge, die, die_at, ids_of, killed, make_store, part_of_digits, record, run, states
+from digit_requests import QUICK, Judge, die, die_at, ids_of, killed, record, run, states
 from toys import tiny_vit
 
 from engine.config import read_yaml
@@ -23,16 +23,6 @@ from engine.requests.runner import abandon_run, rebase, run_requests
 from engine.requests.status import status
 from engine.requests.store import Store
 from engine.vit import load_checkpoint, save_checkpoint, weights_sha256
-
-
-@pytest.fixture(scope="module")
-def digits() -> Source:
-    return part_of_digits()
-
-
-@pytest.fixture
-def store(tmp_path: Path, checkpoint: Path, digits: Source, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return make_store(tmp_path / "store", checkpoint, digits, monkeypatch)
 
 
 def test_ten_requests_with_a_kill_in_one_and_a_verdict_that_fails_in_another(

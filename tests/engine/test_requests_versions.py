@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from digit_requests import Judge, die, die_at, ids_of, killed, make_store, part_of_digits, run
+from digit_requests import Judge, die, die_at, ids_of, killed, run
 from toys import tiny_vit
 
 from engine.config import read_yaml
@@ -23,16 +23,6 @@ from engine.requests.status import status
 from engine.requests.store import Store
 from engine.sliced import Stages, slices_of, tokens_of
 from engine.vit import load_checkpoint, save_checkpoint
-
-
-@pytest.fixture(scope="module")
-def digits() -> Source:
-    return part_of_digits()
-
-
-@pytest.fixture
-def store(tmp_path: Path, checkpoint: Path, digits: Source, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return make_store(tmp_path / "store", checkpoint, digits, monkeypatch)
 
 
 def test_a_collapsed_model_is_rejected_without_a_verdict(

@@ -1,0 +1,29 @@
+"""A store of deletion requests over a part of digits; test files whose runs are planted have one of their own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from digit_requests import QUICK
+from toys import few
+
+from engine.data import Source, open_source
+from engine.requests import intake
+from engine.requests.intake import init_store
+
+
+@pytest.fixture(scope="module")
+def digits() -> Source:
+    """Not all samples: the evaluation of a run takes most of these tests' time."""
+    whole = open_source("digits")
+    return Source("digits", few(whole.train, 240), whole.validation, few(whole.test, 80))
+
+
+@pytest.fixture
+def store(tmp_path: Path, checkpoint: Path, digits: Source, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The evidence of its runs is an empty report: `engine.job`'s is tested elsewhere."""
+    monkeypatch.setattr(intake, "open_source", {"digits": digits}.__getitem__)
+    monkeypatch.setattr("engine.job._write_evidence", lambda task, folder, *rest: (folder / "report.html").touch())
+    init_store(tmp_path / "store", str(checkpoint), "digits", method="finetune", config=QUICK)
+    return tmp_path / "store"
