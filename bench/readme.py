@@ -429,7 +429,7 @@ TABLES = (
         name="yardstick-ablation-plus", files=("yardstick-ablation-plus.json",), make=ablation_table, document=IN_FULL
     ),
     Generator(
-        name="yardstick-accelerators", files=("yardstick-accelerators.json",), make=ablation_table, expected=False,
+        name="yardstick-accelerators", files=("yardstick-accelerators.json",), make=ablation_table,
         document=IN_FULL,
     ),
     Generator(name="peers-digits", files=("peers-digits.json",), make=peers_table, document=IN_FULL),
