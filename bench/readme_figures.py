@@ -67,23 +67,19 @@ def _standing(report: Report) -> dict[str, str]:
 def _alone(report: Report) -> dict[str, str]:
     """Shares of LetheViT's seconds, seed by seed, as both ran in the same hour."""
     (entry,) = report["tasks"].values()
+    means = {each["method"]: f"{each['unlearn_seconds']['mean']:.0f}" for each in entry["summary"]}
     seconds = {(row["method"], row["seed"]): row["seconds"] for row in entry["rows"]}
-    seeds = sorted(seed for method, seed in seconds if method == "lethe")
-    plus, lethe = ([seconds[method, seed] for seed in seeds] for method in ("lethe_plus", "lethe"))
-    unlearning, whole = (
-        [100 * ours[part] / theirs[part] for ours, theirs in zip(plus, lethe, strict=True)]
-        for part in ("unlearn", "total")
-    )
+    seeds = [seed for method, seed in seconds if method == "lethe"]
+
+    def shares(part: str) -> list[float]:
+        return [100 * seconds["lethe_plus", seed][part] / seconds["lethe", seed][part] for seed in seeds]
+
+    unlearning = shares("unlearn")
     return {
-        **{
-            key: f"{sum(each['unlearn'] for each in found) / len(seeds):.0f}"
-            for key, found in (("plus", plus), ("lethe", lethe))
-        },
-        "least": f"{min(unlearning):.0f}",
-        "most": f"{max(unlearning):.0f}",
-        "seeds": str(len(seeds)),
-        "whole": f"{sum(whole) / len(seeds):.0f}",
-    }
+        "plus": means["lethe_plus"], "lethe": means["lethe"], "seeds": str(len(seeds)),
+        "least": f"{min(unlearning):.0f}", "most": f"{max(unlearning):.0f}",
+        "whole": f"{sum(shares('total')) / len(seeds):.0f}",
+    }  # fmt: skip
 
 
 def _busy(report: Report) -> dict[str, str]:
