@@ -24,7 +24,7 @@ from engine.evaluate import Evaluation, compare
 from engine.job import Task
 from engine.loop import unlearn
 from engine.methods import get_method
-from engine.vit import load_checkpoint
+from engine.models.checkpoint import load_checkpoint
 
 # Of each method, variant: options that differ from the defaults.
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {

@@ -43,7 +43,7 @@ from engine.console import console
 from engine.environment import extras
 from engine.errors import UserError
 from engine.files import sha256
-from engine.vit import load_checkpoint
+from engine.models.checkpoint import load_checkpoint
 
 # Of ten runs, when they are killed. Start-up lasts until the first checkpoint.
 MOMENTS = ("checkpoint",) * 4 + ("training",) * 3 + ("report",) * 2 + ("start-up",)

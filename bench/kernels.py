@@ -27,7 +27,8 @@ from bench.rollout_peers import PLAIN, KernelCase, RolloutCase, kernel_contender
 from engine.console import console
 from engine.device import resolve_device
 from engine.masking import count_masked
-from engine.vit import ModelSpec, attention_modules, describe
+from engine.models.checkpoint import ModelSpec
+from engine.models.vit import attention_modules, describe
 
 Only = Literal["rollout", "info_nce", "mask"]
 Case = dict[str, Any]

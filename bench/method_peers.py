@@ -56,7 +56,7 @@ from engine.console import console, progress_bars
 from engine.errors import UserError, nearest
 from engine.job import Task
 from engine.loop import set_up, unlearn
-from engine.vit import load_checkpoint
+from engine.models.checkpoint import load_checkpoint
 
 OURS = "ours"
 EQUAL, DEFAULTS = SETTINGS = ("equal", "defaults")

@@ -25,7 +25,7 @@ from bench.measure import Call
 from engine.data import Loader, Preprocessing, Samples, open_source
 from engine.evaluate.predict import predict
 from engine.masking import count_masked, mask_and_outputs
-from engine.vit import describe
+from engine.models.vit import describe
 from kernels import attention_rollout, info_nce, mask_patches, mask_tokens, rollout_topk_mask
 
 TEMPERATURE = 0.1

@@ -80,7 +80,7 @@ from engine.evaluate.predict import predict
 from engine.job import Task, architecture
 from engine.loop import train, unlearn
 from engine.methods import get_method, list_methods
-from engine.vit import load_checkpoint, weights_sha256
+from engine.models.checkpoint import load_checkpoint, weights_sha256
 
 # Added to a retrain's seed: it shall share neither first weights nor sample order with an original of a low seed.
 RETRAIN_SEED = 1000

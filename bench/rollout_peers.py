@@ -20,7 +20,8 @@ from bench.kernel_peers import EXTRA, TOLERANCE, close, compiled
 from bench.measure import Contender, WrongResultError
 from engine.device import resolve_attention
 from engine.masking import scores_and_outputs, top_mask
-from engine.vit import ViTInfo, attention_modules, capture_queries_keys
+from engine.models.attention import capture_queries_keys
+from engine.models.vit import ViTInfo, attention_modules
 from kernels import mask_patches, rollout_topk_mask
 from kernels.mask import mask_patches_reference
 from kernels.rollout import attention_rollout_reference

@@ -21,8 +21,8 @@ from rich.table import Table
 
 from bench.report import Report
 from engine.console import console
+from engine.models.checkpoint import ModelSpec, save_checkpoint
 from engine.plan import plan
-from engine.vit import ModelSpec, save_checkpoint
 
 MIB = 2**20
 STAGES = ("zero0", "zero1", "zero2", "zero3", "zero3_offload")

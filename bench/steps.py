@@ -23,7 +23,7 @@ from engine.data import Batch, Preprocessing, Samples, open_source
 from engine.loop import set_up
 from engine.masking import count_masked
 from engine.methods.lethe import LetheConfig
-from engine.vit import describe
+from engine.models.vit import describe
 
 PARTS = ("data", "teacher", "forward", "backward", "optimizer", "communication")
 _DECAY, _CLIP, _RATE = RunConfig().weight_decay, RunConfig().grad_clip, 1e-4

@@ -17,8 +17,8 @@ from engine.data import open_source
 from engine.demo import MODEL_ARGS, RECIPE, RUN
 from engine.ensemble import EnsembleSpec
 from engine.job import architecture
+from engine.models.checkpoint import spec_of
 from engine.ulira import attack_procedure
-from engine.vit import spec_of
 
 TARGETS = "random:0.1@0"
 

@@ -28,8 +28,10 @@ from engine.distributed.zero import require_deepspeed
 from engine.errors import UserError
 from engine.loop import unlearn
 from engine.masking import count_masked, mask_and_outputs
+from engine.models.attention import capture_queries_keys
+from engine.models.checkpoint import save_checkpoint
+from engine.models.vit import describe
 from engine.plan.cost import Cost, count_cost
-from engine.vit import capture_queries_keys, describe, save_checkpoint
 from kernels import attention_rollout, info_nce, resolve_backend
 from kernels.rollout import attention_rollout_reference
 

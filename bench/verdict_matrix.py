@@ -36,8 +36,9 @@ from engine.evaluate.verdict import FAIL, PASS, Gates
 from engine.job import Task
 from engine.loop import train, unlearn
 from engine.methods import get_method
+from engine.models.checkpoint import load_checkpoint, spec_of
+from engine.models.vit import outputs
 from engine.verify import Examiner
-from engine.vit import load_checkpoint, outputs, spec_of
 
 # Digits with three tenths to forget: with one tenth (144 samples) the attack does not catch the untouched model for
 # sure, and a retrained one is rightly told INSUFFICIENT EVIDENCE.

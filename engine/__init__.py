@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     from engine.errors import RunStopped, UserError
     from engine.loop import train, unlearn
     from engine.methods import list_methods
+    from engine.models.checkpoint import load_checkpoint, remember_model_args, save_checkpoint
     from engine.trainer import UnlearnResult
     from engine.tuning import tune
-    from engine.vit import load_checkpoint, remember_model_args, save_checkpoint
 
 __version__ = "0.1.0"
 
@@ -27,9 +27,9 @@ _HOME = {
     "tune": "engine.tuning",
     "unlearn": "engine.loop",
     "list_methods": "engine.methods",
-    "load_checkpoint": "engine.vit",
-    "remember_model_args": "engine.vit",
-    "save_checkpoint": "engine.vit",
+    "load_checkpoint": "engine.models.checkpoint",
+    "remember_model_args": "engine.models.checkpoint",
+    "save_checkpoint": "engine.models.checkpoint",
 }
 
 __all__ = [

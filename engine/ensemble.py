@@ -49,8 +49,8 @@ from engine.evaluate.predict import predict
 from engine.files import sync, write_json
 from engine.loop import train
 from engine.methods import get_method
+from engine.models.checkpoint import ModelSpec, load_checkpoint, weights_sha256
 from engine.trainer import Progress
-from engine.vit import ModelSpec, load_checkpoint, weights_sha256
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")

@@ -21,11 +21,11 @@ from engine.files import sha256, write_json
 from engine.loop import train, unlearn
 from engine.methods import get_method
 from engine.methods.lethe import LetheConfig
+from engine.models.checkpoint import ModelSpec, load_checkpoint, weights_sha256
 from engine.report import ReportData, build_gallery, write_report
 from engine.report.run_record import TRAINED, UNLEARNED, RecordOptions, write_record
 from engine.sliced import with_fresh_head
 from engine.trainer import Progress, UnlearnResult
-from engine.vit import ModelSpec, load_checkpoint, weights_sha256
 
 # Options of a run that an evaluation has too.
 _EVALUATION_KEYS = ("precision", "device", "workers", "decode", "on_bad_image", "max_bad_share")

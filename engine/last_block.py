@@ -16,7 +16,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from engine.vit import describe, forwarding
+from engine.models.vit import describe, forwarding
 
 
 @contextlib.contextmanager

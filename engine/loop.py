@@ -35,11 +35,13 @@ from engine.early_stop import HeldOutStop, check_stop
 from engine.errors import UserError
 from engine.last_block import only_tokens_of_the_head
 from engine.methods import Context, Method, Phase, get_method
+from engine.models.attention import attention_as
+from engine.models.checkpoint import load_checkpoint, spec_of
+from engine.models.vit import describe
 from engine.pruning import check_pruning, pruned_phases
 from engine.retained import choose_retained
 from engine.trainable import refuse_sharding, restrict
 from engine.trainer import AfterPhase, Progress, Trainer, UnlearnResult
-from engine.vit import attention_as, describe, load_checkpoint, spec_of
 from kernels import resolve_backend
 
 # Samples that each look at a model's accuracy takes.

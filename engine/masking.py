@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import UserError
-from engine.vit import ViTInfo, attention_modules, capture_queries_keys, outputs, stream_attention
+from engine.models.attention import capture_queries_keys, stream_attention
+from engine.models.vit import ViTInfo, attention_modules, outputs
 from kernels import StreamedRollout, attention_rollout, resolve_backend, rollout_topk_mask
 from kernels.rollout import topk_mask
 
@@ -47,7 +48,7 @@ def scores_and_outputs(
     what: str = "logits",
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Attention scores [B, P] float32 of each patch, and the outputs (`engine.vit.outputs`) of the same forward pass.
+    """Attention scores [B, P] float32 of each patch, and the outputs (`vit.outputs`) of the same forward pass.
 
     source: rollout, last or mean (`kernels.attention_rollout`'s modes); lowest is rollout too.
     """

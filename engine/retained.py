@@ -24,7 +24,8 @@ from engine.config import RunConfig
 from engine.data import Batch, Loader, Samples
 from engine.distributed.world import World
 from engine.errors import UserError
-from engine.vit import attention_as, outputs
+from engine.models.attention import attention_as
+from engine.models.vit import outputs
 
 # Cosines that are held at once: 64 MB.
 _BLOCK = 1 << 24

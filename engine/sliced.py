@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from engine.data import Samples
 from engine.errors import UserError
 from engine.files import replacing
-from engine.vit import folder_of, spec_of
+from engine.models.checkpoint import folder_of, spec_of
 
 STAGES = "stages.safetensors"
 
@@ -45,7 +45,7 @@ STAGES = "stages.safetensors"
 class Stages:
     """What stages.safetensors holds, see above.
 
-    recipe: options of the training, by name. served: `engine.vit.weights_sha256` of base and stages, merged.
+    recipe: options of the training, by name. served: `checkpoint.weights_sha256` of base and stages, merged.
     kept: of each sequence, one dict a stage, the first stage first; stages that were dropped are not in it.
     """
 

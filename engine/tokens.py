@@ -23,7 +23,7 @@ from timm.layers.patch_embed import PatchEmbed
 from torch import Tensor, nn
 
 from engine.errors import UserError
-from engine.vit import describe, forwarding, outputs
+from engine.models.vit import describe, forwarding, outputs
 from kernels import mask_tokens
 
 Backend = Literal["auto", "triton", "eager"]
@@ -35,7 +35,7 @@ def supports_tokens(model: nn.Module) -> bool:
     It does where each maskable patch becomes one token that depends on its own pixels alone: timm's plain patch
     embedding, its output [B, P, D] or (dynamic_img_size) [B, gh, gw, D]. It does not for Swin, whose maskable patch
     is many tokens, nor where patches overlap, are padded, or go through a convolutional stem.
-    Raises UserError for models that `engine.vit.describe` does not know.
+    Raises UserError for models that `engine.models.vit.describe` does not know.
     """
     info, embed = describe(model), model.patch_embed
     if info.windowed or type(embed) is not PatchEmbed or embed.dynamic_img_pad:
@@ -94,7 +94,7 @@ def masked_patch_token(model: nn.Module, value: Tensor) -> Tensor:
 def masked_outputs(
     model: nn.Module, tokens: Tensor, mask: Tensor, token: Tensor, *, what: str = "logits", backend: Backend = "auto"
 ) -> Tensor:
-    """`engine.vit.outputs` of a model whose patch tokens are `tokens`, as captured, with `token` where mask [B, P].
+    """`vit.outputs` of a model whose patch tokens are `tokens`, as captured, with `token` where mask [B, P].
 
     Neither images nor patch embedding are needed. Raises UserError unless `supports_tokens(model)`.
     """

@@ -24,10 +24,11 @@ from engine.errors import RunStopped
 from engine.evaluate.predict import predict
 from engine.guard import Guard
 from engine.methods import Method, Phase
+from engine.models.attention import attention_as
+from engine.models.checkpoint import ModelSpec, save_checkpoint
 from engine.pruning import PrunedPhase, load_state, state_of
 from engine.runfolder import RunFolder
 from engine.trainable import merge, merge_state
-from engine.vit import ModelSpec, attention_as, save_checkpoint
 
 logger = logging.getLogger(__name__)
 

@@ -67,8 +67,8 @@ from engine.evaluate.membership import RATES, auc, tpr_at_fpr
 from engine.files import write_json
 from engine.loop import unlearn
 from engine.methods import get_method
+from engine.models.checkpoint import load_checkpoint
 from engine.trainer import Progress
-from engine.vit import load_checkpoint
 
 POOLED_BELOW = 32
 # A variance below this is rounding: margins of a model in float32 lie on a grid about as fine.

@@ -17,9 +17,9 @@ from engine.evaluate.representation import compare_weights
 from engine.evaluate.verdict import DOES_NOT_PROVE, Evidence, Gates, Verdict, Witness, attack_power, judge
 from engine.files import write_json
 from engine.job import Task
+from engine.models.checkpoint import load_checkpoint
 from engine.report.record import append_to_record, recorded
 from engine.report.run_record import origin
-from engine.vit import load_checkpoint
 
 # A model of other data gives itself away by its accuracy: this many points below the original's on the test samples.
 _STRANGER = 20.0

@@ -25,7 +25,7 @@ del os.environ["TRITON_INTERPRET"]
 
 from toys import tiny_vit
 
-from engine.vit import save_checkpoint
+from engine.models.checkpoint import save_checkpoint
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -398,7 +398,7 @@ MUTANTS = [
     ),
     *group(
         "tokens",
-        "engine/vit.py",
+        "engine/models/vit.py",
         ("tests/engine/test_tokens.py",),
         ("forward-not-restored", "        del module.forward\n", "        pass\n"),
     ),

@@ -77,8 +77,8 @@ def attack(
     from engine.data import open_source
     from engine.ensemble import EnsembleSpec
     from engine.job import architecture
+    from engine.models.checkpoint import spec_of
     from engine.ulira import attack_procedure, check_method
-    from engine.vit import spec_of
 
     options, recipe = parse_assignments(settings or []), parse_assignments(train_settings or [])
     spec = EnsembleSpec(

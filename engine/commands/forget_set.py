@@ -60,7 +60,7 @@ def forget_set(
     from engine.console import console, progress_bars
     from engine.data import open_source
     from engine.forget_sets import choose_forget_set, require_csv
-    from engine.vit import load_checkpoint
+    from engine.models.checkpoint import load_checkpoint
 
     require_csv(out)  # an error now, not after the work
     samples = open_source(data).train

@@ -26,7 +26,7 @@ from engine.data.samples import BadImageError, Reduce, Samples
 from engine.data.sampling import Epochs, Sampler, epoch_order
 from engine.distributed.world import World
 from engine.errors import RunStopped, UserError
-from engine.vit import describe
+from engine.models.vit import describe
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.config import RunConfig
-from engine.vit import still_key_biases
+from engine.models.attention import still_key_biases
 
 # What a phase may have changed in the optimizer's groups (schedules set rates and momenta).
 _FRESH = {"betas": (0.9, 0.999), "eps": 1e-8}

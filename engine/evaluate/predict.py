@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from engine.data import Batch, Loader
 from engine.device import autocast
-from engine.vit import outputs
+from engine.models.vit import outputs
 
 
 @dataclasses.dataclass(frozen=True)

@@ -52,7 +52,7 @@ from engine.evaluate.predict import Predictions, predict
 from engine.evaluate.representation import head_features
 from engine.methods.base import cross_entropy
 from engine.methods.finetune import RETAIN_LR_PER_WIDTH
-from engine.vit import describe
+from engine.models.vit import describe
 
 STEPS = (0, 1, 2, 4, 8, 16, 32, 64)
 BATCH_SIZE = 50

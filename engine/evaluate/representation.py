@@ -34,7 +34,7 @@ from engine.data.samples import spread
 from engine.device import autocast, resolve_device, resolve_precision
 from engine.errors import UserError, nearest
 from engine.evaluate.intervals import Interval, bootstrap, proportion
-from engine.vit import ViTInfo, describe, outputs
+from engine.models.vit import ViTInfo, describe, outputs
 
 MOST_SAMPLES = 1_000
 NEIGHBOURS = 5

@@ -45,7 +45,7 @@ from engine.errors import RunStopped
 from engine.forget_sets.base import Selection, Strategy, highest, register, require_candidates
 from engine.forget_sets.pool import Pool
 from engine.forget_sets.projection import project
-from engine.vit import outputs
+from engine.models.vit import outputs
 
 # Samples of a forward pass of the last layer: all features lie in memory, all logits need not.
 _ROWS = 4096

@@ -16,8 +16,8 @@ from engine.config import RunConfig, build
 from engine.data import Batch, Loader, Preprocessing, Samples
 from engine.device import autocast, resolve_device, resolve_precision
 from engine.errors import UserError
+from engine.models.vit import outputs
 from engine.trainer import Progress
-from engine.vit import outputs
 
 # Options of a run that the choice of a forget set has too.
 READING_KEYS = ("batch_size", "precision", "device", "workers", "decode", "on_bad_image", "max_bad_share")

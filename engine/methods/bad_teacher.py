@@ -29,7 +29,8 @@ from engine.data import Batch
 from engine.methods.base import Context, Phase, register
 from engine.methods.distillation import Distillation, divergence
 from engine.methods.spaces import Range, rate, tunable
-from engine.vit import outputs, spec_of
+from engine.models.checkpoint import spec_of
+from engine.models.vit import outputs
 
 # Peak rate times the width of the model.
 LR_PER_WIDTH = 0.0128

@@ -16,8 +16,8 @@ from engine.data import Batch, Loader, Preprocessing, Samples
 from engine.data.samples import concatenate
 from engine.distributed.world import World
 from engine.errors import UserError
+from engine.models.vit import ViTInfo, outputs
 from engine.registry import Registry
-from engine.vit import ViTInfo, outputs
 
 if TYPE_CHECKING:
     from engine.trainer import UnlearnResult

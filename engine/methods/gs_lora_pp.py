@@ -28,7 +28,7 @@ from engine.methods.base import Context, Passes, Phase, Taken, register
 from engine.methods.distillation import divergence
 from engine.methods.gs_lora import GSLoRA, GSLoRAConfig
 from engine.methods.spaces import Range, tunable
-from engine.vit import outputs
+from engine.models.vit import outputs
 
 # BND_p of the public code.
 UNKNOWN = 18.0
@@ -127,7 +127,7 @@ class GSLoRAPP(GSLoRA):
 
 
 def logits_and_features(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    """`engine.vit.outputs` of both kinds, float32, from one pass."""
+    """`engine.models.vit.outputs` of both kinds, float32, from one pass."""
     read: list[Tensor] = []
     classifier = model.get_classifier()  # type: ignore[operator]
     with contextlib.ExitStack() as hooks:

@@ -37,7 +37,7 @@ from engine.methods.base import Context, Passes, Phase, Taken, cross_entropy, re
 from engine.methods.edits import Edit, EditConfig
 from engine.methods.gradients import dot, gradient, mean_gradient, norm, trainable
 from engine.methods.line_search import LineSearch, SearchConfig, go, looks
-from engine.vit import attention_as
+from engine.models.attention import attention_as
 
 # The largest alpha that is looked at.
 MOST = 4.0

@@ -5,7 +5,7 @@ fine-tuning on the retained samples with an l1 penalty that pulls weights to zer
 
 theta: every weight that is trained, biases, norms and embeddings with it, as in the paper's code; of the paper's three
 schedules this, the decreasing one, is what it recommends and its code runs. Key biases have no gradient in this engine
-(`engine.vit.still_key_biases`), so they alone do not feel the penalty.
+(`engine.models.attention.still_key_biases`), so they alone do not feel the penalty.
 
 AdamW and one cycle stand for the paper's SGD. Under Adam the penalty is a part of one normalised step: a weight whose
 loss gradient is well below alpha shrinks at about the full rate, whatever alpha is, so that alpha sets how many weights

@@ -33,7 +33,7 @@ from engine.methods.base import Context, Passes, Phase, Taken, cross_entropy, re
 from engine.methods.distillation import Distillation
 from engine.methods.finetune import RETAIN_LR_PER_WIDTH
 from engine.methods.spaces import Range, rate, tunable
-from engine.vit import outputs
+from engine.models.vit import outputs
 
 # Rate of the forget phase times the width of the model.
 FORGET_LR_PER_WIDTH = 3.84e-3

@@ -33,8 +33,8 @@ from engine.masking import HeadFusion, MaskSource, count_masked, mask_and_output
 from engine.methods.base import Context, Method, Passes, Phase, Taken, cross_entropy, register
 from engine.methods.finetune import RETAIN_LR_PER_WIDTH
 from engine.methods.spaces import Range, rate, tunable
+from engine.models.vit import outputs
 from engine.tokens import capture_patch_tokens, masked_outputs, masked_patch_token, supports_tokens
-from engine.vit import outputs
 from kernels import info_nce, mask_patches
 
 # Rate of the forget stage times the width of the model: 3e-5 at width 128. See docs/notes.md.

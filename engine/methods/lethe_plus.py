@@ -41,7 +41,7 @@ from engine.config import positive_or_null, require
 from engine.data import Batch
 from engine.methods.base import Context, Method, Passes, Phase, Taken, cross_entropy, phase_of_both, register
 from engine.methods.spaces import Range, rate, tunable
-from engine.vit import outputs
+from engine.models.vit import outputs
 
 # Peak rate times the width of the model; see docs/notes-lethe-plus.md.
 LR_PER_WIDTH = 0.0768

@@ -36,7 +36,7 @@ from engine.methods.base import Context, Passes, Phase, Taken, register
 from engine.methods.calibration import LOOKS, predictions_of, said, unseen_accuracy
 from engine.methods.distillation import Distillation
 from engine.methods.spaces import Range, rate, tunable
-from engine.vit import outputs
+from engine.models.vit import outputs
 
 # Rate times the width of the model.
 LR_PER_WIDTH = 0.0064

@@ -26,7 +26,7 @@ from engine.data import Batch
 from engine.methods.base import Phase, register
 from engine.methods.finetune import Finetune, FinetuneConfig
 from engine.methods.spaces import Range, tunable
-from engine.vit import outputs
+from engine.models.vit import outputs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

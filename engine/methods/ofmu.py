@@ -35,7 +35,8 @@ from engine.errors import UserError
 from engine.methods.base import Context, Method, Passes, Phase, Taken, cross_entropy, phase_of_both, register
 from engine.methods.gradients import dot, norm, trainable
 from engine.methods.spaces import Range, rate, tunable
-from engine.vit import attention_as, forwarding
+from engine.models.attention import attention_as
+from engine.models.vit import forwarding
 
 LR_PER_WIDTH = 0.032
 

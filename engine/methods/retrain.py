@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from engine.config import require
 from engine.data import Batch
 from engine.methods.base import Method, Phase, cross_entropy, register
-from engine.vit import spec_of
+from engine.models.checkpoint import spec_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -33,7 +33,7 @@ from engine.methods.calibration import LOOKS, matched_accuracy, predictions_of
 from engine.methods.distillation import Distillation, divergence
 from engine.methods.finetune import RETAIN_LR_PER_WIDTH
 from engine.methods.spaces import rate, tunable
-from engine.vit import outputs
+from engine.models.vit import outputs
 
 logger = logging.getLogger(__name__)
 

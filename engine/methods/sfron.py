@@ -32,7 +32,7 @@ from engine.data import Batch
 from engine.methods.base import Context, Method, Passes, Phase, Taken, cross_entropy, phase_of_both, register
 from engine.methods.gradients import mean_importance
 from engine.methods.spaces import Range, rate, tunable
-from engine.vit import outputs
+from engine.models.vit import outputs
 
 LR_PER_WIDTH = 0.064
 # Cross-entropies below count as this in c_i.

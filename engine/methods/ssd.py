@@ -36,7 +36,7 @@ from engine.methods.base import Context, Passes, Phase, Taken, cross_entropy, re
 from engine.methods.edits import Edit, EditConfig
 from engine.methods.gradients import mean_importance, trainable
 from engine.methods.spaces import Range, tunable
-from engine.vit import outputs
+from engine.models.vit import outputs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -36,7 +36,7 @@ from engine.errors import UserError
 from engine.methods.base import Context, Method, Phase, cross_entropy, phase_of_both, register
 from engine.methods.gradients import dot, norm
 from engine.methods.spaces import Range, rate, tunable
-from engine.vit import outputs
+from engine.models.vit import outputs
 
 LR_PER_WIDTH = 3.84e-3
 

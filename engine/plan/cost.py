@@ -24,8 +24,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from engine.errors import UserError
+from engine.models.attention import attention_as, capture_queries_keys
+from engine.models.checkpoint import ModelSpec
+from engine.models.vit import ViTInfo, attention_modules, describe
 from engine.trainable import restrict
-from engine.vit import ModelSpec, ViTInfo, attention_as, attention_modules, capture_queries_keys, describe
 
 # Batches at which a pass is counted; bytes are a line through both.
 _BATCHES = (2, 4)

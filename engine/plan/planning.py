@@ -10,12 +10,12 @@ from typing import Any, Literal
 from engine.config import RunConfig, require, split_options
 from engine.errors import UserError
 from engine.methods import Method, get_method
+from engine.models.checkpoint import ModelSpec
 from engine.plan.cost import Cost, count_cost, count_parameters
 from engine.plan.host import ask
 from engine.plan.memory import Memory, Run, Zero, count_memory
 from engine.plan.timing import Measured, measure_rates
 from engine.plan.work import Sizes, Work, communication, phases_of, recipe, retraining_work, seconds_of, unlearning_work
-from engine.vit import ModelSpec
 
 GIB = 2**30
 

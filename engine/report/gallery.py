@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from engine.data import Loader, Preprocessing, Samples
 from engine.masking import HeadFusion, MaskSource, count_masked, random_masks, scores_and_outputs, top_mask
+from engine.models.vit import describe
 from engine.report.data import GalleryItem
-from engine.vit import describe
 
 
 @torch.no_grad()

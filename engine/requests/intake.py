@@ -16,9 +16,10 @@ from engine.errors import UserError
 from engine.evaluate.verdict import Gates
 from engine.job import Task
 from engine.methods import get_method
+from engine.models.checkpoint import load_checkpoint, save_checkpoint
+from engine.models.vit import describe
 from engine.requests.store import Request, Store, is_store, moment, place_of, utc_now
 from engine.sliced import copy_stages
-from engine.vit import describe, load_checkpoint, save_checkpoint
 
 DAYS = 30  # from receipt to the deadline, where a request names neither
 MAX_SHARE = 0.2

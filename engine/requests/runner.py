@@ -35,11 +35,11 @@ from engine.evaluate.representation import compare_weights
 from engine.evaluate.verdict import FAIL, PASS, Gates, Verdict
 from engine.job import Task, run_job
 from engine.methods import get_method
+from engine.models.checkpoint import load_checkpoint, save_checkpoint
 from engine.report.run_record import origin
 from engine.requests.intake import absolute, load_fitting, open_data
 from engine.requests.store import Run, Store, locked
 from engine.trainer import Progress
-from engine.vit import load_checkpoint, save_checkpoint
 
 
 class Verify(Protocol):

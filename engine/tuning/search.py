@@ -22,10 +22,11 @@ from engine.files import replacing
 from engine.loop import unlearn
 from engine.methods import Method, get_method
 from engine.methods.spaces import defaults, spaces
+from engine.models.checkpoint import load_checkpoint, weights_sha256
+from engine.models.vit import describe
 from engine.trainer import Progress
 from engine.tuning.objective import Objective
 from engine.tuning.study import BEST, Study, Trial, check_folder, require_optuna
-from engine.vit import describe, load_checkpoint, weights_sha256
 
 TRIALS = 20
 # Seconds between notes of what the search has cost so far, for one that is killed.

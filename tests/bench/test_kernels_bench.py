@@ -33,7 +33,7 @@ from bench.kernel_targets import CONTRAST, MASK, MASKING, targets_of
 from bench.measure import Contender, WrongResultError, measure, peak_bytes, race, size
 from bench.rollout_peers import HOOKED, PLAIN, KernelCase, RolloutCase, kernel_contenders, rollout_contenders
 from engine.masking import top_mask
-from engine.vit import describe
+from engine.models.vit import describe
 
 CPU = torch.device("cpu")
 MIB = 2**20

@@ -16,7 +16,7 @@ from bench.retrain_cost import DIGITS, Subject, run_retrain_cost
 from bench.retrain_summary import foresight, rank_stability
 from bench.tables import RESULTS
 from engine.errors import UserError
-from engine.vit import save_checkpoint
+from engine.models.checkpoint import save_checkpoint
 
 
 def rows(gaps: dict[str, list[float | None]]) -> list[dict[str, Any]]:

@@ -28,8 +28,8 @@ from engine.errors import UserError
 from engine.evaluate import compare
 from engine.job import Task
 from engine.methods import list_methods
+from engine.models.checkpoint import save_checkpoint
 from engine.plan.work import RECIPES as PLANNED
-from engine.vit import save_checkpoint
 
 QUICK = ["max_steps=1", "batch_size=16", "precision=fp32"]
 PRICE = 3.0

@@ -11,7 +11,7 @@ from toys import tiny_vit
 from bench.ablation import ACCELERATORS, ALL_STAGES, VARIANTS, run_ablation, table_rows
 from bench.readme import ablation_table
 from engine.errors import UserError
-from engine.vit import save_checkpoint
+from engine.models.checkpoint import save_checkpoint
 
 QUICK = ["max_steps=1", "batch_size=16", "precision=fp32"]
 PLUS = ["max_steps=4", "lr=0.01", "augment=flip", "batch_size=16", "precision=fp32"]

@@ -11,7 +11,7 @@ from toys import few, tiny_vit
 from engine.config import split_options
 from engine.data import Batch, Loader, Preprocessing, Samples
 from engine.methods import Context, Method, get_method
-from engine.vit import describe
+from engine.models.vit import describe
 
 
 def make(name: str, train: Samples, model: torch.nn.Module | None = None, **options: Any) -> Method:

@@ -16,8 +16,8 @@ import engine
 from engine.data import Samples, open_source
 from engine.distributed.world import World, leave
 from engine.loop import unlearn
+from engine.models.checkpoint import weights_sha256
 from engine.trainer import Trainer
-from engine.vit import weights_sha256
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from toys import few, tiny_vit

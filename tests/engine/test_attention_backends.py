@@ -16,7 +16,8 @@ from toys import tiny_vit
 from engine.config import RunConfig, build
 from engine.device import resolve_attention
 from engine.errors import UserError
-from engine.vit import attention_as, attention_modules, capture_queries_keys, stream_attention
+from engine.models.attention import attention_as, capture_queries_keys, stream_attention
+from engine.models.vit import attention_modules
 
 CPU = torch.device("cpu")
 

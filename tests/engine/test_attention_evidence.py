@@ -16,7 +16,7 @@ from engine.data import Loader, Preprocessing, Samples, open_source
 from engine.errors import UserError
 from engine.evaluate.attention import attention_report, chance_iou, read_masked, spearman, top_iou
 from engine.masking import random_masks, scores_and_outputs
-from engine.vit import describe
+from engine.models.vit import describe
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ import torch
 from toys import tiny_vit
 
 from engine import cli
+from engine.models.checkpoint import load_checkpoint, save_checkpoint, weights_sha256
 from engine.report.record import recorded, verify_record
-from engine.vit import load_checkpoint, save_checkpoint, weights_sha256
 
 FORGET = "random:0.02@0"
 QUICK = ["--set", "max_steps=2", "--set", "batch_size=32", "--set", "precision=fp32"]
@@ -240,7 +240,7 @@ def test_wrong_use_is_one_line_with_exit_code_2_and_writes_nothing(
 
 
 def test_a_non_vit_and_labels_outside_the_head(lethe: Lethe, tmp_path: Path) -> None:
-    from engine.vit import ModelSpec
+    from engine.models.checkpoint import ModelSpec
 
     resnet = ModelSpec(architecture="resnet10t", num_classes=10, model_args={}, pretrained_cfg={}).build(seed=0)
     code, _, err = lethe(*unlearn_args(save_checkpoint(resnet, tmp_path / "resnet"), tmp_path / "run"))

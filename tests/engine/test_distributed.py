@@ -20,8 +20,8 @@ from engine.distributed.world import World
 from engine.distributed.zero import read_deepspeed, resolve_deepspeed
 from engine.errors import UserError
 from engine.loop import _check_ranks, _resolve_zero, train
+from engine.models.checkpoint import load_checkpoint, save_checkpoint, weights_sha256
 from engine.runfolder import RunFolder
-from engine.vit import load_checkpoint, save_checkpoint, weights_sha256
 
 ROOT = Path(__file__).parents[2]
 

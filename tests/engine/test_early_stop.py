@@ -20,7 +20,7 @@ from engine.evaluate.predict import Predictions
 from engine.loop import unlearn
 from engine.methods import Phase
 from engine.methods.calibration import unseen_accuracy
-from engine.vit import weights_sha256
+from engine.models.checkpoint import weights_sha256
 
 RUN = {"batch_size": 10, "precision": "fp32", "device": "cpu", "stop_when": "held_out"}
 FORGET = Phase(name="forget", samples="forget", epochs=1, lr=1.0)

@@ -21,7 +21,8 @@ from engine.forget_sets.base import highest
 from engine.forget_sets.choose import describe
 from engine.forget_sets.influence import read_scores
 from engine.forget_sets.pool import _measure
-from engine.vit import ModelSpec, outputs, save_checkpoint
+from engine.models.checkpoint import ModelSpec, save_checkpoint
+from engine.models.vit import outputs
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,8 @@ from engine.data.samples import concatenate
 from engine.errors import UserError
 from engine.loop import unlearn
 from engine.methods.lethe_plus import log_odds, shifts, with_log_odds_of
-from engine.vit import outputs, weights_sha256
+from engine.models.checkpoint import weights_sha256
+from engine.models.vit import outputs
 
 
 @pytest.fixture(scope="module")

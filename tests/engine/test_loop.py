@@ -17,8 +17,8 @@ from engine.data import Samples, open_source
 from engine.errors import RunStopped, UserError
 from engine.loop import train, unlearn
 from engine.methods.lethe import Lethe
+from engine.models.checkpoint import load_checkpoint, save_checkpoint, weights_sha256
 from engine.trainer import Trainer
-from engine.vit import load_checkpoint, save_checkpoint, weights_sha256
 
 SHORT = {"forget_epochs": 1.0, "retain_epochs": 2.0, "batch_size": 16, "precision": "fp32"}
 
@@ -375,7 +375,7 @@ def test_devices_that_are_not_here(samples: Samples) -> None:
 
 
 def test_swin_goes_through_the_whole_loop(tmp_path: Path, samples: Samples) -> None:
-    from engine.vit import ModelSpec
+    from engine.models.checkpoint import ModelSpec
 
     spec = ModelSpec(
         architecture="swin_tiny_patch4_window7_224",

@@ -9,7 +9,8 @@ from toys import tiny_vit
 
 from engine.errors import UserError
 from engine.masking import MaskSource, count_masked, mask_and_outputs, random_masks, scores_and_outputs, top_mask
-from engine.vit import ViTInfo, attention_as, describe, outputs
+from engine.models.attention import attention_as
+from engine.models.vit import ViTInfo, describe, outputs
 from kernels.rollout import attention_rollout_reference
 
 
@@ -199,7 +200,7 @@ def test_swin_refuses_sources_that_it_has_not() -> None:
 
 def test_the_reference_of_kernels_agrees_with_what_the_engine_uses() -> None:
     vit, images = tiny_vit(reg_tokens=2), torch.randn(2, 1, 8, 8)
-    from engine.vit import capture_queries_keys
+    from engine.models.attention import capture_queries_keys
 
     with torch.no_grad(), capture_queries_keys(vit) as (queries, keys):
         vit(images)

@@ -18,7 +18,8 @@ from engine.data import Batch, Samples, open_source
 from engine.errors import UserError
 from engine.loop import unlearn
 from engine.methods import Method, get_method
-from engine.vit import attention_as, weights_sha256
+from engine.models.attention import attention_as
+from engine.models.checkpoint import weights_sha256
 
 METHODS = ["three_stage", "sfron", "ofmu"]
 OPTIONS = {"batch_size": 10, "precision": "fp32", "lr": 1e-3}

@@ -20,7 +20,7 @@ from engine.errors import UserError
 from engine.loop import unlearn
 from engine.methods import base, influence, line_search, list_methods, razor, ssd
 from engine.methods.gradients import mean_gradient, mean_importance
-from engine.vit import weights_sha256
+from engine.models.checkpoint import weights_sha256
 
 NAMES = ["influence", "razor", "ssd"]
 # Few samples and rounds, so that an edit takes little time.

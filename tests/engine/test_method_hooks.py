@@ -20,7 +20,8 @@ from engine.data import Batch, Loader, Preprocessing, Samples, open_source
 from engine.errors import UserError
 from engine.loop import set_up, unlearn
 from engine.methods import Method, Phase, base, register
-from engine.vit import outputs, weights_sha256
+from engine.models.checkpoint import weights_sha256
+from engine.models.vit import outputs
 
 
 @pytest.fixture(scope="module")

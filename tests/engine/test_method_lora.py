@@ -18,8 +18,8 @@ from engine.data import Samples, open_source
 from engine.errors import UserError
 from engine.loop import unlearn
 from engine.methods import Method
+from engine.models.checkpoint import weights_sha256
 from engine.trainable import LowRank
-from engine.vit import weights_sha256
 
 MLPS = {f"blocks.{i}.mlp.{layer}.weight" for i in (0, 1) for layer in ("fc1", "fc2")}
 

@@ -18,8 +18,8 @@ from engine.errors import UserError
 from engine.loop import train as train_model
 from engine.loop import unlearn
 from engine.methods.salun import largest
+from engine.models.checkpoint import weights_sha256
 from engine.trainer import Trainer
-from engine.vit import weights_sha256
 
 OPTIONS = {"batch_size": 10, "precision": "fp32"}
 

@@ -23,7 +23,8 @@ from engine.loop import Run, set_up, unlearn
 from engine.methods import Phase, laf, list_methods
 from engine.methods.calibration import matched_accuracy
 from engine.methods.distillation import divergence
-from engine.vit import outputs, weights_sha256
+from engine.models.checkpoint import weights_sha256
+from engine.models.vit import outputs
 
 METHODS = ["scrub", "scrub_r", "bad_teacher", "lotus", "laf"]
 OPTIONS: dict[str, Any] = {"batch_size": 8, "precision": "fp32", "augment": "none"}

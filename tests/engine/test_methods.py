@@ -17,7 +17,8 @@ from engine.data import Batch, Samples, open_source
 from engine.loop import unlearn
 from engine.masking import scores_and_outputs, top_mask
 from engine.methods import Method, Phase, list_methods, register
-from engine.vit import outputs, weights_sha256
+from engine.models.checkpoint import weights_sha256
+from engine.models.vit import outputs
 
 
 @pytest.fixture(scope="module")

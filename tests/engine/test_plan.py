@@ -20,6 +20,9 @@ from engine.config import RunConfig
 from engine.data import open_source
 from engine.errors import UserError
 from engine.loop import unlearn
+from engine.models.attention import attention_as
+from engine.models.checkpoint import ModelSpec
+from engine.models.vit import describe
 from engine.plan import Plan, planning, timing
 from engine.plan import cost as cost_module
 from engine.plan import plan as make_plan
@@ -35,7 +38,6 @@ from engine.plan.work import (
     seconds_of,
     unlearning_work,
 )
-from engine.vit import ModelSpec, attention_as, describe
 
 MIB = 2**20
 SMALL = {**TINY, "embed_dim": 64, "depth": 4}  # deep enough that saved tensors outweigh temporaries

@@ -19,8 +19,8 @@ from engine.errors import UserError
 from engine.loop import set_up, unlearn
 from engine.methods import Phase
 from engine.methods.finetune import Finetune
+from engine.models.checkpoint import weights_sha256
 from engine.pruning import PrunedPhase, Seta, grouped, pruned_phases
-from engine.vit import weights_sha256
 
 RUN = {"batch_size": 8, "precision": "fp32", "device": "cpu", "retain_pruning": "seta"}
 

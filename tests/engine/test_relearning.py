@@ -28,7 +28,7 @@ from engine.evaluate.relearning import (
     steps_of,
     steps_to,
 )
-from engine.vit import weights_sha256
+from engine.models.checkpoint import weights_sha256
 
 STEPS = (0, 1, 3)
 

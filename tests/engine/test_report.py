@@ -21,10 +21,10 @@ from engine.errors import RunStopped
 from engine.evaluate import Evaluation, compare
 from engine.evaluate.predict import Predictions, predict
 from engine.masking import count_masked, random_masks, scores_and_outputs, top_mask
+from engine.models.vit import describe
 from engine.report import GalleryItem, ReportData, build_gallery, write_report
 from engine.report.html import duration
 from engine.report.plots import confidence_histograms, loss_curves, sample_pictures
-from engine.vit import describe
 
 COLLAPSE = {"event": "collapse", "phase": "forget", "step": 3, "watched_accuracy": 0.123, "back_to_step": 2}
 

@@ -24,7 +24,7 @@ from engine.evaluate.representation import (
     shared_neighbours,
     vote,
 )
-from engine.vit import outputs
+from engine.models.vit import outputs
 
 
 @pytest.fixture(scope="module")

@@ -17,12 +17,12 @@ from engine.data import Source
 from engine.errors import RunStopped, UserError
 from engine.evaluate.verdict import Verdict
 from engine.job import Task
+from engine.models.checkpoint import load_checkpoint, save_checkpoint, weights_sha256
 from engine.requests import intake
 from engine.requests.intake import add_request, init_store
 from engine.requests.runner import abandon_run, rebase, run_requests
 from engine.requests.status import status
 from engine.requests.store import Store
-from engine.vit import load_checkpoint, save_checkpoint, weights_sha256
 
 
 def test_ten_requests_with_a_kill_in_one_and_a_verdict_that_fails_in_another(

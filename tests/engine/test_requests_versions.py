@@ -16,13 +16,13 @@ from engine.evaluate.predict import Predictions
 from engine.files import write_json
 from engine.job import Task
 from engine.loop import train
+from engine.models.checkpoint import load_checkpoint, save_checkpoint
 from engine.requests import runner
 from engine.requests.intake import add_request, init_store
 from engine.requests.runner import abandon_run, rebase
 from engine.requests.status import status
 from engine.requests.store import Store
 from engine.sliced import Stages, slices_of, tokens_of
-from engine.vit import load_checkpoint, save_checkpoint
 
 
 def test_a_collapsed_model_is_rejected_without_a_verdict(

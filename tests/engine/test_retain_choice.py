@@ -17,8 +17,8 @@ from engine.distributed.world import World
 from engine.errors import UserError
 from engine.loop import set_up, unlearn
 from engine.methods.finetune import Finetune
+from engine.models.vit import outputs
 from engine.retained import choose_retained
-from engine.vit import outputs
 
 RUN = {"batch_size": 16, "precision": "fp32", "device": "cpu"}
 

@@ -23,6 +23,7 @@ from engine.data import ForgetRequest, Samples, open_source
 from engine.environment import commit
 from engine.errors import UserError
 from engine.job import Task, run_job, train_job
+from engine.models.checkpoint import load_checkpoint, save_checkpoint, weights_sha256
 from engine.report import run_record
 from engine.report.record import (
     IDS,
@@ -38,7 +39,6 @@ from engine.report.record import (
 )
 from engine.report.run_record import RecordOptions, code
 from engine.runfolder import RunFolder
-from engine.vit import load_checkpoint, save_checkpoint, weights_sha256
 
 QUICK = {"max_steps": 1, "batch_size": 30, "precision": "fp32", "seed": 5}
 COVERED = ("config.json", "config.yaml", "history.jsonl", "metrics.json", "model.safetensors", "report.html")

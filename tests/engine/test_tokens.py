@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import UserError
+from engine.models.vit import describe, outputs
 from engine.tokens import capture_patch_tokens, masked_outputs, masked_patch_token, supports_tokens
-from engine.vit import describe, outputs
 from kernels import mask_patches
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}

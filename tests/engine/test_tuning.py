@@ -34,11 +34,11 @@ from engine.evaluate.membership import non_member_calls
 from engine.evaluate.predict import Predictions, predict
 from engine.methods import list_methods
 from engine.methods.spaces import Choice, Range, defaults, rate, spaces, tunable
+from engine.models.checkpoint import save_checkpoint
 from engine.trainer import UnlearnResult
 from engine.tuning import Tuned, tune
 from engine.tuning.objective import Objective, halves
 from engine.tuning.study import FILE
-from engine.vit import save_checkpoint
 
 QUICK = {"batch_size": 32, "precision": "fp32", "device": "cpu", "max_steps": 2}
 

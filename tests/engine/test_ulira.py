@@ -21,8 +21,8 @@ from engine.ensemble import EnsembleSpec, draw_parts, memorisation, train_ensemb
 from engine.errors import UserError
 from engine.forget_sets.influence import read_scores
 from engine.loop import unlearn
+from engine.models.checkpoint import ModelSpec
 from engine.ulira import attack, attack_procedure, likelihood_ratios, over_pairs, unlearn_ensemble
-from engine.vit import ModelSpec
 
 MODEL = ModelSpec(
     architecture="vit_tiny_patch16_224",

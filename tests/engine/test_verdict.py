@@ -14,8 +14,8 @@ from engine.evaluate.predict import Predictions
 from engine.evaluate.verdict import DEFAULTS, FAIL, INSUFFICIENT, PASS, Evidence, Gates, Verdict, Witness, judge
 from engine.job import Task, train_job
 from engine.loop import unlearn
+from engine.models.checkpoint import save_checkpoint
 from engine.verify import check_origin, check_reference
-from engine.vit import save_checkpoint
 
 CLASSES, SIZES = 5, {"forget": 300, "retain": 600, "test": 600}
 _KEYS = {name: number for number, name in enumerate(SIZES)}

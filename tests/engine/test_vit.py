@@ -14,19 +14,16 @@ from safetensors.torch import load_file, save_file
 from toys import TINY, tiny_vit
 
 from engine.errors import RunStopped, UserError
-from engine.vit import (
+from engine.models.attention import attention_as, capture_queries_keys, still_key_biases
+from engine.models.checkpoint import (
     ModelSpec,
-    attention_as,
-    capture_queries_keys,
-    describe,
     load_checkpoint,
-    outputs,
     remember_model_args,
     save_checkpoint,
     spec_of,
-    still_key_biases,
     weights_sha256,
 )
+from engine.models.vit import describe, outputs
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 

@@ -25,7 +25,7 @@ from engine.forget_sets.adversarial import (
 )
 from engine.forget_sets.pool import reading
 from engine.forget_sets.projection import project
-from engine.vit import weights_sha256
+from engine.models.checkpoint import weights_sha256
 
 
 @pytest.fixture(scope="module")

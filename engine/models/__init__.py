@@ -1,0 +1,1 @@
+"""Models: checkpoints, geometry, logits and features, attention."""

@@ -1,0 +1,107 @@
+"""Attention of a model: which implementation it runs, and its queries and keys or its maps, captured."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from engine.errors import UserError
+from engine.memory_efficient import through_xformers
+from engine.models.vit import attention_modules, is_swin
+
+
+@contextlib.contextmanager
+def attention_as(model: nn.Module, implementation: str) -> Iterator[None]:
+    """Within it, every block of the model runs timm's fused (`sdpa`) or explicit (`eager`) attention, or `xformers`'.
+
+    Raises UserError for xformers where the model's attention is windowed or cannot be captured.
+    """
+    before = {module: module.fused_attn for module in model.modules() if hasattr(module, "fused_attn")}
+    redirected = _usable_attention(_without_windows(model)) if implementation == "xformers" else []
+    for module in before:
+        module.fused_attn = implementation != "eager"  # type: ignore[assignment]
+    try:
+        with through_xformers(redirected) if redirected else contextlib.nullcontext():
+            yield
+    finally:
+        for module, fused in before.items():
+            module.fused_attn = fused
+
+
+def _without_windows(model: nn.Module) -> nn.Module:
+    if is_swin(model):
+        raise UserError(
+            f"option attention='xformers': {type(model).__name__} adds a relative position bias, and a mask where "
+            "windows are shifted, to the attention of each window, which xformers is not given; use attention=sdpa"
+        )
+    return model
+
+
+@contextlib.contextmanager
+def capture_queries_keys(model: nn.Module) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Collects the final q and k [B, H, N, d] of every block during one forward pass, first block first.
+
+    timm's attention passes q and k through `q_norm` and `k_norm` even where those are Identity, so hooks there
+    see the strided views that fused attention reads: nothing is copied and nothing is switched off.
+    """
+    queries: list[Tensor] = []
+    keys: list[Tensor] = []
+    with contextlib.ExitStack() as hooks:
+        for module in _usable_attention(model):
+            for norm, sink in ((module.q_norm, queries), (module.k_norm, keys)):
+                handle = norm.register_forward_hook(functools.partial(_hand_on, sink.append))  # type: ignore[union-attr]
+                hooks.callback(handle.remove)
+        yield queries, keys
+
+
+@contextlib.contextmanager
+def stream_attention(model: nn.Module, sink: Callable[[Tensor], None]) -> Iterator[None]:
+    """Hands the attention [B, H, N, N] of every block to `sink` as a forward pass makes it, first block first.
+
+    Within it the model's attention is explicit, and its maps pass through `attn_drop`, where they can be seen.
+    """
+    with contextlib.ExitStack() as hooks:
+        hooks.enter_context(attention_as(model, "eager"))
+        for module in _usable_attention(model):
+            handle = module.attn_drop.register_forward_hook(functools.partial(_hand_on, sink))  # type: ignore[union-attr]
+            hooks.callback(handle.remove)
+        yield
+
+
+def _usable_attention(model: nn.Module) -> list[nn.Module]:
+    modules = attention_modules(model)
+    if not modules:
+        raise UserError(
+            f"{type(model).__name__} offers no usable attention: looked for `blocks[i].attn` with `q_norm` and `k_norm`"
+        )
+    return modules
+
+
+def _hand_on(sink: Callable[[Tensor], None], _module: nn.Module, _inputs: Any, output: Tensor) -> None:
+    sink(output.detach())
+
+
+def still_key_biases(model: nn.Module) -> list[Any]:
+    """Sets the gradient of key biases to zero, which it is but for rounding; returns the handles of the hooks.
+
+    A key bias adds the same number to all logits of a query, and softmax does not see it. Adam divides what rounding
+    leaves of its gradient by its own size, so the bias would wander at full rate, elsewhere on every number of ranks.
+    Not where keys are normalised after the bias.
+    """
+    handles = []
+    for module in model.modules():
+        qkv = getattr(module, "qkv", None)
+        plain = isinstance(getattr(module, "k_norm", None), (nn.Identity, type(None)))
+        if isinstance(qkv, nn.Linear) and qkv.bias is not None and qkv.bias.requires_grad and plain:
+            handles.append(qkv.bias.register_hook(_without_key_part))
+    return handles
+
+
+def _without_key_part(gradient: Tensor) -> Tensor:
+    gradient = gradient.clone()
+    gradient.view(3, -1)[1] = 0
+    return gradient
