@@ -1,5 +1,18 @@
-"""All metadata is in pyproject.toml; this file is for tools that still call setup.py."""
+"""The packages of a distribution; all other metadata is in pyproject.toml.
 
-from setuptools import setup
+The folder kernels/ is installed as `lethe_kernels`: the name `kernels` is Hugging Face's. bench/ and tests/ are for a
+checkout and are not installed.
+"""
 
-setup()
+from setuptools import find_packages, setup
+
+KERNELS = "lethe_kernels"
+
+setup(
+    packages=[
+        *find_packages(include=["engine", "engine.*"]),
+        KERNELS,
+        *(f"{KERNELS}.{name}" for name in find_packages("kernels")),
+    ],
+    package_dir={KERNELS: "kernels"},
+)

@@ -1,8 +1,8 @@
 """Compiles every production configuration of the Triton kernels for GPUs that are not here, and reads the result.
 
-The launchers of `kernels._triton` are called as they are, with tensors that have no memory, under a driver that knows
-one thing: the target. So what is compiled is what would be launched there, with its block sizes, its specialisation
-for aligned pointers and unit strides, and its number of launches.
+The launchers of `lethe_kernels._triton` are called as they are, with tensors that have no memory, under a driver that
+knows one thing: the target. So what is compiled is what would be launched there, with its block sizes, its
+specialisation for aligned pointers and unit strides, and its number of launches.
 
 Registers, stack (spills) and matrix instructions are read from the machine code with the tools that Triton brings
 along; occupancy follows from registers, shared memory and threads; the predicted time is `bench.roofline`'s bound.
@@ -34,8 +34,8 @@ from triton.runtime.jit import JITFunction
 from bench.report import Report
 from bench.roofline import PEAKS, Cost, info_nce_cost, predict, rollout_cost
 from engine.errors import UserError, nearest
-from kernels import _triton
-from kernels._triton import info_nce, info_nce_shared, mask, rollout
+from lethe_kernels import _triton
+from lethe_kernels._triton import info_nce, info_nce_shared, mask, rollout
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

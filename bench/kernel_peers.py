@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from bench.measure import Contender, WrongResultError
-from kernels import info_nce, mask_patches
-from kernels.mask import mask_patches_reference
+from lethe_kernels import info_nce, mask_patches
+from lethe_kernels.mask import mask_patches_reference
 
 EXTRA = "pip install 'lethe-unlearning[bench]'"
 GPU_EXTRA = "pip install 'lethe-unlearning[bench-gpu]'"

@@ -26,7 +26,7 @@ from engine.data import Loader, Preprocessing, Samples, open_source
 from engine.evaluate.predict import predict
 from engine.masking import count_masked, mask_and_outputs
 from engine.models.vit import describe
-from kernels import attention_rollout, info_nce, mask_patches, mask_tokens, rollout_topk_mask
+from lethe_kernels import attention_rollout, info_nce, mask_patches, mask_tokens, rollout_topk_mask
 
 TEMPERATURE = 0.1
 SHARE = 0.05  # of the patches are masked

@@ -22,9 +22,9 @@ from engine.device import resolve_attention
 from engine.masking import scores_and_outputs, top_mask
 from engine.models.attention import capture_queries_keys
 from engine.models.vit import ViTInfo, attention_modules
-from kernels import mask_patches, rollout_topk_mask
-from kernels.mask import mask_patches_reference
-from kernels.rollout import attention_rollout_reference
+from lethe_kernels import mask_patches, rollout_topk_mask
+from lethe_kernels.mask import mask_patches_reference
+from lethe_kernels.rollout import attention_rollout_reference
 
 PLAIN = "forward, fused attention"
 HOOKED = "full matrix on hooked maps"

@@ -32,8 +32,8 @@ from engine.models.attention import capture_queries_keys
 from engine.models.checkpoint import save_checkpoint
 from engine.models.vit import describe
 from engine.plan.cost import Cost, count_cost
-from kernels import attention_rollout, info_nce, resolve_backend
-from kernels.rollout import attention_rollout_reference
+from lethe_kernels import attention_rollout, info_nce, resolve_backend
+from lethe_kernels.rollout import attention_rollout_reference
 
 TOLERANCE = 0.25
 FLAT = 0.15  # of what must not grow at all

@@ -58,17 +58,17 @@ def environment() -> dict[str, Any]:
 
 
 def kernels_problem() -> str | None:
-    """Why the imported package `kernels` is not ours, in words; None where it is."""
+    """Why the imported package `lethe_kernels` is not ours, in words; None if it is."""
     try:
-        kernels = importlib.import_module("kernels")
+        kernels = importlib.import_module("lethe_kernels")
     except ImportError as error:
-        return f"the package `kernels` cannot be imported ({error}); reinstall lethe-unlearning"
+        return f"the package `lethe_kernels` cannot be imported ({error}); reinstall lethe-unlearning"
     if getattr(kernels, "DISTRIBUTION", None) == "lethe-unlearning":
         return None
-    owners = importlib.metadata.packages_distributions().get("kernels", [])
+    owners = importlib.metadata.packages_distributions().get("lethe_kernels", [])
     others = ", ".join(sorted(set(owners) - {"lethe-unlearning"})) or "a folder on sys.path"
     return (
-        f"the package `kernels` imported from "
+        f"the package `lethe_kernels` imported from "
         f"{getattr(kernels, '__file__', None) or next(iter(kernels.__path__))} is not lethe's; "
         f"it comes from {others}: uninstall that and reinstall lethe-unlearning, or use a virtual environment "
         "of its own"
@@ -79,7 +79,7 @@ def kernel_backends() -> dict[str, str]:
     """What `auto` takes on each device that is here, and why not Triton where it does not."""
     import torch
 
-    from kernels import triton_problems
+    from lethe_kernels import triton_problems
 
     states = {}
     for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
@@ -89,7 +89,7 @@ def kernel_backends() -> dict[str, str]:
 
 
 def rollout_launches() -> str:
-    """How `kernels._triton.rollout.plan` shares out the work on this machine's GPU."""
+    """How `lethe_kernels._triton.rollout.plan` shares out the work on this machine's GPU."""
     import torch
 
     images = "as many images as it has processors"

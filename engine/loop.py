@@ -42,7 +42,7 @@ from engine.pruning import check_pruning, pruned_phases
 from engine.retained import choose_retained
 from engine.trainable import refuse_sharding, restrict
 from engine.trainer import AfterPhase, Progress, Trainer, UnlearnResult
-from kernels import resolve_backend
+from lethe_kernels import resolve_backend
 
 # Samples that each look at a model's accuracy takes.
 WATCHED = 500

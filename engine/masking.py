@@ -1,7 +1,7 @@
 """Which patches a model attends to most, and the mask over them, in one forward pass of the model.
 
-ViT and DeiT: attention rollout, by `kernels.rollout_topk_mask` on the captured q and k of all blocks, or on the CPU in
-float32 by `kernels.StreamedRollout` on the maps as explicit attention makes them.
+ViT and DeiT: attention rollout, by `lethe_kernels.rollout_topk_mask` on the captured q and k of all blocks, or on the
+CPU in float32 by `lethe_kernels.StreamedRollout` on the maps as explicit attention makes them.
 
 Swin has windows, and no token that reads the whole image. The rule here: in the last block of the last stage, with
 A_w = softmax(q k^T scale + relative position bias + shift mask) of window w, averaged over heads, the score of a
@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from engine.errors import UserError
 from engine.models.attention import capture_queries_keys, stream_attention
 from engine.models.vit import ViTInfo, attention_modules, outputs
-from kernels import StreamedRollout, attention_rollout, resolve_backend, rollout_topk_mask
-from kernels.rollout import topk_mask
+from lethe_kernels import StreamedRollout, attention_rollout, resolve_backend, rollout_topk_mask
+from lethe_kernels.rollout import topk_mask
 
 MaskSource = Literal["rollout", "last", "mean", "lowest", "random"]
 HeadFusion = Literal["mean", "max", "min"]
@@ -50,7 +50,7 @@ def scores_and_outputs(
 ) -> tuple[Tensor, Tensor]:
     """Attention scores [B, P] float32 of each patch, and the outputs (`vit.outputs`) of the same forward pass.
 
-    source: rollout, last or mean (`kernels.attention_rollout`'s modes); lowest is rollout too.
+    source: rollout, last or mean (`lethe_kernels.attention_rollout`'s modes); lowest is rollout too.
     """
     return _guided(model, images, info, None, source, head_fusion, what, backend)
 

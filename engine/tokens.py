@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from engine.errors import UserError
 from engine.models.vit import describe, forwarding, outputs
-from kernels import mask_tokens
+from lethe_kernels import mask_tokens
 
 Backend = Literal["auto", "triton", "eager"]
 
@@ -55,7 +55,7 @@ def _patch_embed(model: nn.Module) -> Any:
     if not supports_tokens(model):
         raise UserError(
             f"{type(model).__name__} does not embed each patch by itself, so patches cannot be masked as tokens; "
-            "mask the images (kernels.mask_patches)"
+            "mask the images (lethe_kernels.mask_patches)"
         )
     return model.patch_embed
 

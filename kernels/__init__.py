@@ -1,14 +1,19 @@
 """The hot path of unlearning, one operation a file: formula, reference, eager path, public function.
 
-Another distribution on PyPI installs a package called `kernels` too; `DISTRIBUTION` tells which one
-this is.
+Installed as `lethe_kernels`, since `kernels` is the package of another distribution. In a checkout this folder can be
+imported as `kernels` too, which gives the same module: see `_checkout.py`.
 """
 
-from kernels._backend import resolve_backend, triton_problems
-from kernels.info_nce import info_nce
-from kernels.mask import mask_patches, mask_tokens
-from kernels.rollout import attention_rollout, rollout_topk_mask
-from kernels.rollout_stream import StreamedRollout
+if __name__ == "lethe_kernels":
+    from ._backend import resolve_backend, triton_problems
+    from .info_nce import info_nce
+    from .mask import mask_patches, mask_tokens
+    from .rollout import attention_rollout, rollout_topk_mask
+    from .rollout_stream import StreamedRollout
+else:
+    from ._checkout import share_name
+
+    share_name(__name__)
 
 DISTRIBUTION = "lethe-unlearning"
 

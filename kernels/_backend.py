@@ -59,7 +59,7 @@ def triton_problems(device_type: str) -> list[str]:
             "the tensors are on the CPU, which Triton serves only as an interpreter (TRITON_INTERPRET=1, set"
             " before Python starts; for tests, it is slow)"
         ]
-    loaded = sys.modules.get("kernels._triton")
+    loaded = sys.modules.get(f"{__package__}._triton")
     if loaded is not None and loaded.INTERPRETED != interpret:
         return ["TRITON_INTERPRET was changed after the kernels had been loaded"]
     return []

@@ -6,7 +6,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from kernels._backend import FLOAT_DTYPES, compute_dtype, dtype_name
+from ._backend import FLOAT_DTYPES, compute_dtype, dtype_name
 
 
 class _GatheredRows(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""The eager path of `kernels.info_nce`: formulas, legend and cost are there."""
+"""The eager path of `lethe_kernels.info_nce`: formulas, legend and cost are there."""
 
 from collections.abc import Iterator
 
@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 from torch.nn.functional import logsigmoid
 
-from kernels._backend import compute_dtype
+from ._backend import compute_dtype
 
 EPS = 1e-8
 LONG_INVERSE = (1 - 1e-6) / EPS  # a row with a smaller inverse norm is longer than eps, whatever the rounding

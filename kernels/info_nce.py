@@ -43,8 +43,8 @@ import torch.distributed
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from kernels import _info_nce_eager as eager
-from kernels._backend import (
+from . import _info_nce_eager as eager
+from ._backend import (
     Backend,
     check_choice,
     check_device,
@@ -57,8 +57,8 @@ from kernels._backend import (
     triton_has_float64_products,
     without_autocast,
 )
-from kernels._gather import gather_rows
-from kernels._info_nce_eager import EPS
+from ._gather import gather_rows
+from ._info_nce_eager import EPS
 
 Similarity = Literal["cosine", "dot"]
 Reduction = Literal["mean", "sum", "none"]
@@ -104,7 +104,7 @@ def _info_nce_paired(
     _check_temperature_value(temperature)
     forward = eager.paired_forward
     if backend == "triton":
-        from kernels._triton import info_nce as triton_kernels
+        from ._triton import info_nce as triton_kernels
 
         forward = triton_kernels.paired_forward
     with without_autocast(anchors.device), torch.cuda.device_of(anchors):
@@ -132,7 +132,7 @@ def _info_nce_paired_backward(
     """Gradients of anchors, positives, negatives and temperature; of size 0 where `needs` says no."""
     backward = eager.paired_backward
     if backend == "triton":
-        from kernels._triton import info_nce as triton_kernels
+        from ._triton import info_nce as triton_kernels
 
         backward = triton_kernels.paired_backward
     inputs = grad, anchors, positives, negatives, temperature, statistics
@@ -157,7 +157,7 @@ def _info_nce_shared(
     _check_temperature_value(temperature)
     forward = eager.shared_forward
     if backend == "triton":
-        from kernels._triton import info_nce_shared as triton_kernels
+        from ._triton import info_nce_shared as triton_kernels
 
         forward = triton_kernels.shared_forward
     with without_autocast(anchors.device), torch.cuda.device_of(anchors):
@@ -188,7 +188,7 @@ def _info_nce_shared_backward(
     """Gradients of anchors, positives, negatives and temperature; of size 0 where `needs` says no."""
     backward = eager.shared_backward
     if backend == "triton":
-        from kernels._triton import info_nce_shared as triton_kernels
+        from ._triton import info_nce_shared as triton_kernels
 
         if anchors.shape[1] <= triton_kernels.WHOLE_ROW:
             backward = triton_kernels.shared_backward

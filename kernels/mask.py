@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels._backend import (
+from ._backend import (
     Backend,
     check_device,
     check_dtype,
@@ -73,7 +73,7 @@ def _mask_patches_op(
     images_BCHW: Tensor, mask_BP: Tensor, fill_C: Tensor, patch_h: int, patch_w: int, backend: str
 ) -> Tensor:
     if backend == "triton":
-        from kernels._triton.mask import mask_patches_triton
+        from ._triton.mask import mask_patches_triton
 
         with torch.cuda.device_of(images_BCHW):
             return mask_patches_triton(images_BCHW, mask_BP, fill_C, (patch_h, patch_w))

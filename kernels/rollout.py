@@ -18,7 +18,7 @@ Cost: one row of the product is wanted, so row <- row A~_l goes from the last la
 the O(N^3) of a matrix product. The last layer needs just the R rows where `start` is not zero; the modes last
 and mean need just those in every layer.
 Flops: 2 B L H N^2 d (rollout); 2 B H R N d (last); 2 B L H R N d (mean).
-Bytes: 2 B L H N d itemsize to read Q and K; the Triton kernel (`kernels._triton.rollout`) adds a few rows of N floats.
+Bytes: 2 B L H N d itemsize to read Q and K; the Triton kernel (`_triton/rollout.py`) adds a few rows of N floats.
 The eager path holds the attention of one layer and of as many images as fit in `CHUNK_BYTES`.
 """
 
@@ -28,7 +28,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from kernels._backend import (
+from ._backend import (
     Backend,
     check_choice,
     check_device,
@@ -206,7 +206,7 @@ def _rollout_op(
         "scale": scale,
     }
     if backend == "triton":
-        from kernels._triton.rollout import launch
+        from ._triton.rollout import launch
 
         with torch.cuda.device_of(queries[0]):
             result_BP, finite = launch(queries, keys, k=k, **options)

@@ -1,29 +1,29 @@
 """Attention rollout from attention maps as a forward pass makes them, each looked at once and kept nowhere.
 
 A model with explicit attention computes every map A_l [B, H, N, N] anyway, but in the order 1..L, while the row of
-`kernels.rollout` runs from L to 1. So the product is carried instead, from the first layer on:
+`lethe_kernels.rollout` runs from L to 1. So the product is carried instead, from the first layer on:
 
     R_l = A~_l R_(l-1),  R_0 = I        scores = start R_L on the patch tokens
 
-Legend, formulas and source are those of `kernels.rollout`.
+Legend, formulas and source are those of `lethe_kernels.rollout`.
 
 Cost: 2 B N^3 flops a layer but for the first and the last, where a product is not needed; no q k^T, since the model
 has computed it. Memory: 3 B N^2 floats, 3 / (L H) of all maps (2% for ViT-B), where q and k of all layers take as
 much as the maps. That is less than q and k cost while N is small beside H d, as at 224 pixels; on a GPU, where the
-attention is fused and there are no maps, `kernels.attention_rollout` is the one to use.
+attention is fused and there are no maps, `lethe_kernels.attention_rollout` is the one to use.
 """
 
 import torch
 from torch import Tensor
 
-from kernels._backend import check_float, check_int, check_tensor, compute_dtype, without_autocast
-from kernels.rollout import HeadFusion, Mode, Pool, check_rollout, start_row
+from ._backend import check_float, check_int, check_tensor, compute_dtype, without_autocast
+from .rollout import HeadFusion, Mode, Pool, check_rollout, start_row
 
 
 class StreamedRollout:
     """`attention_rollout` for maps that come one layer at a time: `add` each, first layer first, then `scores`.
 
-    Options as for `kernels.attention_rollout`. Raises ValueError for options and maps that do not fit.
+    Options as for `lethe_kernels.attention_rollout`. Raises ValueError for options and maps that do not fit.
     """
 
     def __init__(

@@ -17,9 +17,9 @@ from PIL import Image
 # Triton decides at import whether a kernel is compiled or interpreted, its own (tl.sum, tl.max) included. The variable
 # is taken back at once, so that backend="auto" is eager but for the tests that set it (tests/kernels/conftest.py).
 os.environ["TRITON_INTERPRET"] = "1"
-import kernels._triton.info_nce_shared
-import kernels._triton.mask
-import kernels._triton.rollout  # noqa: F401
+import lethe_kernels._triton.info_nce_shared
+import lethe_kernels._triton.mask
+import lethe_kernels._triton.rollout  # noqa: F401
 
 del os.environ["TRITON_INTERPRET"]
 

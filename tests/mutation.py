@@ -26,7 +26,7 @@ from pathlib import Path
 from mutants import MUTANTS, Mutant
 
 ROOT = Path(__file__).resolve().parent.parent
-COPIED = ("engine", "kernels", "bench", "tests", "pyproject.toml")
+COPIED = ("engine", "kernels", "bench", "tests", "lethe_kernels.py", "pyproject.toml")
 
 
 class Proofless(Exception):
@@ -61,7 +61,9 @@ def copy_of_repository() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
         for name in COPIED:
             if (ROOT / name).is_dir():
-                shutil.copytree(ROOT / name, Path(folder) / name, ignore=shutil.ignore_patterns("__pycache__"))
+                shutil.copytree(
+                    ROOT / name, Path(folder) / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
+                )
             else:
                 shutil.copy2(ROOT / name, folder)
         yield Path(folder)

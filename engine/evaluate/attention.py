@@ -30,7 +30,7 @@ from engine.evaluate.intervals import bootstrap_means, percentiles, proportion
 from engine.evaluate.predict import Predictions
 from engine.masking import count_masked, random_masks, scores_and_outputs, top_mask
 from engine.models.vit import ViTInfo, describe, outputs
-from kernels import mask_patches
+from lethe_kernels import mask_patches
 
 MOST_SAMPLES = 1_000
 

@@ -35,7 +35,7 @@ from engine.methods.finetune import RETAIN_LR_PER_WIDTH
 from engine.methods.spaces import Range, rate, tunable
 from engine.models.vit import outputs
 from engine.tokens import capture_patch_tokens, masked_outputs, masked_patch_token, supports_tokens
-from kernels import info_nce, mask_patches
+from lethe_kernels import info_nce, mask_patches
 
 # Rate of the forget stage times the width of the model: 3e-5 at width 128. See docs/notes.md.
 FORGET_LR_PER_WIDTH = 3.84e-3

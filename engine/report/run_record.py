@@ -148,10 +148,10 @@ def code() -> dict[str, Any]:
     commit: None, or hash and whether files differ from it.
     """
     digest = hashlib.sha256()
-    for package in ("engine", "kernels"):
+    for folder, package in (("engine", "engine"), ("kernels", "lethe_kernels")):
         place = Path(next(iter(importlib.import_module(package).__path__)))
         for path in sorted(place.rglob("*.py")):
             content = path.read_bytes()
-            digest.update(f"{package}/{path.relative_to(place).as_posix()}\0{len(content)}\0".encode())
+            digest.update(f"{folder}/{path.relative_to(place).as_posix()}\0{len(content)}\0".encode())
             digest.update(content)
     return {"lethe": __version__, "sha256": digest.hexdigest(), "commit": commit()}

@@ -1,4 +1,4 @@
-"""Triton kernels of `kernels.info_nce`, paired negatives; the formulas and the legend are there.
+"""Triton kernels of `lethe_kernels.info_nce`, paired negatives; the formulas and the legend are there.
 
 One program an anchor, every input read once, forward; backward is elementwise. What the shared form needs too, the
 statistics of the rows among it, is here.
@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import _triton
-from kernels._info_nce_eager import EPS, LONG_INVERSE
-from kernels._triton import Scalar
+from .. import _triton
+from .._info_nce_eager import EPS, LONG_INVERSE
+from . import Scalar
 
 
 class Launch(NamedTuple):

@@ -1,4 +1,4 @@
-"""Triton kernels of `kernels.info_nce`, shared negatives; the formulas and the legend are there.
+"""Triton kernels of `lethe_kernels.info_nce`, shared negatives; the formulas and the legend are there.
 
 A product of tiles whose similarities live in registers, forward with a running log-sum-exp; backward makes each tile
 again and multiplies it with the other side's rows. That kernel runs twice: rows are the anchors and columns the
@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import _triton
-from kernels._info_nce_eager import LONG_INVERSE
-from kernels._triton import Scalar
-from kernels._triton.info_nce import (
+from .. import _triton
+from .._info_nce_eager import LONG_INVERSE
+from . import Scalar
+from .info_nce import (
     Launch,
     inverse_norms,
     row_statistics,

@@ -1,4 +1,4 @@
-"""Triton kernel of `kernels.mask`: formula, legend and cost are there.
+"""Triton kernel of `lethe_kernels.mask`: formula, legend and cost are there.
 
 One program copies a tile of one image, rows x columns, and replaces what the mask says. Columns are what lies
 side by side in memory, so that reads and writes are whole lines:
@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import _triton
-from kernels._triton import Scalar
+from .. import _triton
+from . import Scalar
 
 
 @triton.jit
@@ -92,7 +92,7 @@ def _strides(tensor: Tensor) -> list[int]:
 
 
 def mask_patches_triton(images_BCHW: Tensor, mask_BP: Tensor, fill_C: Tensor, patch_size: tuple[int, int]) -> Tensor:
-    """`kernels.mask`'s op; reads every input through its strides, and lays the result out as `empty_like` would."""
+    """The op of `lethe_kernels.mask`; reads inputs through their strides, lays the result out as `empty_like` would."""
     batch, channels, height, width = images_BCHW.shape
     result_BCHW = _triton.empty((images_BCHW.numel(),), images_BCHW.dtype, images_BCHW.device)
     result_BCHW = result_BCHW.as_strided(images_BCHW.shape, torch.empty_like(images_BCHW, device="meta").stride())

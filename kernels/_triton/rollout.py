@@ -8,8 +8,8 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels import _triton
-from kernels._triton.rollout_kernel import FUSIONS, rollout_kernel
+from .. import _triton
+from .rollout_kernel import FUSIONS, rollout_kernel
 
 
 @dataclasses.dataclass(frozen=True)

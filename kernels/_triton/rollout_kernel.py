@@ -18,8 +18,8 @@ Legend: L layers, B images, H heads, N tokens, D head width; BI x BJ the tile of
 import triton
 import triton.language as tl
 
-from kernels import _triton
-from kernels._triton import Scalar
+from .. import _triton
+from . import Scalar
 
 FUSIONS = {"mean": 0, "max": 1, "min": 2}
 _MEAN, _MAX = tl.constexpr(0), tl.constexpr(1)

@@ -75,7 +75,7 @@ def test_spills_shared_memory_and_missing_matrix_instructions_are_problems() -> 
     code = textwrap.dedent("""
         import dataclasses
         from bench import compile
-        from kernels._triton import rollout
+        from lethe_kernels._triton import rollout
 
         plan = rollout.plan(256, 12, 197, 64, 4, "mean", 132)
         big = dataclasses.replace(plan, block_i=64, block_j=256, whole=True)

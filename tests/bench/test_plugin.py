@@ -174,7 +174,7 @@ def test_without_paths_the_suite_alone_is_measured(pytester: pytest.Pytester, tm
 
 
 def test_the_plugin_brings_nothing_that_coverage_is_to_see() -> None:
-    code = "import sys, bench.plugin; print(sorted({'torch', 'engine', 'kernels'} & set(sys.modules)))"
+    code = "import sys, bench.plugin; print(sorted({'torch', 'engine', 'kernels', 'lethe_kernels'} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
 
@@ -184,7 +184,7 @@ def test_the_plugin_brings_nothing_that_coverage_is_to_see() -> None:
 # In each the original does its own work and then part of it again, or copies what it need not copy.
 PLANTED = {
     "mask_patches, eager": """
-        import kernels.mask as module
+        import lethe_kernels.mask as module
         real = module._mask_patches_eager
         def slower(images, mask, fill, patch_size):
             more = round(0.3 * len(images))
@@ -193,7 +193,7 @@ PLANTED = {
         module._mask_patches_eager = slower
     """,
     "attention_rollout, eager": """
-        import kernels.rollout as module
+        import lethe_kernels.rollout as module
         real, extra = module._rollout_row_eager, [0.0]
         def slower(queries, keys, **options):
             extra[0] += 0.3 * len(queries[0])

@@ -22,7 +22,7 @@ from bench.regression import Pair, Times, check, counts, fast_mean, run_case, se
 from bench.regression_cases import CASES, Case, Work
 from bench.regression_table import lines
 from engine.errors import UserError
-from kernels import attention_rollout, mask_patches
+from lethe_kernels import attention_rollout, mask_patches
 
 CPU = torch.device("cpu")
 HERE = Place("a CPU, threads: 1, torch 2.0", "torch 2.0, cpu")

@@ -186,9 +186,9 @@ def test_env_prints_versions_and_that_kernels_is_ours(lethe: Lethe, tmp_path: Pa
     )
 
 
-def test_env_notices_a_foreign_package_called_kernels(tmp_path: Path) -> None:
-    (tmp_path / "kernels").mkdir()
-    (tmp_path / "kernels" / "__init__.py").write_text("")
+def test_env_notices_a_foreign_package_called_lethe_kernels(tmp_path: Path) -> None:
+    (tmp_path / "lethe_kernels").mkdir()
+    (tmp_path / "lethe_kernels" / "__init__.py").write_text("")
     root = Path(cli.__file__).parents[1]
     script = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(root)!r}]; sys.argv = ['lethe', 'env']"
     script += "; from engine.cli import main; main()"

@@ -11,7 +11,7 @@ from engine.errors import UserError
 from engine.masking import MaskSource, count_masked, mask_and_outputs, random_masks, scores_and_outputs, top_mask
 from engine.models.attention import attention_as
 from engine.models.vit import ViTInfo, describe, outputs
-from kernels.rollout import attention_rollout_reference
+from lethe_kernels.rollout import attention_rollout_reference
 
 
 def explicit_attention(vit: torch.nn.Module, images: torch.Tensor) -> list[torch.Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from engine.errors import UserError
 from engine.models.vit import describe, outputs
 from engine.tokens import capture_patch_tokens, masked_outputs, masked_patch_token, supports_tokens
-from kernels import mask_patches
+from lethe_kernels import mask_patches
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])

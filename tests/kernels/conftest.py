@@ -16,7 +16,7 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def poisoned(interpreter: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Results and scratch of the Triton kernels start as NaN (or the largest integer), not as lucky zeros."""
-    from kernels import _triton
+    from lethe_kernels import _triton
 
     def poison(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         worst = float("nan") if dtype.is_floating_point else True if dtype == torch.bool else torch.iinfo(dtype).max

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import _info_nce_eager, info_nce
-from kernels.info_nce import EPS, info_nce_reference
+from lethe_kernels import _info_nce_eager, info_nce
+from lethe_kernels.info_nce import EPS, info_nce_reference
 
 FORMS = ["in-batch", "own", "shared"]
 SIMILARITIES = ["cosine", "dot"]

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels import info_nce
+from lethe_kernels import info_nce
 
 RANKS, BATCH, FEATURES, NEGATIVES = 2, 3, 5, 4
 FORMS = ["in-batch", "shared"]

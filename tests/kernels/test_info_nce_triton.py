@@ -19,8 +19,8 @@ from test_info_nce import (
 )
 from torch import Tensor
 
-from kernels import _info_nce_eager, info_nce
-from kernels.info_nce import EPS, info_nce_reference
+from lethe_kernels import _info_nce_eager, info_nce
+from lethe_kernels.info_nce import EPS, info_nce_reference
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -115,14 +115,14 @@ def test_float16_with_lengths_far_from_one(assert_near: Any) -> None:
 def test_any_division_of_the_columns_adds_up(
     assert_near: Any, monkeypatch: pytest.MonkeyPatch, form: str, programs: int
 ) -> None:
-    from kernels._triton import info_nce_shared
+    from lethe_kernels._triton import info_nce_shared
 
     monkeypatch.setattr(info_nce_shared, "PROGRAMS", programs)
     check_against_eager(assert_near, make(form, 70, 12, negatives=150), torch.float32, reduction="none")
 
 
 def test_splits_cover_every_tile_once() -> None:
-    from kernels._triton.info_nce_shared import Launch, splits
+    from lethe_kernels._triton.info_nce_shared import Launch, splits
 
     launch = Launch(64, 32, 16, warps=4)
     for rows in (1, 64, 65, 5000, 65536):
@@ -175,7 +175,7 @@ def test_rows_may_be_one_row_repeated(assert_near: Any) -> None:
 
 
 def test_far_apart_rows_are_copied() -> None:
-    from kernels._triton.info_nce_shared import _addressable
+    from lethe_kernels._triton.info_nce_shared import _addressable
 
     near = torch.empty(2, 3)
     assert _addressable(near) is near

@@ -7,24 +7,24 @@ from collections.abc import Callable
 import pytest
 import torch
 
-import kernels
-import kernels._triton
-from kernels._backend import resolve_backend
+import lethe_kernels
+import lethe_kernels._triton
+from lethe_kernels._backend import resolve_backend
 
 LAYERS = [torch.ones(1, 1, 3, 2)]
 CALLS: dict[str, Callable[[str], object]] = {
-    "attention_rollout": lambda backend: kernels.attention_rollout(LAYERS, LAYERS, backend=backend),
-    "rollout_topk_mask": lambda backend: kernels.rollout_topk_mask(LAYERS, LAYERS, k=1, backend=backend),
-    "mask_patches": lambda backend: kernels.mask_patches(
+    "attention_rollout": lambda backend: lethe_kernels.attention_rollout(LAYERS, LAYERS, backend=backend),
+    "rollout_topk_mask": lambda backend: lethe_kernels.rollout_topk_mask(LAYERS, LAYERS, k=1, backend=backend),
+    "mask_patches": lambda backend: lethe_kernels.mask_patches(
         torch.ones(1, 1, 2, 2), torch.ones(1, 4, dtype=torch.bool), patch_size=1, backend=backend
     ),
-    "info_nce": lambda backend: kernels.info_nce(torch.ones(2, 3), torch.ones(2, 3), backend=backend),
+    "info_nce": lambda backend: lethe_kernels.info_nce(torch.ones(2, 3), torch.ones(2, 3), backend=backend),
 }
 
 
 def test_marker_tells_this_package_from_its_namesake() -> None:
-    assert kernels.DISTRIBUTION == "lethe-unlearning"
-    assert {*CALLS, "DISTRIBUTION"} <= set(kernels.__all__)
+    assert lethe_kernels.DISTRIBUTION == "lethe-unlearning"
+    assert {*CALLS, "DISTRIBUTION"} <= set(lethe_kernels.__all__)
 
 
 ON_THE_CPU = (
@@ -52,7 +52,7 @@ def test_auto_is_triton_in_the_interpreter() -> None:
 
 
 def test_auto_is_triton_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels._triton, "INTERPRETED", False)
+    monkeypatch.setattr(lethe_kernels._triton, "INTERPRETED", False)
     assert resolve_backend("info_nce", "auto", "cuda") == "triton"
 
 
@@ -71,7 +71,7 @@ def test_every_reason_is_named() -> None:
 
 
 def test_without_triton_the_reason_is_that_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kernels._backend.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("lethe_kernels._backend.importlib.util.find_spec", lambda name: None)
     assert resolve_backend("info_nce", "auto", "cuda") == "eager"
     with pytest.raises(RuntimeError, match="cannot run: the package triton is not installed"):
         resolve_backend("info_nce", "triton", "cuda")
@@ -82,15 +82,17 @@ def test_without_triton_the_reason_is_that_it_is_missing(monkeypatch: pytest.Mon
     ("version", "fits"), [("3.4.0", False), ("3.5.0", True), ("3.10.1+git1", True), ("4.0.0", True)]
 )
 def test_float64_products_need_a_newer_triton(version: str, fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kernels._backend.importlib.metadata.version", lambda name: version)
+    monkeypatch.setattr("lethe_kernels._backend.importlib.metadata.version", lambda name: version)
     inputs = torch.eye(3, dtype=torch.float64), torch.eye(3, dtype=torch.float64)
     if fits:
-        kernels.info_nce(*inputs, backend="triton")
+        lethe_kernels.info_nce(*inputs, backend="triton")
         return
     with pytest.raises(RuntimeError, match=r"cannot run: float64 with shared negatives needs triton 3\.5 or newer\."):
-        kernels.info_nce(*inputs, backend="triton")
-    kernels.info_nce(*inputs)  # auto takes eager
-    kernels.info_nce(*inputs, torch.ones(3, 1, 3, dtype=torch.float64), backend="triton")  # has no products of tiles
+        lethe_kernels.info_nce(*inputs, backend="triton")
+    lethe_kernels.info_nce(*inputs)  # auto takes eager
+    lethe_kernels.info_nce(
+        *inputs, torch.ones(3, 1, 3, dtype=torch.float64), backend="triton"
+    )  # has no products of tiles
 
 
 @pytest.mark.parametrize("op", CALLS)

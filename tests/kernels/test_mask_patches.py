@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from timm.layers import PatchEmbed
 from torch import Tensor
 
-from kernels import mask_patches
-from kernels.mask import mask_patches_reference
+from lethe_kernels import mask_patches
+from lethe_kernels.mask import mask_patches_reference
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.uint8, torch.int64]
 

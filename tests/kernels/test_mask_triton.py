@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import mask_patches
-from kernels.mask import _mask_patches_op, mask_patches_reference, mask_tokens
+from lethe_kernels import mask_patches
+from lethe_kernels.mask import _mask_patches_op, mask_patches_reference, mask_tokens
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -82,7 +82,7 @@ def test_bit_equal_to_eager_and_laid_out_alike(dtype: torch.dtype, layout: str) 
 
 
 def test_the_backend_that_is_asked_for_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kernels import _triton
+    from lethe_kernels import _triton
 
     allocated: list[Tensor] = []
     empty = _triton.empty

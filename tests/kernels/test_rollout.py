@@ -12,8 +12,8 @@ from layers import Layers, cast, make
 from timm.models.vision_transformer import VisionTransformer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import attention_rollout, rollout_topk_mask
-from kernels.rollout import (
+from lethe_kernels import attention_rollout, rollout_topk_mask
+from lethe_kernels.rollout import (
     _rollout_row_eager,
     attention_rollout_reference,
     rollout_row_reference,

@@ -6,8 +6,8 @@ import pytest
 import torch
 from layers import cast, make
 
-from kernels import attention_rollout, rollout_topk_mask
-from kernels.rollout import _rollout_op
+from lethe_kernels import attention_rollout, rollout_topk_mask
+from lethe_kernels.rollout import _rollout_op
 
 
 @pytest.fixture(params=["eager", "triton"])

@@ -9,7 +9,7 @@ import torch
 from layers import Layers, make
 from torch import Tensor
 
-from kernels import StreamedRollout, attention_rollout
+from lethe_kernels import StreamedRollout, attention_rollout
 
 MODES, FUSIONS, POOLS = ["rollout", "last", "mean"], ["mean", "max", "min"], ["token", "avg"]
 WAYS = list(itertools.product(MODES, FUSIONS, POOLS))

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from layers import Layers, cast, make
 from torch import Tensor
 
-from kernels import attention_rollout, rollout_topk_mask
-from kernels._triton.rollout import Plan, launch, plan
-from kernels.rollout import attention_rollout_reference, topk_mask
+from lethe_kernels import attention_rollout, rollout_topk_mask
+from lethe_kernels._triton.rollout import Plan, launch, plan
+from lethe_kernels.rollout import attention_rollout_reference, topk_mask
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -225,7 +225,7 @@ def test_public_functions_agree_with_eager_and_auto_is_triton_here(monkeypatch: 
     eager = attention_rollout(queries, keys, backend="eager")
     torch.testing.assert_close(attention_rollout(queries, keys, backend="triton"), eager, rtol=1e-5, atol=1e-7)
     assert torch.equal(rollout_topk_mask(queries, keys, k=7), rollout_topk_mask(queries, keys, k=7, backend="eager"))
-    monkeypatch.setattr("kernels._triton.rollout.launch", lambda *args, **options: pytest.fail("auto is triton"))
+    monkeypatch.setattr("lethe_kernels._triton.rollout.launch", lambda *args, **options: pytest.fail("auto is triton"))
     with pytest.raises(pytest.fail.Exception, match="auto is triton"):
         attention_rollout(queries, keys)
 

@@ -1,0 +1,86 @@
+"""What `import kernels` gives in a checkout, where the folder has the name of another distribution's package.
+
+The package is installed, and imported by the engine, as `lethe_kernels`. With a checkout on sys.path its folder can be
+imported as `kernels` too. Then
+
+- `kernels` and `kernels.rollout` are the modules `lethe_kernels` and `lethe_kernels.rollout` themselves, so that no
+  torch.library operation is registered twice;
+- if Hugging Face's package `kernels` is installed, that is what `kernels` is, with the public names of this one added:
+  transformers imports from it.
+"""
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+from types import ModuleType
+
+_FOLDER = Path(__file__).resolve().parent
+_OURS = "lethe_kernels"
+
+
+def share_name(name: str) -> None:
+    """Replaces the module `name`, which is being imported from this folder, in sys.modules."""
+    ours = importlib.import_module(_OURS)
+    spec = _namesake(name)
+    theirs = None if spec is None else importlib.util.module_from_spec(spec)
+    sys.modules[name] = theirs or ours
+    # Submodules that are loaded need no finder, which would make `kernels.info_nce` the module in place of the function.
+    for loaded in [module for module in sys.modules if module.startswith(f"{_OURS}.")]:
+        alias = name + loaded.removeprefix(_OURS)
+        if theirs is None or PathFinder.find_spec(alias, theirs.__path__) is None:
+            sys.modules[alias] = sys.modules[loaded]
+    sys.meta_path.insert(0, _Alias(name, theirs))
+    if theirs is None:
+        return
+    assert spec is not None
+    assert spec.loader is not None
+    spec.loader.exec_module(theirs)
+    for public in ours.__all__:
+        if not hasattr(theirs, public):
+            setattr(theirs, public, getattr(ours, public))
+
+
+def _namesake(name: str) -> ModuleSpec | None:
+    """Another regular package of this name on sys.path; a folder of another checkout is none."""
+    elsewhere = [entry for entry in sys.path if Path(entry).resolve() != _FOLDER.parent]
+    spec = PathFinder.find_spec(name, elsewhere)
+    if spec is None or spec.origin is None or spec.submodule_search_locations is None:
+        return None
+    return None if (Path(spec.origin).parents[1] / f"{_OURS}.py").exists() else spec
+
+
+class _Alias(MetaPathFinder, Loader):
+    """Finds submodules of `name` as those of `lethe_kernels`, except the ones that the module `theirs` has."""
+
+    def __init__(self, name: str, theirs: ModuleType | None) -> None:
+        self.name, self.theirs = name, theirs
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        parent, _, rest = fullname.partition(".")
+        if parent != self.name or not rest:
+            return None
+        if self.theirs is not None and PathFinder.find_spec(fullname, path) and not self._is_ours(path):
+            return None
+        if importlib.util.find_spec(f"{_OURS}.{rest}") is None:
+            return None
+        return importlib.util.spec_from_loader(fullname, self)
+
+    @staticmethod
+    def _is_ours(path: Sequence[str] | None) -> bool:
+        return all(Path(entry).resolve().is_relative_to(_FOLDER) for entry in path or ())
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        module = importlib.import_module(_OURS + spec.name.removeprefix(self.name))
+        spec.loader_state = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        """The module ran under its own name; its own spec is put back, which the import system had replaced."""
+        assert module.__spec__ is not None
+        module.__spec__ = module.__spec__.loader_state
