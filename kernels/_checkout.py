@@ -28,20 +28,20 @@ def share_name(name: str) -> None:
     spec = _namesake(name)
     theirs = None if spec is None else importlib.util.module_from_spec(spec)
     sys.modules[name] = theirs or ours
-    # Submodules that are loaded need no finder, which would make `kernels.info_nce` the module in place of the function.
-    for loaded in [module for module in sys.modules if module.startswith(f"{_OURS}.")]:
-        alias = name + loaded.removeprefix(_OURS)
-        if theirs is None or PathFinder.find_spec(alias, theirs.__path__) is None:
-            sys.modules[alias] = sys.modules[loaded]
+    # Submodules that are loaded need no finder; it would make `kernels.info_nce` the module, not the function.
+    loaded = {module.removeprefix(f"{_OURS}."): sys.modules[module] for module in sys.modules if f"{_OURS}." in module}
+    for child, module in loaded.items():
+        if theirs is None or PathFinder.find_spec(f"{name}.{child}", theirs.__path__) is None:
+            sys.modules[f"{name}.{child}"] = module
     sys.meta_path.insert(0, _Alias(name, theirs))
     if theirs is None:
         return
     assert spec is not None
     assert spec.loader is not None
     spec.loader.exec_module(theirs)
-    for public in ours.__all__:
-        if not hasattr(theirs, public):
-            setattr(theirs, public, getattr(ours, public))
+    for child, value in {**loaded, **{public: getattr(ours, public) for public in ours.__all__}}.items():
+        if "." not in child and not hasattr(theirs, child):
+            setattr(theirs, child, value)
 
 
 def _namesake(name: str) -> ModuleSpec | None:
