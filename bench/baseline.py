@@ -109,6 +109,16 @@ class Baseline:
             raise UserError(f"{path} is no baseline: it has no `times` and `counts`; remove it and make it: `{UPDATE}`")
         return cls(values)
 
+    def lacking(self, place: Place) -> str | None:
+        """What there are no figures of at all, of times or of counts; None if the baseline fits this place."""
+        for kind, where, what in (
+            ("times", place.machine, "times of this machine,"),
+            ("counts", place.software, "counts of"),
+        ):
+            if where not in self.values[kind]:
+                return f"the baseline has no {what} {where}"
+        return None
+
     def counts(self, case: str, place: Place) -> Mapping[str, float]:
         """Counted measures of a case. Raises UserError where there are none."""
         cases = self.values["counts"].get(place.software)

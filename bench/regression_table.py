@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from bench.against import Compared
 from bench.baseline import COUNTED, TIME, Verdict
 from bench.measure import size
 
@@ -28,6 +29,28 @@ def lines(
         compared = [f"{value:.3f}" for value in (time.baseline, time.quotient, time.threshold)] if time else ["-"] * 3
         cells = [_amount(measure, counts[measure], known.get(measure)) for measure in COUNTED]
         table.add_row(case, f"{times[TIME]:.3f}", *compared, *cells)
+    return _printed(table, width)
+
+
+def lines_against(
+    compared: Mapping[str, Compared], verdicts: Mapping[str, list[Verdict]], revision: str, width: int
+) -> list[str]:
+    """One line a case: the time of a call in the working tree and in the revision, and what is counted."""
+    table = Table("case", box=None, header_style="bold", pad_edge=False)
+    for column in ("time", revision, "quotient", "threshold", "rounds", *COUNTED):
+        table.add_column(column, justify="right")
+    for case, found in compared.items():
+        known = {verdict.measure: verdict for verdict in verdicts[case]}
+        time = known[TIME]
+        cells = [_amount(measure, found.counts[0][measure], known[measure]) for measure in COUNTED]
+        table.add_row(
+            case, *(f"{1e3 * seconds:.3g} ms" for seconds in (time.now, time.baseline)), f"{time.quotient:.3f}",
+            f"{time.threshold:.3f}", str(found.rounds), *cells,
+        )  # fmt: skip
+    return _printed(table, width)
+
+
+def _printed(table: Table, width: int) -> list[str]:
     console = Console(file=io.StringIO(), width=width)
     console.print(table)
     return console.file.getvalue().splitlines()  # type: ignore[attr-defined]

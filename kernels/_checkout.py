@@ -29,7 +29,11 @@ def share_name(name: str) -> None:
     theirs = None if spec is None else importlib.util.module_from_spec(spec)
     sys.modules[name] = theirs or ours
     # Submodules that are loaded need no finder; it would make `kernels.info_nce` the module, not the function.
-    loaded = {module.removeprefix(f"{_OURS}."): sys.modules[module] for module in sys.modules if f"{_OURS}." in module}
+    loaded = {
+        module.removeprefix(f"{_OURS}."): sys.modules[module]
+        for module in sys.modules
+        if module.startswith(f"{_OURS}.")
+    }
     for child, module in loaded.items():
         if theirs is None or PathFinder.find_spec(f"{name}.{child}", theirs.__path__) is None:
             sys.modules[f"{name}.{child}"] = module
