@@ -161,6 +161,7 @@ class Gate:
     def beside_revision(self, place: Place) -> bool:
         """Whether cases are compared with a revision, not with stored figures. Fails the test where neither can be."""
         from bench.against import choose_revision
+        from bench.baseline import UPDATE
         from engine.errors import UserError
 
         self.place = place
@@ -168,7 +169,7 @@ class Gate:
             try:
                 self.revision = choose_revision(None)
             except UserError as error:
-                pytest.fail(f"{lacking}; {error}", pytrace=False)
+                pytest.fail(f"{lacking}; measure it: `{UPDATE}`; {error}", pytrace=False)
         return self.revision is not None
 
     def compare(self, case: str, threshold: float | None = None) -> None:
