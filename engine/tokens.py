@@ -23,7 +23,7 @@ from timm.layers.patch_embed import PatchEmbed
 from torch import Tensor, nn
 
 from engine.errors import UserError
-from engine.models.vit import attention_info, forwarding, outputs
+from engine.models.vit import attention_info, attention_modules, forwarding, outputs
 from kernels import mask_tokens
 
 Backend = Literal["auto", "triton", "eager"]
@@ -38,7 +38,13 @@ def supports_tokens(model: nn.Module) -> bool:
     Raises UserError for models that `engine.models.vit.attention_info` refuses.
     """
     info, embed = attention_info(model), getattr(model, "patch_embed", None)
-    if info.windowed or type(embed) is not PatchEmbed or embed.dynamic_img_pad:
+    if (
+        info.windowed
+        or not attention_modules(model)
+        or getattr(model, "rope", None) is not None
+        or type(embed) is not PatchEmbed
+        or embed.dynamic_img_pad
+    ):
         return False
     projection = embed.proj
     return (

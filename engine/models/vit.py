@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
 from engine.errors import UserError
+from engine.models.capture import blocks_of_core, check_calls
 from engine.models.info import (
     ModelInfo,
     black_image,
     classifiers,
+    configured_model,
     declared_info,
     evaluating,
     model_info,
@@ -29,14 +32,15 @@ class ViTInfo(ModelInfo):
 
     patch_size: (height, width) in pixels of one maskable patch. grid: patches down and across.
     num_prefix_tokens: class, distillation and register tokens before the patch tokens.
-    pool: "token" where the class token is read by the head, "avg" where patch tokens are averaged.
-    in_chans, input_size: channels; (height, width) in pixels. windowed: Swin's rule applies (`engine.swin`).
+    pool: "token" where the class token is read by the head, "avg" where patch tokens are averaged, "map" where
+    attention pooling reads all of them.
+    in_chans, input_size: channels; (height, width) in pixels. windowed: Swin's rule applies (`engine.masking`).
     """
 
     patch_size: tuple[int, int]
     grid: tuple[int, int]
     num_prefix_tokens: int
-    pool: Literal["token", "avg"]
+    pool: Literal["token", "avg", "map"]
     windowed: bool
 
     @property
@@ -64,37 +68,67 @@ def attention_info(model: nn.Module) -> ViTInfo:
     """
     if (declared := declared_info(model)) is not None:
         return declared
-    embed = getattr(model, "patch_embed", None)
-    if embed is None or not hasattr(embed, "patch_size"):
+    if is_swin(model):
+        return _swin_info(model)
+    core: Any = configured_model(model) or model
+    embed = getattr(core, "patch_embed", None) or getattr(core, "embeds", None)  # timm's NaFlexVit has the latter
+    if not hasattr(embed, "patch_size"):
         raise UserError(
-            f"{type(model).__name__} is not a Vision Transformer of timm: looked for `patch_embed.patch_size`"
+            f"{type(core).__name__} is not a Vision Transformer of timm: looked for `patch_embed.patch_size`"
         )
-    windowed = is_swin(model)
-    if not windowed:
-        _check_attention(model)
+    if not blocks_of_core(model):
+        raise UserError(f"{type(core).__name__} is no column of blocks over the same tokens: looked for `blocks`")
     general = model_info(model)
-    grid = pair(model.layers[-1].blocks[-1].input_resolution if windowed else embed.grid_size)  # type: ignore[index, union-attr]
-    pool = getattr(model, "global_pool", "token")
+    grid = _grid_of(embed, general.input_size)
+    patch = _patch_of(model, general.input_size, grid)
+    prefix = int(getattr(core, "num_prefix_tokens", 1))
+    pool = getattr(core, "global_pool", "token")
+    pool = "token" if pool == "token" else "avg"
+    if not plain_attention(model) and check_calls(model, prefix + grid[0] * grid[1], prefix):
+        pool = "map"
+    elif getattr(core, "attn_pool", None) is not None or getattr(core, "global_pool", "") == "map":
+        raise UserError(f"{type(core).__name__} pools by attention that could not be read")
+    if pool == "token" and prefix == 0:
+        raise UserError(f"{type(core).__name__} reads a class token (global_pool='token'), and has no prefix tokens")
+    return ViTInfo(
+        **dataclasses.asdict(general), patch_size=patch, grid=grid, num_prefix_tokens=prefix, pool=pool, windowed=False
+    )
+
+
+def _swin_info(model: Any) -> ViTInfo:
+    """A maskable patch is a token of the last stage: its scores are what Swin's rule gives."""
+    general = model_info(model)
+    grid = pair(model.layers[-1].blocks[-1].input_resolution)
     return ViTInfo(
         **dataclasses.asdict(general),
         patch_size=_patch_of(model, general.input_size, grid),
         grid=grid,
-        num_prefix_tokens=0 if windowed else int(getattr(model, "num_prefix_tokens", 1)),
-        pool="token" if pool == "token" and not windowed else "avg",
-        windowed=windowed,
+        num_prefix_tokens=0,
+        pool="avg",
+        windowed=True,
     )
 
 
-def _check_attention(model: nn.Module) -> None:
-    if not attention_modules(model):
+def plain_attention(model: nn.Module) -> bool:
+    """Whether q and k of every block are the final ones behind `q_norm` and `k_norm`, with nothing added to the logits:
+    timm's `Attention` alone, without rotary embeddings and without attention pooling."""
+    modules = attention_modules(model)
+    pooled = getattr(model, "attn_pool", None) is not None or getattr(model, "rope", None) is not None
+    return bool(modules) and not pooled and all(type(module) is Attention for module in modules)
+
+
+def _grid_of(embed: Any, image: tuple[int, int]) -> tuple[int, int]:
+    """Patches down and across of an image of the input size."""
+    patch = pair(embed.patch_size)
+    built = getattr(embed, "img_size", None)
+    if getattr(embed, "grid_size", None) is not None and (built is None or pair(built) == image):
+        return pair(embed.grid_size)
+    if image[0] % patch[0] or image[1] % patch[1]:
         raise UserError(
-            f"{type(model).__name__} offers no usable attention: looked for `blocks[i].attn` with `q_norm` and `k_norm`"
+            f"an input of {image[0]} x {image[1]} pixels is no whole number of patches of {patch[0]} x {patch[1]}; use "
+            "an input size that is a multiple"
         )
-    if getattr(model, "rope", None) is not None:
-        raise UserError(
-            f"{type(model).__name__} rotates q and k after `q_norm` and `k_norm` (rotary position embedding), so its "
-            "attention cannot be captured there; models with learned position embeddings can be used"
-        )
+    return image[0] // patch[0], image[1] // patch[1]
 
 
 def _patch_of(model: nn.Module, image: tuple[int, int], grid: tuple[int, int]) -> tuple[int, int]:
@@ -110,7 +144,14 @@ def _patch_of(model: nn.Module, image: tuple[int, int], grid: tuple[int, int]) -
 def is_swin(model: nn.Module) -> bool:
     layers = getattr(model, "layers", None)
     block = getattr(layers[-1], "blocks", [None])[-1] if isinstance(layers, nn.Sequential) and len(layers) else None
-    return hasattr(block, "window_size") and hasattr(getattr(block, "attn", None), "relative_position_bias_table")
+    attention = getattr(block, "attn", None)
+    bias = hasattr(attention, "relative_position_bias_table") or cosine_attention(attention)
+    return bias and hasattr(block, "window_size") and hasattr(block, "input_resolution")
+
+
+def cosine_attention(attention: Any) -> bool:
+    """Whether it is SwinV2's: explicit attention of normalised q and k, with a bias from a small network."""
+    return all(hasattr(attention, name) for name in ("logit_scale", "cpb_mlp", "attn_drop"))
 
 
 def outputs(model: nn.Module, images: Tensor, what: str = "logits") -> Tensor:

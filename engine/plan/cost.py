@@ -24,9 +24,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from engine.models.attention import attention_as, capture_queries_keys
+from engine.models.capture import attention_calls
 from engine.models.checkpoint import ModelSpec
-from engine.models.info import ModelInfo
-from engine.models.vit import ViTInfo, attention_modules, checkpoint_blocks, describe
+from engine.models.info import ModelInfo, black_image
+from engine.models.vit import ViTInfo, attention_modules, checkpoint_blocks, describe, plain_attention
 from engine.trainable import restrict
 
 # Batches at which a pass is counted; bytes are a line through both.
@@ -113,7 +114,14 @@ def _rollout_flops(model: nn.Module, info: ModelInfo) -> int:
         return 0
     tokens = info.num_patches + info.num_prefix_tokens
     heads: list[Any] = attention_modules(model)
-    return sum(2 * attention.num_heads * tokens**2 * attention.head_dim for attention in heads)
+    if heads:
+        return sum(2 * attention.num_heads * tokens**2 * attention.head_dim for attention in heads)
+    if info.windowed:
+        return 0
+    with torch.no_grad(), attention_calls(model) as calls:
+        model(black_image(model))
+    maps = [call.query.shape for call in calls if call.query.shape[-2] == call.key.shape[-2] == tokens]
+    return sum(2 * shape[1] * tokens**2 * shape[3] for shape in maps)
 
 
 def count_parameters(spec: ModelSpec) -> tuple[int, int]:
@@ -166,7 +174,8 @@ def _train(model: nn.Module, images: Tensor, autocast: Any) -> None:
 
 @torch.no_grad()
 def _teach(model: nn.Module, images: Tensor, autocast: Any, keep: bool) -> None:
-    with autocast, capture_queries_keys(model) if keep else contextlib.nullcontext():
+    capture: Any = capture_queries_keys if plain_attention(model) else attention_calls
+    with autocast, capture(model) if keep else contextlib.nullcontext():
         model.eval()(images)
 
 
