@@ -16,7 +16,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from engine.models.vit import describe, forwarding
+from engine.models.vit import forwarding
 
 
 @contextlib.contextmanager
@@ -39,7 +39,7 @@ def prefix_tokens_read(model: nn.Module) -> int:
     if type(model) not in (VisionTransformer, VisionTransformerDistilled):
         return 0
     token = model.global_pool == "token" and getattr(model, "attn_pool", None) is None
-    return describe(model).num_prefix_tokens if token and type(_last(model)) is Block else 0
+    return int(model.num_prefix_tokens) if token and type(_last(model)) is Block else 0  # type: ignore[arg-type]
 
 
 def _last(model: nn.Module) -> nn.Module:

@@ -35,9 +35,11 @@ from engine.early_stop import HeldOutStop, check_stop
 from engine.errors import UserError
 from engine.last_block import only_tokens_of_the_head
 from engine.methods import Context, Method, Phase, get_method
+from engine.methods.base import refuse_unfit
 from engine.models.attention import attention_as
 from engine.models.checkpoint import load_checkpoint, spec_of
-from engine.models.vit import describe
+from engine.models.info import num_classes_of, usable
+from engine.models.vit import checkpoint_blocks, describe
 from engine.pruning import check_pruning, pruned_phases
 from engine.retained import choose_retained
 from engine.trainable import refuse_sharding, restrict
@@ -68,8 +70,9 @@ def unlearn(
 ) -> UnlearnResult:
     """Makes a trained ViT forget `forget` while it keeps what it learned from `retain`.
 
-    model: a timm ViT, DeiT or Swin, or a checkpoint (folder, `timm:NAME`, `hf-hub:ID`). It is left as it is unless
-        `inplace`.
+    model: a classifier, or a checkpoint (folder, `timm:NAME`, `hf-hub:ID`): any of timm's, or any module that returns
+        logits and declares its input size; `lethe` needs attention that can be read. What `torch.compile`,
+        `DataParallel` or `DistributedDataParallel` wraps is taken out. It is left as it is unless `inplace`.
     forget, retain: `engine.data.Samples`, or map-style datasets of (image, label), see `engine.data.from_dataset`.
     method: a name of `engine.list_methods()`. config: its options and `engine.RunConfig`'s by name.
     validation: samples that the original never trained on; what stops a collapse looks at them. Without any, the
@@ -86,7 +89,8 @@ def unlearn(
     Raises UserError for wrong use, RunStopped where a loss or gradient is not finite (the last good weights are
     then in output_dir/last_good) or no space is left.
     """
-    original = load_checkpoint(model) if isinstance(model, (str, os.PathLike)) else model
+    given = load_checkpoint(model) if isinstance(model, (str, os.PathLike)) else model
+    original = usable(given, inplace)
     forget, retain = from_dataset(forget, "forget"), from_dataset(retain, "retain")
     if not len(forget):
         raise UserError(f"{forget.name}: no samples; nothing to forget")
@@ -111,7 +115,8 @@ def unlearn(
         result = _run(run, started, finalize)
     if inplace and result.model is not original:
         original.load_state_dict(result.model.state_dict())
-        result.model = original
+    if inplace:
+        result.model = given
     return result
 
 
@@ -237,6 +242,12 @@ def set_up(
             resolve_backend(op, run.kernels.backend, device)
     except RuntimeError as error:
         raise UserError(f"option kernels.backend={run.kernels.backend!r}: {error}") from None
+    refuse_unfit(method_class, original)
+    if method_class.initial_model is Method.initial_model and not any(p.requires_grad for p in original.parameters()):
+        raise UserError(
+            "every weight of the model is frozen (requires_grad=False), so nothing of it could be changed; call "
+            "model.requires_grad_(True) first"
+        )
     info = describe(original)
     watched = retain if validation is None else from_dataset(validation, "validation")
     _check_data(original, forget, retain, watched)
@@ -328,7 +339,7 @@ def set_up(
     if zero:
         refuse_sharding(student, zero)
     if run.gradient_checkpointing:
-        student.set_grad_checkpointing(True)  # type: ignore[operator]
+        checkpoint_blocks(student)
     if run.compile:
         student.compile()
     updater = ZeroUpdater(student, run, zero) if zero else Updater(student, run)
@@ -431,15 +442,16 @@ def _frozen(
 
 
 def _check_data(model: nn.Module, forget: Samples, retain: Samples, watched: Samples) -> None:
+    classes = num_classes_of(model)
     for samples in (forget, retain, watched):
         if not len(samples):
             if samples is not forget:
                 raise UserError(f"{samples.name}: no samples; the model needs some to retain and some to be watched on")
             continue
-        if samples.labels.max() >= int(model.num_classes):  # type: ignore[arg-type]
+        if samples.labels.max() >= classes:
             worst = int(samples.labels.argmax())
             raise UserError(
                 f"{samples.name}: sample {samples.ids[worst]!r} has label {samples.labels[worst]}, but the "
                 "model's head has "
-                f"{model.num_classes} classes; use the checkpoint trained on these labels"
+                f"{classes} classes; use the checkpoint trained on these labels"
             )

@@ -16,11 +16,13 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
+from timm.models.vision_transformer_relpos import RelPosAttention
 from torch import Tensor, nn
 
 from engine.errors import UserError
 from engine.models.attention import capture_queries_keys, stream_attention
-from engine.models.vit import ViTInfo, attention_modules, outputs
+from engine.models.capture import assemble, attention_calls
+from engine.models.vit import ViTInfo, attention_modules, cosine_attention, outputs, plain_attention
 from lethe_kernels import StreamedRollout, attention_rollout, resolve_backend, rollout_topk_mask
 from lethe_kernels.rollout import topk_mask
 
@@ -85,7 +87,7 @@ def _guided(
         "num_prefix_tokens": info.num_prefix_tokens,
         "mode": source if source in ("last", "mean") else "rollout",
         "head_fusion": head_fusion,
-        "pool": info.pool,
+        "pool": "token" if info.pool == "token" else "avg",
     }
     if info.windowed:
         if source not in ("rollout", "lowest", "last"):
@@ -97,9 +99,17 @@ def _guided(
             result = outputs(model, images, what)
         scores = stream.scores()
     else:
-        with capture_queries_keys(model) as (queries, keys):
-            result = outputs(model, images, what)
-        options |= {"scale": float(model.blocks[0].attn.scale), "backend": backend}  # type: ignore[union-attr, index]
+        if plain_attention(model):
+            with capture_queries_keys(model) as (queries, keys):
+                result = outputs(model, images, what)
+            options["scale"] = float(model.blocks[0].attn.scale)  # type: ignore[union-attr, index]
+        else:
+            with attention_calls(model) as calls:
+                result = outputs(model, images, what)
+            found = assemble(calls, info.num_prefix_tokens + info.num_patches, info.num_prefix_tokens)
+            queries, keys = found.queries, found.keys
+            options |= {"scale": found.scale, "biases": found.biases, "start": found.start}
+        options["backend"] = backend
         if k is not None and source != "lowest":
             return rollout_topk_mask(queries, keys, k=k, **options), result
         scores = attention_rollout(queries, keys, **options)
@@ -115,7 +125,7 @@ def _streams(model: nn.Module, info: ViTInfo, device: torch.device, backend: Bac
     with many patches for the width: maps come first layer first, so that reading them costs N^3 a layer, against the
     N^2 x width of the class row from q and k (docs/notes.md has the times).
     """
-    if info.num_patches > _STREAMED_PER_WIDTH * info.width:
+    if info.num_patches > _STREAMED_PER_WIDTH * info.width or not (plain_attention(model) or _relative(model)):
         return False
     half = torch.is_autocast_enabled(device.type) or next(model.parameters()).dtype.itemsize < 4
     if half or resolve_backend("attention_rollout", backend, device) == "triton":
@@ -123,6 +133,13 @@ def _streams(model: nn.Module, info: ViTInfo, device: torch.device, backend: Bac
     modules = attention_modules(model)
     explicit = device.type == "cpu" or not any(getattr(module, "fused_attn", False) for module in modules)
     return explicit and all(hasattr(module, "attn_drop") and hasattr(module, "fused_attn") for module in modules)
+
+
+def _relative(model: nn.Module) -> bool:
+    """timm's relative position attention, whose maps can be seen as it makes them; without attention pooling."""
+    modules = attention_modules(model)
+    pooled = getattr(model, "attn_pool", None) is not None
+    return bool(modules) and not pooled and all(type(module) is RelPosAttention for module in modules)
 
 
 def top_mask(scores: Tensor, k: int, source: str) -> Tensor:
@@ -145,28 +162,35 @@ def random_masks(positions: Iterable[int], info: ViTInfo, k: int, seed: int) -> 
 def _swin_scores_and_outputs(model: nn.Module, images: Tensor, what: str) -> tuple[Tensor, Tensor]:
     block: Any = model.layers[-1].blocks[-1]  # type: ignore[index, union-attr]
     captured: list[Tensor] = []
-    handle = block.attn.qkv.register_forward_hook(lambda _m, _i, out: captured.append(out))
+    cosine = cosine_attention(block.attn)
+    module = block.attn.attn_drop if cosine else block.attn.qkv  # behind the softmax, and before it
+    handle = module.register_forward_hook(lambda _m, _i, out: captured.append(out))
     try:
         result = outputs(model, images, what)
     finally:
         handle.remove()
-    attn, (height, width), (win_h, win_w) = block.attn, block.input_resolution, block.window_size
+    (height, width), (win_h, win_w) = block.input_resolution, block.window_size
     if height % win_h or width % win_w:
         raise UserError(
             f"a last stage of {height} x {width} tokens is not a whole number of {win_h} x {win_w} windows; "
             "Swin's rule cannot place its padding, use another input size"
         )
-    windows_BWN, tokens, _ = captured[0].shape
-    queries, keys, _ = (
-        captured[0].float().reshape(windows_BWN, tokens, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-    )
+    maps = captured[0].float() if cosine else _swin_maps(block, captured[0])
+    received = maps.mean(1).mean(1)  # over heads, then over the tokens that attend: [B * windows, N]
+    down, across = height // win_h, width // win_w
+    grid = received.view(-1, down, across, win_h, win_w).transpose(2, 3).reshape(-1, height, width) / (down * across)
+    grid = torch.roll(grid, shifts=tuple(block.shift_size), dims=(1, 2))
+    return grid.flatten(1), result
+
+
+def _swin_maps(block: Any, qkv: Tensor) -> Tensor:
+    """softmax(q k^T scale + relative position bias + shift mask) [B * windows, H, N, N] of Swin's attention."""
+    attn = block.attn
+    windows_BWN, tokens, _ = qkv.shape
+    queries, keys, _ = qkv.float().reshape(windows_BWN, tokens, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
     similarity = queries @ keys.transpose(-2, -1) * attn.scale + attn._get_rel_pos_bias().float()
     if block.attn_mask is not None:
         windows = block.attn_mask.shape[0]
         similarity = similarity.unflatten(0, (-1, windows)) + block.attn_mask.unsqueeze(1).float()
         similarity = similarity.flatten(0, 1)
-    received = similarity.softmax(-1).mean(1).mean(1)  # over heads, then over the tokens that attend: [B * windows, N]
-    down, across = height // win_h, width // win_w
-    grid = received.view(-1, down, across, win_h, win_w).transpose(2, 3).reshape(-1, height, width) / (down * across)
-    grid = torch.roll(grid, shifts=tuple(block.shift_size), dims=(1, 2))
-    return grid.flatten(1), result
+    return similarity.softmax(-1)

@@ -36,6 +36,7 @@ from engine.data import Batch
 from engine.distributed.world import World
 from engine.errors import UserError
 from engine.methods import Phase
+from engine.models.info import num_classes_of
 
 # Told apart from the other draws of a run's seed.
 _DRAWS = 2503
@@ -134,7 +135,7 @@ class PrunedPhase:
         seen = len(self._seen)
 
         def look(module: nn.Module, inputs: Any, output: Any) -> None:
-            fits = isinstance(output, Tensor) and output.shape == (len(batch), module.num_classes)
+            fits = isinstance(output, Tensor) and output.shape == (len(batch), num_classes_of(module))
             if fits and batch.weight and len(self._seen) == seen:
                 losses = F.cross_entropy(output.detach().float(), batch.labels, reduction="none")
                 self._seen.append((batch.index, losses))

@@ -37,6 +37,7 @@ from engine.data import Samples
 from engine.errors import UserError
 from engine.files import replacing
 from engine.models.checkpoint import folder_of, spec_of
+from engine.models.info import classifiers
 
 STAGES = "stages.safetensors"
 
@@ -176,6 +177,4 @@ def with_fresh_head(given: nn.Module, num_classes: int, seed: int = 0) -> nn.Mod
 
 def classifier_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     """The weights of the head, or of DeiT's two, by name."""
-    head = model.get_classifier()  # type: ignore[operator]
-    heads = head if isinstance(head, tuple) else (head,)
-    return {f"{i}.{name}": p for i, each in enumerate(heads) for name, p in each.named_parameters()}
+    return {f"{i}.{name}": p for i, each in enumerate(classifiers(model)) for name, p in each.named_parameters()}

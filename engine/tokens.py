@@ -23,7 +23,7 @@ from timm.layers.patch_embed import PatchEmbed
 from torch import Tensor, nn
 
 from engine.errors import UserError
-from engine.models.vit import describe, forwarding, outputs
+from engine.models.vit import attention_info, attention_modules, forwarding, outputs
 from lethe_kernels import mask_tokens
 
 Backend = Literal["auto", "triton", "eager"]
@@ -35,10 +35,16 @@ def supports_tokens(model: nn.Module) -> bool:
     It does where each maskable patch becomes one token that depends on its own pixels alone: timm's plain patch
     embedding, its output [B, P, D] or (dynamic_img_size) [B, gh, gw, D]. It does not for Swin, whose maskable patch
     is many tokens, nor where patches overlap, are padded, or go through a convolutional stem.
-    Raises UserError for models that `engine.models.vit.describe` does not know.
+    Raises UserError for models that `engine.models.vit.attention_info` refuses.
     """
-    info, embed = describe(model), model.patch_embed
-    if info.windowed or type(embed) is not PatchEmbed or embed.dynamic_img_pad:
+    info, embed = attention_info(model), getattr(model, "patch_embed", None)
+    if (
+        info.windowed
+        or not attention_modules(model)
+        or getattr(model, "rope", None) is not None
+        or type(embed) is not PatchEmbed
+        or embed.dynamic_img_pad
+    ):
         return False
     projection = embed.proj
     return (

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from engine.errors import UserError
+from engine.models.info import classifiers
 
 # Model attribute that holds the names of the weights that `restrict` froze.
 _FROZEN = "_lethe_frozen"
@@ -123,15 +124,18 @@ def after_blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def _head(model: nn.Module, spec: str) -> list[nn.Module]:
-    head = model.get_classifier()  # type: ignore[operator]
-    heads = list(head) if isinstance(head, tuple) else [head]  # DeiT has two
-    if not any(True for module in heads for _ in module.parameters()):
-        raise UserError(f"option trainable={spec!r}: the model has no classifier; use last:N or lora:R")
-    return heads
+    try:
+        return classifiers(model)
+    except UserError:
+        raise UserError(f"option trainable={spec!r}: the model has no classifier; use last:N or lora:R") from None
 
 
 def _last(model: nn.Module, spec: str, count: int) -> list[nn.Module]:
     blocks = blocks_of(model)
+    if not blocks:
+        raise UserError(
+            f"option trainable={spec!r}: {type(model).__name__} has no `blocks`; use trainable=all or trainable=head"
+        )
     if count > len(blocks):
         raise UserError(
             f"option trainable={spec!r}: the model has {len(blocks)} blocks, so N is 1 to {len(blocks)}; all trains "
@@ -153,6 +157,11 @@ def _linear_layers(model: nn.Module, parts: Sequence[str], spec: str, rank: int)
         for name, module in block.named_modules()
         if isinstance(module, nn.Linear) and name.count(".") == 1 and name.partition(".")[0] in parts
     ]
+    if not layers:
+        raise UserError(
+            f"option trainable={spec!r}: {type(model).__name__} has no linear layers in `blocks[i].attn` and "
+            "`blocks[i].mlp` to add low-rank updates to; use trainable=all or trainable=head"
+        )
     smallest = min(min(layer.weight.shape) for layer in layers)
     if rank > smallest:
         raise UserError(

@@ -64,12 +64,15 @@ def rollout_row_reference(
     residual: float = 0.5,
     pool: Pool = "token",
     scale: float | None = None,
+    biases: Sequence[Tensor] | None = None,
+    start: Tensor | None = None,
 ) -> Tensor:
     """The whole row [B, N], prefix tokens included, by full N x N products in the dtype of the inputs."""
     attentions_BNN = []
-    for query_BHNd, key_BHNd in zip(queries, keys, strict=True):
+    for layer, (query_BHNd, key_BHNd) in enumerate(zip(queries, keys, strict=True)):
         factor = query_BHNd.shape[-1] ** -0.5 if scale is None else scale
-        attention_BHNN = torch.softmax(query_BHNd @ key_BHNd.transpose(-2, -1) * factor, dim=-1)
+        logits_BHNN = query_BHNd @ key_BHNd.transpose(-2, -1) * factor
+        attention_BHNN = torch.softmax(logits_BHNN if biases is None else logits_BHNN + biases[layer], dim=-1)
         if head_fusion == "mean":
             fused_BNN = attention_BHNN.mean(dim=1)
         else:
@@ -87,6 +90,8 @@ def rollout_row_reference(
         matrix_BNN = eye_NN.expand_as(attentions_BNN[0])
         for attention_BNN in attentions_BNN:
             matrix_BNN = (residual * eye_NN + (1 - residual) * attention_BNN) @ matrix_BNN
+    if start is not None:
+        return (start.to(matrix_BNN).unsqueeze(1) @ matrix_BNN).squeeze(1)
     return matrix_BNN[:, 0] if pool == "token" else matrix_BNN[:, num_prefix_tokens:].mean(dim=1)
 
 
@@ -100,6 +105,8 @@ def attention_rollout_reference(
     residual: float = 0.5,
     pool: Pool = "token",
     scale: float | None = None,
+    biases: Sequence[Tensor] | None = None,
+    start: Tensor | None = None,
 ) -> Tensor:
     """The patch part [B, P] of `rollout_row_reference`, in the dtype of the inputs."""
     row_BN = rollout_row_reference(
@@ -111,16 +118,20 @@ def attention_rollout_reference(
         residual=residual,
         pool=pool,
         scale=scale,
+        biases=biases,
+        start=start,
     )
     return row_BN[:, num_prefix_tokens:]
 
 
 def _fused_attention(
-    query_BHRd: Tensor, key_BHNd: Tensor, scale: float, head_fusion: HeadFusion
+    query_BHRd: Tensor, key_BHNd: Tensor, scale: float, head_fusion: HeadFusion, bias: Tensor | None = None
 ) -> Tensor:  # [B, R, N], rows sum to one
     dtype = compute_dtype(query_BHRd.dtype)
     # The scale goes on R x d numbers rather than on R x N.
     logits_BHRN = (query_BHRd.to(dtype) * scale) @ key_BHNd.to(dtype).transpose(-2, -1)
+    if bias is not None:
+        logits_BHRN = logits_BHRN + bias.to(dtype)
     if head_fusion == "mean":
         return logits_BHRN.softmax(dim=-1).mean(dim=1)
     # In logarithms, because the least of sharp heads can underflow to a row of zeros, which has no sum to
@@ -141,6 +152,8 @@ def _rollout_row_eager(
     residual: float,
     pool: Pool,
     scale: float,
+    biases: Sequence[Tensor] = (),
+    start: Tensor | None = None,
 ) -> Tensor:  # [B, N]
     batch, heads, tokens, _ = queries[0].shape
     map_bytes = heads * tokens * tokens * compute_dtype(queries[0].dtype).itemsize
@@ -150,11 +163,15 @@ def _rollout_row_eager(
     def chunk_row(low: int) -> Tensor:
         def fused(layer: int, rows: slice) -> Tensor:
             query_BHRd = queries[layer][low : low + images, :, rows]
-            return _fused_attention(query_BHRd, keys[layer][low : low + images], scale, head_fusion)
+            bias = (_part(biases[layer], slice(low, low + images), rows),) if biases else ()
+            return _fused_attention(query_BHRd, keys[layer][low : low + images], scale, head_fusion, *bias)
 
         def from_start(layer: int) -> Tensor:
-            """start A_l [B, N]: `start` is uniform over `rows`, so it is the mean of those rows."""
-            return fused(layer, rows).mean(dim=1)
+            """start A_l [B, N]: where `start` is uniform over `rows`, it is the mean of those rows."""
+            if start is None:
+                return fused(layer, rows).mean(dim=1)
+            fused_BNN = fused(layer, slice(None))
+            return (start[low : low + images].to(fused_BNN).unsqueeze(1) @ fused_BNN).squeeze(1)
 
         last = len(queries) - 1
         row_BN = from_start(last)
@@ -165,7 +182,7 @@ def _rollout_row_eager(
                 row_BN += from_start(layer)
             return row_BN / len(queries)
 
-        start_N = start_row(row_BN, num_prefix_tokens, pool)
+        start_N = start_row(row_BN, num_prefix_tokens, pool) if start is None else start[low : low + images].to(row_BN)
         row_BN = residual * start_N + (1 - residual) * row_BN
         for layer in reversed(range(last)):
             fused_BNN = fused(layer, slice(None))
@@ -173,6 +190,12 @@ def _rollout_row_eager(
         return row_BN
 
     return torch.cat([chunk_row(low) for low in range(0, batch, images)])
+
+
+def _part(bias: Tensor, images: slice, rows: slice) -> Tensor:
+    """Those images and rows of a bias [B or 1, H or 1, N or 1, N]."""
+    bias = bias[images] if bias.shape[0] > 1 else bias
+    return bias[:, :, rows] if bias.shape[2] > 1 else bias
 
 
 def start_row(like_BN: Tensor, num_prefix_tokens: int, pool: Pool) -> Tensor:
@@ -194,6 +217,8 @@ def _rollout_op(
     pool: str,
     scale: float,
     backend: str,
+    biases: Sequence[Tensor],
+    start: Tensor | None,
 ) -> Tensor:
     """Scores, or the mask where there is a k. What looks at the values of the inputs is in here, where no graph is."""
     op = "attention_rollout" if k is None else "rollout_topk_mask"
@@ -212,12 +237,12 @@ def _rollout_op(
             result_BP, finite = launch(queries, keys, k=k, **options)
     else:
         with without_autocast(queries[0].device):
-            row_BN = _rollout_row_eager(queries, keys, **options)
+            row_BN = _rollout_row_eager(queries, keys, **options, biases=biases, start=start)
         finite = row_BN.sum()  # finite only if every entry is
         result_BP = row_BN[:, num_prefix_tokens:].to(torch.float32, copy=True)
         if k is not None:
             result_BP = _topk_mask(op, result_BP, k)
-    _check_finite(op, queries, keys, finite)
+    _check_finite(op, queries, keys, finite, biases)
     return result_BP
 
 
@@ -230,7 +255,9 @@ def _(
     return queries[0].new_empty((batch, tokens - num_prefix_tokens), dtype=dtype)
 
 
-def _check_finite(op: str, queries: Sequence[Tensor], keys: Sequence[Tensor], finite: Tensor) -> None:
+def _check_finite(
+    op: str, queries: Sequence[Tensor], keys: Sequence[Tensor], finite: Tensor, biases: Sequence[Tensor] = ()
+) -> None:
     """Raise ValueError unless all of `finite` (a sum, or a flag an image) is finite and not zero.
 
     Looking waits for the device, once a call; while a CUDA graph is recorded nobody may look.
@@ -238,7 +265,7 @@ def _check_finite(op: str, queries: Sequence[Tensor], keys: Sequence[Tensor], fi
     if finite.is_cuda and torch.cuda.is_current_stream_capturing():
         return
     if not bool((finite.isfinite() & (finite != 0)).all()):
-        _raise_not_finite(op, queries, keys)
+        _raise_not_finite(op, queries, keys, biases)
 
 
 def _check_layers(op: str, queries: Sequence[Tensor], keys: Sequence[Tensor]) -> None:
@@ -264,12 +291,17 @@ def _check_layers(op: str, queries: Sequence[Tensor], keys: Sequence[Tensor]) ->
             check_device(op, argument, tensor_BHNd, first.device, "queries[0]")
 
 
-def _raise_not_finite(op: str, queries: Sequence[Tensor], keys: Sequence[Tensor]) -> None:
+def _raise_not_finite(
+    op: str, queries: Sequence[Tensor], keys: Sequence[Tensor], biases: Sequence[Tensor] = ()
+) -> None:
     """Name the tensor to blame; reading them all is slow, so only once the scores are known to be bad."""
     for name, layers in (("queries", queries), ("keys", keys)):
         for layer, tensor_BHNd in enumerate(layers):
             if not bool(tensor_BHNd.isfinite().all()):
                 raise ValueError(f"{op}: {name}[{layer}] holds NaN or infinity, expected finite values")
+    for layer, bias in enumerate(biases):
+        if bool(((bias == -torch.inf).all(dim=-1) | bias.isnan().any(dim=-1) | (bias == torch.inf).any(dim=-1)).any()):
+            raise ValueError(f"{op}: biases[{layer}] holds NaN or infinity, or hides every token from one")
     raise ValueError(
         f"{op}: queries and keys are finite but too large, their products overflow; expected finite scores"
     )
@@ -287,6 +319,8 @@ def _rollout(
     pool: Pool,
     scale: float | None,
     backend: Backend,
+    biases: Sequence[Tensor] | None,
+    start: Tensor | None,
 ) -> Tensor:
     """Both public functions; `op` is the name that errors carry."""
     _check_layers(op, queries, keys)
@@ -300,14 +334,44 @@ def _rollout(
     factor = width**-0.5 if scale is None else check_number(op, "scale", scale, "a finite number above 0")
     if factor <= 0:
         raise ValueError(f"{op}: scale is {scale!r}, expected a finite number above 0")
+    _check_biases(op, biases, queries)
+    _check_start(op, start, queries[0])
     unsupported = []
+    if biases is not None:
+        unsupported.append("biases are not supported")
+    if start is not None:
+        unsupported.append("a start row is not supported")
     if width > MAX_WIDTH:
         unsupported.append(f"heads are {width} wide, {MAX_WIDTH} at most")
     if queries[0].dtype == torch.float64:
         unsupported.append("float64 is not supported")
     ran = resolve_backend(op, backend, queries[0].device, unsupported)
     with torch.no_grad():
-        return _rollout_op(list(queries), list(keys), k, prefix, mode, head_fusion, float(residual), pool, factor, ran)
+        options = (k, prefix, mode, head_fusion, float(residual), pool, factor, ran)
+        return _rollout_op(list(queries), list(keys), *options, [] if biases is None else list(biases), start)
+
+
+def _check_biases(op: str, biases: Sequence[Tensor] | None, queries: Sequence[Tensor]) -> None:
+    if biases is None:
+        return
+    if len(biases) != len(queries):
+        raise ValueError(f"{op}: biases has {len(biases)} layers, expected {len(queries)} to match queries")
+    batch, heads, tokens, _ = queries[0].shape
+    for layer, bias in enumerate(biases):
+        check_tensor(op, f"biases[{layer}]", bias, "B, H, N, N")
+        check_float(op, f"biases[{layer}]", bias)
+        check_device(op, f"biases[{layer}]", bias, queries[0].device, "queries[0]")
+        full = (batch, heads, tokens, tokens)
+        if any(mine not in (1, wanted) for mine, wanted in zip(bias.shape, full, strict=True)):
+            raise ValueError(f"{op}: biases[{layer}] has shape {tuple(bias.shape)}, expected {full} or 1 for any of it")
+
+
+def _check_start(op: str, start: Tensor | None, query: Tensor) -> None:
+    if start is not None:
+        check_tensor(op, "start", start, "B, N")
+        check_float(op, "start", start)
+        check_shape(op, "start", start, (query.shape[0], query.shape[2]), "queries[0]")
+        check_device(op, "start", start, query.device, "queries[0]")
 
 
 def check_rollout(op: str, mode: str, head_fusion: str, residual: float, pool: str) -> None:
@@ -347,6 +411,8 @@ def attention_rollout(
     pool: Pool = "token",
     scale: float | None = None,
     backend: Backend = "auto",
+    biases: Sequence[Tensor] | None = None,
+    start: Tensor | None = None,
 ) -> Tensor:
     """How much each patch is attended to: scores [B, P] float32, not renormalised, without gradient.
 
@@ -356,6 +422,9 @@ def attention_rollout(
     `residual`, the weight of the identity in 0..1.
     pool: "token" reads the row of token 0, "avg" the mean row of the patch tokens.
     scale: of the attention logits, d ** -0.5 unless told.
+    biases: added to the scaled logits, one a layer, [B, H, N, N] or 1 in place of any of these; -inf hides a token.
+    start: weights [B, N] of the tokens whose rows are read, in place of `pool`'s; attention pooling's.
+    Biases and start are for the eager path alone.
     Half-precision inputs are computed in float32, float64 in float64.
 
     Raises ValueError for shapes, dtypes, devices or values that do not fit, and for scores that are not
@@ -374,6 +443,8 @@ def attention_rollout(
         pool,
         scale,
         backend,
+        biases,
+        start,
     )
 
 
@@ -389,10 +460,13 @@ def rollout_topk_mask(
     pool: Pool = "token",
     scale: float | None = None,
     backend: Backend = "auto",
+    biases: Sequence[Tensor] | None = None,
+    start: Tensor | None = None,
 ) -> Tensor:
     """Mask [B, P] bool, True on the k patches of each image with the highest `attention_rollout` scores.
 
     k: from 0 to P. Ties go to the lowest index. All else is as for `attention_rollout`.
     """
     op = "rollout_topk_mask"
-    return _rollout(op, queries, keys, k, num_prefix_tokens, mode, head_fusion, residual, pool, scale, backend)
+    options = (num_prefix_tokens, mode, head_fusion, residual, pool, scale, backend, biases, start)
+    return _rollout(op, queries, keys, k, *options)

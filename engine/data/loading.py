@@ -26,7 +26,7 @@ from engine.data.samples import BadImageError, Reduce, Samples
 from engine.data.sampling import Epochs, Sampler, epoch_order
 from engine.distributed.world import World
 from engine.errors import RunStopped, UserError
-from engine.models.vit import describe
+from engine.models.info import configuration, model_info
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +65,7 @@ class Preprocessing:
 
     @classmethod
     def of(cls, model: nn.Module) -> Preprocessing:
-        info = describe(model)
-        config: dict[str, Any] = dict(getattr(model, "pretrained_cfg", None) or {})
+        info, config = model_info(model), configuration(model)
         mean, std = tuple(config.get("mean", (0.5,))), tuple(config.get("std", (0.5,)))
         if len(mean) != info.in_chans:  # a grey-scale model made from a colour configuration
             mean, std = (float(np.mean(mean)),) * info.in_chans, (float(np.mean(std)),) * info.in_chans

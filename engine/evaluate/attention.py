@@ -29,7 +29,8 @@ from engine.errors import UserError
 from engine.evaluate.intervals import bootstrap_means, percentiles, proportion
 from engine.evaluate.predict import Predictions
 from engine.masking import count_masked, random_masks, scores_and_outputs, top_mask
-from engine.models.vit import ViTInfo, describe, outputs
+from engine.models.info import num_classes_of
+from engine.models.vit import ViTInfo, attention_info, outputs
 from lethe_kernels import mask_patches
 
 MOST_SAMPLES = 1_000
@@ -77,15 +78,17 @@ def attention_report(
     Raises UserError for empty sets, names given twice, and models with other patches or classes than the original's.
     """
     require(0 < share < 1, "share", share, "between 0 and 1")
-    info = describe(original)
+    info = attention_info(original)
     everyone = {"original": original, **models, **references}
     if len(everyone) != 1 + len(models) + len(references):
         raise UserError("attention: a name is given twice; name models and references apart, and none 'original'")
+    wanted = info.grid, num_classes_of(original)
     for name, model in everyone.items():
-        if (describe(model).grid, model.num_classes) != (info.grid, original.num_classes):
+        grid, classes = attention_info(model).grid, num_classes_of(model)
+        if (grid, classes) != wanted:
             raise UserError(
-                f"attention: {name} has a grid of {describe(model).grid} patches and {model.num_classes} classes, the "
-                f"original {info.grid} and {original.num_classes}; only models of the same can be compared"
+                f"attention: {name} has a grid of {grid} patches and {classes} classes, the original {wanted[0]} and "
+                f"{wanted[1]}; only models of the same can be compared"
             )
     where = resolve_device(device)
     precision = resolve_precision(precision, where)
@@ -136,7 +139,7 @@ def attention_report(
 
 def _look(model: nn.Module, loader: Loader, precision: str) -> tuple[np.ndarray, Predictions]:
     """Attention scores [n, P] of each sample, and predictions, from one pass."""
-    info = describe(model)
+    info = attention_info(model)
 
     def of(batch: Batch) -> tuple[Tensor, ...]:
         with autocast(loader.device, precision):
@@ -186,7 +189,7 @@ def read_masked(
     """The original's predictions of each sample: unmasked, without its k most attended patches (masked), and without k
     patches that are drawn at random from the seed and the sample's position (random)."""
     original.eval()
-    info = describe(original)
+    info = attention_info(original)
 
     def of(batch: Batch) -> tuple[Tensor, ...]:
         with autocast(loader.device, precision):

@@ -17,6 +17,7 @@ from engine.errors import UserError
 from engine.evaluate.agreement import SETS, agreement_report, mean_kl, top1_agreement
 from engine.evaluate.membership import DIRECTION, attack_report, loss_auc, non_member_calls
 from engine.evaluate.predict import Predictions, predict
+from engine.models.info import num_classes_of
 
 GAPS = ("forget", "retain", "test", "mia")
 
@@ -94,10 +95,10 @@ class Evaluator:
     def all_predictions(self, model: nn.Module) -> dict[str, Predictions]:
         """Those of every set. Raises UserError for labels beyond the head, and for outputs that are not finite."""
         for name, samples in self.sets.items():
-            if samples.labels.max() >= int(model.num_classes):  # type: ignore[arg-type]
+            if samples.labels.max() >= num_classes_of(model):
                 raise UserError(
                     f"evaluate: the {name} set has label {samples.labels.max()}, but the model's head has "
-                    f"{model.num_classes} classes"
+                    f"{num_classes_of(model)} classes"
                 )
         predictions = {name: self.predictions(model, name) for name in self.sets}
         for name, p in predictions.items():

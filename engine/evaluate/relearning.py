@@ -52,7 +52,7 @@ from engine.evaluate.predict import Predictions, predict
 from engine.evaluate.representation import head_features
 from engine.methods.base import cross_entropy
 from engine.methods.finetune import RETAIN_LR_PER_WIDTH
-from engine.models.vit import describe
+from engine.models.info import model_info
 
 STEPS = (0, 1, 2, 4, 8, 16, 32, 64)
 BATCH_SIZE = 50
@@ -155,7 +155,7 @@ def relearning_curve(
     }
     loader = Loader(attacked, preprocessing, batch_size=batch_size, seed=seed, device=where, **loading)
     changed = copy.deepcopy(model).to(where).float().requires_grad_(True)
-    lr = RETAIN_LR_PER_WIDTH / describe(changed).width if lr is None else lr
+    lr = RETAIN_LR_PER_WIDTH / model_info(changed).width if lr is None else lr
     predictions: list[dict[str, Predictions]] = []
     for step in _trained(changed, loader, steps[-1], lr, seed, precision):
         if step in steps:
@@ -384,7 +384,7 @@ def relearning_report(
             found[name]["probe"] = linear_probe(
                 model, retain, forget, test, max_samples=max_samples, seed=seed, **options
             )
-    width = describe(models[original]).width
+    width = model_info(models[original]).width
     return {
         "attack": {
             "share": share,

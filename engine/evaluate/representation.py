@@ -34,6 +34,7 @@ from engine.data.samples import spread
 from engine.device import autocast, resolve_device, resolve_precision
 from engine.errors import UserError, nearest
 from engine.evaluate.intervals import Interval, bootstrap, proportion
+from engine.models.info import ModelInfo, classifiers
 from engine.models.vit import ViTInfo, describe, outputs
 
 MOST_SAMPLES = 1_000
@@ -178,7 +179,8 @@ def layer_features(
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Features [n, width of the layer] float32 of every layer, and labels [n], from one pass in eval mode, in order.
 
-    Layers: `patch embedding`, then `block 1` ... (Swin: `stage 1 block 1` ...), then `features`, what the head reads.
+    Layers: `patch embedding`, then `block 1` ... (Swin: `stage 1 block 1` ...), then `features`, what the head reads;
+    `features` alone for models whose attention cannot be read.
     Images that the loader leaves out as bad are left out.
     """
     info = describe(model)
@@ -215,7 +217,10 @@ def head_features(model: nn.Module, loader: Loader, precision: str = "fp32") -> 
     return rows[found].numpy(), labels[found].numpy()
 
 
-def _layers(model: Any, info: ViTInfo) -> dict[str, nn.Module]:
+def _layers(model: Any, info: ModelInfo) -> dict[str, nn.Module]:
+    """The layers before the features, by name; of a model that is no ViT none: their outputs have no common layout."""
+    if not isinstance(info, ViTInfo) or not hasattr(model, "patch_embed"):
+        return {}
     if info.windowed:
         blocks = {
             f"stage {i} block {j}": block
@@ -227,7 +232,7 @@ def _layers(model: Any, info: ViTInfo) -> dict[str, nn.Module]:
     return {EMBEDDING: model.patch_embed, **blocks}
 
 
-def _keep(kept: dict[str, Tensor], name: str, info: ViTInfo, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
+def _keep(kept: dict[str, Tensor], name: str, info: Any, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
     tokens_BND = output.flatten(1, -2).float()  # Swin's lie on a grid [B, H, W, D]
     if name == EMBEDDING:
         kept[name] = tokens_BND.mean(1)
@@ -385,9 +390,7 @@ def _differing(first: Tensor, second: Tensor) -> int:
 
 
 def _head_parameters(model: Any) -> set[str]:
-    classifier = model.get_classifier()
-    heads = classifier if isinstance(classifier, tuple) else (classifier,)  # DeiT has two
-    inside = {id(parameter) for head in heads for parameter in head.parameters()}
+    inside = {id(parameter) for head in classifiers(model) for parameter in head.parameters()}
     return {key for key, parameter in model.named_parameters() if id(parameter) in inside}
 
 

@@ -45,6 +45,7 @@ from engine.errors import RunStopped
 from engine.forget_sets.base import Selection, Strategy, highest, register, require_candidates
 from engine.forget_sets.pool import Pool
 from engine.forget_sets.projection import project
+from engine.models.info import model_info
 from engine.models.vit import outputs
 
 # Samples of a forward pass of the last layer: all features lie in memory, all logits need not.
@@ -148,7 +149,7 @@ class _Lower:
 
     def __init__(self, pool: Pool, config: AdversarialConfig, original: nn.Module) -> None:
         self.pool, self.original = pool, original
-        width = int(pool.model.num_features)  # type: ignore[arg-type]
+        width = model_info(pool.model).width
         self.rate = self.rate_per_width / width if config.unlearn_lr is None else config.unlearn_lr
         self.steps = config.unlearn_steps or self.default_steps
 

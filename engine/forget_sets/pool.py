@@ -16,6 +16,7 @@ from engine.config import RunConfig, build
 from engine.data import Batch, Loader, Preprocessing, Samples
 from engine.device import autocast, resolve_device, resolve_precision
 from engine.errors import UserError
+from engine.models.info import classifiers, num_classes_of
 from engine.models.vit import outputs
 from engine.trainer import Progress
 
@@ -67,10 +68,10 @@ class Pool:
         self._model, self._run = model, run or reading({})
         self._answers: Answers | None = None
         self._features: Tensor | None = None
-        if model is not None and samples.labels.max() >= int(model.num_classes):  # type: ignore[arg-type]
+        if model is not None and samples.labels.max() >= num_classes_of(model):
             raise UserError(
-                f"{samples.name}: label {samples.labels.max()}, but the model's head has {model.num_classes} classes; "
-                "use the checkpoint trained on these labels"
+                f"{samples.name}: label {samples.labels.max()}, but the model's head has {num_classes_of(model)} "
+                "classes; use the checkpoint trained on these labels"
             )
 
     @property
@@ -198,14 +199,14 @@ def _measure(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _heads(model: nn.Module) -> list[nn.Linear]:
-    classifier: Any = model.get_classifier()  # type: ignore[operator]
-    heads = list(classifier) if isinstance(classifier, tuple) else [classifier]
-    for head in heads:
+    heads: list[nn.Linear] = []
+    for head in classifiers(model):
         if not isinstance(head, nn.Linear):
             raise UserError(
                 f"{type(model).__name__} ends in {type(head).__name__}, not in a linear layer, so its last-layer "
                 "features cannot be read"
             )
+        heads.append(head)
     return heads
 
 

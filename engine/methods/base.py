@@ -16,7 +16,8 @@ from engine.data import Batch, Loader, Preprocessing, Samples
 from engine.data.samples import concatenate
 from engine.distributed.world import World
 from engine.errors import UserError
-from engine.models.vit import ViTInfo, outputs
+from engine.models.info import ModelInfo, num_classes_of
+from engine.models.vit import ViTInfo, attention_info, check_features, outputs
 from engine.registry import Registry
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ class Context:
 
     run: RunConfig
     original: nn.Module
-    info: ViTInfo
+    info: ModelInfo
     forget: Samples
     retain: Samples
     preprocessing: Preprocessing
@@ -120,7 +121,12 @@ class Context:
 
     @property
     def num_classes(self) -> int:
-        return int(self.original.num_classes)  # type: ignore[arg-type]
+        return num_classes_of(self.original)
+
+    @property
+    def patches(self) -> ViTInfo:
+        """`info` of a model whose attention can be read. Raises UserError for every other model."""
+        return self.info if isinstance(self.info, ViTInfo) else attention_info(self.original)
 
     def samples_of(self, phase: Phase) -> Samples:
         """The samples of a phase, in which `Batch.index` counts; of "all", the forget samples come first."""
@@ -139,6 +145,8 @@ class Method:
     one_process: why the method's mathematics needs whole weights and gradients in one process, which DeepSpeed does
     not leave it; the loop then refuses a DeepSpeed configuration with it. Empty for all others.
     needs_checkpoint: what made the only checkpoints that the method takes; empty: it takes any.
+    needs: what the method reads of a model, of "logits" (any classifier), "features" (what the classifier reads) and
+    "attention" (patches, and the attention to them); see `refuse_unfit`.
     exact: never looks at the forget samples, so that there is nothing to choose by them, and `lethe tune` refuses it.
     after_collapse: what a user can do about a result that collapsed.
     step, total_steps: of the phase, set by the loop: the number of the step being taken, from 0, and of all its steps.
@@ -148,6 +156,7 @@ class Method:
     summary: ClassVar[str]
     Config: ClassVar[type[Any]]
     one_process: ClassVar[str] = ""
+    needs: ClassVar[frozenset[str]] = frozenset({"logits"})
     exact: ClassVar[bool] = False
     needs_checkpoint: ClassVar[str] = ""
     after_collapse: ClassVar[str] = "Lower the rates (--set forget_lr=..., lr=...)"
@@ -261,3 +270,22 @@ def get_method(name: str) -> type[Method]:
 def list_methods() -> dict[str, type[Method]]:
     """All methods by name, in the order of registration."""
     return dict(_REGISTRY)
+
+
+def refuse_unfit(method: type[Method], model: nn.Module) -> None:
+    """Raises UserError where a model does not give what a method needs, with the methods that it can be used with."""
+    num_classes_of(model)
+    lacking: dict[str, str] = {}
+    for need, check in (("attention", attention_info), ("features", check_features)):
+        try:
+            if need in method.needs:
+                check(model)
+        except UserError as error:
+            lacking[need] = str(error)
+    if lacking:
+        need, reason = next(iter(lacking.items()))
+        others = [name for name, other in list_methods().items() if not other.needs & set(lacking)]
+        raise UserError(
+            f"method {method.name} needs the {need} of the model: {reason}; methods that do without: "
+            f"{', '.join(others)}"
+        )

@@ -28,6 +28,7 @@ from engine.methods.base import Context, Passes, Phase, Taken, register
 from engine.methods.distillation import divergence
 from engine.methods.gs_lora import GSLoRA, GSLoRAConfig
 from engine.methods.spaces import Range, tunable
+from engine.models.info import classifiers
 from engine.models.vit import outputs
 
 # BND_p of the public code.
@@ -57,6 +58,7 @@ class GSLoRAPP(GSLoRA):
     name = "gs_lora_pp"
     summary = "GS-LoRA, with forget features off the prototypes of their classes and retained ones at them"
     Config = GSLoRAPPConfig
+    needs = frozenset({"logits", "features"})
 
     def __init__(self, config: GSLoRAPPConfig, context: Context) -> None:
         super().__init__(config, context)
@@ -129,9 +131,8 @@ class GSLoRAPP(GSLoRA):
 def logits_and_features(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     """`engine.models.vit.outputs` of both kinds, float32, from one pass."""
     read: list[Tensor] = []
-    classifier = model.get_classifier()  # type: ignore[operator]
     with contextlib.ExitStack() as hooks:
-        for head in classifier if isinstance(classifier, tuple) else (classifier,):  # DeiT has two, and takes the mean
+        for head in classifiers(model):  # DeiT has two, and takes the mean
             hooks.callback(head.register_forward_pre_hook(lambda _head, inputs: read.append(inputs[0])).remove)
         logits = outputs(model, images)
     return logits.float(), torch.stack(read).mean(0).float()

@@ -124,6 +124,7 @@ class Laf(Distillation):
     name = "laf"
     summary = "LAF: features of forget samples away from what an autoencoder knows of them, without labels"
     Config = LafConfig
+    needs = frozenset({"logits", "features"})
 
     def __init__(self, config: LafConfig, context: Context) -> None:
         super().__init__(config, context)

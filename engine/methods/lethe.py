@@ -89,6 +89,7 @@ class Lethe(Method):
     name = "lethe"
     summary = "LetheViT: contrast on attention-masked forget images, then repair on the retained ones"
     Config = LetheConfig
+    needs = frozenset({"logits", "attention"})
 
     def __init__(self, config: LetheConfig, context: Context) -> None:
         super().__init__(config, context)
@@ -97,7 +98,7 @@ class Lethe(Method):
                 "option negatives='in_batch' takes its negatives from the whole step, and accumulation_steps="
                 f"{context.run.accumulation_steps} shows a step in parts; use negatives=paired, or a larger batch_size"
             )
-        self.k = count_masked(context.info, config.mask_share)
+        self.k = count_masked(context.patches, config.mask_share)
         self._cache: tuple[Tensor, Tensor] | None = None
         self._fill: Tensor | None = None
         self._by_tokens = supports_tokens(context.original)
@@ -186,12 +187,12 @@ class Lethe(Method):
             with capture as tokens:
                 if config.mask_source == "random":
                     negatives = outputs(context.original, batch.images, config.contrast)
-                    mask = random_masks(batch.index, context.info, self.k, context.run.seed).to(batch.images.device)
+                    mask = random_masks(batch.index, context.patches, self.k, context.run.seed).to(batch.images.device)
                 else:
                     mask, negatives = mask_and_outputs(
                         context.original,
                         batch.images,
-                        context.info,
+                        context.patches,
                         self.k,
                         source=config.mask_source,
                         head_fusion=config.head_fusion,
@@ -205,7 +206,7 @@ class Lethe(Method):
         """The original's outputs on masked images, from the tokens of the images where the model allows it."""
         original, what, backend = self.context.original, self.config.contrast, self.context.run.kernels.backend
         if not self._by_tokens:
-            patch_size = self.context.info.patch_size
+            patch_size = self.context.patches.patch_size
             masked = mask_patches(batch.images, mask, patch_size=patch_size, value=self.fill(batch), backend=backend)
             return outputs(original, masked, what)
         if self._token is None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from engine.errors import UserError
 from engine.memory_efficient import through_xformers
-from engine.models.vit import attention_modules, is_swin
+from engine.models.vit import attention_modules, is_swin, plain_attention
 
 
 @contextlib.contextmanager
@@ -20,6 +20,11 @@ def attention_as(model: nn.Module, implementation: str) -> Iterator[None]:
 
     Raises UserError for xformers where the model's attention is windowed or cannot be captured.
     """
+    if implementation == "xformers" and not is_swin(model) and attention_modules(model) and not plain_attention(model):
+        raise UserError(
+            f"option attention='xformers': {type(model).__name__} rotates q and k, adds a bias to the attention or "
+            "pools by attention, which is captured where torch computes it; use attention=sdpa"
+        )
     before = {module: module.fused_attn for module in model.modules() if hasattr(module, "fused_attn")}
     redirected = _usable_attention(_without_windows(model)) if implementation == "xformers" else []
     for module in before:

@@ -1,4 +1,4 @@
-"""What the engine needs to know of a Vision Transformer: patch grid, prefix tokens, logits and features."""
+"""Patch grid and prefix tokens of a Vision Transformer; logits and features of any classifier."""
 
 from __future__ import annotations
 
@@ -7,83 +7,151 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
+import torch
+from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
 from engine.errors import UserError
+from engine.models.capture import blocks_of_core, check_calls
+from engine.models.info import (
+    ModelInfo,
+    black_image,
+    classifiers,
+    configured_model,
+    declared_info,
+    evaluating,
+    model_info,
+    one_line,
+    pair,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ViTInfo:
+class ViTInfo(ModelInfo):
     """Geometry of a model's patches, as the mask sees them.
 
     patch_size: (height, width) in pixels of one maskable patch. grid: patches down and across.
     num_prefix_tokens: class, distillation and register tokens before the patch tokens.
-    pool: "token" where the class token is read by the head, "avg" where patch tokens are averaged.
-    in_chans, input_size: channels; (height, width) in pixels. windowed: Swin's rule applies (`engine.swin`).
+    pool: "token" where the class token is read by the head, "avg" where patch tokens are averaged, "map" where
+    attention pooling reads all of them.
+    in_chans, input_size: channels; (height, width) in pixels. windowed: Swin's rule applies (`engine.masking`).
     """
 
     patch_size: tuple[int, int]
     grid: tuple[int, int]
     num_prefix_tokens: int
-    pool: Literal["token", "avg"]
-    in_chans: int
-    input_size: tuple[int, int]
+    pool: Literal["token", "avg", "map"]
     windowed: bool
-    width: int
 
     @property
     def num_patches(self) -> int:
         return self.grid[0] * self.grid[1]
 
 
-def describe(model: nn.Module) -> ViTInfo:
-    """Geometry of a timm ViT, DeiT or Swin. Raises UserError, saying what was looked for, for anything else."""
-    embed = getattr(model, "patch_embed", None)
-    if embed is None or not hasattr(embed, "patch_size"):
+def describe(model: nn.Module) -> ModelInfo:
+    """A `ViTInfo` of a model whose attention can be read, else a `ModelInfo`.
+
+    Raises UserError only where the model does not declare its input size.
+    """
+    if (declared := declared_info(model)) is not None:
+        return declared
+    try:
+        return attention_info(model)
+    except UserError:
+        return model_info(model)
+
+
+def attention_info(model: nn.Module) -> ViTInfo:
+    """Patches, prefix tokens and pooling of a model whose attention can be read.
+
+    Raises UserError, with what was found in place of it, for every other model.
+    """
+    if (declared := declared_info(model)) is not None:
+        return declared
+    if is_swin(model):
+        return _swin_info(model)
+    core: Any = configured_model(model) or model
+    embed = getattr(core, "patch_embed", None) or getattr(core, "embeds", None)  # timm's NaFlexVit has the latter
+    if not hasattr(embed, "patch_size"):
         raise UserError(
-            f"{type(model).__name__} is not a Vision Transformer of timm: looked for `patch_embed.patch_size`"
+            f"{type(core).__name__} is not a Vision Transformer of timm: looked for `patch_embed.patch_size`"
         )
-    patch, grid = _pair(embed.patch_size), _pair(embed.grid_size)
-    projection = next(m for m in embed.modules() if isinstance(m, (nn.Conv2d, nn.Linear)))
-    in_chans = (
-        projection.in_channels if isinstance(projection, nn.Conv2d) else projection.in_features // (patch[0] * patch[1])
-    )
-    input_size = (patch[0] * grid[0], patch[1] * grid[1])
-    windowed = is_swin(model)
-    if windowed:
-        # A maskable patch is a token of the last stage: its scores are what Swin's rule gives.
-        last_grid = _pair(model.layers[-1].blocks[-1].input_resolution)  # type: ignore[index, union-attr]
-        patch, grid = (input_size[0] // last_grid[0], input_size[1] // last_grid[1]), last_grid
-    elif not attention_modules(model):
-        raise UserError(
-            f"{type(model).__name__} offers no usable attention: looked for `blocks[i].attn` with `q_norm` and `k_norm`"
-        )
-    elif getattr(model, "rope", None) is not None:
-        raise UserError(
-            f"{type(model).__name__} rotates q and k after `q_norm` and `k_norm` (rotary position embedding), so its "
-            "attention cannot be captured there; models with learned position embeddings can be used"
-        )
-    pool = getattr(model, "global_pool", "token")
+    if not blocks_of_core(model):
+        raise UserError(f"{type(core).__name__} is no column of blocks over the same tokens: looked for `blocks`")
+    general = model_info(model)
+    grid = _grid_of(embed, general.input_size)
+    patch = _patch_of(model, general.input_size, grid)
+    prefix = int(getattr(core, "num_prefix_tokens", 1))
+    pool = getattr(core, "global_pool", "token")
+    pool = "token" if pool == "token" else "avg"
+    if not plain_attention(model) and check_calls(model, prefix + grid[0] * grid[1], prefix):
+        pool = "map"
+    elif getattr(core, "attn_pool", None) is not None or getattr(core, "global_pool", "") == "map":
+        raise UserError(f"{type(core).__name__} pools by attention that could not be read")
+    if pool == "token" and prefix == 0:
+        raise UserError(f"{type(core).__name__} reads a class token (global_pool='token'), and has no prefix tokens")
     return ViTInfo(
-        patch_size=patch,
-        grid=grid,
-        num_prefix_tokens=0 if windowed else int(getattr(model, "num_prefix_tokens", 1)),
-        pool="token" if pool == "token" and not windowed else "avg",
-        in_chans=in_chans,
-        input_size=input_size,
-        windowed=windowed,
-        width=int(model.num_features),  # type: ignore[arg-type]
+        **dataclasses.asdict(general), patch_size=patch, grid=grid, num_prefix_tokens=prefix, pool=pool, windowed=False
     )
 
 
-def _pair(value: Any) -> tuple[int, int]:
-    return (int(value), int(value)) if isinstance(value, int) else (int(value[0]), int(value[1]))
+def _swin_info(model: Any) -> ViTInfo:
+    """A maskable patch is a token of the last stage: its scores are what Swin's rule gives."""
+    general = model_info(model)
+    grid = pair(model.layers[-1].blocks[-1].input_resolution)
+    return ViTInfo(
+        **dataclasses.asdict(general),
+        patch_size=_patch_of(model, general.input_size, grid),
+        grid=grid,
+        num_prefix_tokens=0,
+        pool="avg",
+        windowed=True,
+    )
+
+
+def plain_attention(model: nn.Module) -> bool:
+    """Whether q and k of every block are the final ones behind `q_norm` and `k_norm`, with nothing added to the logits:
+    timm's `Attention` alone, without rotary embeddings and without attention pooling."""
+    modules = attention_modules(model)
+    pooled = getattr(model, "attn_pool", None) is not None or getattr(model, "rope", None) is not None
+    return bool(modules) and not pooled and all(type(module) is Attention for module in modules)
+
+
+def _grid_of(embed: Any, image: tuple[int, int]) -> tuple[int, int]:
+    """Patches down and across of an image of the input size."""
+    patch = pair(embed.patch_size)
+    built = getattr(embed, "img_size", None)
+    if getattr(embed, "grid_size", None) is not None and (built is None or pair(built) == image):
+        return pair(embed.grid_size)
+    if image[0] % patch[0] or image[1] % patch[1]:
+        raise UserError(
+            f"an input of {image[0]} x {image[1]} pixels is no whole number of patches of {patch[0]} x {patch[1]}; use "
+            "an input size that is a multiple"
+        )
+    return image[0] // patch[0], image[1] // patch[1]
+
+
+def _patch_of(model: nn.Module, image: tuple[int, int], grid: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) in pixels of a cell of the grid. Raises UserError where the cells do not tile the image."""
+    if image[0] % grid[0] or image[1] % grid[1]:
+        raise UserError(
+            f"{type(model).__name__}: its {grid[0]} x {grid[1]} tokens do not tile its input of {image[0]} x "
+            f"{image[1]} pixels, so no patch of the image belongs to a token; use an input size that is a multiple"
+        )
+    return image[0] // grid[0], image[1] // grid[1]
 
 
 def is_swin(model: nn.Module) -> bool:
     layers = getattr(model, "layers", None)
     block = getattr(layers[-1], "blocks", [None])[-1] if isinstance(layers, nn.Sequential) and len(layers) else None
-    return hasattr(block, "window_size") and hasattr(getattr(block, "attn", None), "relative_position_bias_table")
+    attention = getattr(block, "attn", None)
+    bias = hasattr(attention, "relative_position_bias_table") or cosine_attention(attention)
+    return bias and hasattr(block, "window_size") and hasattr(block, "input_resolution")
+
+
+def cosine_attention(attention: Any) -> bool:
+    """Whether it is SwinV2's: explicit attention of normalised q and k, with a bias from a small network."""
+    return all(hasattr(attention, name) for name in ("logit_scale", "cpb_mlp", "attn_drop"))
 
 
 def outputs(model: nn.Module, images: Tensor, what: str = "logits") -> Tensor:
@@ -93,13 +161,50 @@ def outputs(model: nn.Module, images: Tensor, what: str = "logits") -> Tensor:
     weights at the call, and begins the backward pass at what was returned.
     """
     images = images.to(next(model.parameters()).dtype)
+    try:
+        return _outputs(model, images, what)
+    except ValueError as error:
+        if "Expected more than 1 value per channel" not in str(error):
+            raise
+        raise UserError(
+            f"{type(model).__name__} normalises over the batch, and a batch of one image leaves one value a channel: "
+            "choose a batch_size that does not leave a single image over"
+        ) from None
+
+
+def _outputs(model: nn.Module, images: Tensor, what: str) -> Tensor:
     if what == "logits":
         return model(images)
-    classifier = model.get_classifier()  # type: ignore[operator]
     with contextlib.ExitStack() as replaced:
-        for head in classifier if isinstance(classifier, tuple) else (classifier,):  # DeiT has two, and takes the mean
+        for head in classifiers(model):  # DeiT has two, and takes the mean
             replaced.enter_context(forwarding(head, lambda features: features))
         return model(images)
+
+
+def check_features(model: nn.Module) -> None:
+    """Raises UserError where a model's features cannot be read, or are not one vector of `model_info().width` an
+    image."""
+    expected = (1, model_info(model).width)
+    try:
+        with evaluating(model), torch.no_grad():
+            found = tuple(outputs(model, black_image(model), "features").shape)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{type(model).__name__}: its pass does not run with the classifier left out ({one_line(error)})"
+        ) from None
+    if found != expected:
+        raise UserError(f"{type(model).__name__}: its classifier reads {found} for one image, expected {expected}")
+
+
+def checkpoint_blocks(model: nn.Module) -> None:
+    """Turns gradient checkpointing on. Raises UserError where the model has none."""
+    try:
+        model.set_grad_checkpointing(True)  # type: ignore[operator]
+    except (AttributeError, AssertionError, TypeError):
+        raise UserError(
+            f"{type(model).__name__} has no gradient checkpointing; leave out gradient_checkpointing "
+            "(--gradient-checkpointing), and use a smaller batch with accumulation_steps"
+        ) from None
 
 
 @contextlib.contextmanager

@@ -23,10 +23,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from engine.errors import UserError
 from engine.models.attention import attention_as, capture_queries_keys
+from engine.models.capture import attention_calls
 from engine.models.checkpoint import ModelSpec
-from engine.models.vit import ViTInfo, attention_modules, describe
+from engine.models.info import ModelInfo, black_image
+from engine.models.vit import ViTInfo, attention_modules, checkpoint_blocks, describe, plain_attention
 from engine.trainable import restrict
 
 # Batches at which a pass is counted; bytes are a line through both.
@@ -81,16 +82,16 @@ def count_cost(
 
     autocast: bf16 as autocast over float32 weights (one process) rather than as bf16 weights (DeepSpeed). trainable: of
     the run; for its flops alone.
-    Raises UserError for an architecture that is not known or not a ViT of timm.
+    Raises UserError for an architecture that is not known, and where checkpointing is asked for and there is none.
     """
-    info = describe(_on_meta(spec))
+    info = describe(on_meta(spec))
     measured = {batch: _bytes(spec, info, batch, precision, autocast, checkpointing, attention) for batch in _BATCHES}
     lines = []
     for one, other in zip(*measured.values(), strict=True):
         slope = (other - one) / (_BATCHES[1] - _BATCHES[0])
         lines.append(Bytes(one - slope * _BATCHES[0], slope))
     forward, backward = _flops(spec, info, checkpointing)
-    model = _on_meta(spec)
+    model = on_meta(spec)
     parameters, largest_layer = count_parameters(spec)
     return Cost(
         parameters=parameters,
@@ -107,28 +108,38 @@ def count_cost(
     )
 
 
-def _rollout_flops(model: nn.Module, info: ViTInfo) -> int:
+def _rollout_flops(model: nn.Module, info: ModelInfo) -> int:
     """2 H N^2 d a block: the logits of all heads, read once (kernels/rollout.py)."""
+    if not isinstance(info, ViTInfo):
+        return 0
     tokens = info.num_patches + info.num_prefix_tokens
     heads: list[Any] = attention_modules(model)
-    return sum(2 * attention.num_heads * tokens**2 * attention.head_dim for attention in heads)
+    if heads:
+        return sum(2 * attention.num_heads * tokens**2 * attention.head_dim for attention in heads)
+    if info.windowed:
+        return 0
+    with torch.no_grad(), attention_calls(model) as calls:
+        model(black_image(model))
+    maps = [call.query.shape for call in calls if call.query.shape[-2] == call.key.shape[-2] == tokens]
+    return sum(2 * shape[1] * tokens**2 * shape[3] for shape in maps)
 
 
 def count_parameters(spec: ModelSpec) -> tuple[int, int]:
     """All weights, and those of the largest layer. Raises UserError for an architecture that is not known."""
-    model = _on_meta(spec)
+    model = on_meta(spec)
     layers = [sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules()]
     return sum(layers), max(layers)
 
 
-def _on_meta(spec: ModelSpec) -> nn.Module:
+def on_meta(spec: ModelSpec) -> nn.Module:
+    """A model of `spec` without storage, in eval mode."""
     with torch.device("meta"):
         return spec.build().eval()
 
 
 def _bytes(
     spec: ModelSpec,
-    info: ViTInfo,
+    info: ModelInfo,
     batch: int,
     precision: str,
     autocast: bool,
@@ -139,15 +150,15 @@ def _bytes(
     dtype = torch.bfloat16 if precision == "bf16" and not autocast else torch.float32
     casts = precision == "bf16" and autocast
     peaks = []
-    model = _on_meta(spec)  # building reads numbers off tensors, which fake ones do not have
+    model = on_meta(spec)  # building reads numbers off tensors, which fake ones do not have
     with FakeTensorMode():
         _as_fake(model, dtype)
         if checkpointing:
-            _checkpoint(model)
+            checkpoint_blocks(model)
         for parameter in model.parameters():
             parameter.register_post_accumulate_grad_hook(_drop_gradient)
         with attention_as(model, attention):
-            for one_pass in (_train, functools.partial(_teach, keep=not info.windowed)):
+            for one_pass in (_train, functools.partial(_teach, keep=isinstance(info, ViTInfo) and not info.windowed)):
                 with _Tracker(model) as tracker:
                     images = torch.empty(batch, info.in_chans, *info.input_size, dtype=dtype)
                     one_pass(model, images, torch.autocast("cpu", torch.bfloat16, enabled=casts))
@@ -163,20 +174,21 @@ def _train(model: nn.Module, images: Tensor, autocast: Any) -> None:
 
 @torch.no_grad()
 def _teach(model: nn.Module, images: Tensor, autocast: Any, keep: bool) -> None:
-    with autocast, capture_queries_keys(model) if keep else contextlib.nullcontext():
+    capture: Any = capture_queries_keys if plain_attention(model) else attention_calls
+    with autocast, capture(model) if keep else contextlib.nullcontext():
         model.eval()(images)
 
 
-def _flops(spec: ModelSpec, info: ViTInfo, checkpointing: bool, trainable: str = "all") -> tuple[int, int]:
+def _flops(spec: ModelSpec, info: ModelInfo, checkpointing: bool, trainable: str = "all") -> tuple[int, int]:
     """Of one image, forward and backward; explicit attention, whose products any implementation has to make.
 
     W + B A of `lora:R` is made once a step, not once an image, and is left out: its gradient is that of W.
     """
-    model = _on_meta(spec)
+    model = on_meta(spec)
     if not trainable.startswith("lora"):
         restrict(model, trainable, 0)
     if checkpointing:
-        _checkpoint(model)
+        checkpoint_blocks(model)
     images = torch.empty(1, info.in_chans, *info.input_size, device="meta")
     counts = []
     with attention_as(model.train(), "eager"):
@@ -187,15 +199,6 @@ def _flops(spec: ModelSpec, info: ViTInfo, checkpointing: bool, trainable: str =
             output.sum().backward()
         counts.append(counter.get_total_flops())
     return counts[0], counts[1]
-
-
-def _checkpoint(model: nn.Module) -> None:
-    try:
-        model.set_grad_checkpointing(True)  # type: ignore[operator]
-    except (AttributeError, AssertionError):
-        raise UserError(
-            f"{type(model).__name__} of timm has no gradient checkpointing; plan without --gradient-checkpointing"
-        ) from None
 
 
 def _as_fake(model: nn.Module, dtype: torch.dtype) -> None:

@@ -10,8 +10,9 @@ from typing import Any, Literal
 from engine.config import RunConfig, require, split_options
 from engine.errors import UserError
 from engine.methods import Method, get_method
+from engine.methods.base import refuse_unfit
 from engine.models.checkpoint import ModelSpec
-from engine.plan.cost import Cost, count_cost, count_parameters
+from engine.plan.cost import Cost, count_cost, count_parameters, on_meta
 from engine.plan.host import ask
 from engine.plan.memory import Memory, Run, Zero, count_memory
 from engine.plan.timing import Measured, measure_rates
@@ -124,6 +125,7 @@ def plan(
     spec = ModelSpec(
         architecture=architecture, num_classes=num_classes, model_args=dict(model_args or {}), pretrained_cfg={}
     )
+    refuse_unfit(get_method(method), on_meta(spec))
     precision = "fp32" if run.precision == "auto" and device == "cpu" else run.precision.replace("auto", "bf16")
     attention = {"cuda": "sdpa", "cpu": "eager"}[device] if run.attention == "auto" else run.attention
     taught = method == "lethe" and method_config.forget_epochs > 0

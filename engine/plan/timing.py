@@ -17,7 +17,7 @@ from engine.device import autocast, resolve_device, resolve_precision
 from engine.loop import unlearn
 from engine.methods import get_method
 from engine.models.checkpoint import ModelSpec
-from engine.models.vit import describe
+from engine.models.info import model_info
 
 # Steps of the two runs whose difference is timed, so that what starts and warms up a run does not count.
 _STEPS = (1, 4)
@@ -39,7 +39,7 @@ def measure_rates(spec: ModelSpec, method: str, options: Mapping[str, Any], batc
     """
     target = resolve_device(device)
     model = spec.build(seed=0)
-    info = describe(model)
+    info = model_info(model)
     forget, retain = (
         from_dataset(_Random(count, (info.in_chans, *info.input_size), spec.num_classes), name)
         for name, count in (("forget", 2 * batch_size), ("retain", batch_size * max(_STEPS)))

@@ -12,7 +12,8 @@ from engine.evaluate import Evaluation
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GalleryItem:
-    """A forget sample. image: uint8 [H, W, 3]. scores, mask: [rows, columns] of the patch grid, float and bool.
+    """A forget sample. image: uint8 [H, W, 3]. scores, mask: [rows, columns] of the patch grid, float and bool; None
+    for a model without attention that can be read.
 
     probabilities: of the true class, by model ("original", "unlearned", and "retrained" where there is one).
     """
@@ -20,8 +21,8 @@ class GalleryItem:
     id: str
     label: str
     image: np.ndarray
-    scores: np.ndarray
-    mask: np.ndarray
+    scores: np.ndarray | None
+    mask: np.ndarray | None
     probabilities: dict[str, float]
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from engine.data import Loader, Preprocessing, Samples
 from engine.masking import HeadFusion, MaskSource, count_masked, random_masks, scores_and_outputs, top_mask
-from engine.models.vit import describe
+from engine.models.vit import ViTInfo, describe, outputs
 from engine.report.data import GalleryItem
 
 
@@ -39,10 +39,15 @@ def build_gallery(
     loader = Loader(samples.subset(chosen), preprocessing, batch_size=len(chosen), workers=0, device=device)
     batch = next(iter(loader.ordered()))
 
-    shown: MaskSource = "rollout" if source == "random" else source  # a random mask still has attention to be seen with
-    scores, logits = scores_and_outputs(original, batch.images, info, source=shown, head_fusion=head_fusion)
-    k = count_masked(info, share)
-    mask = random_masks(chosen, info, k, seed) if source == "random" else top_mask(scores, k, source)
+    maps = mask = None
+    if isinstance(info, ViTInfo):
+        shown: MaskSource = "rollout" if source == "random" else source  # a random mask still has attention to show
+        scores, logits = scores_and_outputs(original, batch.images, info, source=shown, head_fusion=head_fusion)
+        k = count_masked(info, share)
+        drawn = random_masks(chosen, info, k, seed) if source == "random" else top_mask(scores, k, source)
+        maps, mask = (each.cpu().numpy().reshape(-1, *info.grid) for each in (scores.float(), drawn))
+    else:
+        logits = outputs(original, batch.images)
     probabilities = {
         name: _true_class(logits if name == "original" else _logits(model, batch.images), batch.labels)
         for name, model in models.items()
@@ -54,8 +59,8 @@ def build_gallery(
             id=samples.ids[index],
             label=str(names[label] if label < len(names) else label),
             image=pixels[row],
-            scores=scores[row].float().cpu().numpy().reshape(info.grid),
-            mask=mask[row].cpu().numpy().reshape(info.grid),
+            scores=None if maps is None else maps[row],
+            mask=None if mask is None else mask[row],
             probabilities={name: float(values[row]) for name, values in probabilities.items()},
         )
         for row, (index, label) in enumerate(zip(chosen.tolist(), batch.labels.tolist(), strict=True))

@@ -132,6 +132,10 @@ def sample_pictures(item: GalleryItem) -> dict[str, Picture]:
     zoom = _SIDE // longer if small else min(1.0, _SIDE / longer)
     method = Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
     base = np.asarray(Image.fromarray(item.image).resize((round(width * zoom), round(height * zoom)), method))
+    what = f"forget sample {item.id} of class {item.label}"
+    pictures = {"image": Picture(_photo(base, small), f"Image: {what}")}
+    if item.scores is None or item.mask is None:
+        return pictures
     scores, mask = _to_pixels(item.scores, base.shape), _to_pixels(item.mask, base.shape)
     low, high = float(item.scores.min()), float(item.scores.max())
     relative = (scores - low) / (high - low) if high > low else np.zeros_like(scores)
@@ -139,10 +143,9 @@ def sample_pictures(item: GalleryItem) -> dict[str, Picture]:
     grey = base.mean(-1, keepdims=True)
     masked = np.where(mask[..., None], 0, base)
     masked[_outline(mask)] = [int(VERMILLION[i : i + 2], 16) for i in (1, 3, 5)]
-    what = f"forget sample {item.id} of class {item.label}"
     hidden = f"{int(item.mask.sum())} of {item.mask.size} patches hidden"
     return {
-        "image": Picture(_photo(base, small), f"Image: {what}"),
+        **pictures,
         "attention": Picture(_photo(0.35 * grey + 0.65 * colours, small), f"Attention of the original model: {what}"),
         "masked": Picture(_photo(masked, small), f"Masked image, {hidden}: {what}"),
     }

@@ -17,7 +17,7 @@ from engine.evaluate.verdict import Gates
 from engine.job import Task
 from engine.methods import get_method
 from engine.models.checkpoint import load_checkpoint, save_checkpoint
-from engine.models.vit import describe
+from engine.models.info import model_info, num_classes_of
 from engine.requests.store import Request, Store, is_store, moment, place_of, utc_now
 from engine.sliced import copy_stages
 
@@ -130,10 +130,10 @@ def open_data(store: Store) -> Source:
 def load_fitting(checkpoint: str, source: Source) -> nn.Module:
     """A checkpoint that can be unlearned on this data."""
     model = load_checkpoint(checkpoint)
-    describe(model)
-    if source.train.labels.max() >= int(model.num_classes):  # type: ignore[arg-type]
+    model_info(model)
+    if source.train.labels.max() >= num_classes_of(model):
         raise UserError(
-            f"--checkpoint {checkpoint}: its head has {model.num_classes} classes, but {source.spec} has label "
+            f"--checkpoint {checkpoint}: its head has {num_classes_of(model)} classes, but {source.spec} has label "
             f"{source.train.labels.max()}"
         )
     return model

@@ -23,7 +23,7 @@ from engine.loop import unlearn
 from engine.methods import Method, get_method
 from engine.methods.spaces import defaults, spaces
 from engine.models.checkpoint import load_checkpoint, weights_sha256
-from engine.models.vit import describe
+from engine.models.info import model_info
 from engine.trainer import Progress
 from engine.tuning.objective import Objective
 from engine.tuning.study import BEST, Study, Trial, check_folder, require_optuna
@@ -115,7 +115,7 @@ def tune(
     forget, retain = from_dataset(forget, "forget"), from_dataset(retain, "retain")
     validation, fixed = from_dataset(validation, "validation"), dict(config or {})
     run, _ = split_options(fixed, method_class.Config)
-    width = describe(original).width
+    width = model_info(original).width
     space = {name: each for name, each in spaces(method_class.Config, width).items() if name not in fixed}
     if not space:
         raise UserError(f"method {method}: every option that can be tuned is fixed; leave one of them free")

@@ -18,7 +18,7 @@ def backend(request: pytest.FixtureRequest, interpreter: None) -> str:
 @pytest.mark.parametrize("k", [None, 2])
 def test_opcheck(backend: str, k: int | None) -> None:
     queries, keys = (cast(x, torch.float32) for x in make(9, 2, 8))
-    torch.library.opcheck(_rollout_op, (queries, keys, k, 1, "rollout", "mean", 0.5, "token", 0.3, backend))
+    torch.library.opcheck(_rollout_op, (queries, keys, k, 1, "rollout", "mean", 0.5, "token", 0.3, backend, [], None))
 
 
 def test_compile_does_not_break_the_graph(backend: str) -> None:

@@ -1,0 +1,288 @@
+"""Attention of a model as it calls `scaled_dot_product_attention`: queries, keys, scale and additive bias.
+
+One mechanism for every model whose attention is fused, whatever happens to q and k before the call (rotary embeddings,
+norms, cosine attention) and whatever is added to the logits in it (relative position bias, padding masks): a
+TorchFunctionMode reads the arguments of the call and changes nothing. Modules that compute explicitly, but can be
+switched (timm's `fused_attn`), are switched within it.
+
+The map of a call is softmax(scale q k^T + bias). A model is taken where its maps are a chain over the same tokens:
+
+* each block calls at least once, with as many queries as keys as the model has prefix and patch tokens;
+* the calls of parallel attentions of one block are heads of one map;
+* behind the blocks, attention pooling may call with fewer queries than tokens: its first query's row starts the chain.
+
+Everything else (windows, pooled or cross attention, attention over channels, causal masks, differences of maps) is
+refused in words.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.models.xcit import XCA
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from engine.errors import UserError
+from engine.models.info import black_image, configured_model, evaluating, input_size_of, one_line
+
+# Model attribute that holds what a pass on one image showed, or why its attention cannot be read.
+_PROBED = "_lethe_attention"
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionCall:
+    """One call. query [B, H, N, d], key [B, H, M, d], bias broadcast to [B, H, N, M] or None. block: its index in the
+    model's blocks; None outside of them. causal: keys behind a query are hidden."""
+
+    query: Tensor
+    key: Tensor
+    bias: Tensor | None
+    scale: float
+    block: int | None
+    causal: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Captured:
+    """Attention of all layers, first layer first, as `kernels.attention_rollout` takes it.
+
+    queries, keys: [B, H, N, d]; scale: of all of them. biases: None if no layer has one, else one a layer, broadcast to
+    [B, H, N, N]. start: weights [B, N] float32 of the tokens that attention pooling reads; None without it.
+    """
+
+    queries: list[Tensor]
+    keys: list[Tensor]
+    scale: float
+    biases: list[Tensor] | None
+    start: Tensor | None
+
+
+@contextlib.contextmanager
+def attention_calls(model: nn.Module) -> Iterator[list[AttentionCall]]:
+    """Collects the attention calls of the passes within it, in order; fused attention is on, compiled graphs are not
+    used."""
+    calls: list[AttentionCall] = []
+    current: list[int] = []
+    explicit = [m for m in model.modules() if getattr(m, "fused_attn", True) is False]
+    compiled = {
+        m: m._compiled_call_impl for m in model.modules() if getattr(m, "_compiled_call_impl", None) is not None
+    }
+    with contextlib.ExitStack() as stack:
+        for index, block in enumerate(blocks_of_core(model) or ()):
+            enter = block.register_forward_pre_hook(lambda _module, _inputs, i=index: current.append(i))
+            leave = block.register_forward_hook(lambda _module, _inputs, _output: (current.pop(), None)[1])
+            stack.callback(enter.remove)
+            stack.callback(leave.remove)
+        for module in explicit:
+            module.fused_attn = True  # type: ignore[assignment]
+            stack.callback(setattr, module, "fused_attn", False)
+        for module, graph in compiled.items():
+            module._compiled_call_impl = None
+            stack.callback(setattr, module, "_compiled_call_impl", graph)
+        stack.enter_context(_Recorder(calls, current))
+        yield calls
+
+
+class _Recorder(TorchFunctionMode):
+    def __init__(self, calls: list[AttentionCall], current: list[int]) -> None:
+        super().__init__()
+        self.calls, self.current = calls, current
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.scaled_dot_product_attention:
+            self.calls.append(_call_of(self.current[-1] if self.current else None, *args, **(kwargs or {})))
+        return func(*args, **(kwargs or {}))
+
+
+def _call_of(
+    block: int | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> AttentionCall:
+    """The call with the arguments of `scaled_dot_product_attention`."""
+    if enable_gqa and key.dim() == 4 and key.shape[1] != query.shape[1]:
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    bias = None if attn_mask is None else attn_mask.detach()
+    if bias is not None and bias.dtype == torch.bool:
+        bias = torch.zeros_like(bias, dtype=torch.float32).masked_fill(~bias, -torch.inf)
+    factor = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    return AttentionCall(query.detach(), key.detach(), bias, factor, block, is_causal)
+
+
+def blocks_of_core(model: nn.Module) -> list[nn.Module] | None:
+    """The transformer blocks of a model, or of the one that it wraps; None where it lists none as `blocks`."""
+    blocks = getattr(configured_model(model) or model, "blocks", None)
+    return list(blocks) if isinstance(blocks, (nn.ModuleList, nn.Sequential)) and len(blocks) else None
+
+
+# --- from calls to a chain of maps ------------------------------------------------------------------------------------
+
+
+def assemble(calls: Sequence[AttentionCall], tokens: int, prefix: int) -> Captured:
+    """The chain of maps over `tokens` tokens, of which the first `prefix` are no patches. See `check_calls`."""
+    layers: dict[int, list[AttentionCall]] = {}
+    pooled = None
+    for number, call in enumerate(calls):
+        if call.query.shape[-2] == call.key.shape[-2] == tokens:
+            layers.setdefault(number if call.block is None else call.block, []).append(call)
+        else:
+            pooled = call
+    if not layers:
+        raise UserError(
+            f"none of the {len(calls)} attention calls of a pass was over {tokens} tokens; switch fused attention on "
+            "(transformers: attn_implementation='sdpa')"
+        )
+    joined = [_joined(layer) for layer in layers.values()]
+    scale = joined[0].scale
+    biases = None
+    if any(layer.bias is not None for layer in joined):
+        none = joined[0].query.new_zeros(1, 1, 1, 1)
+        biases = [none if layer.bias is None else layer.bias for layer in joined]
+    return Captured(
+        [layer.query if layer.scale == scale else layer.query * (layer.scale / scale) for layer in joined],
+        [layer.key for layer in joined],
+        scale,
+        biases,
+        None if pooled is None else _pooling_row(pooled, tokens, prefix),
+    )
+
+
+def _joined(calls: list[AttentionCall]) -> AttentionCall:
+    """The calls of parallel attentions as heads of one call."""
+    first = calls[0]
+    if len(calls) == 1:
+        return dataclasses.replace(first, bias=None if first.bias is None else _four(first.bias))
+    bias = None
+    if any(call.bias is not None for call in calls):
+        shape = (*first.query.shape[:3], first.key.shape[2])
+        bias = torch.cat(
+            [(first.query.new_zeros(1) if c.bias is None else _four(c.bias)).expand(shape) for c in calls], 1
+        )
+    queries = [call.query if call.scale == first.scale else call.query * (call.scale / first.scale) for call in calls]
+    return dataclasses.replace(
+        first, query=torch.cat(queries, 1), key=torch.cat([call.key for call in calls], 1), bias=bias
+    )
+
+
+def _four(bias: Tensor) -> Tensor:
+    """A bias with four dimensions, as broadcasting reads it."""
+    return bias.view(*[1] * (4 - bias.dim()), *bias.shape)
+
+
+def _pooling_row(call: AttentionCall, tokens: int, prefix: int) -> Tensor:
+    """Weights [B, N] float32 with which the first query of attention pooling reads the tokens, mean over heads."""
+    query, key = call.query[:, :, :1].float(), call.key.float()
+    logits = query @ key.transpose(-2, -1) * call.scale
+    if call.bias is not None:
+        logits = logits + _four(call.bias).float()[:, :, :1]
+    row = logits.softmax(-1).mean(1).squeeze(1)
+    if row.shape[0] != call.query.shape[0]:
+        row = row.expand(call.query.shape[0], -1)
+    return F.pad(row, (tokens - row.shape[-1], 0)) if row.shape[-1] != tokens else row
+
+
+# --- which models -----------------------------------------------------------------------------------------------------
+
+
+def check_calls(model: nn.Module, tokens: int, prefix: int) -> bool:
+    """Whether the model pools by attention, from one pass on a black image, made once for each input size.
+
+    Raises UserError, saying what was found, for a model whose attention is no chain of maps over `tokens` tokens.
+    """
+    size = (input_size_of(model), tokens, prefix)
+    known = getattr(model, _PROBED, None)
+    if known is None or known[0] != size:
+        found = _probe(model, tokens, prefix)
+        known = (size, *found)
+        setattr(model, _PROBED, known)
+    _, reason, pooled = known
+    if reason:
+        raise UserError(f"{type(configured_model(model) or model).__name__}: {reason}")
+    return pooled
+
+
+def _probe(model: nn.Module, tokens: int, prefix: int) -> tuple[str, bool]:
+    try:
+        with evaluating(model), torch.no_grad(), attention_calls(model) as calls:
+            model(black_image(model))
+    except (RuntimeError, TypeError, ValueError, AssertionError, AttributeError, NotImplementedError) as error:
+        return f"a pass on one image of its input size fails ({one_line(error)})", False
+    return _reason(model, calls, tokens, prefix)
+
+
+def _reason(model: nn.Module, calls: list[AttentionCall], tokens: int, prefix: int) -> tuple[str, bool]:
+    """(why the calls are no chain of maps, or nothing; whether attention pooling follows)."""
+    blocks = blocks_of_core(model)
+    if not calls:
+        return "it does not compute attention by scaled_dot_product_attention, where its maps could be read", False
+    for index, block in enumerate(blocks or ()):
+        if size := getattr(block, "window_size", None):
+            return f"block {index + 1} attends within windows ({size} tokens wide), not over the whole image", False
+        if any(isinstance(module, XCA) for module in block.modules()):
+            return f"block {index + 1} attends over channels (cross-covariance), not over tokens", False
+    inside = [call for call in calls if call.block is not None or blocks is None]
+    pooled = False
+    if blocks is None:
+        inside = [call for call in calls if call.query.shape[-2] == call.key.shape[-2]]
+    for call in inside:
+        if problem := _problem(call, tokens, prefix):
+            return problem, False
+    if blocks is not None:
+        counts = [sum(call.block == index for call in inside) for index in range(len(blocks))]
+        if 0 in counts:
+            return f"block {counts.index(0) + 1} of {len(counts)} makes no attention call that could be read", False
+        for index, count in enumerate(counts):
+            if count > 1 and not _parallel(blocks[index], count):
+                return f"block {index + 1} combines {count} attention maps, which are not heads of one", False
+    outside = [call for call in calls if call not in _Same(inside)]
+    for call in outside:
+        pools = call.key.shape[-2] in (tokens, tokens - prefix) and call.query.shape[-2] < call.key.shape[-2]
+        if not pools or pooled or call.query.shape[0] not in (1,) or call.causal:
+            return "it attends outside of its blocks in a way that is not attention pooling over its tokens", False
+        pooled = True
+    return "", pooled
+
+
+class _Same:
+    """Calls by identity: comparing them would compare tensors."""
+
+    def __init__(self, calls: Sequence[AttentionCall]) -> None:
+        self.ids = {id(call) for call in calls}
+
+    def __contains__(self, call: object) -> bool:
+        return id(call) in self.ids
+
+
+def _problem(call: AttentionCall, tokens: int, prefix: int) -> str:
+    where = "" if call.block is None else f" in block {call.block + 1}"
+    if call.query.dim() != 4:
+        return f"its attention{where} has queries of {call.query.dim()} dimensions, expected B, H, N, d"
+    queries, keys = call.query.shape[-2], call.key.shape[-2]
+    expected = f"{tokens} tokens ({prefix} prefix tokens and {tokens - prefix} patches)"
+    if call.query.shape[0] != 1:
+        return f"it attends{where} within {call.query.shape[0]} windows, not over all of its {expected}"
+    if queries != keys:
+        return f"it attends{where} from {queries} to {keys} tokens, expected {expected} on both sides"
+    if queries != tokens:
+        return f"it attends{where} over {queries} tokens or channels, expected {expected}"
+    return f"its attention{where} is causal, and rollout is for attention over the whole image" if call.causal else ""
+
+
+def _parallel(block: nn.Module, count: int) -> bool:
+    """Whether the calls of a block come of as many attentions side by side (timm's ParallelThingsBlock)."""
+    attentions = getattr(block, "attns", None)
+    return isinstance(attentions, nn.ModuleList) and len(attentions) == count

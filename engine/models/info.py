@@ -1,0 +1,280 @@
+"""What every classifier gives: input size, channels, classes, width, and the layers that end in the logits.
+
+The input size of a model is, in this order:
+
+1. the size its patch embedding was built for, unless that takes any size (timm's `dynamic_img_size`);
+2. `pretrained_cfg["input_size"]` where it was changed from timm's own;
+3. the argument `img_size` that the model was built with;
+4. `pretrained_cfg["input_size"]`, or the attribute `input_size`, `img_size` or `image_size` of the module.
+
+A module that wraps exactly one model with a `pretrained_cfg` takes that model's configuration.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from engine.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+# Model attribute that holds the number of classes of a module that has no `num_classes`.
+_CLASSES = "_lethe_num_classes"
+_SIZES = ("input_size", "img_size", "image_size")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelInfo:
+    """What any classifier gives. in_chans: channels. input_size: (height, width) in pixels. width: of the features."""
+
+    in_chans: int
+    input_size: tuple[int, int]
+    width: int
+
+
+def model_info(model: nn.Module) -> ModelInfo:
+    """Channels, input size and width of a classifier. Raises UserError, with the remedy, where one is not declared."""
+    if (declared := declared_info(model)) is not None:
+        return declared
+    return ModelInfo(in_chans=_channels(model), input_size=input_size_of(model), width=_width(model))
+
+
+def declared_info(model: nn.Module) -> Any:
+    """What the model's own `vit_info()` returns; None if it has no such method."""
+    method = getattr(model, "vit_info", None)
+    return method() if callable(method) else None
+
+
+def configuration(model: nn.Module) -> dict[str, Any]:
+    """The `pretrained_cfg` of a model, or of the only model that it wraps; empty if there is none."""
+    own = getattr(model, "pretrained_cfg", None)
+    if own:
+        return dict(own)
+    inner = configured_model(model)
+    config: Any = getattr(inner, "pretrained_cfg", None)
+    return dict(config or {})
+
+
+def configured_model(model: nn.Module) -> nn.Module | None:
+    """The outermost submodule with a `pretrained_cfg`, if there is exactly one; the model itself if it has one."""
+    if getattr(model, "pretrained_cfg", None):
+        return model
+    found = [child for child in map(configured_model, model.children()) if child is not None]
+    return found[0] if len(found) == 1 else None
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside `torch.compile`, `DataParallel` and `DistributedDataParallel`; the same object otherwise."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def usable(model: nn.Module, inplace: bool = False) -> nn.Module:
+    """The module to work on: `unwrapped`, and in float32 in place of float16, in which small updates are lost.
+
+    A copy is made for the latter unless `inplace`. Raises UserError for what is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model is a {type(model).__name__}, expected a torch.nn.Module or a checkpoint's path")
+    model = unwrapped(model)
+    if any(p.dtype == torch.float16 for p in model.parameters()):
+        logger.warning("the model's float16 weights are converted to float32, in which it is trained and returned")
+        model = (model if inplace else copy.deepcopy(model)).float()
+    return model
+
+
+def pair(value: Any) -> tuple[int, int]:
+    return (int(value), int(value)) if isinstance(value, int) else (int(value[0]), int(value[1]))
+
+
+# --- input ------------------------------------------------------------------------------------------------------------
+
+
+def input_size_of(model: nn.Module) -> tuple[int, int]:
+    """(height, width) in pixels of the images that a model takes, see the top of the file."""
+    core, config = configured_model(model) or model, configuration(model)
+    embed = getattr(core, "patch_embed", None)
+    embedded = getattr(embed, "img_size", None)
+    if embedded is not None and not _takes_any_size(core, embed):
+        return pair(embedded)
+    declared = config.get("input_size")
+    if declared is not None and _changed(config):
+        return pair(tuple(declared)[-2:])
+    built = _model_args(core).get("img_size")
+    attributes = (getattr(model, name, None) for name in _SIZES)
+    for size in (built, embedded, declared, *attributes):
+        if isinstance(size, int) or (isinstance(size, (tuple, list, torch.Size)) and len(size) in (2, 3)):
+            return pair(size if isinstance(size, int) else tuple(size)[-2:])
+    raise UserError(
+        f"{type(model).__name__} does not declare its input size: set model.pretrained_cfg = "
+        "{'input_size': (3, height, width), 'mean': ..., 'std': ...}, or the attribute model.input_size"
+    )
+
+
+def _takes_any_size(model: nn.Module, embed: Any) -> bool:
+    return bool(getattr(model, "dynamic_img_size", False)) or not getattr(embed, "strict_img_size", True)
+
+
+def _changed(config: dict[str, Any]) -> bool:
+    """Whether `input_size` is not the one that timm registered for the architecture and tag."""
+    name, tag = config.get("architecture"), config.get("tag")
+    if not name:
+        return False
+    known = timm.get_pretrained_cfg(f"{name}.{tag}" if tag else name, allow_unregistered=True)
+    return known is not None and tuple(known.input_size) != tuple(config["input_size"])
+
+
+def _model_args(model: nn.Module) -> dict[str, Any]:
+    spec = getattr(model, "_lethe_spec", None)
+    if spec is not None:
+        return spec.model_args
+    try:
+        from timm.models._hub import get_model_args  # type: ignore[attr-defined]  # kept since timm 1.0.31
+    except ImportError:
+        return {}
+    return get_model_args(model, {})
+
+
+def _channels(model: nn.Module) -> int:
+    core, config = configured_model(model) or model, configuration(model)
+    embed = getattr(core, "patch_embed", None)
+    if embed is not None and hasattr(embed, "patch_size"):
+        projection = next((m for m in embed.modules() if isinstance(m, (nn.Conv2d, nn.Linear))), None)
+        if isinstance(projection, nn.Conv2d):
+            return projection.in_channels
+        if projection is not None:
+            patch = pair(embed.patch_size)
+            return projection.in_features // (patch[0] * patch[1])
+    if (built := _model_args(core).get("in_chans")) is not None:
+        return int(built)
+    first = config.get("first_conv")
+    for name in (first,) if isinstance(first, str) else tuple(first or ()):
+        with contextlib.suppress(AttributeError):
+            layer = core.get_submodule(name)
+            if isinstance(layer, nn.Conv2d):
+                return layer.in_channels
+    for size in (config.get("input_size"), *(getattr(model, name, None) for name in _SIZES)):
+        if isinstance(size, (tuple, list, torch.Size)) and len(size) == 3:
+            return int(size[0])
+    stem = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    return 3 if stem is None else stem.in_channels
+
+
+# --- output -----------------------------------------------------------------------------------------------------------
+
+
+def num_classes_of(model: nn.Module) -> int:
+    """Classes of a model's head: its `num_classes`, or the width of its logits, from one pass on a black image.
+
+    Raises UserError for a model without a head, and for one whose output is not logits [images, classes].
+    """
+    declared = getattr(model, "num_classes", None)
+    if isinstance(declared, int):
+        if declared > 0:
+            return declared
+        raise UserError(
+            f"{type(model).__name__} has no classifier (num_classes=0); give the model with the head that it was "
+            "trained with"
+        )
+    known = getattr(model, _CLASSES, None)
+    if known is None:
+        known = _logits_of_one_image(model).shape[1]
+        setattr(model, _CLASSES, known)
+    return int(known)
+
+
+def _logits_of_one_image(model: nn.Module) -> Tensor:
+    with evaluating(model), torch.no_grad():
+        try:
+            logits = model(black_image(model))
+        except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+            raise UserError(
+                f"{type(model).__name__} does not take images of {_channels(model)} x "
+                f"{' x '.join(map(str, input_size_of(model)))}, its declared input size ({one_line(error)}); set "
+                "model.pretrained_cfg['input_size'] to the size it was trained with"
+            ) from None
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != 1:
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise UserError(
+            f"{type(model).__name__} returns {found} for one image, expected logits [1, classes]; wrap it in a module "
+            "whose forward returns the logits alone"
+        )
+    return logits
+
+
+def black_image(model: nn.Module) -> Tensor:
+    """One image [1, C, H, W] of zeros, where the model's weights are, in their dtype."""
+    weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    return torch.zeros(1, _channels(model), *input_size_of(model), dtype=weight.dtype, device=weight.device)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within it, the model and its submodules are in eval mode; afterwards each is as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:120]
+
+
+def classifiers(model: nn.Module) -> list[nn.Module]:
+    """The layers whose outputs are the logits: timm's `get_classifier()`, or the last linear layer of that width.
+
+    Two for DeiT's distilled models, whose logits are the mean. Raises UserError where there is none.
+    """
+    method = getattr(model, "get_classifier", None)
+    found = method() if callable(method) else None
+    if isinstance(found, (tuple, list, nn.ModuleList)):
+        heads = list(found)
+    elif isinstance(found, nn.Module):
+        heads = [found]
+    else:
+        classes = num_classes_of(model)
+        heads = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == classes][-1:]
+    if not heads or not any(True for head in heads for _ in head.parameters()):
+        raise UserError(
+            f"{type(model).__name__} has no classifier whose inputs could be read as features: looked for "
+            "get_classifier() and for a linear layer as wide as the logits"
+        )
+    return heads
+
+
+def _width(model: nn.Module) -> int:
+    """Features that the classifier reads; of a timm ViT, its `num_features`."""
+    declared = getattr(model, "num_features", None)
+    if isinstance(declared, int) and hasattr(model, "blocks"):
+        return declared
+    try:
+        head = classifiers(model)[0]
+    except UserError:
+        head = None
+    for name in ("in_features", "in_channels"):
+        if isinstance(width := getattr(head, name, None), int):
+            return width
+    if isinstance(declared, int):
+        return declared
+    widths = [p.shape[-1] for p in model.parameters() if p.dim() >= 2]
+    if not widths:
+        raise UserError(f"{type(model).__name__} has no weights of two dimensions; give a trained classifier")
+    return int(widths[-1])
