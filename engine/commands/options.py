@@ -145,7 +145,7 @@ def checkpoint_sources(
                 source,
                 architecture=source.architecture or arch,
                 model_args={**given, **source.model_args},
-                weights=source.weights or weights,
+                weights=source.weights or weights,  # type: ignore[arg-type]  # checked above
             )
         )
         if source is not None and i in takers

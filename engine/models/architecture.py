@@ -231,12 +231,12 @@ def advice(model: nn.Module, expected: Mapping[str, Tensor], found: Mapping[str,
     missing, extra = set(expected) - set(found), set(found) - set(expected)
     if any(key.startswith(("conv_proj", "encoder.layers.encoder_layer_")) for key in extra):
         return "these are the names of torchvision's ViT, not timm's; load a timm model"
+    if "cls_token" in missing and not any(key.startswith("cls") for key in extra):
+        return "it has no class token: --model-arg class_token=False --model-arg global_pool=avg"
     if {"norm.weight"} <= missing and {"fc_norm.weight"} <= extra:
         return "it was trained with --model-arg global_pool=avg"
     if {"fc_norm.weight"} <= missing and {"norm.weight"} <= extra:
         return "it was trained with --model-arg global_pool=token"
-    if "cls_token" in missing and not any(key.startswith("cls") for key in extra):
-        return "it has no class token: --model-arg class_token=False --model-arg global_pool=avg"
     if {"reg_token"} & extra:
         return f"it has register tokens: --model-arg reg_tokens={found['reg_token'].shape[1]}"
     if any(".q_norm." in key for key in extra):
@@ -258,11 +258,8 @@ def advice(model: nn.Module, expected: Mapping[str, Tensor], found: Mapping[str,
 
 
 def _position_advice(model: nn.Module, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
-    if (
-        "pos_embed" not in expected
-        or "pos_embed" not in found
-        or expected["pos_embed"].shape == found["pos_embed"].shape
-    ):
+    tables = [keys["pos_embed"] for keys in (expected, found) if "pos_embed" in keys]
+    if len(tables) < 2 or tables[0].shape == tables[1].shape:
         return ""
     size = inferred_size(model, found)
     if size is not None:

@@ -497,10 +497,11 @@ def _head_size(model: nn.Module, found: StateDict, file: WeightFile, headless: b
     if headless or not names:
         return 0
     others = [key for key in found.tensors if key not in model.state_dict()]
+    remedy = advice(model, model.state_dict(), found.tensors) if others else ""
     raise UserError(
         f"checkpoint {file.path}: has no classifier ({names[0]} is not there"
         + (f"; it holds {', '.join(others[:4])} instead" if others else "")
-        + "); a backbone has no classes to forget: train a head on it by lethe train --init"
+        + f"); {remedy or 'a backbone has no classes to forget: train a head on it by lethe train --init'}"
     )
 
 

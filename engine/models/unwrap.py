@@ -177,7 +177,8 @@ def fit(found: StateDict, expected: Iterable[str]) -> StateDict:
     """
     wanted = set(expected)
     best, score = found, -1
-    frontier, seen = [found], set()
+    frontier = [found]
+    seen: set[frozenset[str]] = set()
     while frontier:
         current = frontier.pop(0)
         names = frozenset(current.tensors)
