@@ -14,14 +14,17 @@ from rich.markup import escape
 
 from engine.commands.attack import attack
 from engine.commands.forget_set import forget_set
+from engine.commands.import_checkpoint import import_checkpoint
 from engine.commands.options import (
     RANK,
+    Architecture,
     Checkpoint,
     ConfigFile,
     Data,
     DeepSpeed,
     Forget,
     Json,
+    ModelArgs,
     OnBadImage,
     Out,
     Overwrite,
@@ -29,6 +32,8 @@ from engine.commands.options import (
     Resume,
     Settings,
     Sign,
+    Weights,
+    checkpoint_sources,
     join_ranks,
     run_options,
     write_json_file,
@@ -163,6 +168,9 @@ def unlearn(
     settings: Settings = None,
     config: ConfigFile = None,
     reference: Reference = None,
+    arch: Architecture = None,
+    model_arg: ModelArgs = None,
+    weights: Weights = None,
     deepspeed: DeepSpeed = None,
     sign: Sign = None,
     on_bad_image: OnBadImage = None,
@@ -182,6 +190,7 @@ def unlearn(
 
     options = {**(read_yaml(config) if config else {}), **run_options(settings, on_bad_image)}
     join_ranks(options)
+    source, *references = checkpoint_sources([checkpoint, *(reference or [])], arch, model_arg, weights)
     task = Task.open(data, forget)
     if task.request.duplicates:
         console.print(f"{task.request.duplicates} ids were named more than once and merged")
@@ -189,11 +198,11 @@ def unlearn(
     with progress_bars() as progress:
         outcome = run_job(
             task,
-            checkpoint,
+            source or checkpoint,
             out,
             method=method,
             config=options,
-            references=reference or [],
+            references=[each for each in references if each],
             resume=resume,
             overwrite=overwrite,
             progress=progress,
@@ -220,6 +229,9 @@ def evaluate(
         str | None, typer.Option(help="The model before unlearning, for its row.", show_default=False)
     ] = None,
     reference: Reference = None,
+    arch: Architecture = None,
+    model_arg: ModelArgs = None,
+    weights: Weights = None,
     settings: Settings = None,
     json_file: Json = None,
 ) -> None:
@@ -228,8 +240,15 @@ def evaluate(
     from engine.console import print_metrics
     from engine.job import Task, evaluate_job
 
+    source, before, *references = checkpoint_sources(
+        [checkpoint, original, *(reference or [])], arch, model_arg, weights
+    )
     metrics = evaluate_job(
-        Task.open(data, forget), checkpoint, original, reference or [], parse_assignments(settings or [])
+        Task.open(data, forget),
+        source or checkpoint,
+        before,
+        [each for each in references if each],
+        parse_assignments(settings or []),
     )
     print_metrics(metrics, name="checkpoint")
     write_json_file(json_file, metrics)
@@ -300,6 +319,7 @@ def env(json_file: Json = None) -> None:
 
 app.command()(attack)
 app.command("forget-set")(forget_set)
+app.command("import")(import_checkpoint)
 app.command()(plan)
 app.command()(tune)
 app.command()(verify)
@@ -317,6 +337,8 @@ def run_app(command: typer.Typer) -> None:
     stderr = Console(stderr=True)
     handler = RichHandler(show_time=False, show_path=False, console=stderr)
     logging.basicConfig(level=logging.WARNING if RANK == 0 else logging.ERROR, format="%(message)s", handlers=[handler])
+    if RANK == 0:  # how a file of weights was read is for everybody to see
+        logging.getLogger("engine.models.checkpoint").setLevel(logging.INFO)
     try:
         command()
     except (UserError, RunStopped) as error:

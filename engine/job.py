@@ -21,7 +21,7 @@ from engine.files import sha256, write_json
 from engine.loop import train, unlearn
 from engine.methods import get_method
 from engine.methods.lethe import LetheConfig
-from engine.models.checkpoint import ModelSpec, load_checkpoint, weights_sha256
+from engine.models.checkpoint import ModelSpec, imported, load_checkpoint, weights_sha256
 from engine.report import ReportData, build_gallery, write_report
 from engine.report.run_record import TRAINED, UNLEARNED, RecordOptions, write_record
 from engine.sliced import with_fresh_head
@@ -180,11 +180,16 @@ def run_job(
         resume=resume,
         overwrite=overwrite,
         progress=progress,
-        notes={"checkpoint": checkpoint, **task.notes()},
+        notes={"checkpoint": checkpoint, **_import_note(original), **task.notes()},
         deepspeed=deepspeed,
         finalize=evaluate,
     )
     return Outcome(result, metrics)
+
+
+def _import_note(model: nn.Module) -> dict[str, Any]:
+    """What config.yaml and the record keep of how a file of weights was read."""
+    return {"checkpoint_import": note} if (note := imported(model)) else {}
 
 
 def _references(evaluations: Mapping[str, Evaluation]) -> list[Evaluation]:

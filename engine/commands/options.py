@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,9 +35,32 @@ Forget = Annotated[
 Checkpoint = Annotated[
     str,
     typer.Option(
-        help="Model: a folder with config.json and model.safetensors (timm / Hugging Face layout), timm:NAME "
-        "or hf-hub:ID.",
+        help="Model: a folder with config.json and model.safetensors (timm / Hugging Face layout), a file of weights "
+        "(.pth, .pt, .bin, .ckpt, .tar, .safetensors), timm:NAME or hf-hub:ID.",
         show_default=False,
+    ),
+]
+Architecture = Annotated[
+    str | None,
+    typer.Option(
+        "--arch",
+        help="timm architecture of a file of weights that does not say its own, such as vit_tiny_patch16_224.",
+        show_default=False,
+    ),
+]
+ModelArgs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model-arg",
+        metavar="KEY=VALUE",
+        help="Argument of timm.create_model, such as img_size=32 or patch_size=4; repeat for more.",
+        show_default=False,
+    ),
+]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        "--weights", help="raw or ema, of a file of weights with both; EMA weights if not given.", show_default=False
     ),
 ]
 Reference = Annotated[
@@ -93,6 +117,41 @@ def run_options(settings: list[str] | None, on_bad_image: str | None) -> dict[st
     from engine.config import parse_assignments
 
     return {**parse_assignments(settings or []), **({"on_bad_image": on_bad_image} if on_bad_image else {})}
+
+
+def checkpoint_sources(
+    checkpoints: Sequence[str | None], arch: str | None, model_arg: list[str] | None, weights: str | None
+) -> list[str | None]:
+    """Checkpoints with `--arch`, `--model-arg` and `--weights` in their strings, as `load_checkpoint` reads them.
+
+    They are for files, and for folders without a config.json; if all of the checkpoints say how they are built, the
+    first one is given them, and refuses.
+    """
+    if not (arch or model_arg or weights):
+        return list(checkpoints)
+    import dataclasses
+
+    from engine.config import parse_assignments
+    from engine.models.checkpoint import CheckpointSource
+
+    if weights not in (None, "raw", "ema"):
+        raise UserError(f"--weights {weights}: expected raw or ema")
+    given = parse_assignments(model_arg or [])
+    sources = [None if each is None else CheckpointSource.parse(each) for each in checkpoints]
+    takers = [i for i, source in enumerate(sources) if source is not None and not source.is_configured()] or [0]
+    return [
+        str(
+            dataclasses.replace(
+                source,
+                architecture=source.architecture or arch,
+                model_args={**given, **source.model_args},
+                weights=source.weights or weights,  # type: ignore[arg-type]  # checked above
+            )
+        )
+        if source is not None and i in takers
+        else checkpoints[i]
+        for i, source in enumerate(sources)
+    ]
 
 
 def join_ranks(options: dict[str, Any]) -> None:

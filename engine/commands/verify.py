@@ -7,7 +7,19 @@ from typing import Annotated, Any
 
 import typer
 
-from engine.commands.options import Checkpoint, Data, Forget, Reference, Settings, Sign, write_json_file
+from engine.commands.options import (
+    Architecture,
+    Checkpoint,
+    Data,
+    Forget,
+    ModelArgs,
+    Reference,
+    Settings,
+    Sign,
+    Weights,
+    checkpoint_sources,
+    write_json_file,
+)
 from engine.errors import UserError
 
 # What scripts and queues read; 2 is wrong use, as everywhere.
@@ -20,6 +32,9 @@ def verify(
     forget: Forget,
     original: Annotated[str, typer.Option(help="The model before unlearning.", show_default=False)],
     reference: Reference = None,
+    arch: Architecture = None,
+    model_arg: ModelArgs = None,
+    weights: Weights = None,
     gates: Annotated[
         Path | None,
         typer.Option(help="YAML file of gates that are tighter than the defaults.", show_default=False),
@@ -58,7 +73,9 @@ def verify(
     elif sign:
         raise UserError(f"--sign {sign}: what is signed is the record; give --record too")
     _make_room({"--json": json_file, "--html": html_file})
-    task, references = Task.open(data, forget), reference or []
+    sources = checkpoint_sources([checkpoint, original, *(reference or [])], arch, model_arg, weights)
+    checkpoint, original, *references = [each for each in sources if each is not None]
+    task = Task.open(data, forget)
     options: dict[str, Any] = {"gates": gates, "config": parse_assignments(settings or [])}
     if html_file:
         verdict, proof = prove_job(task, checkpoint, original, references, **options)

@@ -2,7 +2,8 @@
 
 A checkpoint is a folder in timm's / Hugging Face's layout: `config.json` (architecture, num_classes, model_args,
 pretrained_cfg) and `model.safetensors`. `timm.create_model("local-dir:FOLDER", pretrained=True)` opens every one
-that is written here. Nothing of a user's is ever unpickled.
+that is written here. Files of other training scripts are opened too (`engine.models.weight_files`, `unwrap`,
+`architecture`). Nothing of a user's is ever unpickled.
 """
 
 from __future__ import annotations
@@ -10,19 +11,37 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import os
-import pickle
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl, quote
 
-import safetensors
 import safetensors.torch
 import timm
 import torch
+import yaml
+from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
-from engine.errors import UserError, nearest
+from engine.errors import UserError
 from engine.files import replacing
+from engine.models.architecture import (
+    Described,
+    advice,
+    classifier_names,
+    config_of,
+    described,
+    inferred_args,
+    is_architecture,
+    unknown_architecture,
+)
+from engine.models.unwrap import Kind, StateDict, choose, fit
+from engine.models.weight_files import WeightFile, read_weights
+
+logger = logging.getLogger(__name__)
 
 # Model attribute that holds the ModelSpec; timm itself does not keep the arguments a model was built with.
 _SPEC = "_lethe_spec"
@@ -30,6 +49,12 @@ _SPEC = "_lethe_spec"
 _FOLDER = "_lethe_folder"
 # Keys of config.json that `save_checkpoint` writes itself.
 _CONFIG_KEYS = ("architecture", "num_classes", "num_features", "global_pool", "model_args", "pretrained_cfg")
+# Key of config.json, and of `ModelSpec.extra`, that says how a file of another program was read.
+IMPORTED = "lethe_import"
+# Weights that timm's filters resample where their shape differs.
+_RESAMPLED = ("pos_embed", "patch_embed.proj.weight", "relative_position_bias_table")
+_HEADS = ("head.weight", "head.fc.weight", "fc.weight", "classifier.weight")
+_CFG_FIELDS = {field.name for field in dataclasses.fields(PretrainedCfg)} - {"architecture"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,15 +85,15 @@ class ModelSpec:
                 model = timm.create_model(
                     self.architecture,
                     pretrained=False,
-                    pretrained_cfg_overlay={k: v for k, v in self.pretrained_cfg.items() if k != "architecture"},
+                    pretrained_cfg_overlay={k: v for k, v in self.pretrained_cfg.items() if k in _CFG_FIELDS},
                     num_classes=self.num_classes,
                     **self.model_args,
                 )
             except RuntimeError as error:
                 if "Unknown model" in str(error):
-                    hint = nearest(self.architecture, timm.list_models()).split(" known:")[0].rstrip(";")
                     raise UserError(
-                        f"unknown architecture {self.architecture!r}{hint} (timm.list_models() has all)"
+                        f"unknown architecture {self.architecture!r}{unknown_architecture(self.architecture)} "
+                        "(timm.list_models() has all)"
                     ) from None
                 raise
             except TypeError as error:
@@ -138,39 +163,373 @@ def _plain(pretrained_cfg: dict[str, Any]) -> dict[str, Any]:
     return {
         k: v
         for k, v in pretrained_cfg.items()
-        if v is not None
-        and k not in ("state_dict", "file", "source", "architecture")
-        and isinstance(v, (str, int, float, bool, list, tuple))
+        if v is not None and k not in ("state_dict", "file", "source", "architecture") and _is_json(v)
     }
 
 
-def load_checkpoint(checkpoint: str | os.PathLike[str]) -> nn.Module:
-    """Opens a checkpoint folder, `timm:NAME` (pretrained weights of timm) or `hf-hub:ID`; in eval mode, on the CPU.
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
 
-    Raises UserError for a folder without config.json or weights, weights that are damaged, do not fit the
-    configuration, hold values that are not finite, or are a pickle with code in it.
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointSource:
+    """A checkpoint as one string names it: `PLACE`, or `PLACE?arch=NAME&weights=ema&img_size=32`.
+
+    place: file, folder, `timm:NAME` or `hf-hub:ID`. architecture, model_args: of a file that does not say how its model
+    is built. weights: raw or ema, of a file that has both.
     """
-    name = os.fspath(checkpoint)
-    if name.startswith(("timm:", "hf-hub:")):
-        architecture = name.removeprefix("timm:")
-        model = timm.create_model(architecture, pretrained=True)
-        remember_model_args(model, **_recorded_model_args(model))
-        return model.eval()
-    folder = Path(name)
-    spec = _read_spec(folder)
-    weights, path = _read_weights(folder)
-    model = spec.build()
-    differing = _difference(model.state_dict(), weights)
-    if differing:
-        raise UserError(
-            f"checkpoint {folder}: {path.name} does not match config.json ({spec.architecture}): {differing}"
+
+    place: str
+    architecture: str | None = None
+    model_args: dict[str, Any] = dataclasses.field(default_factory=dict)
+    weights: Kind | None = None
+
+    @classmethod
+    def parse(cls, text: str | os.PathLike[str]) -> CheckpointSource:
+        """Raises UserError for weights that are neither raw nor ema."""
+        name = os.fspath(text)
+        place, asked, query = name.partition("?")
+        if not asked or Path(name).exists():
+            return cls(place=name)
+        given = dict(parse_qsl(query, keep_blank_values=True))
+        weights = given.pop("weights", None)
+        if weights not in (None, "raw", "ema"):
+            raise UserError(f"--weights {weights}: expected raw or ema")
+        return cls(
+            place=place,
+            architecture=given.pop("arch", None),
+            model_args={key: yaml.safe_load(value) for key, value in given.items()},
+            weights=weights,  # type: ignore[arg-type]
         )
-    for key, tensor in weights.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise UserError(f"checkpoint {folder}: {key} holds values that are not finite; take an earlier checkpoint")
-    model.load_state_dict(weights)
-    set_folder(model, folder)
+
+    def __str__(self) -> str:
+        given = {"arch": self.architecture, "weights": self.weights, **self.model_args}
+        query = "&".join(f"{key}={quote(str(value), safe='[],.')}" for key, value in given.items() if value is not None)
+        return f"{self.place}?{query}" if query else self.place
+
+    @property
+    def is_named(self) -> bool:
+        """Whether it is a model of timm or of the Hub, by name."""
+        return self.place.startswith(("timm:", "hf-hub:"))
+
+    @property
+    def folder(self) -> Path:
+        """Where a run would have left its files beside the weights."""
+        path = Path(self.place)
+        return path.parent if path.name == "model.safetensors" else path
+
+    def is_configured(self) -> bool:
+        """Whether a config.json in timm's or Hugging Face's layout says how the model is built."""
+        path = Path(self.place)
+        return self.is_named or (path.is_dir() and (path / "config.json").is_file())
+
+
+def load_checkpoint(
+    checkpoint: str | os.PathLike[str],
+    *,
+    architecture: str | None = None,
+    model_args: Mapping[str, Any] | None = None,
+    weights: Kind | None = None,
+    headless: bool = False,
+) -> nn.Module:
+    """Opens a checkpoint in eval mode, on the CPU.
+
+    Args:
+        checkpoint: A folder or file of weights, `timm:NAME` (pretrained weights of timm) or `hf-hub:ID`; with the
+            arguments below after a question mark, such as `model.pth?arch=vit_tiny_patch16_224&img_size=32`.
+        architecture: timm's name, for a file that does not say it.
+        model_args: Arguments of `timm.create_model`, for a file that does not say them.
+        weights: raw or ema, of a file with both; by default EMA weights, as timm takes them.
+        headless: Take a file without a classifier too, as a model with `num_classes` 0.
+
+    Raises:
+        UserError: weights that are missing, damaged, do not fit the architecture, hold values that are not finite, or
+            are a pickle with code in it.
+    """
+    source = CheckpointSource.parse(checkpoint)
+    source = dataclasses.replace(
+        source,
+        architecture=architecture or source.architecture,
+        model_args={**source.model_args, **(model_args or {})},
+        weights=weights or source.weights,
+    )
+    if source.is_named:
+        return _load_named(source)
+    place = Path(source.place)
+    if not place.exists():
+        raise UserError(
+            f"checkpoint {place} is not a folder and not a file; give a folder with config.json and model.safetensors, "
+            "a file of weights (.safetensors, .pth, .pt, .bin, .ckpt, .tar), timm:NAME or hf-hub:ID"
+        )
+    folder = place if place.is_dir() else place.parent
+    config = config_of(folder)
+    if place.is_dir() and (folder / "config.json").is_file():
+        _refuse_arguments(source)
+        model = _open_configured(_read_spec(folder), read_weights(place), source)
+    elif not place.is_dir() and config is not None and _fits_config(source, config):
+        model = _open_configured(_read_spec(folder), read_weights(place), source)
+    else:
+        model = _open_described(read_weights(place), source, headless)
+    set_folder(model, source.folder)
     return model.eval()
+
+
+def _load_named(source: CheckpointSource) -> nn.Module:
+    _refuse_arguments(source)
+    if source.weights:
+        raise UserError(f"--weights {source.weights}: {source.place} has one kind of weights; leave it out")
+    try:
+        model = timm.create_model(source.place.removeprefix("timm:"), pretrained=True)
+    except Exception as error:  # of huggingface_hub, requests or timm, by what failed
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
+        raise UserError(
+            f"checkpoint {source.place}: could not be opened ({reason}); check the name and the network, or give a "
+            "folder or file"
+        ) from None
+    remember_model_args(model, **_recorded_model_args(model))
+    return model.eval()
+
+
+def _refuse_arguments(source: CheckpointSource) -> None:
+    given = "arch" if source.architecture else f"model-arg {next(iter(source.model_args))}" if source.model_args else ""
+    if given:
+        raise UserError(f"--{given}: the checkpoint {source.place} already says how the model is built; leave it out")
+
+
+def _fits_config(source: CheckpointSource, config: Mapping[str, Any]) -> bool:
+    """Whether config.json beside a file is meant: nothing else was asked for."""
+    return "architecture" in config and not source.model_args and source.architecture in (None, config["architecture"])
+
+
+def _open_configured(spec: ModelSpec, file: WeightFile, source: CheckpointSource) -> nn.Module:
+    """A model that config.json describes, with the weights of a file."""
+    model = spec.build()
+    expected = model.state_dict()
+    found = _remapped(fit(choose(file.contents, source.weights, str(file.path)), expected), model)
+    if differing := _difference(expected, found.tensors):
+        raise UserError(
+            f"checkpoint {file.path.parent}: {file.path.name} does not match config.json ({spec.architecture}): "
+            f"{differing}{_because(model, expected, found)}"
+        )
+    note = _note(file, found)
+    if note:
+        setattr(model, _SPEC, dataclasses.replace(spec, extra={**spec.extra, IMPORTED: note}))
+    return _filled(model, file, found, note)
+
+
+def _open_described(file: WeightFile, source: CheckpointSource, headless: bool) -> nn.Module:
+    """A model that the file itself describes, or `--arch` and `--model-arg`."""
+    says = described(file.contents, file.path)
+    chosen = choose(file.contents, source.weights, str(file.path))
+    name = source.architecture or says.architecture
+    if name is None:
+        raise UserError(_without_architecture(file, says, chosen))
+    if not is_architecture(name):
+        raise UserError(
+            f"unknown architecture {name!r}{unknown_architecture(name)} (timm.list_models() has all); give --arch"
+        )
+    same = source.architecture in (None, says.architecture)
+    spec = ModelSpec(
+        architecture=name,
+        num_classes=_guessed_classes(chosen),
+        model_args={**(says.model_args if same else {}), **source.model_args},
+        pretrained_cfg=says.preprocessing,
+    )
+    model = _on_meta(spec)
+    found = _with_outer_head(fit(chosen, model.state_dict()), model)
+    inferred = inferred_args(model, found.tensors, spec.model_args)
+    sized = _sized(dataclasses.replace(spec, model_args={**spec.model_args, **inferred}), says, model)
+    if sized != spec:
+        spec, model = sized, _on_meta(sized)
+    found = _remapped(found, model)
+    spec = dataclasses.replace(spec, num_classes=_head_size(model, found, file, headless))
+    model = spec.build()
+    expected = model.state_dict()
+    if differing := _difference(expected, found.tensors):
+        raise UserError(
+            f"checkpoint {file.path}: does not fit {name} ({len(set(expected) & set(found.tensors))} of "
+            f"{len(expected)} names are there): {differing}{_because(model, expected, found)}"
+        )
+    note: dict[str, Any] = {
+        **_note(file, found, always=True),
+        "architecture_from": "--arch" if source.architecture else says.said_by,
+        "inferred": {**inferred, "num_classes": spec.num_classes},
+    }
+    extra: dict[str, Any] = {IMPORTED: note}
+    if len(says.label_names) == spec.num_classes:
+        extra["label_names"] = says.label_names
+    elif says.label_names:
+        note["label_names"] = f"{len(says.label_names)} names for {spec.num_classes} classes, not taken"
+    setattr(model, _SPEC, dataclasses.replace(spec, extra=extra))
+    return _filled(model, file, found, note)
+
+
+def _guessed_classes(found: StateDict) -> int:
+    """Classes by what heads are usually called; `_head_size` knows it by the architecture."""
+    sizes = [int(t.shape[0]) for key, t in found.tensors.items() if key.endswith(_HEADS) and t.ndim == 2]
+    return sizes[0] if len(sizes) == 1 else 1000
+
+
+def _filled(model: nn.Module, file: WeightFile, found: StateDict, note: Mapping[str, Any]) -> nn.Module:
+    """A model with weights that fit it. note: on how they were read, to be printed."""
+    for key, tensor in found.tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise UserError(
+                f"checkpoint {file.path}: {key} holds values that are not finite; take an earlier checkpoint"
+            )
+    model.load_state_dict(found.tensors)
+    if note:
+        logger.info("%s", import_line(model, note))
+    return model
+
+
+def import_line(model: nn.Module, note: Mapping[str, Any]) -> str:
+    """One line on how a file was read, of the note that `load_checkpoint` leaves in `ModelSpec.extra`."""
+    spec = spec_of(model)
+    parts = [f"{spec.architecture}, {spec.num_classes} classes"]
+    if note.get("architecture_from"):
+        parts[0] += f" (by {note['architecture_from']})"
+    parts.append(f"{note['weights']} weights" + (f" under {note['container']!r}" if note["container"] else ""))
+    inferred = {key: value for key, value in note.get("inferred", {}).items() if key != "num_classes"}
+    if inferred:
+        parts.append("by the shapes " + ", ".join(f"{key}={value}" for key, value in inferred.items()))
+    if note["stripped"]:
+        parts.append(f"without the prefix {' '.join(note['stripped'])}")
+    if note["stored_as"] != "float32":
+        parts.append(f"stored as {note['stored_as']}, loaded as float32")
+    if note["passed_over"]:
+        listed = note["passed_over"]
+        parts.append(f"passed over {', '.join(listed[:3])}" + (f" and {len(listed) - 3} more" * (len(listed) > 3)))
+    if isinstance(names := note.get("label_names"), str):
+        parts.append(names)
+    return f"{note['file']}: {'; '.join(parts)}"
+
+
+def imported(model: nn.Module) -> dict[str, Any]:
+    """How the file that a model was loaded from was read; empty for a folder that `save_checkpoint` wrote."""
+    spec = getattr(model, _SPEC, None)
+    return dict(spec.extra.get(IMPORTED, {})) if isinstance(spec, ModelSpec) else {}
+
+
+def _note(file: WeightFile, found: StateDict, always: bool = False) -> dict[str, Any]:
+    """How a file was read; empty if it was a plain state dict in single precision."""
+    kinds = sorted({str(t.dtype).removeprefix("torch.") for t in found.tensors.values() if t.is_floating_point()})
+    note = {
+        "file": file.path.name,
+        "container": found.container,
+        "weights": found.kind or "raw",
+        "stripped": list(found.stripped),
+        "passed_over": [*file.passed_over, *found.passed_over],
+        "stored_as": ", ".join(kinds) or "float32",
+    }
+    plain = not found.stripped and not found.passed_over and found.kind is None and kinds in ([], ["float32"])
+    return note if always or not plain else {}
+
+
+def _on_meta(spec: ModelSpec) -> nn.Module:
+    """The architecture without memory for its weights, where its code allows."""
+    try:
+        with torch.device("meta"):
+            return spec.build()
+    except UserError:
+        raise
+    except (RuntimeError, NotImplementedError):
+        return spec.build()
+
+
+def _without_architecture(file: WeightFile, says: Described, chosen: StateDict) -> str:
+    where = file.path
+    head = f"{says.unknown}, which timm does not have" if says.unknown else "nothing in it says its architecture"
+    keys = ", ".join(list(chosen.tensors)[:3])
+    return (
+        f"checkpoint {where}: there is no config.json and {head} ({len(chosen.tensors)} tensors: {keys}, ...); give "
+        f"timm's name, such as --arch vit_tiny_patch16_224 --model-arg img_size=32, or write a folder once: "
+        f"lethe import {where} --arch NAME --out FOLDER"
+    )
+
+
+def _because(model: nn.Module, expected: Mapping[str, Tensor], found: StateDict) -> str:
+    reason = advice(model, expected, found.tensors)
+    return f"; {reason}" if reason else ""
+
+
+def _with_outer_head(found: StateDict, model: nn.Module) -> StateDict:
+    """Takes a linear layer beside a backbone (`fc.weight`, `fc.bias`) as its head, if nothing else is left over."""
+    names = classifier_names(model)
+    expected = model.state_dict()
+    extras = {key for key in found.tensors if key not in expected}
+    stems = {key.rpartition(".")[0] for key in extras}
+    if len(stems) != 1 or not names or any(name in found.tensors for name in names):
+        return found
+    stem, head = next(iter(stems)), names[0].rpartition(".")[0]
+    moved = {key.replace(f"{stem}.", f"{head}.", 1) if key in extras else key: t for key, t in found.tensors.items()}
+    if not set(names) <= set(moved) or moved[f"{head}.weight"].shape[1:] != expected[f"{head}.weight"].shape[1:]:
+        return found
+    return dataclasses.replace(found, tensors=moved, stripped=(*found.stripped, f"{stem}. -> {head}."))
+
+
+def _sized(spec: ModelSpec, says: Described, model: nn.Module) -> ModelSpec:
+    """With the image size of the training, where no weight has its shape from it."""
+    if says.img_size is None or "img_size" in spec.model_args or getattr(model, "pos_embed", None) is not None:
+        return spec
+    sized = dataclasses.replace(spec, model_args={**spec.model_args, "img_size": says.img_size})
+    try:
+        _on_meta(sized)
+    except UserError:  # an architecture for images of any size
+        channels = int(spec.model_args.get("in_chans", 3))
+        cfg = {**spec.pretrained_cfg, "input_size": [channels, says.img_size, says.img_size]}
+        return dataclasses.replace(spec, pretrained_cfg=cfg)
+    return sized
+
+
+def _head_size(model: nn.Module, found: StateDict, file: WeightFile, headless: bool) -> int:
+    names = classifier_names(model)
+    weights = [found.tensors[name] for name in names if name.endswith("weight") and name in found.tensors]
+    if weights:
+        return int(weights[0].shape[0])
+    biases = [found.tensors[name] for name in names if name in found.tensors]
+    if biases:
+        return int(biases[0].shape[0])
+    if headless or not names:
+        return 0
+    others = [key for key in found.tensors if key not in model.state_dict()]
+    remedy = advice(model, model.state_dict(), found.tensors) if others else ""
+    raise UserError(
+        f"checkpoint {file.path}: has no classifier ({names[0]} is not there"
+        + (f"; it holds {', '.join(others[:4])} instead" if others else "")
+        + f"); {remedy or 'a backbone has no classes to forget: train a head on it by lethe train --init'}"
+    )
+
+
+def _remapped(found: StateDict, model: nn.Module) -> StateDict:
+    """Renames the original authors' names to timm's, by timm's own filter; never with resampled weights."""
+    expected = model.state_dict()
+    if set(expected) == set(found.tensors):
+        return found
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if convert is None:
+        return found
+    try:
+        renamed = convert(dict(found.tensors), model)
+    except Exception:  # of any of timm's filters, for a file that is not meant by it
+        return found
+    if not isinstance(renamed, dict) or len(set(renamed) & set(expected)) < len(set(found.tensors) & set(expected)):
+        return found
+    held = [tuple(t.shape) for t in found.tensors.values()]
+    if any(key.endswith(_RESAMPLED) and tuple(t.shape) not in held for key, t in renamed.items()):
+        return found  # for another image or patch size: an error with the right --model-arg, not other weights
+    kept = {t.data_ptr() for t in renamed.values()}
+    dropped = [key for key, t in found.tensors.items() if key not in renamed and t.data_ptr() not in kept]
+    if not dropped and set(renamed) == set(found.tensors):
+        return found
+    passed_over = (*found.passed_over, *dropped)
+    return dataclasses.replace(
+        found, tensors=renamed, stripped=(*found.stripped, "timm's filter"), passed_over=passed_over
+    )
 
 
 def folder_of(model: nn.Module) -> Path | None:
@@ -185,11 +544,6 @@ def set_folder(model: nn.Module, folder: Path | None) -> None:
 
 
 def _read_spec(folder: Path) -> ModelSpec:
-    if not folder.is_dir():
-        raise UserError(
-            f"checkpoint {folder} is not a folder; give one with config.json and model.safetensors, "
-            "timm:NAME or hf-hub:ID"
-        )
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         pretrained_cfg = config.get("pretrained_cfg", {})
@@ -201,38 +555,10 @@ def _read_spec(folder: Path) -> ModelSpec:
             pretrained_cfg=_plain(pretrained_cfg),
             extra={k: v for k, v in config.items() if k not in _CONFIG_KEYS},
         )
-    except FileNotFoundError:
-        raise UserError(
-            f"checkpoint {folder} has no config.json; write it with engine.save_checkpoint or timm.models.save_for_hf"
-        ) from None
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(
             f"checkpoint {folder}: config.json is not a timm configuration ({type(error).__name__}: {error})"
         ) from None
-
-
-def _read_weights(folder: Path) -> tuple[dict[str, Tensor], Path]:
-    path = folder / "model.safetensors"
-    if path.is_file():
-        try:
-            return safetensors.torch.load_file(path), path
-        except safetensors.SafetensorError as error:
-            raise UserError(
-                f"checkpoint {folder}: model.safetensors is damaged or cut short ({error}); copy it again"
-            ) from None
-    for path in sorted([*folder.glob("*.pth"), *folder.glob("*.pt"), *folder.glob("*.bin")]):
-        try:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise UserError(
-                f"checkpoint {folder}: {path.name} is not a plain state dict, or is damaged, and is not opened since "
-                f"a pickle can run code ({str(error).splitlines()[0][:80]}); save it as model.safetensors"
-            ) from None
-        weights = weights.get("state_dict", weights.get("model", weights)) if isinstance(weights, dict) else weights
-        if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
-            raise UserError(f"checkpoint {folder}: {path.name} is not a state dict (names to tensors)")
-        return weights, path
-    raise UserError(f"checkpoint {folder} has no model.safetensors (nor .pth, .pt, .bin)")
 
 
 def _difference(expected: dict[str, Any], found: dict[str, Any]) -> str:
@@ -278,3 +604,15 @@ def weights_sha256(model: nn.Module) -> str:
         digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def with_label_names(model: nn.Module, names: Sequence[str], said_by: str) -> nn.Module:
+    """Sets the class names of a model, in place.
+
+    Raises UserError for another number of names than the model has classes.
+    """
+    spec = spec_of(model)
+    if len(names) != spec.num_classes:
+        raise UserError(f"{said_by}: {len(names)} names for the {spec.num_classes} classes of the model; give one each")
+    setattr(model, _SPEC, dataclasses.replace(spec, extra={**spec.extra, "label_names": [str(n) for n in names]}))
+    return model

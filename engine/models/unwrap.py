@@ -1,0 +1,222 @@
+"""Takes a state dict out of what a training script saved: its container, raw or EMA weights, and name prefixes."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from engine.errors import UserError
+
+Kind = Literal["raw", "ema"]
+
+# Keys under which training scripts save weights, in timm's order of preference.
+_CONTAINERS: dict[Kind, tuple[str, ...]] = {
+    "ema": (
+        "state_dict_ema",
+        "model_ema",
+        "ema_state_dict",
+        "model_ema_state_dict",
+        "ema_model",
+        "ema_model_state_dict",
+        "ema",
+        "swa_model",
+    ),
+    "raw": (
+        "state_dict",
+        "model",
+        "model_state_dict",
+        "model_state",
+        "net",
+        "network",
+        "weights",
+        "params",
+        "module",
+    ),
+}
+# What a container may hold the state dict in again.
+_INNER = ("module", "state_dict", "model", "model_state_dict", "ema", "shadow", "params")
+# Wrappers of a model, by the prefix that each puts before its names.
+_WRAPPERS = (
+    "module",
+    "_orig_mod",
+    "model",
+    "net",
+    "network",
+    "timm_model",
+    "backbone",
+    "encoder",
+    "vit",
+    "trunk",
+    "classifier",
+    "_forward_module",
+)
+_EMA_WRAPPERS = ("ema", "ema_model", "model_ema", "ema_net", "averaged_model", "teacher_ema")
+# Buffers that a model computes itself, and counters that profilers and AveragedModel leave.
+_HARMLESS = re.compile(
+    r"(^|\.)(attn_mask|relative_position_index|relative_coords_table|n_averaged|total_ops|total_params)$"
+)
+# What stands beside the model in a training module: losses and metrics.
+_TRAINING = re.compile(r"^(criterion|loss\w*|\w*_loss|metrics?|\w+_metrics?|\w*acc(uracy)?\w*|mixup\w*)\.")
+
+
+@dataclasses.dataclass(frozen=True)
+class StateDict:
+    """Weights as a file held them.
+
+    container: the key that they were under, empty for a bare state dict. kind: of the weights, as far as the file has
+    both; None for a file with one kind alone that is not marked as EMA. stripped: prefixes taken off, outermost first.
+    passed_over: keys that are no weights of the model.
+    """
+
+    tensors: dict[str, Tensor]
+    container: str = ""
+    kind: Kind | None = None
+    stripped: tuple[str, ...] = ()
+    passed_over: tuple[str, ...] = ()
+
+
+def choose(contents: Any, weights: Kind | None, name: str) -> StateDict:
+    """The state dict of a file, EMA weights first.
+
+    weights: which ones to take. name: of the file, for errors. Raises UserError if the file has none, or not these.
+    """
+    if not isinstance(contents, Mapping):
+        raise UserError(
+            f"checkpoint {name}: is not a state dict (names to tensors) but a {_kind_of(contents)}; write the weights "
+            "alone: torch.save(model.state_dict(), 'weights.pth')"
+        )
+    found = _candidates(contents)
+    if not found:
+        raise UserError(f"checkpoint {name}: is not a state dict (names to tensors); {_described(contents)}")
+    has = sorted({each.kind or "raw" for each in found})
+    wanted = [each for each in found if weights is None or (each.kind or "raw") == weights]
+    if not wanted:
+        raise UserError(
+            f"checkpoint {name}: has no {weights} weights, only {has[0]} ones (under "
+            f"{', '.join(repr(each.container) or 'no key' for each in found)}); leave --weights {weights} out"
+        )
+    wanted.sort(key=lambda each: each.kind != "ema")  # stable: timm's order within a kind
+    chosen = wanted[0]
+    rivals = [each.container for each in wanted[1:] if each.kind == chosen.kind and not _same(each, chosen)]
+    if chosen.container not in (*_CONTAINERS["ema"], *_CONTAINERS["raw"], "") and rivals:
+        raise UserError(
+            f"checkpoint {name}: holds several state dicts ({', '.join([chosen.container, *rivals])}); save the one "
+            "that is meant under the key 'state_dict'"
+        )
+    if chosen.kind is None and len(has) > 1:
+        return dataclasses.replace(chosen, kind="raw")
+    return chosen
+
+
+def _candidates(contents: Mapping[Any, Any]) -> list[StateDict]:
+    found = [
+        each
+        for kind, keys in _CONTAINERS.items()
+        for key in keys
+        if (each := _held(contents.get(key), key, "ema" if kind == "ema" else None)) is not None
+    ]
+    if not found and (tensors := _tensors(contents)):
+        found = [StateDict(tensors)]
+    if not found:
+        found = [
+            each
+            for key, value in contents.items()
+            if "optim" not in str(key).lower() and (each := _held(value, str(key), None)) is not None
+        ]
+    return [part for each in found for part in _split_ema(each)]
+
+
+def _held(value: Any, container: str, kind: Kind | None, depth: int = 0) -> StateDict | None:
+    """The state dict in a value: the value itself, or one level or two below."""
+    if not isinstance(value, Mapping) or not value or depth > 3:
+        return None
+    if tensors := _tensors(value):
+        return StateDict(tensors, container, kind)
+    for key in _INNER:
+        if (inner := _held(value.get(key), f"{container}.{key}", kind, depth + 1)) is not None:
+            return inner
+    return None
+
+
+def _tensors(value: Mapping[Any, Any]) -> dict[str, Tensor]:
+    """The tensors of a state dict by name; empty for a dict that is none."""
+    tensors = {key: item for key, item in value.items() if isinstance(key, str) and isinstance(item, Tensor)}
+    named = sum("." in key for key in tensors)
+    return {key: item.detach() for key, item in tensors.items()} if named and 2 * len(tensors) > len(value) else {}
+
+
+def _split_ema(found: StateDict) -> list[StateDict]:
+    """EMA weights that stand beside the raw ones in one state dict (`model.*` and `ema_model.*`), apart."""
+    averaged = {key: item for key, item in found.tensors.items() if key.partition(".")[0] in _EMA_WRAPPERS}
+    rest = {key: item for key, item in found.tensors.items() if key not in averaged}
+    if not averaged or not rest:
+        return [found]
+    shorter = {key.partition(".")[2]: item for key, item in averaged.items()}
+    prefix = next(iter(averaged)).partition(".")[0] + "."
+    return [
+        StateDict(shorter, found.container, "ema", (prefix,)),
+        dataclasses.replace(found, tensors=rest),
+    ]
+
+
+def _same(one: StateDict, other: StateDict) -> bool:
+    return one.tensors.keys() == other.tensors.keys() and all(
+        item is other.tensors[key] or torch.equal(item, other.tensors[key]) for key, item in one.tensors.items()
+    )
+
+
+def fit(found: StateDict, expected: Iterable[str]) -> StateDict:
+    """Takes off the prefixes without which the names are those of a model; harmless extra keys are passed over.
+
+    expected: names in the model's state dict. Names that do not fit any way are left, for the caller's error.
+    """
+    wanted = set(expected)
+    best, score = found, -1
+    frontier = [found]
+    seen: set[frozenset[str]] = set()
+    while frontier:
+        current = frontier.pop(0)
+        names = frozenset(current.tensors)
+        if names in seen or len(seen) > 200:
+            continue
+        seen.add(names)
+        reached = len(wanted & names)
+        if reached > score:
+            best, score = current, reached
+        for prefix in sorted({key.partition(".")[0] for key in names if "." in key}):
+            if prefix in (*_WRAPPERS, *_EMA_WRAPPERS) and (without := _without(current, prefix + ".")) is not None:
+                frontier.append(without)
+    return _without_extras(best, wanted)
+
+
+def _without(found: StateDict, prefix: str) -> StateDict | None:
+    """Without a prefix of some or all names; None where two names would become one."""
+    renamed: dict[str, Tensor] = {}
+    for key, item in found.tensors.items():
+        name = key.removeprefix(prefix)
+        if name in renamed:
+            return None
+        renamed[name] = item
+    return dataclasses.replace(found, tensors=renamed, stripped=(*found.stripped, prefix))
+
+
+def _without_extras(found: StateDict, wanted: set[str]) -> StateDict:
+    extras = [key for key in found.tensors if key not in wanted and (_HARMLESS.search(key) or _TRAINING.search(key))]
+    kept = {key: item for key, item in found.tensors.items() if key not in extras}
+    return dataclasses.replace(found, tensors=kept, passed_over=(*found.passed_over, *extras))
+
+
+def _kind_of(value: Any) -> str:
+    return "tensor" if isinstance(value, Tensor) else type(value).__name__
+
+
+def _described(contents: Mapping[Any, Any]) -> str:
+    if "param_groups" in contents:
+        return "it is the state of an optimizer; name the file with the model's weights"
+    keys = ", ".join(repr(str(key)) for key in list(contents)[:8])
+    return f"it holds {keys or 'nothing'}; save the weights under the key 'state_dict'"
