@@ -18,6 +18,7 @@ from engine import runfolder
 from engine.allocator import keeping_freed_memory
 from engine.config import RunConfig, split_options, to_dict
 from engine.data import Loader, Preprocessing, Samples, from_dataset
+from engine.data.readable import bad_images, without
 from engine.data.samples import spread
 from engine.device import autocast, resolve_attention, resolve_device, resolve_precision
 from engine.distributed.updater import Updater
@@ -80,6 +81,8 @@ def unlearn(
         model; its time is not counted.
     deepspeed: a DeepSpeed configuration, or its JSON file. Under a launcher with several ranks it is needed; every
         rank calls `unlearn` with the same arguments, and all of them get the unlearned model.
+    config's on_bad_image=skip: forget images that cannot be read are found before the first step and left out of the
+        run (a method that is exact needs their ids alone); `UnlearnResult.bad_images` names them.
     finalize: called with the result on every rank before the run counts as finished: a run that is killed in it does
         it again when it is resumed.
 
@@ -91,7 +94,7 @@ def unlearn(
     if not len(forget):
         raise UserError(f"{forget.name}: no samples; nothing to forget")
     started = time.perf_counter()
-    with watching_ranks(resumable=output_dir is not None):
+    with watching_ranks(resumable=output_dir is not None), runfolder.closing():
         run = set_up(
             original,
             forget,
@@ -128,6 +131,7 @@ def train(
     progress: Progress | None = None,
     notes: Mapping[str, Any] | None = None,
     deepspeed: Mapping[str, Any] | str | os.PathLike[str] | None = None,
+    finalize: Callable[[UnlearnResult], None] | None = None,
 ) -> UnlearnResult:
     """Trains the architecture of `model` from fresh weights: the `retrain` method with nothing to forget.
 
@@ -138,7 +142,7 @@ def train(
     if method == "s3t" and output_dir is None:
         raise UserError("train: a sliced training keeps its stages in its run folder; give output_dir")
     started = time.perf_counter()
-    with watching_ranks(resumable=output_dir is not None):
+    with watching_ranks(resumable=output_dir is not None), runfolder.closing():
         run = set_up(
             model,
             samples.subset([], "forget"),
@@ -153,7 +157,7 @@ def train(
             notes=notes,
             deepspeed=deepspeed,
         )
-        return _run(run, started, None)
+        return _run(run, started, finalize)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -245,6 +249,18 @@ def set_up(
         raise UserError(f"method {method}: {method_class.one_process}; run it on one process, without DeepSpeed")
     zero = _resolve_zero(deepspeed, run, world)
     _check_ranks(run, world, zero, forget, retain)
+    loading: dict[str, Any] = {
+        "workers": run.workers,
+        "device": device,
+        "world": world,
+        "on_bad_image": run.on_bad_image,
+        "max_bad_share": run.max_bad_share,
+        "decode": run.decode,
+    }
+    preprocessing = Preprocessing.of(original)
+    unreadable = bad_images(forget, preprocessing, out_of=len(forget) + len(retain), **loading)
+    if not method_class.exact:  # an exact method needs the ids alone
+        forget = without(forget, unreadable)
     resolved = {
         "method": method,
         **to_dict(run),
@@ -257,11 +273,11 @@ def set_up(
             "retain": len(retain),
             "forget_sha256": forget.fingerprint(),
             "retain_sha256": retain.fingerprint(),
+            **({"forget_unreadable": len(unreadable)} if unreadable else {}),
         },
     }
     half = zero is not None and half_weights(zero)
     teacher, release = _frozen(original, device, run, zero if world.size > 1 else None, inplace)
-    preprocessing = Preprocessing.of(original)
 
     def loader(
         samples: Samples,
@@ -277,13 +293,8 @@ def set_up(
             batch_size=batch_size,
             seed=seed,
             augment=augment,
-            workers=run.workers,
-            device=device,
-            world=world,
             micro=micro,
-            on_bad_image=run.on_bad_image,
-            max_bad_share=run.max_bad_share,
-            decode=run.decode,
+            **loading,
             **part,
         )
 
@@ -346,6 +357,7 @@ def set_up(
         pruned,
         stop,
     )
+    trainer.bad_images.update(unreadable)
 
     def loader_of(number: int, phase: Phase) -> Loader:
         samples = unlearner.samples_of(phase)
