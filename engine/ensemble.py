@@ -318,6 +318,7 @@ def _train(job: _Training) -> None:
         config={**job.spec.recipe, "seed": job.seed},
         validation=opened.source.validation,
         output_dir=partial,
+        progress=False,
     )
     resume = (partial / "config.yaml").is_file()
     if not resume:

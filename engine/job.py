@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import nn
+from torch.utils.data import Dataset
 
 from engine.config import RunConfig, build, read_yaml, to_dict
-from engine.data import ForgetRequest, Preprocessing, Samples, Source, open_source, read_forget_request
+from engine.data import (
+    ForgetRequest,
+    Preprocessing,
+    Samples,
+    Source,
+    from_dataset,
+    open_source,
+    read_forget_request,
+)
 from engine.data.readable import bad_images, without
+from engine.data.samples import concatenate
 from engine.distributed.world import World
 from engine.environment import environment
 from engine.errors import UserError, nearest
@@ -375,6 +386,37 @@ def evaluate_models(
         metrics["unreadable"] = {"forget": measured.unreadable}
     metrics["seconds"]["evaluate"] = time.perf_counter() - began
     return metrics
+
+
+def evaluate_samples(
+    sets: Mapping[str, Samples | Dataset[Any]],
+    model: nn.Module | str | Path,
+    original: nn.Module | str | Path | None,
+    references: Sequence[nn.Module | str | Path],
+    config: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """`engine.evaluate`. sets: forget, retain and test."""
+    forget, retain, test = (from_dataset(sets[name], name) for name in ("forget", "retain", "test"))
+    everything = concatenate(forget, retain)
+    request = ForgetRequest("forget", np.arange(len(forget)), 0, {})
+    task = Task(Source("the given samples", everything, test, test), request, forget, retain)
+    given = [each for each in (model, original, *references) if isinstance(each, nn.Module)]
+    with _as_they_were(given):
+        return evaluate_models(task, model, original, references, config)
+
+
+@contextlib.contextmanager
+def _as_they_were(models: Sequence[nn.Module]) -> Iterator[None]:
+    """Puts a caller's models back on their device and in their mode."""
+    devices = [next(model.parameters()).device for model in models]
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        yield
+    finally:
+        for model, device in zip(models, devices, strict=True):
+            model.to(device)
+        for module, training in modes:
+            module.training = training
 
 
 def _opened(model: nn.Module | str | Path) -> nn.Module:

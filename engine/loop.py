@@ -61,7 +61,7 @@ def unlearn(
     inplace: bool = False,
     resume: bool = False,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     after_phase: AfterPhase | None = None,
     notes: Mapping[str, Any] | None = None,
     deepspeed: Mapping[str, Any] | str | os.PathLike[str] | None = None,
@@ -76,7 +76,8 @@ def unlearn(
     validation: samples that the original never trained on; what stops a collapse looks at them. Without any, the
         watched samples are retained ones, which the model has memorised: a collapse is still seen, a slow loss is not.
     output_dir: run folder; None writes nothing. resume: go on with the run in it. overwrite: replace that run.
-    progress: called with (phase, step, steps, numbers) as losses are read. notes: kept in config.yaml.
+    progress: called with (phase, step, steps, numbers) as losses are read. None: a bar, if standard error is a terminal
+        or this is a notebook; False: none. notes: kept in config.yaml.
     after_phase: called with (phase, model) at the end of each phase, under the run's attention; must not change the
         model; its time is not counted.
     deepspeed: a DeepSpeed configuration, or its JSON file. Under a launcher with several ranks it is needed; every
@@ -94,7 +95,8 @@ def unlearn(
     if not len(forget):
         raise UserError(f"{forget.name}: no samples; nothing to forget")
     started = time.perf_counter()
-    with watching_ranks(resumable=output_dir is not None), runfolder.closing():
+    resumable = output_dir is not None
+    with shown_progress(progress) as progress, watching_ranks(resumable), runfolder.closing():
         run = set_up(
             original,
             forget,
@@ -128,7 +130,7 @@ def train(
     output_dir: str | os.PathLike[str] | None = None,
     resume: bool = False,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     notes: Mapping[str, Any] | None = None,
     deepspeed: Mapping[str, Any] | str | os.PathLike[str] | None = None,
     finalize: Callable[[UnlearnResult], None] | None = None,
@@ -142,7 +144,8 @@ def train(
     if method == "s3t" and output_dir is None:
         raise UserError("train: a sliced training keeps its stages in its run folder; give output_dir")
     started = time.perf_counter()
-    with watching_ranks(resumable=output_dir is not None), runfolder.closing():
+    resumable = output_dir is not None
+    with shown_progress(progress) as progress, watching_ranks(resumable), runfolder.closing():
         run = set_up(
             model,
             samples.subset([], "forget"),
@@ -187,6 +190,20 @@ class Run:
                 stack.enter_context(attention_as(model, context.run.attention))
                 stack.enter_context(only_tokens_of_the_head(model))
             yield
+
+
+@contextlib.contextmanager
+def shown_progress(progress: Progress | bool | None) -> Iterator[Progress | None]:
+    """The callback of a run: the given one, or that of a bar where somebody can see it, or none."""
+    if callable(progress):
+        yield progress
+    elif progress is False or World.current().rank > 0:
+        yield None
+    else:
+        from engine.console import automatic_progress
+
+        with automatic_progress(wanted=bool(progress)) as report:
+            yield report
 
 
 def _run(run: Run, started: float, finalize: Callable[[UnlearnResult], None] | None) -> UnlearnResult:

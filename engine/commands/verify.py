@@ -7,11 +7,25 @@ from typing import Annotated, Any
 
 import typer
 
-from engine.commands.options import Checkpoint, Data, Forget, Reference, Settings, Sign, write_json_file
-from engine.errors import UserError
+from engine.commands.options import (
+    Checkpoint,
+    Data,
+    Forget,
+    OnBadImage,
+    Reference,
+    Settings,
+    Sign,
+    run_options,
+    write_json_file,
+)
+from engine.errors import ExitCode, UserError
 
 # What scripts and queues read; 2 is wrong use, as everywhere.
-EXIT = {"PASS": 0, "FAIL": 1, "INSUFFICIENT EVIDENCE": 3}
+EXIT = {
+    "PASS": ExitCode.GOOD,
+    "FAIL": ExitCode.FAILED,
+    "INSUFFICIENT EVIDENCE": ExitCode.INSUFFICIENT_EVIDENCE,
+}
 
 
 def verify(
@@ -29,6 +43,7 @@ def verify(
     ] = False,
     sign: Sign = None,
     settings: Settings = None,
+    on_bad_image: OnBadImage = None,
     json_file: Annotated[
         Path | None,
         typer.Option(
@@ -45,7 +60,6 @@ def verify(
     ] = None,
 ) -> None:
     """Is it forgotten? PASS (exit 0), FAIL (1) or INSUFFICIENT EVIDENCE (3), with the reason of each gate."""
-    from engine.config import parse_assignments
     from engine.console import console
     from engine.job import Task
     from engine.proof import prove_job
@@ -59,7 +73,7 @@ def verify(
         raise UserError(f"--sign {sign}: what is signed is the record; give --record too")
     _make_room({"--json": json_file, "--html": html_file})
     task, references = Task.open(data, forget), reference or []
-    options: dict[str, Any] = {"gates": gates, "config": parse_assignments(settings or [])}
+    options: dict[str, Any] = {"gates": gates, "config": run_options(settings, on_bad_image)}
     if html_file:
         verdict, proof = prove_job(task, checkpoint, original, references, **options)
     else:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from engine.errors import UserError, nearest
 from engine.files import replacing
+from engine.models.hub import fetching
 
 # Model attribute that holds the ModelSpec; timm itself does not keep the arguments a model was built with.
 _SPEC = "_lethe_spec"
@@ -153,7 +154,8 @@ def load_checkpoint(checkpoint: str | os.PathLike[str]) -> nn.Module:
     name = os.fspath(checkpoint)
     if name.startswith(("timm:", "hf-hub:")):
         architecture = name.removeprefix("timm:")
-        model = timm.create_model(architecture, pretrained=True)
+        with fetching(name):
+            model = timm.create_model(architecture, pretrained=True)
         remember_model_args(model, **_recorded_model_args(model))
         return model.eval()
     folder = Path(name)

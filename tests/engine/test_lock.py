@@ -1,4 +1,4 @@
-"""One process a folder: locks that are live, stale or another host's; and every command that writes into a run folder."""
+"""One process a folder: locks that are live, stale or another host's; and the commands that write into a run folder."""
 
 from __future__ import annotations
 
