@@ -6,8 +6,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from engine import evaluate
     from engine.config import RunConfig
-    from engine.errors import RunStopped, UserError
+    from engine.errors import BadResult, RunStopped, UserError
     from engine.loop import train, unlearn
     from engine.methods import list_methods
     from engine.models.checkpoint import load_checkpoint, remember_model_args, save_checkpoint
@@ -19,6 +20,7 @@ __version__ = "0.1.0"
 # Loaded when first asked for, so that `lethe --help` is quick and `lethe env` can report an installation in which
 # the models or kernels cannot be imported.
 _HOME = {
+    "BadResult": "engine.errors",
     "RunConfig": "engine.config",
     "RunStopped": "engine.errors",
     "UserError": "engine.errors",
@@ -33,10 +35,12 @@ _HOME = {
 }
 
 __all__ = [
+    "BadResult",
     "RunConfig",
     "RunStopped",
     "UnlearnResult",
     "UserError",
+    "evaluate",
     "list_methods",
     "load_checkpoint",
     "remember_model_args",
@@ -48,6 +52,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "evaluate":  # the package itself, which can be called
+        return importlib.import_module("engine.evaluate")
     if name not in _HOME:
         raise AttributeError(f"module 'engine' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME[name]), name)

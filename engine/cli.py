@@ -1,17 +1,18 @@
-"""The `lethe` command. Exit 0: good; 1: a run that stopped or a verdict that fails; 2: wrong use."""
+"""The `lethe` command; `engine.errors.EXIT_CODES` lists its exit codes."""
 
 from __future__ import annotations
 
 import logging
-import sys
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.markup import escape
 
+from engine import __version__
+from engine.commands import exits
 from engine.commands.attack import attack
 from engine.commands.forget_set import forget_set
 from engine.commands.import_checkpoint import import_checkpoint
@@ -43,24 +44,39 @@ from engine.commands.request import request_app
 from engine.commands.tune import tune
 from engine.commands.verify import verify
 from engine.commands.verify_record import verify_record
-from engine.errors import RunStopped, UserError
+from engine.errors import EXIT_CODES, BadResult, UserError
 
 app = typer.Typer(
     name="lethe",
     help="Makes a trained Vision Transformer forget chosen training samples, and sets the result beside a retrain.\n\n"
     "Start with `lethe demo`. Then: `lethe unlearn --checkpoint DIR --data SPEC --forget FILE --out DIR`.",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
+    epilog="**Exit codes.** " + " ".join(f"**{int(code)}**: {meaning}." for code, meaning in EXIT_CODES.items()),
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"lethe {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Print the whole traceback of an unexpected error; as LETHE_DEBUG=1 does.")
+    ] = False,
     local_rank: Annotated[int, typer.Option("--local_rank", hidden=True, help="Passed by launchers.")] = 0,
 ) -> None:
-    """LOCAL_RANK says the same."""
+    """Options of every command, given before its name. LOCAL_RANK in the environment stands for --local_rank."""
+    if debug:
+        os.environ[exits.DEBUG] = "1"
 
 
 @app.command()
@@ -214,7 +230,7 @@ def unlearn(
     console.print(f"checkpoint and report.html in {out}")
     write_json_file(json_file, outcome.metrics)
     if outcome.result.collapsed:
-        raise RunStopped(
+        raise BadResult(
             "COLLAPSED: accuracy on the watched samples fell by more than 10 points; do not use this model. "
             + get_method(method).after_collapse
         )
@@ -233,10 +249,10 @@ def evaluate(
     model_arg: ModelArgs = None,
     weights: Weights = None,
     settings: Settings = None,
+    on_bad_image: OnBadImage = None,
     json_file: Json = None,
 ) -> None:
     """Forget, retain and test accuracy, membership inference, and the gap to retrained models."""
-    from engine.config import parse_assignments
     from engine.console import print_metrics
     from engine.job import Task, evaluate_job
 
@@ -248,7 +264,7 @@ def evaluate(
         source or checkpoint,
         before,
         [each for each in references if each],
-        parse_assignments(settings or []),
+        run_options(settings, on_bad_image),
     )
     print_metrics(metrics, name="checkpoint")
     write_json_file(json_file, metrics)
@@ -333,23 +349,13 @@ def main() -> None:
 
 
 def run_app(command: typer.Typer) -> None:
-    """Runs a command; what a user did wrong becomes one line and exit code 2, a stopped run exit code 1."""
+    """Runs a command, and ends the process with its exit code (`engine.errors.EXIT_CODES`)."""
     stderr = Console(stderr=True)
     handler = RichHandler(show_time=False, show_path=False, console=stderr)
     logging.basicConfig(level=logging.WARNING if RANK == 0 else logging.ERROR, format="%(message)s", handlers=[handler])
     if RANK == 0:  # how a file of weights was read is for everybody to see
         logging.getLogger("engine.models.checkpoint").setLevel(logging.INFO)
-    try:
-        command()
-    except (UserError, RunStopped) as error:
-        wrong = isinstance(error, UserError)
-        if not error.shared:
-            rank = f" (rank {RANK})" if RANK > 0 else ""
-            label = f"[bold red]{'error' if wrong else 'stopped'}{rank}:[/]"
-            stderr.print(f"{label} {escape(str(error))}", soft_wrap=True, highlight=False)
-        sys.exit(2 if wrong else 1)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    exits.run(command, stderr)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Any
 from engine.console import console, print_metrics, print_seconds, progress_bars
 from engine.errors import UserError
 from engine.job import Task, architecture, run_job, train_job
+from engine.runtime import lock
 
 # A ViT of 4 blocks and 0.2 million weights: 16 patches of 2 x 2 pixels.
 MODEL_ARGS = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 64, "depth": 4, "num_heads": 4}
@@ -21,7 +22,14 @@ def run_demo(out: Path, seed: int = 0) -> dict[str, Any]:
     """Trains, unlearns a random tenth, retrains twice (two seeds: the noise floor), compares; returns metrics."""
     if out.exists() and any(out.iterdir()) and not (out / "original").is_dir():
         raise UserError(f"folder {out} holds files that are not the demo's; name another with --out")
-    shutil.rmtree(out, ignore_errors=True)
+    with lock.held(out):
+        for each in out.iterdir():
+            if each.name != lock.FILE:
+                shutil.rmtree(each) if each.is_dir() else each.unlink()
+        return _run_demo(out, seed)
+
+
+def _run_demo(out: Path, seed: int) -> dict[str, Any]:
     task = Task.open("digits", f"random:0.1@{seed}")
     console.print(
         f"digits: {len(task.forget)} samples to forget, {len(task.retain)} to retain, {len(task.source.test)} "

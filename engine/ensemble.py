@@ -50,6 +50,7 @@ from engine.files import sync, write_json
 from engine.loop import train
 from engine.methods import get_method
 from engine.models.checkpoint import ModelSpec, load_checkpoint, weights_sha256
+from engine.runtime import lock
 from engine.trainer import Progress
 
 Job = TypeVar("Job")
@@ -317,6 +318,7 @@ def _train(job: _Training) -> None:
         config={**job.spec.recipe, "seed": job.seed},
         validation=opened.source.validation,
         output_dir=partial,
+        progress=False,
     )
     resume = (partial / "config.yaml").is_file()
     if not resume:
@@ -367,22 +369,13 @@ def read_margins(model: nn.Module, samples: Samples, run: RunConfig) -> np.ndarr
 
 @contextlib.contextmanager
 def holding(cache: Path) -> Iterator[None]:
-    """The cache folder, made if need be, for this process alone; given back when the process ends, however it does."""
-    import fcntl  # Unix alone
-
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        lock = os.open(cache / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise UserError(f"cache {cache}: cannot be written ({error.strerror}); name another folder") from None
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"cache {cache} is in use by another run; wait for it, or name another folder") from None
+    """The cache folder, made if there is none, for this process alone."""
+    with lock.held(cache, _in_use):
         yield
-    finally:
-        os.close(lock)
+
+
+def _in_use(cache: Path, owner: lock.Owner) -> str:
+    return f"cache {cache} is in use by another run ({owner}); wait for it, or name another folder"
 
 
 def in_processes(

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import nn
+from torch.utils.data import Dataset
 
-from engine.config import build, read_yaml, to_dict
-from engine.data import ForgetRequest, Preprocessing, Samples, Source, open_source, read_forget_request
+from engine.config import RunConfig, build, read_yaml, to_dict
+from engine.data import (
+    ForgetRequest,
+    Preprocessing,
+    Samples,
+    Source,
+    from_dataset,
+    open_source,
+    read_forget_request,
+)
+from engine.data.readable import bad_images, without
+from engine.data.samples import concatenate
 from engine.distributed.world import World
 from engine.environment import environment
 from engine.errors import UserError, nearest
 from engine.evaluate import Evaluation, Evaluator, compare
+from engine.evaluate.verdict import Gates, Witness
 from engine.files import sha256, write_json
 from engine.loop import train, unlearn
 from engine.methods import get_method
@@ -24,6 +37,7 @@ from engine.methods.lethe import LetheConfig
 from engine.models.checkpoint import ModelSpec, imported, load_checkpoint, weights_sha256
 from engine.report import ReportData, build_gallery, write_report
 from engine.report.run_record import TRAINED, UNLEARNED, RecordOptions, write_record
+from engine.runfolder import check_free
 from engine.sliced import with_fresh_head
 from engine.trainer import Progress, UnlearnResult
 
@@ -33,12 +47,16 @@ _EVALUATION_KEYS = ("precision", "device", "workers", "decode", "on_bad_image", 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A data source with a forget request resolved against it."""
+    """A data source with a forget request resolved against it.
+
+    unreadable: samples of the request that are not in `forget`, since their images cannot be read.
+    """
 
     source: Source
     request: ForgetRequest
     forget: Samples
     retain: Samples
+    unreadable: int = 0
 
     @classmethod
     def open(cls, data: str, forget: str) -> Task:
@@ -73,6 +91,26 @@ class Task:
         options = {key: value for key, value in (config or {}).items() if key in _EVALUATION_KEYS}
         return Evaluator(self.forget, self.retain, self.source.test, **options)
 
+    def without(self, ids: Collection[str]) -> Task:
+        """The task as far as it can be measured: forget samples whose images cannot be read are left out."""
+        forget = without(self.forget, ids)
+        return dataclasses.replace(self, forget=forget, unreadable=self.unreadable + len(self.forget) - len(forget))
+
+    def readable(self, model: nn.Module, config: Mapping[str, Any] | None = None) -> Task:
+        """Decodes all forget images: by on_bad_image an error at the first bad one, or the task without them."""
+        run = build(RunConfig, {key: value for key, value in (config or {}).items() if key in _EVALUATION_KEYS})
+        found = bad_images(
+            self.forget,
+            Preprocessing.of(model),
+            on_bad_image=run.on_bad_image,
+            max_bad_share=run.max_bad_share,
+            out_of=len(self.forget) + len(self.retain),
+            workers=run.workers,
+            decode=run.decode,
+            world=World.current(),
+        )
+        return self.without(found)
+
     def notes(self) -> dict[str, Any]:
         """What config.yaml keeps of the request: what it is called, not the ids themselves."""
         return {"data": self.source.spec, "forget": {"spec": self.request.spec, "duplicates": self.request.duplicates}}
@@ -82,9 +120,10 @@ class Task:
         spec = self.request.spec
         return {
             "kind": next((kind for kind in ("class", "random") if spec.startswith(f"{kind}:")), "ids"),
-            "forget": len(self.forget),
+            "forget": len(self.forget) + self.unreadable,
             "retain": len(self.retain),
             "duplicates": self.request.duplicates,
+            **({"unreadable": self.unreadable} if self.unreadable else {}),
         }
 
 
@@ -113,16 +152,21 @@ def run_job(
 
     record: who signs record.json, and what else it says of the request.
     """
+    from engine.verify import check_references
+
     record = record or RecordOptions()
+    check_free(output_dir)
     record.check()
     original = load_checkpoint(checkpoint)
+    check_references(task, references, {"the original": original})
     retrained = [load_checkpoint(reference) for reference in references]
     metrics: dict[str, Any] = {}
 
     def evaluate(result: UnlearnResult) -> None:
         began = time.perf_counter()
         world = World.current()
-        evaluator = task.evaluator(result.config)
+        measured = task.without(result.bad_images)
+        evaluator = measured.evaluator(result.config)
         evaluations = {"original": evaluator(original), "unlearned": evaluator(result.model)}
         evaluations.update({f"retrained {i}": evaluator(model) for i, model in enumerate(retrained, 1)})
         seconds = {**result.seconds, "evaluate": time.perf_counter() - began}
@@ -138,6 +182,8 @@ def run_job(
         metrics["collapsed"] = result.collapsed
         if result.stopped is not None:
             metrics["stopped"] = result.stopped
+        if measured.unreadable:
+            metrics["unreadable"] = {"forget": measured.unreadable}
         if retrain_seconds is not None:
             metrics["seconds"]["retrain"] = retrain_seconds
         models = {
@@ -153,11 +199,13 @@ def run_job(
                 "references": [weights_sha256(model) for model in retrained],
             }
             write_json(output_dir / "metrics.json", metrics)
-            _write_evidence(task, output_dir, method, result, metrics, evaluations, models, weights, retrain_seconds)
+            _write_evidence(
+                measured, output_dir, method, result, metrics, evaluations, models, weights, retrain_seconds
+            )
             write_record(  # last: it covers the other files
                 output_dir,
                 result,
-                request=task.counted(),
+                request=measured.counted(),
                 forget=task.forget.ids,
                 data=task.source.spec,
                 weights=weights,
@@ -220,6 +268,7 @@ def _write_evidence(
         "forget": len(task.forget),
         "retain": len(task.retain),
         "duplicates": task.request.duplicates,
+        "unreadable": task.unreadable,
         "data": task.source.spec,
     }
     masking = result.config if method == "lethe" else to_dict(build(LetheConfig, {}))
@@ -267,18 +316,11 @@ def train_job(
     notes, options: as of `engine.train`.
     """
     record = record or RecordOptions()
+    check_free(output_dir)
     record.check()
     samples = task.retain if task else source.train
-    result = train(
-        model,
-        samples,
-        validation=source.validation,
-        output_dir=output_dir,
-        notes={"data": source.spec, **(notes or {}), **(task.notes() if task else {})},
-        **options,
-    )
 
-    def write() -> None:
+    def write(result: UnlearnResult) -> None:
         write_record(
             output_dir,
             result,
@@ -292,24 +334,98 @@ def train_job(
             options=record,
         )
 
-    World.current().on_main(write)
-    return result
+    return train(
+        model,
+        samples,
+        validation=source.validation,
+        output_dir=output_dir,
+        notes={"data": source.spec, **(notes or {}), **(task.notes() if task else {})},
+        finalize=lambda result: World.current().on_main(lambda: write(result)),
+        **options,
+    )
 
 
 def evaluate_job(
     task: Task, checkpoint: str, original: str | None, references: Sequence[str], config: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """metrics.json of a checkpoint that is already there."""
+    """metrics.json of a checkpoint that is already there; arguments and errors as of `evaluate_models`."""
+    return evaluate_models(task, checkpoint, original, references, config)
+
+
+def evaluate_models(
+    task: Task,
+    model: nn.Module | str | Path,
+    original: nn.Module | str | Path | None = None,
+    references: Sequence[nn.Module | str | Path] = (),
+    config: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Measures a model; see `engine.evaluate`.
+
+    Raises:
+        UserError: an unknown option, or a reference that is none: by its record (`engine.verify.check_origin`), by its
+            weights (those of the model, of the original or of another reference), or, if there is an original, by its
+            predictions (`engine.verify.check_reference`).
+    """
+    from engine.verify import check_reference, check_references
+
+    config = config or {}
     unknown = [key for key in config if key not in _EVALUATION_KEYS]
     if unknown:
         raise UserError(f"unknown option {unknown[0]!r} of evaluate{nearest(unknown[0], _EVALUATION_KEYS)}")
     began = time.perf_counter()
-    evaluator = task.evaluator(config)
-    before = evaluator(load_checkpoint(original)) if original else None
-    retrained = [evaluator(load_checkpoint(reference)) for reference in references]
-    metrics = compare(evaluator(load_checkpoint(checkpoint)), retrained, before)
+    opened = _opened(model)
+    before = None if original is None else _opened(original)
+    checked = check_references(task, references, {"the model that is evaluated": opened, "the original": before})
+    measured = task.readable(opened, config)
+    evaluator = measured.evaluator(config)
+    evaluation = evaluator(opened)
+    evaluation_before = None if before is None else evaluator(before)
+    evaluations = []
+    for (name, proven), reference in zip(checked, references, strict=True):
+        evaluations.append(evaluator(_opened(reference)))
+        if evaluation_before is not None:
+            mine, theirs = (Witness(each.predictions, {}) for each in (evaluations[-1], evaluation_before))
+            check_reference(name, mine, theirs, proven=proven, level=Gates.read().level)
+    metrics = compare(evaluation, evaluations, evaluation_before)
+    if measured.unreadable:
+        metrics["unreadable"] = {"forget": measured.unreadable}
     metrics["seconds"]["evaluate"] = time.perf_counter() - began
     return metrics
+
+
+def evaluate_samples(
+    sets: Mapping[str, Samples | Dataset[Any]],
+    model: nn.Module | str | Path,
+    original: nn.Module | str | Path | None,
+    references: Sequence[nn.Module | str | Path],
+    config: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """`engine.evaluate`. sets: forget, retain and test."""
+    forget, retain, test = (from_dataset(sets[name], name) for name in ("forget", "retain", "test"))
+    everything = concatenate(forget, retain)
+    request = ForgetRequest("forget", np.arange(len(forget)), 0, {})
+    task = Task(Source("the given samples", everything, test, test), request, forget, retain)
+    given = [each for each in (model, original, *references) if isinstance(each, nn.Module)]
+    with _as_they_were(given):
+        return evaluate_models(task, model, original, references, config)
+
+
+@contextlib.contextmanager
+def _as_they_were(models: Sequence[nn.Module]) -> Iterator[None]:
+    """Puts a caller's models back on their device and in their mode."""
+    devices = [next(model.parameters()).device for model in models]
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        yield
+    finally:
+        for model, device in zip(models, devices, strict=True):
+            model.to(device)
+        for module, training in modes:
+            module.training = training
+
+
+def _opened(model: nn.Module | str | Path) -> nn.Module:
+    return load_checkpoint(model) if isinstance(model, (str, Path)) else model
 
 
 def architecture(name: str, model_args: Mapping[str, Any], source: Source) -> nn.Module:

@@ -18,6 +18,7 @@ from engine import runfolder
 from engine.allocator import keeping_freed_memory
 from engine.config import RunConfig, split_options, to_dict
 from engine.data import Loader, Preprocessing, Samples, from_dataset
+from engine.data.readable import bad_images, without
 from engine.data.samples import spread
 from engine.device import autocast, resolve_attention, resolve_device, resolve_precision
 from engine.distributed.updater import Updater
@@ -62,7 +63,7 @@ def unlearn(
     inplace: bool = False,
     resume: bool = False,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     after_phase: AfterPhase | None = None,
     notes: Mapping[str, Any] | None = None,
     deepspeed: Mapping[str, Any] | str | os.PathLike[str] | None = None,
@@ -78,11 +79,14 @@ def unlearn(
     validation: samples that the original never trained on; what stops a collapse looks at them. Without any, the
         watched samples are retained ones, which the model has memorised: a collapse is still seen, a slow loss is not.
     output_dir: run folder; None writes nothing. resume: go on with the run in it. overwrite: replace that run.
-    progress: called with (phase, step, steps, numbers) as losses are read. notes: kept in config.yaml.
+    progress: called with (phase, step, steps, numbers) as losses are read. None: a bar, if standard error is a terminal
+        or this is a notebook; False: none. notes: kept in config.yaml.
     after_phase: called with (phase, model) at the end of each phase, under the run's attention; must not change the
         model; its time is not counted.
     deepspeed: a DeepSpeed configuration, or its JSON file. Under a launcher with several ranks it is needed; every
         rank calls `unlearn` with the same arguments, and all of them get the unlearned model.
+    config's on_bad_image=skip: forget images that cannot be read are found before the first step and left out of the
+        run (a method that is exact needs their ids alone); `UnlearnResult.bad_images` names them.
     finalize: called with the result on every rank before the run counts as finished: a run that is killed in it does
         it again when it is resumed.
 
@@ -95,7 +99,8 @@ def unlearn(
     if not len(forget):
         raise UserError(f"{forget.name}: no samples; nothing to forget")
     started = time.perf_counter()
-    with watching_ranks(resumable=output_dir is not None):
+    resumable = output_dir is not None
+    with shown_progress(progress) as progress, watching_ranks(resumable), runfolder.closing():
         run = set_up(
             original,
             forget,
@@ -130,9 +135,10 @@ def train(
     output_dir: str | os.PathLike[str] | None = None,
     resume: bool = False,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     notes: Mapping[str, Any] | None = None,
     deepspeed: Mapping[str, Any] | str | os.PathLike[str] | None = None,
+    finalize: Callable[[UnlearnResult], None] | None = None,
 ) -> UnlearnResult:
     """Trains the architecture of `model` from fresh weights: the `retrain` method with nothing to forget.
 
@@ -143,7 +149,8 @@ def train(
     if method == "s3t" and output_dir is None:
         raise UserError("train: a sliced training keeps its stages in its run folder; give output_dir")
     started = time.perf_counter()
-    with watching_ranks(resumable=output_dir is not None):
+    resumable = output_dir is not None
+    with shown_progress(progress) as progress, watching_ranks(resumable), runfolder.closing():
         run = set_up(
             model,
             samples.subset([], "forget"),
@@ -158,7 +165,7 @@ def train(
             notes=notes,
             deepspeed=deepspeed,
         )
-        return _run(run, started, None)
+        return _run(run, started, finalize)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -188,6 +195,20 @@ class Run:
                 stack.enter_context(attention_as(model, context.run.attention))
                 stack.enter_context(only_tokens_of_the_head(model))
             yield
+
+
+@contextlib.contextmanager
+def shown_progress(progress: Progress | bool | None) -> Iterator[Progress | None]:
+    """The callback of a run: the given one, or that of a bar where somebody can see it, or none."""
+    if callable(progress):
+        yield progress
+    elif progress is False or World.current().rank > 0:
+        yield None
+    else:
+        from engine.console import automatic_progress
+
+        with automatic_progress(wanted=bool(progress)) as report:
+            yield report
 
 
 def _run(run: Run, started: float, finalize: Callable[[UnlearnResult], None] | None) -> UnlearnResult:
@@ -256,6 +277,18 @@ def set_up(
         raise UserError(f"method {method}: {method_class.one_process}; run it on one process, without DeepSpeed")
     zero = _resolve_zero(deepspeed, run, world)
     _check_ranks(run, world, zero, forget, retain)
+    loading: dict[str, Any] = {
+        "workers": run.workers,
+        "device": device,
+        "world": world,
+        "on_bad_image": run.on_bad_image,
+        "max_bad_share": run.max_bad_share,
+        "decode": run.decode,
+    }
+    preprocessing = Preprocessing.of(original)
+    unreadable = bad_images(forget, preprocessing, out_of=len(forget) + len(retain), **loading)
+    if not method_class.exact:  # an exact method needs the ids alone
+        forget = without(forget, unreadable)
     resolved = {
         "method": method,
         **to_dict(run),
@@ -268,11 +301,11 @@ def set_up(
             "retain": len(retain),
             "forget_sha256": forget.fingerprint(),
             "retain_sha256": retain.fingerprint(),
+            **({"forget_unreadable": len(unreadable)} if unreadable else {}),
         },
     }
     half = zero is not None and half_weights(zero)
     teacher, release = _frozen(original, device, run, zero if world.size > 1 else None, inplace)
-    preprocessing = Preprocessing.of(original)
 
     def loader(
         samples: Samples,
@@ -288,13 +321,8 @@ def set_up(
             batch_size=batch_size,
             seed=seed,
             augment=augment,
-            workers=run.workers,
-            device=device,
-            world=world,
             micro=micro,
-            on_bad_image=run.on_bad_image,
-            max_bad_share=run.max_bad_share,
-            decode=run.decode,
+            **loading,
             **part,
         )
 
@@ -357,6 +385,7 @@ def set_up(
         pruned,
         stop,
     )
+    trainer.bad_images.update(unreadable)
 
     def loader_of(number: int, phase: Phase) -> Loader:
         samples = unlearner.samples_of(phase)

@@ -51,8 +51,12 @@ def gather_proof(examiner: Examiner, evidence: Evidence, model: nn.Module, verdi
     models = {"original": examiner.before, "model": model, **references}
     task, evaluator, gates = examiner.task, examiner.evaluator, examiner.gates
     forget, test = task.forget, evaluator.sets["test"]
-    options: dict[str, Any] = {key: value for key, value in evaluator.loading.items() if key != "batch_size"}
-    options.update(device=str(evaluator.device), precision=evaluator.precision, seed=examiner.seed)
+    options: dict[str, Any] = {
+        **examiner.loading,
+        "device": str(evaluator.device),
+        "precision": evaluator.precision,
+        "seed": examiner.seed,
+    }
     parts: dict[str, Callable[[], dict[str, Any]]] = {
         "attacks": lambda: attack_report(
             evidence.model.predictions,

@@ -4,15 +4,21 @@ resume/TAG/ holds one checkpoint: state.pt (where the run is) and the files of t
 from the moment that resume/current.json names it; that file is replaced in one step, after everything in the folder
 has reached the disk, and older checkpoints are removed after that. So a process that dies at any moment leaves one
 checkpoint that is whole. Several hosts need one file system that all of them see.
+
+One process works in a run folder at a time: the main rank holds its lock (`engine.runtime.lock`) until the run is
+finished, or has failed.
 """
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import json
 import os
 import pickle
 import shutil
-from collections.abc import Callable, Iterable
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +28,7 @@ from engine.config import read_yaml, write_yaml
 from engine.distributed.world import World
 from engine.errors import RunStopped, UserError
 from engine.files import full_disk, replacing, sync, write_json
+from engine.runtime import lock
 
 # What a run folder may hold; --overwrite removes these and nothing else.
 _FILES = (
@@ -40,6 +47,41 @@ _FILES = (
 # Of them those that say of a run that it is done: of one that goes on they would be a lie.
 _SEALS = ("record.json", "record.salt", "record.ids", "verdict.json")
 _FOLDERS = ("resume", "last_good")
+# Tracebacks of earlier runs, see `engine.commands.exits`; removed when a run starts.
+CRASHES = "crash*.txt"
+
+# The folders that were opened since `closing` began.
+_opened: contextvars.ContextVar[list[RunFolder] | None] = contextvars.ContextVar("opened", default=None)
+
+
+@contextlib.contextmanager
+def closing() -> Iterator[None]:
+    """Gives back, at the end of the block, the run folders that were opened in it.
+
+    An exception that ends the block gets the attribute `run_folder`, so that its traceback can be kept there.
+    """
+    folders: list[RunFolder] = []
+    token = _opened.set(folders)
+    try:
+        yield
+    except Exception as error:
+        if folders:
+            error.run_folder = folders[-1].path  # type: ignore[attr-defined]
+        raise
+    finally:
+        _opened.reset(token)
+        for folder in folders:
+            folder.close()
+
+
+def check_free(folder: str | os.PathLike[str]) -> None:
+    """Raises UserError where another process works in a run folder: before the work, which `RunFolder` comes after."""
+    if World.current().is_main:
+        lock.check(Path(folder), _in_use)
+
+
+def _in_use(folder: Path, owner: lock.Owner) -> str:
+    return f"output folder {folder}: a run is at work in it ({owner}); wait for its end, or name another folder"
 
 
 class RunFolder:
@@ -61,15 +103,40 @@ class RunFolder:
         self.path, self.world = Path(folder), world or World()
         if resume and overwrite:
             raise UserError("give --resume or --overwrite, not both")
-        self.world.on_main(lambda: self._open(config, resume, overwrite))
+        self._lock: lock.FolderLock | None = None
+        self.world.on_main(lambda: self._take(config, resume, overwrite))
         if not self.path.is_dir():
             raise UserError(
                 f"rank {self.world.rank} does not see the output folder {self.path}; all hosts need one file system"
             )
+        if (opened := _opened.get()) is not None:
+            opened.append(self)
 
-    def _open(self, config: dict[str, Any], resume: bool, overwrite: bool) -> None:
+    def close(self) -> None:
+        """Lets other processes use the folder."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def _take(self, config: dict[str, Any], resume: bool, overwrite: bool) -> None:
+        """Locks the folder, and opens it."""
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"output folder {self.path} is a file; name a folder")
+        if resume and not self.path.is_dir():
+            self._check_same(config, [])
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"output folder {self.path} cannot be made ({error.strerror}); name another") from None
+        self._lock = lock.take(self.path, _in_use)
+        weakref.finalize(self, self._lock.release)  # at the end of the process at the latest
+        try:
+            self._open(config, resume, overwrite)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, config: dict[str, Any], resume: bool, overwrite: bool) -> None:
         held = [name for name in (*_FILES, *_FOLDERS) if (self.path / name).exists()]
         if resume:
             self._check_same(config, held)
@@ -78,11 +145,11 @@ class RunFolder:
                 f"output folder {self.path} holds another run ({', '.join(held[:3])}, ...); "
                 "go on with it by --resume, replace it by --overwrite, or name another folder"
             )
-        elif not held and any(not path.name.endswith(".tmp") for path in self.path.glob("*")):
+        elif not held and any(not _passed_over(path) for path in self.path.glob("*")):
             raise UserError(f"output folder {self.path} holds files that are not a run's; name another folder")
-        self.path.mkdir(parents=True, exist_ok=True)
-        for leftover in self.path.glob(".*.tmp"):  # of a process that was killed
-            leftover.unlink()
+        for pattern in (".*.tmp", CRASHES):  # of processes that were killed or failed
+            for leftover in self.path.glob(pattern):
+                leftover.unlink(missing_ok=True)
         if resume:
             for name in _SEALS:
                 (self.path / name).unlink(missing_ok=True)
@@ -218,6 +285,12 @@ class RunFolder:
         if self.world.is_main:
             (self.path / "resume" / "current.json").unlink(missing_ok=True)  # first: half a checkpoint must not count
             shutil.rmtree(self.path / "resume", ignore_errors=True)
+        self.close()
+
+
+def _passed_over(path: Path) -> bool:
+    """Whether a file tells nothing about whose folder it is in."""
+    return path.name == lock.FILE or path.name.endswith(".tmp") or path.match(CRASHES)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

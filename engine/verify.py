@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ from engine.evaluate.representation import compare_weights
 from engine.evaluate.verdict import DOES_NOT_PROVE, Evidence, Gates, Verdict, Witness, attack_power, judge
 from engine.files import write_json
 from engine.job import Task
-from engine.models.checkpoint import load_checkpoint
+from engine.models.checkpoint import load_checkpoint, weights_sha256
 from engine.report.record import append_to_record, recorded
 from engine.report.run_record import origin
+from engine.runtime import lock
 
 # A model of other data gives itself away by its accuracy: this many points below the original's on the test samples.
 _STRANGER = 20.0
@@ -45,15 +47,15 @@ class Examiner:
         config: Mapping[str, Any] | None = None,
         seed: int = 0,
     ) -> None:
-        self.task, self.gates, self.seed = task, gates or Gates.read(), seed
-        self.evaluator = task.evaluator(config)
+        self.gates, self.seed = gates or Gates.read(), seed
         self.before = _model(original)
+        self.task = task.readable(self.before, config)
+        self.evaluator = self.task.evaluator(config)
         self.original = self.look(self.before)
         self.references = []
         self._sources = list(references)
-        for number, reference in enumerate(references, 1):
-            name = str(reference) if isinstance(reference, (str, Path)) else f"reference {number}"
-            proven = isinstance(reference, (str, Path)) and check_origin(Path(reference), task)
+        checked = check_references(task, references, {"the original": self.before})
+        for (name, proven), reference in zip(checked, references, strict=True):
             witness = self.look(_model(reference))
             check_reference(name, witness, self.original, proven=proven, level=self.gates.level)
             self.references.append(witness)
@@ -77,8 +79,14 @@ class Examiner:
             seed=self.seed,
             device=str(self.evaluator.device),
             precision=self.evaluator.precision,
+            **self.loading,
         )
         return Witness(predictions, curve.predictions[-1])
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """How images are read, as options of `engine.data.Loader`."""
+        return {key: value for key, value in self.evaluator.loading.items() if key != "batch_size"}
 
     def evidence(self, model: nn.Module) -> Evidence:
         witness = self.look(model)
@@ -91,7 +99,11 @@ class Examiner:
         )
 
     def judge(self, evidence: Evidence) -> Verdict:
-        return judge(evidence, self.gates)
+        verdict = judge(evidence, self.gates)
+        if not self.task.unreadable:
+            return verdict
+        samples = {**verdict.samples, "forget_unreadable": self.task.unreadable}
+        return dataclasses.replace(verdict, samples=samples)
 
     def __call__(self, model: nn.Module) -> Verdict:
         return self.judge(self.evidence(model))
@@ -124,6 +136,31 @@ def prepare(
     limits = Gates.read(gates)
     model = load_checkpoint(checkpoint)  # before the work begins: a wrong name shall not cost minutes
     return model, Examiner(task, original, references, gates=limits, config=config)
+
+
+def check_references(
+    task: Task, references: Sequence[nn.Module | str | Path], others: Mapping[str, nn.Module | None]
+) -> list[tuple[str, bool]]:
+    """(name, whether a record proves it) of each reference. others: what none of them may be, by name.
+
+    Raises UserError for a reference that is none by its record, and for one with the weights of another model: a model
+    compared with itself has no gap, and two equal references have no noise floor.
+    """
+    owners = {weights_sha256(model): name for name, model in others.items() if model is not None}
+    found = []
+    for number, reference in enumerate(references, 1):
+        path = Path(reference) if isinstance(reference, (str, Path)) else None
+        name = f"reference {number}" if path is None else str(reference)
+        proven = path is not None and check_origin(path, task)
+        digest = weights_sha256(_model(reference))
+        if digest in owners:
+            raise UserError(
+                f"--reference {name}: its weights are those of {owners[digest]}; a reference is a model of its own, "
+                "trained without the forget samples: lethe train --forget, with another --seed for each"
+            )
+        owners[digest] = f"--reference {name}"
+        found.append((name, proven))
+    return found
 
 
 def check_origin(folder: Path, task: Task) -> bool:
@@ -196,12 +233,14 @@ def record_verdict(folder: Path, verdict: Verdict, key: Path | None = None) -> N
     Raises UserError where the folder has no record.
     """
     check_recorded(folder)
-    write_json(folder / "verdict.json", verdict.to_dict())
-    append_to_record(folder, "verdict", verdict.to_dict(), files=["verdict.json"], key=key)
+    with lock.held(folder):
+        write_json(folder / "verdict.json", verdict.to_dict())
+        append_to_record(folder, "verdict", verdict.to_dict(), files=["verdict.json"], key=key)
 
 
 def check_recorded(folder: Path) -> None:
-    """Raises UserError where a folder has no record that a verdict could be added to."""
+    """Raises UserError where a folder has no record that a verdict could be added to, or a run is at work in it."""
+    lock.check(folder)
     if recorded(folder, "data") is None:
         raise UserError(f"--record: {folder} has no record.json; it is written by `lethe unlearn` and `lethe train`")
 

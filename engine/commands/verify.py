@@ -13,17 +13,23 @@ from engine.commands.options import (
     Data,
     Forget,
     ModelArgs,
+    OnBadImage,
     Reference,
     Settings,
     Sign,
     Weights,
     checkpoint_sources,
+    run_options,
     write_json_file,
 )
-from engine.errors import UserError
+from engine.errors import ExitCode, UserError
 
 # What scripts and queues read; 2 is wrong use, as everywhere.
-EXIT = {"PASS": 0, "FAIL": 1, "INSUFFICIENT EVIDENCE": 3}
+EXIT = {
+    "PASS": ExitCode.GOOD,
+    "FAIL": ExitCode.FAILED,
+    "INSUFFICIENT EVIDENCE": ExitCode.INSUFFICIENT_EVIDENCE,
+}
 
 
 def verify(
@@ -44,6 +50,7 @@ def verify(
     ] = False,
     sign: Sign = None,
     settings: Settings = None,
+    on_bad_image: OnBadImage = None,
     json_file: Annotated[
         Path | None,
         typer.Option(
@@ -60,7 +67,6 @@ def verify(
     ] = None,
 ) -> None:
     """Is it forgotten? PASS (exit 0), FAIL (1) or INSUFFICIENT EVIDENCE (3), with the reason of each gate."""
-    from engine.config import parse_assignments
     from engine.console import console
     from engine.job import Task
     from engine.proof import prove_job
@@ -76,7 +82,7 @@ def verify(
     sources = checkpoint_sources([checkpoint, original, *(reference or [])], arch, model_arg, weights)
     checkpoint, original, *references = [each for each in sources if each is not None]
     task = Task.open(data, forget)
-    options: dict[str, Any] = {"gates": gates, "config": parse_assignments(settings or [])}
+    options: dict[str, Any] = {"gates": gates, "config": run_options(settings, on_bad_image)}
     if html_file:
         verdict, proof = prove_job(task, checkpoint, original, references, **options)
     else:

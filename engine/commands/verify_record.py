@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from engine.commands.options import Json, write_json_file
+from engine.errors import ExitCode
 
 
 def verify_record(
@@ -46,7 +47,7 @@ def verify_record(
         say(_SALT[check.salt])
     write_json_file(json_file, check.to_dict())
     if check.problems:
-        raise typer.Exit(1)
+        raise typer.Exit(ExitCode.FAILED)
 
 
 _UNDETECTED = "somebody who changed a file and computed every later hash anew is not detected"

@@ -38,6 +38,7 @@ from engine.models.architecture import (
     is_architecture,
     unknown_architecture,
 )
+from engine.models.hub import fetching
 from engine.models.unwrap import Kind, StateDict, choose, fit
 from engine.models.weight_files import WeightFile, read_weights
 
@@ -282,14 +283,8 @@ def _load_named(source: CheckpointSource) -> nn.Module:
     _refuse_arguments(source)
     if source.weights:
         raise UserError(f"--weights {source.weights}: {source.place} has one kind of weights; leave it out")
-    try:
+    with fetching(source.place):
         model = timm.create_model(source.place.removeprefix("timm:"), pretrained=True)
-    except Exception as error:  # of huggingface_hub, requests or timm, by what failed
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
-        raise UserError(
-            f"checkpoint {source.place}: could not be opened ({reason}); check the name and the network, or give a "
-            "folder or file"
-        ) from None
     remember_model_args(model, **_recorded_model_args(model))
     return model.eval()
 

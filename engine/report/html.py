@@ -138,6 +138,11 @@ def asked(data: ReportData) -> list[str]:
         sentences.append(
             f"{count(int(request['duplicates']), 'further mention')} of ids already named merged into one."
         )
+    if request.get("unreadable"):
+        sentences.append(
+            f"{count(int(request['unreadable']), 'image')} of the request could not be read and took no part in the "
+            "training or the evaluation: nothing below says anything about these."
+        )
     sentences.append(f"The method was {data.method} ({data.summary.rstrip('.')}).")
     return sentences
 

@@ -19,13 +19,13 @@ import contextlib
 import dataclasses
 import datetime
 import json
-import os
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from engine.errors import RunStopped, UserError
+from engine.runtime import lock
 
 FILE = "requests.sqlite"
 SCHEMA = 1
@@ -385,26 +385,21 @@ def place_of(folder: Path, number: int) -> Path:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keeps other processes from changing the lineage; the kernel lets go of it when this process dies, however.
+    """Keeps other processes from changing the lineage.
 
     Requests may be added meanwhile: the next run takes them.
     """
-    import fcntl  # not on Windows, where everything else of the engine runs
-
     if not is_store(folder):
         raise UserError(f"{folder} holds no store of requests; make one with lethe request init --store {folder}")
-    with open(folder / "lock", "a+", encoding="utf-8") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            handle.seek(0)
-            raise UserError(
-                f"{folder}: another process ({handle.read().strip() or 'unknown'}) is running this store; wait for it"
-            ) from None
-        handle.truncate(0)
-        handle.write(f"{os.getpid()}\n")
-        handle.flush()
+    with lock.held(folder, _in_use):
         yield
+
+
+def _in_use(folder: Path, owner: lock.Owner) -> str:
+    return (
+        f"{folder}: another process ({owner.pid}) is running this store (on host {owner.host}, since {owner.since}); "
+        "wait for it"
+    )
 
 
 def _connect(folder: Path) -> sqlite3.Connection:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -15,7 +16,8 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from engine.config import require, split_options, to_dict
-from engine.data import Samples, from_dataset
+from engine.data import Preprocessing, Samples, from_dataset
+from engine.data.readable import bad_images, without
 from engine.distributed.world import World, launched
 from engine.errors import RunStopped, UserError
 from engine.files import replacing
@@ -24,6 +26,7 @@ from engine.methods import Method, get_method
 from engine.methods.spaces import defaults, spaces
 from engine.models.checkpoint import load_checkpoint, weights_sha256
 from engine.models.info import model_info
+from engine.runtime import lock
 from engine.trainer import Progress
 from engine.tuning.objective import Objective
 from engine.tuning.study import BEST, Study, Trial, check_folder, require_optuna
@@ -108,6 +111,7 @@ def tune(
     require_optuna()
     folder = None if output_dir is None else Path(output_dir)
     if folder is not None:
+        lock.check(folder, _in_use)
         check_folder(folder, resume, overwrite)
     method_class = get_method(method)
     _check_tunable(method, method_class)
@@ -119,6 +123,18 @@ def tune(
     space = {name: each for name, each in spaces(method_class.Config, width).items() if name not in fixed}
     if not space:
         raise UserError(f"method {method}: every option that can be tuned is fixed; leave one of them free")
+    forget = without(
+        forget,
+        bad_images(
+            forget,
+            Preprocessing.of(original),
+            on_bad_image=run.on_bad_image,
+            max_bad_share=run.max_bad_share,
+            out_of=len(forget) + len(retain),
+            workers=run.workers,
+            decode=run.decode,
+        ),
+    )
     objective = Objective(original, forget, retain, validation, run)
     settings = {
         **dict(notes or {}),
@@ -131,37 +147,44 @@ def tune(
         "validation": validation.fingerprint(),
     }
     first = {name: value for name, value in defaults(method_class.Config, width).items() if name in space}
-    study = Study(folder, settings, space, first, run.seed, overwrite=overwrite)
-    clock = _Clock(study, began, math.inf if seconds is None else seconds)
+    with contextlib.nullcontext() if folder is None else lock.held(folder, _in_use):
+        if folder is not None:
+            check_folder(folder, resume, overwrite)
+        study = Study(folder, settings, space, first, run.seed, overwrite=overwrite)
+        clock = _Clock(study, began, math.inf if seconds is None else seconds)
 
-    def attempt(number: int, options: dict[str, Any]) -> Trial:
-        return _attempt(number, options, original, forget, retain, method, fixed, objective, clock.over(progress))
+        def attempt(number: int, options: dict[str, Any]) -> Trial:
+            return _attempt(number, options, original, forget, retain, method, fixed, objective, clock.over(progress))
 
-    while _goes_on(study.finished(), trials, clock):
-        asked, number, options = study.ask()
-        try:
-            trial = attempt(number, options)
-        except _OutOfTime:
-            study.tell(asked, None)
-            break
-        study.tell(asked, trial)
+        while _goes_on(study.finished(), trials, clock):
+            asked, number, options = study.ask()
+            try:
+                trial = attempt(number, options)
+            except _OutOfTime:
+                study.tell(asked, None)
+                break
+            study.tell(asked, trial)
+            clock.note()
+            if on_trial:
+                on_trial(trial)
+        best = _best(study.finished(), seconds)
         clock.note()
-        if on_trial:
-            on_trial(trial)
-    best = _best(study.finished(), seconds)
-    clock.note()
-    tuned = Tuned(
-        method=method,
-        options={**fixed, **best.options},
-        best=best,
-        trials=study.finished(),
-        original=dict(zip(("choosing", "reporting"), (each.to_dict() for each in objective.before), strict=True)),
-        seconds=study.spent,
-        file=None if folder is None else folder / BEST,
-    )
-    if tuned.file is not None:
-        _write_best(tuned.file, tuned)
-    return tuned
+        tuned = Tuned(
+            method=method,
+            options={**fixed, **best.options},
+            best=best,
+            trials=study.finished(),
+            original=dict(zip(("choosing", "reporting"), (each.to_dict() for each in objective.before), strict=True)),
+            seconds=study.spent,
+            file=None if folder is None else folder / BEST,
+        )
+        if tuned.file is not None:
+            _write_best(tuned.file, tuned)
+        return tuned
+
+
+def _in_use(folder: Path, owner: lock.Owner) -> str:
+    return f"output folder {folder}: a search is at work in it ({owner}); wait for its end, or name another folder"
 
 
 class _OutOfTime(Exception):

@@ -13,6 +13,7 @@ from typing import Any
 
 from engine.errors import UserError
 from engine.methods.spaces import Choice, Range, Space
+from engine.runtime import lock
 
 FILE, BEST = "study.db", "best.yaml"
 _NAME = "lethe tune"
@@ -136,7 +137,7 @@ def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
             f"output folder {folder} holds a study; go on with it by --resume, replace it by --overwrite, or name "
             "another folder"
         )
-    if not file.exists() and folder.is_dir() and any(folder.iterdir()):
+    if not file.exists() and folder.is_dir() and any(path.name != lock.FILE for path in folder.iterdir()):
         raise UserError(f"output folder {folder} holds files that are not a study's; name another folder")
 
 

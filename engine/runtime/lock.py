@@ -1,0 +1,254 @@
+"""One process a folder: a lock file that names its owner, and that is recognised as stale once the owner is gone.
+
+The file holds host, process id and start time as JSON. It appears in one step with its whole content (a hard link to a
+temporary file, which NFS makes atomically as well; where the file system has no hard links, O_CREAT | O_EXCL).
+A lock is stale if its owner is provably gone: same host, and no process with that id, or one that started at another
+time, or another boot of the host. Stale locks are removed without a question. The owner on another host (or in another
+container) may still be at work, so that such a lock is an error; the message says which file to remove after a check.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import errno
+import json
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from engine.errors import UserError
+from engine.files import full_disk
+
+FILE = "lock.json"
+
+# A lock that was made without hard links is empty for a moment.
+_EMPTY_FOR_S = 1.0
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS, errno.EACCES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Owner:
+    """A process. machine, boot, namespace: of its host, empty where the host does not tell. started: its start time."""
+
+    host: str
+    machine: str
+    boot: str
+    namespace: str
+    pid: int
+    started: str
+    since: str
+    token: str
+
+    @classmethod
+    def this_process(cls) -> Owner:
+        return cls(
+            host=socket.gethostname(),
+            machine=_read("/etc/machine-id"),
+            boot=_read("/proc/sys/kernel/random/boot_id"),
+            namespace=_namespace(),
+            pid=os.getpid(),
+            started=start_of(os.getpid()) or "",
+            since=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            token=secrets.token_hex(8),
+        )
+
+    def is_alive(self) -> bool | None:
+        """Whether the process still runs; None where that cannot be found out from here."""
+        here = Owner.this_process()
+        if (self.host, self.machine) != (here.host, here.machine):
+            return None
+        if self.boot != here.boot:
+            return False if self.machine else None  # without a machine id, hosts may share a name
+        if self.namespace != here.namespace:
+            return None
+        started = start_of(self.pid)
+        return started is not None and (not self.started or not started or started == self.started)
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on host {self.host}, since {self.since}"
+
+
+# (the folder, who holds it) -> the message of the error for whoever comes second.
+Refusal = Callable[[Path, Owner], str]
+
+
+def start_of(pid: int) -> str | None:
+    """When a process of this host started, in the system's own units; empty if that is not told, None if it is gone."""
+    try:
+        # The name of the program, in brackets, may hold spaces and brackets.
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        return None if fields[0] in "ZX" else fields[19]
+    except (OSError, IndexError):
+        pass
+    if sys.platform == "win32":  # os.kill would end the process
+        return ""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except OSError:
+        return ""
+    if sys.platform == "linux":
+        return ""
+    with contextlib.suppress(OSError):
+        told = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, check=False)
+        return told.stdout.strip()
+    return ""
+
+
+class FolderLock:
+    """A lock that this process holds."""
+
+    def __init__(self, path: Path, content: bytes) -> None:
+        self.path, self._content, self._pid = path, content, os.getpid()
+
+    def release(self) -> None:
+        """Gives the folder back; harmless in a forked child, and when the file is another's by now."""
+        if self._pid == os.getpid() and _content(self.path) == self._content:
+            self.path.unlink(missing_ok=True)
+
+
+def take(folder: Path, refusal: Refusal | None = None) -> FolderLock:
+    """Takes the lock of a folder that exists.
+
+    Raises UserError, naming the owner, where another run holds it or may hold it, and where the folder cannot be
+    written; RunStopped where the disk is full.
+    """
+    path = folder / FILE
+    content = json.dumps(dataclasses.asdict(Owner.this_process())).encode() + b"\n"
+    try:
+        while not _create(path, content):
+            check(folder, refusal)
+    except OSError as error:
+        raise UserError(f"folder {folder} cannot be written ({error.strerror}); name another folder") from None
+    return FolderLock(path, content)
+
+
+def check(folder: Path, refusal: Refusal | None = None) -> None:
+    """Raises UserError where another run holds a folder, or may hold it; removes a stale lock."""
+    path = folder / FILE
+    content = _settled(path)
+    if content is None:
+        return
+    owner = _owner(content)
+    alive = owner.is_alive() if owner else None
+    if alive is False:
+        _remove_stale(path, content)
+        return
+    if owner is None or alive is None:
+        who = str(owner) if owner else "a lock file that cannot be read"
+        raise UserError(
+            f"{folder} is locked by {who}; whether that run goes on cannot be told from this host: check there, and "
+            f"only if it has ended remove {path}"
+        )
+    raise UserError((refusal or _refusal)(folder, owner))
+
+
+@contextlib.contextmanager
+def held(folder: Path, refusal: Refusal | None = None) -> Iterator[None]:
+    """Keeps other processes out of a folder, which is made where there is none; errors as of `take`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"folder {folder} cannot be written ({error.strerror}); name another folder") from None
+    lock = take(folder, refusal)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _refusal(folder: Path, owner: Owner) -> str:
+    return f"{folder} is in use by another run ({owner}); wait for its end, or name another folder"
+
+
+def _create(path: Path, content: bytes) -> bool:
+    """Makes the file with its content in one step; False where there is one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        with full_disk(path, "nothing was changed"):
+            temporary.write_bytes(content)
+        try:
+            os.link(temporary, path)
+        except FileNotFoundError:  # the owner of the lock has cleared up what it took for a leftover
+            return False
+        except FileExistsError:
+            with contextlib.suppress(FileNotFoundError):
+                return temporary.stat().st_nlink == 2  # NFS may report an error for a link that it made
+            return False
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            return _create_exclusively(path, content)
+        return True
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _create_exclusively(path: Path, content: bytes) -> bool:
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    except FileExistsError:
+        return False
+    with os.fdopen(descriptor, "wb") as handle, full_disk(path, "nothing was changed"):
+        handle.write(content)
+    return True
+
+
+def _content(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+
+
+def _settled(path: Path) -> bytes | None:
+    """The content of a lock file; waited for a moment where it is empty. None where there is none."""
+    until = time.monotonic() + _EMPTY_FOR_S
+    while (content := _content(path)) == b"" and time.monotonic() < until:
+        time.sleep(0.02)
+    return content
+
+
+def _owner(content: bytes) -> Owner | None:
+    try:
+        values: dict[str, Any] = json.loads(content)
+        return Owner(**{**values, "pid": int(values["pid"])})
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+def _remove_stale(path: Path, content: bytes) -> None:
+    """Removes a lock file if it is still the one that was found stale: of several processes that found it, one does.
+
+    Only processes of one host find the same lock stale, so that a lock of that host's kernel is enough between them.
+    """
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as handle:
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl  # not on Windows
+
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        if os.path.samestat(os.fstat(handle.fileno()), os.stat(path)) and handle.read() == content:
+            os.unlink(path)
+
+
+def _namespace() -> str:
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        return ""
