@@ -31,6 +31,7 @@ from engine.commands.options import (
     Sign,
     join_ranks,
     run_options,
+    takes_data,
     write_json_file,
 )
 from engine.commands.plan import plan
@@ -72,6 +73,7 @@ def demo(
 
 
 @app.command()
+@takes_data
 def train(
     data: Data,
     arch: Annotated[
@@ -154,6 +156,7 @@ def train(
 
 
 @app.command()
+@takes_data
 def unlearn(
     checkpoint: Checkpoint,
     data: Data,
@@ -212,6 +215,7 @@ def unlearn(
 
 
 @app.command()
+@takes_data
 def evaluate(
     checkpoint: Checkpoint,
     data: Data,

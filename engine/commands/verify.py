@@ -7,13 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
-from engine.commands.options import Checkpoint, Data, Forget, Reference, Settings, Sign, write_json_file
+from engine.commands.options import Checkpoint, Data, Forget, Reference, Settings, Sign, takes_data, write_json_file
 from engine.errors import UserError
 
 # What scripts and queues read; 2 is wrong use, as everywhere.
 EXIT = {"PASS": 0, "FAIL": 1, "INSUFFICIENT EVIDENCE": 3}
 
 
+@takes_data
 def verify(
     checkpoint: Checkpoint,
     data: Data,

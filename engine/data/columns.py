@@ -104,8 +104,8 @@ def _check_image_type(kind: Any, name: str, path: Path, column: str) -> None:
     tests = (types.is_binary, types.is_large_binary, types.is_fixed_size_binary, types.is_string, types.is_large_string)
     if not _struct_fields(value) and not any(test(value) for test in tests):
         raise UserError(
-            f"{name}: the column {column!r} of {path} holds {kind}; expected encoded images as bytes, paths of files, or "
-            "a struct of `bytes` and `path`"
+            f"{name}: the column {column!r} of {path} holds {kind}; expected encoded images as bytes, paths of files, "
+            "or a struct of `bytes` and `path`"
         )
 
 
@@ -150,7 +150,8 @@ def one_numbering(splits: Mapping[str, Sequence[Labels]]) -> dict[str, tuple[np.
     if next(iter(texts.values())):
         names = natural_order({text for each in train for text in each.values})
     else:
-        names = list(next((each.class_names for files in splits.values() for each in files if each.class_names), ()))
+        every = [*train, *(each for files in splits.values() for each in files)]  # training files first
+        names = list(next((each.class_names for each in every if each.class_names), ()))
     return {split: (_joined([_numbers(each, names) for each in files]), names) for split, files in splits.items()}
 
 

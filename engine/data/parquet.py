@@ -7,8 +7,8 @@ Layouts, of which the first that is there counts:
     FOLDER/data/..., FOLDER/CONFIG/...                           the same one folder further down, if there is one alone
 
 An image is encoded bytes, the path of a file (below the folder, or absolute), or a struct of `bytes` and `path`. A
-label is a whole number, or text (plain or dictionary-encoded): then classes are in timm's order. Names of numbers come from
-Hugging Face's ClassLabel. Ids are the column `id`, else the positions of rows.
+label is a whole number, or text (plain or dictionary-encoded): then classes are in timm's order. Names of numbers come
+from Hugging Face's ClassLabel. Ids are the column `id`, else the positions of rows.
 """
 
 from __future__ import annotations

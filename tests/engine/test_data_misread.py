@@ -132,7 +132,9 @@ def test_a_missing_parquet_shard_is_named(tmp_path: Path, tail: str) -> None:
     refused(f"parquet:{tmp_path}", "1 of 3 shards are missing", "train-00001-of-00003")
 
 
-@pytest.mark.parametrize("names", [("train-0.parquet", "train-2.parquet"), ("train/0000.parquet", "train/0002.parquet")])
+@pytest.mark.parametrize(
+    "names", [("train-0.parquet", "train-2.parquet"), ("train/0000.parquet", "train/0002.parquet")]
+)
 def test_a_gap_in_the_numbers_is_refused(tmp_path: Path, names: tuple[str, str]) -> None:
     for name in (*names, "test.parquet"):
         parquet(tmp_path / name, range(2))
