@@ -309,7 +309,7 @@ def set_up(
     def computing() -> Any:
         return autocast(device, "fp32" if half else run.precision)
 
-    run = dataclasses.replace(run, augment=_augmentation(run.augment, loader, retain, forget))
+    run = dataclasses.replace(run, augment=_augmentation(run.augment, loader, retain, forget))  # type: ignore[arg-type]
     resolved["augment"] = run.augment
     everything, retain = retain, choose_retained(run, teacher, forget, retain, loader, computing, world)
     if retain is not everything:

@@ -308,7 +308,7 @@ def test_positions_are_said_to_be_positions_and_hold_for_one_number_of_rows(tmp_
         read_forget_request(str(tmp_path / "ids.txt"), train)
     (tmp_path / "ids.csv").write_text("id,rows\n1,40\n")
     assert read_forget_request(str(tmp_path / "ids.csv"), named("0", "1", rows=40)).indices.tolist() == [1]
-    with pytest.raises(UserError, match="positions among 40 rows .* has 50 now"):
+    with pytest.raises(UserError, match=r"positions among 40 rows .* has 50 now"):
         read_forget_request(str(tmp_path / "ids.csv"), named("0", "1", rows=50))
 
 
