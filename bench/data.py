@@ -144,7 +144,7 @@ def _real(train: Samples) -> Samples:
 
 def _first_batch(samples: Samples) -> dict[str, Any]:
     with _watched() as facts:
-        loader = Loader(samples, PREPROCESSING, batch_size=BATCH, augment="auto")
+        loader = Loader(samples, PREPROCESSING, batch_size=BATCH, augment="crop")
         batch = next(loader.epoch(0))
     return {**facts, "batch": list(batch.images.shape), "augment": loader.augment, "workers": loader.workers}
 

@@ -37,6 +37,7 @@ from engine.commands.options import (
     checkpoint_sources,
     join_ranks,
     run_options,
+    takes_data,
     write_json_file,
 )
 from engine.commands.plan import plan
@@ -93,6 +94,7 @@ def demo(
 
 
 @app.command()
+@takes_data
 def train(
     data: Data,
     arch: Annotated[
@@ -175,6 +177,7 @@ def train(
 
 
 @app.command()
+@takes_data
 def unlearn(
     checkpoint: Checkpoint,
     data: Data,
@@ -237,6 +240,7 @@ def unlearn(
 
 
 @app.command()
+@takes_data
 def evaluate(
     checkpoint: Checkpoint,
     data: Data,

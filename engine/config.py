@@ -73,8 +73,8 @@ class RunConfig:
         such images then differ by some 2 of 255 levels) | full. Images less than twice that size are the same bits.
     on_bad_image: raise (stop at the first image that does not decode, naming it and its file) | skip (leave it out).
     max_bad_share: with skip, the share of the samples [0, 1] that may be bad before the run is given up.
-    augment: auto | none | flip | crop (random resized crop and flip). auto: crop where images are larger than the
-        model's input, flip for natural images of its size, none for digits.
+    augment: auto | none | flip | crop (random resized crop and flip). auto: none, unless a mirrored image is known
+        to show the same thing (cifar10, cifar100): then crop if images are larger than the model's input, else flip.
     trainable: all | head | last:N (the last N blocks and what follows them: norms, head) | lora:R (updates of rank R of
         the linear layers of attention and MLP, merged at the end). The other weights stay as they are, bit for bit.
     retain_share: share (0, 1] of the retained samples that the run works with, chosen once before it.

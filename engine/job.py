@@ -80,7 +80,8 @@ class Task:
         positions = train.positions(wanted, spec)
         if not wanted:
             raise UserError(f"{spec}: names no samples; nothing to forget")
-        request = ForgetRequest(spec, np.sort(positions), len(ids) - len(wanted), {})
+        indices = np.unique(positions)  # an id may be named in two Unicode forms
+        request = ForgetRequest(spec, indices, len(ids) - len(indices), {})
         forget, others = request.split(train)
         kept = np.setdiff1d(np.arange(len(others)), others.ids.positions(excluded))
         if not len(kept):
@@ -113,7 +114,11 @@ class Task:
 
     def notes(self) -> dict[str, Any]:
         """What config.yaml keeps of the request: what it is called, not the ids themselves."""
-        return {"data": self.source.spec, "forget": {"spec": self.request.spec, "duplicates": self.request.duplicates}}
+        forget: dict[str, Any] = {"spec": self.request.spec, "duplicates": self.request.duplicates}
+        kind = self.source.train.id_kind
+        if kind is not None and kind.rows is not None:
+            forget["rows"] = kind.rows  # ids are positions: they hold for this number of rows alone
+        return {"data": self.source.spec, "forget": forget}
 
     def counted(self) -> dict[str, Any]:
         """What record.json keeps of it beside hashed ids: not the name of a file or class, which may be a person's."""

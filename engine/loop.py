@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -46,6 +48,8 @@ from engine.retained import choose_retained
 from engine.trainable import refuse_sharding, restrict
 from engine.trainer import AfterPhase, Progress, Trainer, UnlearnResult
 from lethe_kernels import resolve_backend
+
+logger = logging.getLogger(__name__)
 
 # Samples that each look at a model's accuracy takes.
 WATCHED = 500
@@ -211,6 +215,21 @@ def shown_progress(progress: Progress | bool | None) -> Iterator[Progress | None
             yield report
 
 
+def _augmentation(asked: str, loader: Callable[..., Loader], retain: Samples, forget: Samples) -> str:
+    """What the run's option `augment` comes to for its samples."""
+    if asked != "auto":
+        return asked
+    found = loader(retain if len(retain) else forget, asked).augment
+    _note_augmentation(retain.name, found, retain.natural)
+    return found
+
+
+@functools.cache  # once a process: searches set up many runs
+def _note_augmentation(name: str, found: str, natural: bool) -> None:
+    why = "" if natural else "; images of this source are not known to allow mirroring: --set augment=flip if they do"
+    logger.warning("augment=auto is augment=%s for %s%s", found, name, why)
+
+
 def _run(run: Run, started: float, finalize: Callable[[UnlearnResult], None] | None) -> UnlearnResult:
     trainer, phases = run.trainer, run.phases
     with run.computing():
@@ -329,6 +348,8 @@ def set_up(
     def computing() -> Any:
         return autocast(device, "fp32" if half else run.precision)
 
+    run = dataclasses.replace(run, augment=_augmentation(run.augment, loader, retain, forget))  # type: ignore[arg-type]
+    resolved["augment"] = run.augment
     everything, retain = retain, choose_retained(run, teacher, forget, retain, loader, computing, world)
     if retain is not everything:
         resolved["samples"] |= {"retain_used": len(retain), "retain_used_sha256": retain.fingerprint()}

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from engine.commands.options import Data, Json, Settings, write_json_file
+from engine.commands.options import Data, Json, Settings, takes_data, write_json_file
 
 if TYPE_CHECKING:
     from engine.ensemble import EnsembleSpec
 
 
+@takes_data
 def attack(
     data: Data,
     arch: Annotated[

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from engine.commands.options import Data, Json, write_json_file
+from engine.commands.options import Data, Json, takes_data, write_json_file
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from engine.forget_sets import ForgetSet
 
 
+@takes_data
 def forget_set(
     strategy: Annotated[
         str,

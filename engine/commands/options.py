@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -24,6 +26,27 @@ Data = Annotated[
         show_default=False,
     ),
 ]
+# Options of the data source, which `takes_data` adds to commands.
+_OF_DATA: dict[str, Any] = {
+    "image_column": Annotated[
+        str | None,
+        typer.Option(help="Parquet: the column of the images, such as img. As --data SPEC?image=.", show_default=False),
+    ],
+    "label_column": Annotated[
+        str | None,
+        typer.Option(
+            help="Parquet: the column of the labels, such as fine_label. As --data SPEC?label=.", show_default=False
+        ),
+    ],
+    "class_map": Annotated[
+        Path | None,
+        typer.Option(
+            help="File of class names in the model's order: one name a line, or JSON or YAML. Without it, folders are "
+            "in timm's order (1 2 ... 10, apple Banana). As --data SPEC?classes=.",
+            show_default=False,
+        ),
+    ],
+}
 Forget = Annotated[
     str,
     typer.Option(
@@ -111,6 +134,30 @@ Sign = Annotated[
     ),
 ]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file too.", show_default=False)]
+
+
+def takes_data(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds --image-column, --label-column and --class-map to a command with --data, and appends them to its spec."""
+    hints = get_type_hints(command, include_extras=True)
+    parameters = []
+    for parameter in inspect.signature(command).parameters.values():
+        kind = inspect.Parameter.KEYWORD_ONLY
+        parameters.append(parameter.replace(kind=kind, annotation=hints[parameter.name]))
+        if parameter.name == "data":
+            parameters += [inspect.Parameter(k, kind, default=None, annotation=a) for k, a in _OF_DATA.items()]
+
+    @functools.wraps(command)
+    def wrapped(**values: Any) -> None:
+        from engine.data.spec import with_options
+
+        image, label, classes = (values.pop(key, None) for key in _OF_DATA)
+        classes = None if classes is None else str(classes)
+        values["data"] = with_options(values["data"], image=image, label=label, classes=classes)
+        command(**values)
+
+    wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return wrapped
 
 
 def run_options(settings: list[str] | None, on_bad_image: str | None) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from engine.commands.options import Checkpoint, Data, Json, Reference, Settings, write_json_file
+from engine.commands.options import Checkpoint, Data, Json, Reference, Settings, takes_data, write_json_file
 from engine.commands.verify import EXIT
 from engine.errors import UserError
 
@@ -40,6 +40,7 @@ MaxShare = Annotated[
 
 
 @request_app.command("init")
+@takes_data
 def init(
     store: StoreFolder,
     checkpoint: Checkpoint,

@@ -17,6 +17,7 @@ from engine.commands.options import (
     Overwrite,
     Settings,
     run_options,
+    takes_data,
     write_json_file,
 )
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 _PARTS = ("forget", "membership", "validation", "retain")
 
 
+@takes_data
 def tune(
     checkpoint: Checkpoint,
     data: Data,

@@ -20,6 +20,7 @@ from engine.commands.options import (
     Weights,
     checkpoint_sources,
     run_options,
+    takes_data,
     write_json_file,
 )
 from engine.errors import ExitCode, UserError
@@ -32,6 +33,7 @@ EXIT = {
 }
 
 
+@takes_data
 def verify(
     checkpoint: Checkpoint,
     data: Data,

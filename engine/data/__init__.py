@@ -2,8 +2,9 @@
 
 from engine.data.forget import ForgetRequest, read_forget_request
 from engine.data.loading import Batch, Loader, Preprocessing
-from engine.data.samples import BadImageError, Samples, from_dataset
+from engine.data.samples import BadImageError, Samples
 from engine.data.sources import Source, open_source
+from engine.data.userset import from_dataset
 
 __all__ = [
     "BadImageError",

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -49,10 +50,12 @@ def read_forget_request(spec: str, train: Samples) -> ForgetRequest:
         indices = _random(spec, train)
     else:
         rows = _read_rows(Path(spec))
-        provenance = {row.pop("id"): row for row in map(dict, rows)}
-        duplicates = len(rows) - len(provenance)
-        indices = np.sort(train.positions(list(provenance), f"forget request {spec}"))
-        provenance = {key: row for key, row in provenance.items() if row}
+        named = {row.pop("id"): row for row in map(dict, rows)}
+        positions = train.positions(list(named), f"forget request {spec}")
+        _check_rows(named, train, spec)
+        indices = np.unique(positions)  # an id may be named in two Unicode forms
+        duplicates = len(rows) - len(indices)
+        provenance = {train.ids[at]: row for at, row in zip(positions.tolist(), named.values(), strict=True) if row}
     if len(indices) == 0:
         raise UserError(f"forget request {spec}: names no samples; nothing to forget")
     if len(indices) == len(train):
@@ -61,6 +64,17 @@ def read_forget_request(spec: str, train: Samples) -> ForgetRequest:
             "model instead"
         )
     return ForgetRequest(spec, indices, duplicates, provenance)
+
+
+def _check_rows(named: Mapping[str, Mapping[str, str]], train: Samples, spec: str) -> None:
+    """Refuses a list whose field `rows` says that its positions are of another number of rows."""
+    rows = train.id_kind.rows if train.id_kind else None
+    for sample_id, row in named.items():
+        if rows is not None and row.get("rows", str(rows)) != str(rows):
+            raise UserError(
+                f"forget request {spec}: its ids are positions among {row['rows']} rows (the id {sample_id!r}), and "
+                f"{train.name} has {rows} now, so they name other images; make the list again from the data as it is"
+            )
 
 
 def _of_class(name: str, train: Samples) -> np.ndarray:
@@ -78,15 +92,47 @@ def _random(spec: str, train: Samples) -> np.ndarray:
     return np.sort(np.random.default_rng(int(match[2])).permutation(len(train))[:count])
 
 
+def _decoded(content: bytes, path: Path) -> str:
+    """UTF-8 text. Raises UserError for other encodings, naming the likely one and the command that converts it."""
+    try:
+        text = content.decode("utf-8-sig")
+        if "\0" not in text:
+            return text
+    except UnicodeDecodeError:
+        pass
+    encoding = _likely_encoding(content)
+    if encoding is None:
+        raise UserError(f"forget request {path}: not a text file of ids")
+    raise UserError(
+        f"forget request {path}: not a text file of ids in UTF-8, but {encoding}, as it seems; convert it: "
+        f"iconv -f {encoding} -t UTF-8 {path} > {path.stem}-utf8{path.suffix}"
+    )
+
+
+def _likely_encoding(content: bytes) -> str | None:
+    """The name of an encoding for iconv, None for what is no text."""
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "UTF-16"
+    zeros = [content[start::2].count(0) for start in (0, 1)]
+    if max(zeros) > 0.2 * len(content):
+        return "UTF-16LE" if zeros[1] > zeros[0] else "UTF-16BE"
+    try:
+        text = content.decode("cp1252")
+    except UnicodeDecodeError:
+        return None
+    return "CP1252" if all(letter.isprintable() or letter.isspace() for letter in text) else None
+
+
 def _read_rows(path: Path) -> list[dict[str, str]]:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        content = path.read_bytes()
     except FileNotFoundError:
         raise UserError(
             f"forget request {path}: no such file; give a file of ids, class:NAME or random:FRACTION@SEED"
         ) from None
-    except (UnicodeDecodeError, IsADirectoryError):
-        raise UserError(f"forget request {path}: not a text file of ids") from None
+    except OSError as error:
+        raise UserError(f"forget request {path}: not a text file of ids ({error.strerror})") from None
+    text = _decoded(content, path)
     lines = [line for line in text.splitlines() if line.strip()]
     if path.suffix.lower() in (".jsonl", ".ndjson"):
         rows = []

@@ -78,6 +78,10 @@ class Ids(Sequence[str]):
         found = pc.index_in(Ids(wanted).arrow, value_set=self.arrow)
         return found.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
 
+    def normalised(self) -> Ids:
+        """The ids in Unicode's form NFC, in which equal text is equal bytes."""
+        return Ids(pc.utf8_normalize(self.arrow, form="NFC"))
+
     def first_double(self) -> str | None:
         """The first id that stands here a second time, or None."""
         if pc.count_distinct(self.arrow).as_py() == len(self):

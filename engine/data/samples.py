@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
@@ -10,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Dataset
 
 from engine.data.ids import Ids
 from engine.errors import UserError
@@ -27,12 +27,29 @@ class BadImageError(UserError):
     """An image that cannot be read or used: the message names it and its place. `--on-bad-image skip` leaves it out."""
 
 
+@dataclasses.dataclass(frozen=True)
+class IdKind:
+    """What the ids of a data source are.
+
+    Args:
+        what: a phrase for people, such as "paths below train/".
+        rows: number of rows of the whole split if ids are positions of rows: they hold for that number alone.
+    """
+
+    what: str
+    rows: int | None = None
+
+    @classmethod
+    def of_rows(cls, count: int, of: str = "rows") -> IdKind:
+        return cls(f"positions of {of}, 0 to {count - 1}, of these {count} alone", count)
+
+
 class Samples:
     """An indexable set of labelled images.
 
     ids: one stable string a sample. labels: int64 [n]. decode(i): the image of sample i, see `Decode`.
-    class_names: names by label. natural: photographs, for which a mirrored copy shows the same thing.
-    where(i): the place of sample i for people, such as the shard that holds it; for errors.
+    class_names: names by label. natural: photographs, for which a mirrored copy is known to show the same thing.
+    where(i): the place of sample i for people, such as the shard that holds it; for errors. id_kind: what the ids are.
     """
 
     def __init__(
@@ -42,11 +59,12 @@ class Samples:
         labels: np.ndarray,
         decode: Decode,
         class_names: Sequence[str] = (),
-        natural: bool = True,
+        natural: bool = False,
         where: Callable[[int], str] | None = None,
+        id_kind: IdKind | None = None,
     ) -> None:
         self.name, self.class_names, self.natural = name, list(class_names), natural
-        self.ids = Ids(ids)
+        self.ids, self.id_kind = Ids(ids), id_kind
         self.labels = np.asarray(labels, dtype=np.int64)
         self._decode, self._where = decode, where
         if len(self.ids) != len(self.labels):
@@ -114,7 +132,12 @@ class Samples:
             self.class_names,
             self.natural,
             functools.partial(_of_chosen, self._where, chosen) if self._where else None,
+            self.id_kind,
         )
+
+    def with_labels(self, labels: np.ndarray, class_names: Sequence[str]) -> Samples:
+        """The same samples with other labels and class names."""
+        return Samples(self.name, self.ids, labels, self._decode, class_names, self.natural, self._where, self.id_kind)
 
     def of_classes(self, labels: np.ndarray) -> Samples:
         """Those whose label is among `labels`; the samples themselves where all are."""
@@ -122,14 +145,37 @@ class Samples:
         return self if found.all() else self.subset(np.flatnonzero(found))
 
     def positions(self, ids: Sequence[str], asked: str) -> np.ndarray:
-        """Position [n] of each id. Raises UserError for ids that are not there; asked: who names them, for its text."""
+        """Position [n] of each id. Raises UserError for ids that are not there; asked: who names them, for its text.
+
+        An id that is the same text in another Unicode form (NFC, NFD) is found, unless two ids here have that text.
+        """
         positions = self.ids.positions(ids)
+        if (positions < 0).any():
+            positions = self._in_any_form(ids, positions, asked)
         unknown = [i for i, position in zip(ids, positions.tolist(), strict=True) if position < 0]
         if unknown:
+            kind = f", {self.id_kind.what}" if self.id_kind else ""
             raise UserError(
                 f"{asked}: {len(unknown)} of {len(ids)} ids are not in {self.name}, the first: "
-                f"{', '.join(map(repr, unknown[:3]))}; its ids look like {self.ids[0]!r}"
+                f"{', '.join(map(repr, unknown[:3]))}; its ids look like {self.ids[0]!r}{kind}"
             )
+        return positions
+
+    def _in_any_form(self, ids: Sequence[str], positions: np.ndarray, asked: str) -> np.ndarray:
+        """`positions` with those of ids that are here in another Unicode form."""
+        missing = np.flatnonzero(positions < 0)
+        wanted = Ids([ids[int(i)] for i in missing]).normalised()
+        own = self.ids.normalised()
+        found = own.positions(wanted)
+        last = len(own) - 1 - own[::-1].positions(wanted)
+        for first, second in zip(found.tolist(), last.tolist(), strict=True):
+            if 0 <= first < second:
+                raise UserError(
+                    f"{asked}: the id {self.ids[first]!r} is in {self.name} in two Unicode forms (samples {first} and "
+                    f"{second}), and the list has it in a third; write it as in the data"
+                )
+        positions = positions.copy()
+        positions[missing] = found
         return positions
 
     def fingerprint(self) -> str:
@@ -154,7 +200,7 @@ def concatenate(first: Samples, second: Samples) -> Samples:
         np.concatenate([first.labels, second.labels]),
         functools.partial(_of_either, first._decode, second._decode, len(first)),
         first.class_names,
-        first.natural,
+        first.natural and second.natural,
         functools.partial(_of_either, first._where, second._where, len(first))
         if first._where and second._where
         else None,
@@ -172,43 +218,30 @@ def spread(samples: Samples, count: int, why: str = "part") -> Samples:
     return samples.subset(np.linspace(0, len(samples) - 1, count).astype(np.int64), f"{samples.name} ({why})")
 
 
-def from_dataset(dataset: Dataset[Any] | Samples, name: str) -> Samples:
-    """Samples over a user's own map-style `torch.utils.data.Dataset` of (image, label).
-
-    An image is a PIL image, or a float tensor [C, H, W] normalised as the model wants it. Ids come from the
-    attribute `ids`, else are the index as text; labels from `labels` or `targets`, else from reading every item once.
-    """
-    if isinstance(dataset, Samples):
-        return dataset
-    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
-        raise UserError(
-            f"{name}: expected engine.data.Samples or a map-style Dataset with __len__, got {type(dataset).__name__}"
-        )
-    count = len(dataset)
-    labels = getattr(dataset, "labels", getattr(dataset, "targets", None))
-    if labels is None or len(labels) != count:
-        labels = [dataset[i][1] for i in range(count)]
-    ids = getattr(dataset, "ids", None) or range(count)
-    return Samples(
-        name,
-        [str(i) for i in ids],
-        np.asarray([int(label) for label in labels], dtype=np.int64),
-        functools.partial(_of_item, dataset),
-        getattr(dataset, "classes", ()),
-        natural=False,
-    )
-
-
-def _of_item(dataset: Dataset[Any], index: int) -> Any:
-    return dataset[index][0]
-
-
 def as_tensor(image: Any, channels: int) -> torch.Tensor:
-    """A PIL image as uint8 [C, H, W] in the model's channels; a tensor as it is."""
+    """A PIL image as uint8 [C, H, W] in the model's channels; a tensor as it is.
+
+    16-bit grey levels are scaled to 8 bits: PIL's own conversion cuts all above 255 off. Transparency is left out, as
+    by `Image.convert`.
+    """
     if isinstance(image, torch.Tensor):
         if image.ndim != 3 or image.shape[0] != channels:
             raise UserError(f"an image tensor has shape {tuple(image.shape)}, expected ({channels}, H, W)")
         return image
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = _eight_bits(image)
     array = np.array(image.convert("L" if channels == 1 else "RGB"))
     # A view: torch resizes pixels that lie together faster than planes, to the same bits.
     return torch.from_numpy(array.reshape(*array.shape[:2], channels)).permute(2, 0, 1)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey levels of 16 bits as 8 bits, 65535 to 255. Others must lie in 0 to 255, since their scale is not known."""
+    values = np.asarray(image)
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        return Image.fromarray(((values.astype(np.int64) * 255 + 32767) // 65535).astype(np.uint8))
+    if values.size and not (values.min() >= 0 and values.max() <= 255):
+        raise ValueError(
+            f"grey levels from {values.min()} to {values.max()} of mode {image.mode}; store it with 8 bits"
+        )
+    return Image.fromarray(np.round(values).astype(np.uint8))

@@ -1,6 +1,6 @@
 """Which tar shards a `webdataset:` location names, by split; missing ones are errors.
 
-`{split}` or the word `train` in a pattern stands for every split in turn: train, validation, val, test. Numbers in
+`{split}` or the word `train` in a pattern stands for every split in turn, see `SPLIT_WORDS`. Numbers in
 braces or brackets are those of the training shards; other splits have as many as there are.
 """
 
@@ -19,8 +19,12 @@ from engine.errors import UserError
 T = TypeVar("T")
 
 # Names that a split goes by, in files and folders.
-SPLIT_WORDS = ("train", "validation", "val", "test")
-_WORD = re.compile(r"(?<![a-zA-Z])(train|validation|val|test)(?![a-zA-Z])")
+SPLIT_WORDS = ("train", "validation", "val", "valid", "dev", "test")
+_WORD = re.compile(r"(?<![a-zA-Z])(train|validation|valid|val|dev|test)(?![a-zA-Z])")
+# Short names of the validation split.
+_SHORT = ("val", "valid", "dev")
+# A number, and what follows it: a count of shards, with the hash that older uploads to the Hugging Face hub have.
+_SHARD = re.compile(r"(.*?)(\d+)(-of-(\d+)(?:-[0-9a-f]{8,})?(\D*)|\D*)")
 # A number of which braces or brackets name several values, with the digits around them.
 _NUMBERS = re.compile(r"\d*(?:\{\d+\.\.\d+\}|\{\d+(?:,\d+)*\}|\[[\d-]+\])+\d*")
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")
@@ -30,16 +34,25 @@ _MOST = 1_000_000  # shards that a pattern may stand for
 def by_split(found: Mapping[str, T], spec: str) -> dict[str, T]:
     """From the words of `SPLIT_WORDS` to train, validation, test.
 
-    `val` is the validation split beside a `test`, and the test split without one: then the fifth of it whose ids hash
-    lowest is validation.
+    `val` (or `valid`, `dev`) is the validation split if there is a `test`, and the test split if there is none: then
+    the fifth of it whose ids hash lowest is validation.
     """
-    splits = {word: value for word, value in found.items() if word != "val"}
-    if "val" in found:
+    short = [word for word in _SHORT if word in found]
+    if len(short) > 1:
+        raise UserError(f"data source {spec!r} has both {short[0]} and {short[1]}; keep one of the two")
+    splits = {word: value for word, value in found.items() if word not in _SHORT}
+    for word in short:
         place = "validation" if "test" in found else "test"
         if place in splits:
-            raise UserError(f"data source {spec!r} has both val and validation beside test; keep one of the two")
-        splits[place] = found["val"]
+            raise UserError(f"data source {spec!r} has both {word} and validation beside test; keep one of the two")
+        splits[place] = found[word]
     return splits
+
+
+def split_word(name: str) -> str | None:
+    """The word of `SPLIT_WORDS` in the name of a file or folder, None if there is none or more than one."""
+    words = set(_WORD.findall(name))
+    return words.pop() if len(words) == 1 else None
 
 
 def find_shards(location: str, spec: str) -> dict[str, list[Path]]:
@@ -75,7 +88,7 @@ def _in_folder(folder: Path, spec: str) -> dict[str, list[Path]]:
     if not found:
         raise UserError(f"data source {spec!r}: {folder} holds no train-*.tar and no train/*.tar")
     for shards in found.values():
-        _check_sequence(shards, spec)
+        check_sequence(shards, spec)
     return found
 
 
@@ -127,7 +140,7 @@ def _expand(pattern: str, spec: str) -> list[Path]:
     shards = [Path(path) for path in dict.fromkeys(paths)]
     # A wildcard beside a digit picks some of the numbers on purpose.
     if glob.has_magic(pattern) and not re.search(r"\d[*?\[]|[*?\]]\d|[{\[]", pattern):
-        _check_sequence(shards, spec)
+        check_sequence(shards, spec)
     return shards
 
 
@@ -140,7 +153,7 @@ def _counterpart(pattern: str, spec: str) -> list[Path]:
         matches = sorted(glob.glob(form.replace("\0", "*")))
         found += [Path(name) for name in matches if "\0" not in form or numbered.fullmatch(name)]
     if _NUMBERS.search(pattern):
-        _check_sequence(found, spec)
+        check_sequence(found, spec)
     return found
 
 
@@ -164,20 +177,26 @@ def _names(pattern: str, spec: str) -> Iterator[str]:
         yield "".join(a + b for a, b in zip(literals, chosen, strict=True)) + pattern[position:]
 
 
-def _check_sequence(shards: Sequence[Path], spec: str) -> None:
-    """Refuses a gap in the numbers of shards, and `00003-of-00010` without the other nine.
+def check_sequence(shards: Sequence[Path], spec: str) -> None:
+    """Refuses a gap in the numbers of shards, `00003-of-00010` without the other nine, and one number twice.
 
     A shard that is missing after the last one can only be told from a brace range or an `-of-`.
     """
     series: dict[tuple[str, str], dict[int, str]] = {}
     totals: dict[tuple[str, str], int] = {}
     for shard in shards:
-        match = re.fullmatch(r"(.*?)(\d+)(-of-(\d+)\D*|\D*)", shard.name)
+        match = _SHARD.fullmatch(shard.name)
         if match:
-            key = (str(shard.parent / match[1]), match[3])
-            series.setdefault(key, {})[int(match[2])] = match[2]
+            key = (str(shard.parent / match[1]), f"-of-{match[4]}{match[5]}" if match[4] else match[3])
+            number = int(match[2])
+            if match[4] and number in series.get(key, {}):
+                raise UserError(
+                    f"data source {spec!r}: two files are shard {match[2]} of {match[4]}, such as {shard}; remove one"
+                )
+            series.setdefault(key, {})[number] = match[2]
             if match[4]:
                 totals[key] = int(match[4])
+    _check_one_count(totals, spec)
     for key, numbers in series.items():
         wanted = range(totals[key]) if key in totals else range(min(numbers), max(numbers) + 1)
         if len(wanted) > _MOST:
@@ -186,6 +205,17 @@ def _check_sequence(shards: Sequence[Path], spec: str) -> None:
         missing = [f"{key[0]}{number:0{width}d}{key[1]}" for number in wanted if number not in numbers]
         if missing:
             _raise_missing(missing, len(wanted), spec)
+
+
+def _check_one_count(totals: Mapping[tuple[str, str], int], spec: str) -> None:
+    """Refuses shards of one name that are numbered `-of-` two counts: two versions of the same data."""
+    counts: dict[str, int] = {}
+    for (prefix, _), count in totals.items():
+        if counts.setdefault(prefix, count) != count:
+            raise UserError(
+                f"data source {spec!r}: shards {prefix}* are numbered of {counts[prefix]} and of {count}, two versions "
+                "of the data; keep one"
+            )
 
 
 def _raise_missing(missing: Sequence[str], total: int, spec: str) -> None:

@@ -5,24 +5,23 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import io
-import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from engine.data.ids import Ids
-from engine.data.samples import Samples
-from engine.data.shards import SPLIT_WORDS, by_split
+from engine.data.classes import read_class_map, relabelled
+from engine.data.imagefolder import open_imagefolder
+from engine.data.parquet import open_parquet
+from engine.data.samples import IdKind, Samples
+from engine.data.spec import DataOptions, parse_spec, refuse_columns
 from engine.data.webdataset import open_webdataset
 from engine.errors import UserError, nearest
 
 VALIDATION_SHARE = 0.2
-_IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
+# From a location and options to samples by split: train, validation, test.
+Opener = Callable[[str, DataOptions], dict[str, Samples]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +38,7 @@ def open_source(spec: str) -> Source:
     """Opens a data source by its spec string. Raises UserError for an unknown kind or a folder without data.
 
     digits; cifar10[:ROOT]; cifar100[:ROOT]
-    parquet:FOLDER       train-*.parquet, validation-*, test-*: Hugging Face's image layout
+    parquet:FOLDER       train-*.parquet, validation-*, test-*: Hugging Face's image layouts, see engine/data/parquet.py
     imagefolder:FOLDER   FOLDER/{train,validation,val,test}/CLASS/FILE
     webdataset:FOLDER    *.tar with one of the words train, validation, val, test in the name, or in folders so called
     webdataset:PATTERN   a path with `{split}`, which stands for each of these words, or with the word train in it: it
@@ -47,13 +46,21 @@ def open_source(spec: str) -> Source:
                          and braces ({000000..001280}, {a,b}) name many. All shards of a brace range have to be there;
                          for the other splits it stands for whatever numbers there are.
 
-    Where there is no validation split, the fifth of the test samples whose ids hash lowest is validation; `val` alone
-    counts as test, beside test as validation.
+    If there is no validation split, the fifth of the test samples whose ids hash lowest is validation. `val` (or
+    `valid`, `dev`) alone counts as test; if there is a test split, as validation.
+
+    Options follow a `?`: `classes=FILE` (class names in the model's order, see `read_class_map`), and for parquet
+    `image=COLUMN` and `label=COLUMN`: `parquet:FOLDER?image=img&label=fine_label`.
     """
-    kind, _, location = spec.partition(":")
+    kind, location, options = parse_spec(spec)
     if kind not in _SOURCES:
         raise UserError(f"unknown data source {spec!r}{nearest(kind, _SOURCES)}")
-    splits = _SOURCES[kind](location)
+    if kind != "parquet":
+        refuse_columns(kind, options)
+    names = read_class_map(options.classes) if options.classes else None
+    splits = _SOURCES[kind](location, options)
+    if names is not None:
+        splits = relabelled(splits, names, f"class map {options.classes}")
     train, test = splits["train"], splits.get("test")
     validation = splits.get("validation")
     if validation is None and test is not None:
@@ -93,7 +100,7 @@ def _check_unique(samples: Samples) -> None:
         raise UserError(f"{samples.name}: the id {double!r} stands twice{found}; ids must be unique within a split")
 
 
-def _digits(location: str) -> dict[str, Samples]:
+def _digits(location: str, options: DataOptions) -> dict[str, Samples]:
     from sklearn.datasets import load_digits
 
     if location:
@@ -106,7 +113,7 @@ def _digits(location: str) -> dict[str, Samples]:
         bunch.target,
         functools.partial(_from_array, pixels),
         [str(d) for d in range(10)],
-        natural=False,
+        id_kind=IdKind.of_rows(len(pixels), "scikit-learn's images"),
     )
     # scikit-learn's digits have no split of their own: the fifth whose ids hash lowest is the test set.
     test, train = _lowest_fifth(everything)
@@ -116,8 +123,8 @@ def _digits(location: str) -> dict[str, Samples]:
     }
 
 
-def _cifar(name: str) -> Callable[[str], dict[str, Samples]]:
-    def opened(location: str) -> dict[str, Samples]:
+def _cifar(name: str) -> Opener:
+    def opened(location: str, options: DataOptions) -> dict[str, Samples]:
         import torchvision.datasets
 
         kind = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
@@ -136,6 +143,8 @@ def _cifar(name: str) -> Callable[[str], dict[str, Samples]]:
                 np.asarray(s.targets),
                 functools.partial(_from_array, s.data),
                 s.classes,
+                natural=True,
+                id_kind=IdKind.of_rows(len(s), f"{name}'s {split} images"),
             )
             for split, s in sets.items()
         }
@@ -147,114 +156,11 @@ def _from_array(pixels: np.ndarray, index: int) -> Image.Image:
     return Image.fromarray(pixels[index])
 
 
-def _parquet(location: str) -> dict[str, Samples]:
-    import pyarrow.parquet
-
-    folder = _folder("parquet", location)
-    splits = {}
-    for split in ("train", "validation", "test"):
-        files = sorted(folder.glob(f"{split}-*.parquet"))
-        if files:
-            try:
-                table = pyarrow.concat_tables([pyarrow.parquet.read_table(f, memory_map=True) for f in files])
-            except (pyarrow.ArrowInvalid, OSError) as error:
-                raise UserError(
-                    f"data source 'parquet:{folder}': {split} is not parquet, or is cut short ({str(error)[:100]})"
-                ) from None
-            splits[split] = _parquet_split(f"parquet {split}", table)
-    if "train" not in splits:
-        raise UserError(f"data source 'parquet:{folder}' has no train-*.parquet")
-    return splits
-
-
-def _parquet_split(name: str, table: Any) -> Samples:
-    missing = [column for column in ("image", "label") if column not in table.column_names]
-    if missing:
-        raise UserError(f"{name}: no column {missing[0]!r}; found {', '.join(table.column_names)}")
-    images = table.column("image").combine_chunks().field("bytes")
-    ids = table.column("id").to_pylist() if "id" in table.column_names else [str(i) for i in range(table.num_rows)]
-    labels = table.column("label")
-    if labels.null_count:
-        raise UserError(f"{name}: {labels.null_count} samples have no label; remove or label them")
-    names: list[str] = []
-    metadata = (table.schema.metadata or {}).get(b"huggingface")
-    if metadata:
-        names = json.loads(metadata).get("info", {}).get("features", {}).get("label", {}).get("names", [])
-    return Samples(
-        name, [str(i) for i in ids], labels.to_numpy(), lambda i: Image.open(io.BytesIO(images[i].as_py())), names
-    )
-
-
-def _imagefolder(location: str) -> dict[str, Samples]:
-    folder = _folder("imagefolder", location)
-    roots = by_split(
-        {word: folder / word for word in SPLIT_WORDS if (folder / word).is_dir()}, f"imagefolder:{location}"
-    )
-    if "train" not in roots:
-        raise UserError(f"data source 'imagefolder:{folder}' has no folder train/CLASS/FILE")
-    with os.scandir(roots["train"]) as entries:
-        classes = sorted(entry.name for entry in entries if entry.is_dir())
-    return {split: _folder_split(f"imagefolder {split}", root, classes) for split, root in roots.items()}
-
-
-def _folder_split(name: str, root: Path, classes: list[str]) -> Samples:
-    number = {c: i for i, c in enumerate(classes)}
-    ids = list(_images_below(str(root), "", ()))
-    labels = np.array([number.get(i.split("/", 1)[0], -1) for i in ids], dtype=np.int64)
-    if not ids:
-        raise UserError(f"{name}: {root} holds no images")
-    if labels.min() < 0:
-        raise UserError(f"{name}: {ids[int(labels.argmin())]!r} lies in a class folder that train/ does not have")
-    files = Ids(ids)
-    return Samples(
-        name,
-        files,
-        labels,
-        functools.partial(_open_file, str(root), files),
-        classes,
-        where=functools.partial(_file_of, str(root), files),
-    )
-
-
-def _images_below(root: str, below: str, above: tuple[str, ...]) -> Iterator[str]:
-    """Paths relative to the root, in the order of sorted(Path): by name within each folder, links followed."""
-    folder = f"{root}/{below}"
-    if os.path.islink(folder.rstrip("/")):
-        real = os.path.realpath(folder)
-        if real in above or os.path.realpath(root).startswith(f"{real}/"):
-            raise UserError(f"{folder} is a link to a folder that it lies in; remove it")
-        above = (*above, real)
-    with os.scandir(folder) as entries:
-        listed = sorted(entries, key=lambda entry: entry.name)
-    for entry in listed:
-        if entry.is_dir():
-            yield from _images_below(root, f"{below}{entry.name}/", above)
-        elif os.path.splitext(entry.name)[1].lower() in _IMAGE_SUFFIXES:
-            yield below + entry.name
-
-
-def _file_of(root: str, ids: Ids, index: int) -> str:
-    return f"{root}/{ids[index]}"
-
-
-def _open_file(root: str, ids: Ids, index: int) -> Image.Image:
-    return Image.open(_file_of(root, ids, index))
-
-
-def _folder(kind: str, location: str) -> Path:
-    folder = Path(location).expanduser()
-    if not location or not folder.is_dir():
-        raise UserError(
-            f"data source '{kind}:{location}': {location or '(nothing)'} is not a folder; write {kind}:FOLDER"
-        )
-    return folder
-
-
-_SOURCES: dict[str, Callable[[str], dict[str, Samples]]] = {
+_SOURCES: dict[str, Opener] = {
     "digits": _digits,
     "cifar10": _cifar("cifar10"),
     "cifar100": _cifar("cifar100"),
-    "parquet": _parquet,
-    "imagefolder": _imagefolder,
-    "webdataset": open_webdataset,
+    "parquet": open_parquet,
+    "imagefolder": open_imagefolder,
+    "webdataset": lambda location, options: open_webdataset(location),
 }

@@ -1,7 +1,11 @@
 """Where the samples of a tar shard lie: key, label, and the bytes of the image, from the headers alone.
 
 A sample is the members of one key, WebDataset's: the name up to the first dot of its last part. `KEY.jpg` (jpeg, png,
-webp) is the image; `KEY.cls` (a whole number as text) or `label` in `KEY.json` is its label; other members are left.
+webp, ...) is the image; `KEY.cls` (a whole number as text) or `label` in `KEY.json` is its label; others are left.
+
+A name with more dots (`v1.0_7.jpg`) has the key up to its last dot, if its image and label both have it. WebDataset
+would take `v1` for the key of all such members. Without a label of its own, an image like `KEY.mask.png` is a further
+member of the sample KEY; where there is no such sample, the shard is refused: no image is left out unsaid.
 
 Headers of regular members, and the long names of pax and GNU, are read here: Python's tarfile takes ten times as long.
 A shard with anything else (links, sparse files, global headers) goes through tarfile.
@@ -22,6 +26,8 @@ from engine.errors import UserError
 
 BLOCK = 512
 _IMAGES = frozenset((b"jpg", b"jpeg", b"png", b"webp"))
+# Images where a key has none of those above; else a further member, such as a depth map.
+_RARE_IMAGES = frozenset((b"bmp", b"ppm", b"pgm", b"tif", b"tiff"))
 _SPACES = 8 * 0x20  # the checksum's own field counts as spaces
 _SMALL, _WINDOW = 1 << 14, 1 << 18
 _MOST_TAIL = 1 << 20
@@ -191,7 +197,7 @@ def _tarfile_members(reader: _Reader) -> Iterator[tuple[bytes, int, int]]:
             for member in archive:
                 name = member.name.encode("utf-8", "surrogateescape")
                 if member.issym() or member.islnk() or member.issparse():
-                    if _split(name)[1] in _IMAGES:
+                    if _split(name)[1].rpartition(b".")[2] in _IMAGES | _RARE_IMAGES:
                         _fail(path, f"member {member.name!r} is a link or a sparse file; store images as plain files")
                 elif member.isreg():
                     yield name, member.offset_data, member.size
@@ -207,41 +213,102 @@ def _split(name: bytes) -> tuple[bytes, bytes]:
     return (name[:dot], name[dot + 1 :].lower()) if dot > base else (b"", b"")
 
 
+@dataclasses.dataclass
+class _Found:
+    """Members of a shard by key. labels: what a `.cls` holds. double: keys with more than one image."""
+
+    images: dict[bytes, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    rare: dict[bytes, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    double: set[bytes] = dataclasses.field(default_factory=set)
+    labels: dict[bytes, bytes] = dataclasses.field(default_factory=dict)
+    records: dict[bytes, tuple[int, int]] = dataclasses.field(default_factory=dict)
+
+    def add(self, reader: _Reader, key: bytes, extension: bytes, offset: int, size: int) -> None:
+        if extension in _IMAGES:
+            if key in self.images:
+                self.double.add(key)
+            self.images[key] = (offset, size)
+        elif extension in _RARE_IMAGES:
+            self.rare[key] = (offset, size)
+        elif extension == b"cls":
+            self.labels[key] = reader.read(offset, size)
+        elif extension == b"json":
+            self.records[key] = (offset, size)
+
+
 def _group(reader: _Reader, members: Iterator[tuple[bytes, int, int]]) -> ShardSamples:
     path = reader.path
-    images: dict[bytes, tuple[int, int]] = {}
-    labels: dict[bytes, int] = {}
-    records: dict[bytes, tuple[int, int]] = {}
+    found, dotted = _Found(), _Found()
     for name, offset, size in members:
         key, extension = _split(name)
-        if extension in _IMAGES:
-            if key in images:
-                _fail(path, f"key {_text(key)!r} has two images; keys must be unique")
-            images[key] = (offset, size)
-        elif extension == b"cls":
-            content = reader.read(offset, size)
-            try:
-                labels[key] = int(content)
-            except ValueError:
-                _fail(path, f"key {_text(key)!r}: its label {_text(content[:40])!r} is not a whole number")
-        elif extension == b"json":
-            records[key] = (offset, size)
+        if b"." in extension:
+            stem, _, last = extension.rpartition(b".")
+            dotted.add(reader, key + name[len(key) : len(key) + 1 + len(stem)], last, offset, size)
+        else:
+            found.add(reader, key, extension, offset, size)
+    for each in (found, dotted):
+        each.images = {**each.rare, **each.images}
+    _take_whole_names(path, found, dotted)
+    images, labels = found.images, found.labels
+    for key in found.double:
+        _fail(path, f"key {_text(key)!r} has two images; keys must be unique")
     if not images:
         _fail(path, "holds no images (KEY.jpg, jpeg, png or webp)")
     for key in labels:
         if key not in images:
             _fail(path, f"key {_text(key)!r} has a label and no image (KEY.jpg, jpeg, png or webp)")
+    for key in found.records:
+        if key not in images and _has_label(reader, *found.records[key]):
+            _fail(path, f"key {_text(key)!r} has a label and no image (KEY.jpg, jpeg, png or webp)")
+    numbers = []
     for key in images:
-        if key not in labels:
-            if key not in records:
-                _fail(path, f"key {_text(key)!r} has an image and no label (KEY.cls, or KEY.json with `label`)")
-            labels[key] = _json_label(reader, key, *records[key])
+        if key in labels:
+            numbers.append(_number(path, key, labels[key]))
+        elif key in found.records:
+            numbers.append(_json_label(reader, key, *found.records[key]))
+        else:
+            _fail(path, f"key {_text(key)!r} has an image and no label (KEY.cls, or KEY.json with `label`)")
+    order = sorted(images, key=images.__getitem__)
+    by_key = dict(zip(images, numbers, strict=True))
     return ShardSamples(
-        list(images),
-        [labels[key] for key in images],
-        [offset for offset, _ in images.values()],
-        [size for _, size in images.values()],
+        order, [by_key[key] for key in order], [images[key][0] for key in order], [images[key][1] for key in order]
     )
+
+
+def _take_whole_names(path: Path, found: _Found, dotted: _Found) -> None:
+    """Adds to `found` the samples among the members whose names have further dots; see the top of this file."""
+    for key, place in dotted.images.items():
+        first = key[: key.index(b".", key.rfind(b"/") + 1)]
+        if key in dotted.labels:
+            found.labels[key] = dotted.labels[key]
+        elif first in found.images:
+            continue  # such as KEY.mask.png
+        elif key in dotted.records:
+            found.records[key] = dotted.records[key]
+        else:
+            _fail(path, f"key {_text(key)!r} has an image and no label (KEY.cls, or KEY.json with `label`)")
+        found.images[key] = place
+        if key in dotted.double:
+            found.double.add(key)
+    for key in dotted.labels:
+        first = key[: key.index(b".", key.rfind(b"/") + 1)]
+        if key not in dotted.images and first not in found.images:
+            _fail(path, f"key {_text(key)!r} has a label and no image (KEY.jpg, jpeg, png or webp)")
+
+
+def _number(path: Path, key: bytes, content: bytes) -> int:
+    try:
+        return int(content)
+    except ValueError:
+        _fail(path, f"key {_text(key)!r}: its label {_text(content[:40])!r} is not a whole number")
+
+
+def _has_label(reader: _Reader, offset: int, size: int) -> bool:
+    try:
+        record = json.loads(os.pread(reader.descriptor, size, offset))
+    except ValueError:
+        return False
+    return isinstance(record, dict) and "label" in record
 
 
 def _json_label(reader: _Reader, key: bytes, offset: int, size: int) -> int:

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from engine.data.ids import Ids
-from engine.data.samples import Samples
+from engine.data.samples import IdKind, Samples
 from engine.data.shards import find_shards
 from engine.data.tarindex import ShardSamples, read_shard
 from engine.errors import RunStopped, UserError
@@ -28,7 +28,7 @@ from engine.files import replacing
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = "lethe index 1"
+_FORMAT = "lethe index 2"
 _ARRAYS = ("counts", "labels", "offsets", "sizes", "id_text", "id_ends")
 _OPEN_SHARDS = 64  # a process; systems often allow 1,024 files in all
 _THREADS = 8  # headers that are waited for at once, on network file systems
@@ -45,7 +45,7 @@ def _open_split(name: str, paths: Sequence[Path]) -> Samples:
     shard = np.repeat(np.arange(len(paths), dtype=np.int32), index["counts"])
     reader = _Reader([str(path) for path in paths], shard, index["offsets"], index["sizes"])
     ids = Ids.from_bytes(index["id_text"], index["id_ends"])
-    return Samples(name, ids, index["labels"], reader.open, where=reader.where)
+    return Samples(name, ids, index["labels"], reader.open, where=reader.where, id_kind=IdKind("keys of tar members"))
 
 
 class _Reader:

@@ -50,11 +50,13 @@ class ForgetSet:
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as handle:
                 writer = csv.writer(handle, lineterminator="\n")
-                writer.writerow(["id", "score", "rank"])
+                rows = self.samples.id_kind.rows if self.samples.id_kind else None
+                tied = [] if rows is None else [rows]  # positions hold for this number of rows alone
+                writer.writerow(["id", "score", "rank", *(["rows"] if tied else [])])
                 for rank, (sample_id, score) in enumerate(
                     zip(self.ids, self.selection.scores.tolist(), strict=True), 1
                 ):
-                    writer.writerow([sample_id, repr(score), rank])
+                    writer.writerow([sample_id, repr(score), rank, *tied])
         except OSError as error:
             raise UserError(f"--out {path}: cannot be written ({error.strerror})") from None
 

@@ -32,7 +32,8 @@ def photographs(count: int, bad: dict[int, bytes] | None = None, size: tuple[int
             return Image.open(io.BytesIO(bad[i]))
         return Image.new("L", size, i)
 
-    return Samples("s", [f"i{i}" for i in range(count)], np.arange(count) % 10, decode, where=lambda i: f"file {i}")
+    labels = np.arange(count) % 10
+    return Samples("s", [f"i{i}" for i in range(count)], labels, decode, natural=True, where=lambda i: f"file {i}")
 
 
 def jpeg(size: tuple[int, int], seed: int = 0) -> bytes:

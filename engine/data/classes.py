@@ -1,0 +1,117 @@
+"""The order of classes: which label a class name has.
+
+Without a list of names, classes are in timm's order: natural and case-blind (`1 2 ... 10`, `apple Banana`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine.data.samples import Samples
+from engine.errors import UserError
+
+
+def natural_order(names: Iterable[str]) -> list[str]:
+    """Names in the order of timm's `natural_key`; names that are equal but for case are in the order of their text."""
+    return sorted(names, key=lambda name: (_natural_key(name), name))
+
+
+def _natural_key(name: str) -> list[int | str]:
+    parts = re.split(r"(\d+)", name.lower())
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)]
+
+
+def read_class_map(path: str | Path) -> list[str]:
+    """Class names by label, from a file.
+
+    Text: one name a line, the first has label 0. JSON or YAML (by suffix): a list of names, {name: label} or
+    {label: name}, with labels 0, 1, 2, ... Raises UserError for anything else.
+    """
+    path = Path(path).expanduser()
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UserError(f"class map {path}: cannot be read ({reason}); give a file of class names") from None
+    if path.suffix.lower() in (".json", ".yaml", ".yml"):
+        names = _names_of(_parsed(path, text), path)
+    else:
+        names = [line.strip() for line in text.splitlines()]
+        while names and not names[-1]:
+            names.pop()
+    if not names or not all(names):
+        raise UserError(
+            f"class map {path}: {'a name is empty' if names else 'it holds no names'}; write one name a line"
+        )
+    double = next((name for i, name in enumerate(names) if name in names[:i]), None)
+    if double is not None:
+        raise UserError(f"class map {path}: the class {double!r} stands twice; every class has one label")
+    return names
+
+
+def _parsed(path: Path, text: str) -> Any:
+    import yaml
+
+    try:
+        return json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError):
+        raise UserError(f"class map {path}: it is not valid {path.suffix[1:].upper()}") from None
+
+
+def _names_of(content: Any, path: Path) -> list[str]:
+    expected = "expected a list of names, {name: label} or {label: name}"
+    if isinstance(content, list):
+        pairs = list(enumerate(content))
+    elif isinstance(content, Mapping) and all(type(value) is int for value in content.values()):
+        if any(type(key) is int for key in content):
+            raise UserError(f"class map {path}: names and labels are both numbers; write the names in quotes")
+        pairs = [(value, key) for key, value in content.items()]
+    elif isinstance(content, Mapping) and all(str(key).isdecimal() for key in content):
+        pairs = [(int(key), value) for key, value in content.items()]
+    else:
+        raise UserError(f"class map {path}: it holds {type(content).__name__}; {expected}")
+    names = dict(pairs)
+    if sorted(names) != list(range(len(pairs))):
+        raise UserError(f"class map {path}: its labels are not 0 to {len(pairs) - 1}, each once")
+    if not all(isinstance(name, (str, int)) for name in names.values()):
+        raise UserError(f"class map {path}: a class name is not text; {expected}")
+    return [str(names[label]) for label in range(len(pairs))]
+
+
+def relabelled(splits: Mapping[str, Samples], names: Sequence[str], where: str) -> dict[str, Samples]:
+    """Samples whose labels are positions in `names`, matched by the data's own class names.
+
+    Data without class names keeps its labels and takes the names. Names without samples are allowed.
+
+    Args:
+        splits: samples by split.
+        names: class names in the wanted order.
+        where: what the names come from, for errors.
+
+    Raises:
+        UserError: a class of the data is not among the names, or a label has no name.
+    """
+    return {split: _relabelled(samples, list(names), where) for split, samples in splits.items()}
+
+
+def _relabelled(samples: Samples, names: list[str], where: str) -> Samples:
+    place = {name: label for label, name in enumerate(names)}
+    held = np.unique(samples.labels)
+    if not samples.class_names:
+        if len(held) and held.max() >= len(names):
+            raise UserError(f"{where}: it names {len(names)} classes, but {samples.name} has label {held.max()}")
+        return samples.with_labels(samples.labels, names)
+    unknown = [samples.class_names[label] for label in held if samples.class_names[label] not in place]
+    if unknown:
+        raise UserError(
+            f"{where}: {len(unknown)} of {len(held)} classes of {samples.name} are not in it, the first: "
+            f"{unknown[0]!r}; it begins {', '.join(map(repr, names[:3]))}"
+        )
+    new = np.array([place.get(name, -1) for name in samples.class_names], dtype=np.int64)
+    return samples.with_labels(new[samples.labels], names)

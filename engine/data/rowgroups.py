@@ -1,0 +1,127 @@
+"""Encoded images of parquet files, read a row group at a time, with the last row groups kept in memory."""
+
+from __future__ import annotations
+
+import collections
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from engine.errors import UserError
+
+# Row groups that a process keeps, in bytes; one is kept whatever its size.
+_CACHE_BYTES = 256 << 20
+# Rows are decoded in pieces of about this many bytes: an Arrow array of bytes holds 2 GiB at most.
+_PIECE_BYTES = 256 << 20
+
+
+class _RowGroup:
+    """The image column of a row group: arrays of consecutive rows, `starts` the first row of each."""
+
+    def __init__(self, arrays: Sequence[Any]) -> None:
+        self.arrays = arrays
+        self.starts = np.cumsum([0, *(len(array) for array in arrays)])
+        self.nbytes = sum(array.nbytes for array in arrays)
+
+    def value(self, row: int) -> Any:
+        piece = int(np.searchsorted(self.starts, row, side="right")) - 1
+        return self.arrays[piece][row - int(self.starts[piece])].as_py()
+
+
+class ParquetImages:
+    """Opens the image of a row, rows counted over all files.
+
+    Args:
+        files: in the order of their rows.
+        columns: the image column of each file.
+        folder: of the data source; paths in the column are relative to the file's folder or to it.
+    """
+
+    def __init__(self, files: Sequence[Path], columns: Sequence[str], folder: Path) -> None:
+        import pyarrow.parquet
+
+        self.files, self.columns, self.folder = list(files), list(columns), folder
+        groups: list[tuple[int, int]] = []
+        rows = [0]
+        for number, path in enumerate(self.files):
+            metadata = pyarrow.parquet.read_metadata(path, memory_map=True)
+            for group in range(metadata.num_row_groups):
+                groups.append((number, group))
+                rows.append(metadata.row_group(group).num_rows)
+        self.groups, self.starts = groups, np.cumsum(rows)
+        self._kept: collections.OrderedDict[int, _RowGroup] = collections.OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": collections.OrderedDict()}
+
+    def open(self, index: int) -> Image.Image:
+        """The image of a row, not yet decoded."""
+        value = self._value(index)
+        if isinstance(value, dict):
+            content, path = value.get("bytes"), value.get("path")
+        else:
+            content, path = (value, None) if isinstance(value, bytes) else (None, value)
+        if content is not None:
+            return Image.open(io.BytesIO(content))
+        if not path:
+            raise ValueError("the row has neither bytes nor a path")
+        return Image.open(self._place(self._file_of(index), path))
+
+    def check_paths(self, name: str) -> None:
+        """Raises UserError where images are paths alone and the first of a file is not there."""
+        import pyarrow.parquet
+        import pyarrow.types as types
+
+        firsts = dict(zip((number for number, _ in reversed(self.groups)), reversed(self.starts[:-1]), strict=True))
+        for number, first in firsts.items():
+            kind = pyarrow.parquet.read_schema(self.files[number], memory_map=True).field(self.columns[number]).type
+            value = kind.value_type if types.is_dictionary(kind) else kind
+            held = [field.name for field in value] if types.is_struct(value) else []
+            if "bytes" in held or (not held and not (types.is_string(value) or types.is_large_string(value))):
+                continue
+            path = self._value(int(first))
+            path = path["path"] if isinstance(path, dict) else path
+            if path and not os.path.isfile(self._place(number, path)):
+                raise UserError(
+                    f"{name}: the column {self.columns[number]!r} of {self.files[number]} names the file {path!r}, "
+                    f"which is neither in {self.files[number].parent} nor in {self.folder}"
+                )
+
+    def _file_of(self, index: int) -> int:
+        return self.groups[int(np.searchsorted(self.starts, index, side="right")) - 1][0]
+
+    def _place(self, number: int, path: str) -> Path:
+        """The file of a path in the column: relative to the file's folder, or else to the data source's."""
+        beside = self.files[number].parent / path
+        return beside if beside.exists() else self.folder / path
+
+    def _value(self, index: int) -> Any:
+        group = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return self._group(group).value(index - int(self.starts[group]))
+
+    def _group(self, number: int) -> _RowGroup:
+        if number in self._kept:
+            self._kept.move_to_end(number)
+            return self._kept[number]
+        read = self._read(number)
+        room = _CACHE_BYTES - read.nbytes
+        while self._kept and sum(group.nbytes for group in self._kept.values()) > room:
+            self._kept.popitem(last=False)
+        self._kept[number] = read
+        return read
+
+    def _read(self, number: int) -> _RowGroup:
+        import pyarrow.parquet
+
+        file, group = self.groups[number]
+        with pyarrow.parquet.ParquetFile(self.files[file], memory_map=True) as opened:
+            facts = opened.metadata.row_group(group)
+            rows = max(1, facts.num_rows * _PIECE_BYTES // max(1, facts.total_byte_size))
+            # use_threads=False: worker processes are forked.
+            batches = opened.iter_batches(rows, row_groups=[group], columns=[self.columns[file]], use_threads=False)
+            return _RowGroup([batch.column(0) for batch in batches])

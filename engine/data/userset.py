@@ -1,0 +1,164 @@
+"""Samples over a user's own map-style dataset, and the checks of what it gives."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from engine.data.samples import IdKind, Samples
+from engine.errors import UserError
+
+_CHECKED = 16  # items that are read twice; a mirror image of probability 1/2 is missed once in 65,536 times
+
+
+def from_dataset(dataset: Dataset[Any] | Samples, name: str) -> Samples:
+    """Samples over a user's own map-style `torch.utils.data.Dataset` of (image, label).
+
+    An image is a PIL image, or a float tensor [C, H, W] normalised as the model wants it. Ids come from the
+    attribute `ids`, else are the index as text. Labels come from `labels` or `targets` if they are what the items
+    have, else from reading every item once.
+
+    Raises:
+        UserError: it is no map-style dataset; a label is no whole number; or an item differs from read to read, since a
+            random transform would be read once and kept, and an evaluation would change from run to run.
+    """
+    if isinstance(dataset, Samples):
+        return dataset
+    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+        raise UserError(
+            f"{name}: expected engine.data.Samples or a map-style Dataset with __len__, got {type(dataset).__name__}"
+        )
+    count = len(dataset)
+    with _kept_random_state():
+        checked = _read_twice(dataset, count, name)
+        labels = _labels(dataset, count, checked, name)
+    ids = _ids(dataset, name)
+    return Samples(
+        name,
+        [str(i) for i in range(count)] if ids is None else ids,
+        labels,
+        functools.partial(_of_item, dataset),
+        getattr(dataset, "classes", ()),
+        id_kind=IdKind.of_rows(count, "items") if ids is None else IdKind("the dataset's `ids`"),
+    )
+
+
+def _of_item(dataset: Dataset[Any], index: int) -> Any:
+    return dataset[index][0]
+
+
+@contextlib.contextmanager
+def _kept_random_state() -> Iterator[None]:
+    """Leaves the global random generators as they were: reading items may draw from them."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+def _read_twice(dataset: Any, count: int, name: str) -> dict[int, int]:
+    """Labels by position of some items at equal distances. Raises UserError where an item differs from itself.
+
+    An item that cannot be read is left to the loader, which names it.
+    """
+    labels: dict[int, int] = {}
+    for index in np.unique(np.linspace(0, count - 1, min(count, _CHECKED)).astype(np.int64)).tolist():
+        try:
+            first = dataset[index]
+            _check_pair(first, index, name)
+            same = _equal(first[0], dataset[index][0])
+        except UserError:
+            raise
+        except Exception:  # an image that does not decode: `--on-bad-image` decides, when it is loaded
+            continue
+        if not same:
+            raise UserError(
+                f"{name}: item {index} read twice gives two different images{_transform_of(dataset)}; pass the dataset "
+                "with its evaluation transform, and let the engine augment: augment=flip or augment=crop"
+            )
+        labels[index] = _label(first[1], index, name)
+    return labels
+
+
+def _check_pair(item: Any, index: int, name: str) -> None:
+    if not isinstance(item, Sequence) or isinstance(item, str) or len(item) < 2:
+        raise UserError(f"{name}: item {index} is {type(item).__name__}; expected (image, label)")
+
+
+def _equal(first: Any, second: Any) -> bool:
+    a, b = (np.asarray(each.detach().cpu() if isinstance(each, torch.Tensor) else each) for each in (first, second))
+    return a.shape == b.shape and bool(np.array_equal(a, b, equal_nan=a.dtype.kind == "f"))
+
+
+def _transform_of(dataset: Any) -> str:
+    """The transform of a dataset, or of the one that it is a part of, for messages."""
+    while dataset is not None:
+        transform = getattr(dataset, "transform", None) or getattr(dataset, "transforms", None)
+        if transform is not None and not isinstance(dataset, torch.Tensor):
+            return f": its transform {' '.join(repr(transform).split())} is random"
+        dataset = getattr(dataset, "dataset", None)
+    return ", so it is random"
+
+
+def _labels(dataset: Any, count: int, checked: dict[int, int], name: str) -> np.ndarray:
+    """Labels of all items: the dataset's list of them if it agrees with the items that were read, else the items'."""
+    listed = getattr(dataset, "labels", None)
+    if listed is None:
+        listed = getattr(dataset, "targets", None)
+    if listed is not None and not callable(listed) and len(listed) == count:
+        transform = getattr(dataset, "target_transform", None)
+        try:
+            given = [transform(label) for label in listed] if callable(transform) else listed
+            labels = [_label(label, index, name) for index, label in enumerate(given)]
+        except UserError:
+            labels = []  # such as one-hot rows of which the items give the class
+        if labels and all(labels[index] == label for index, label in checked.items()):
+            return np.asarray(labels, dtype=np.int64)
+    return np.asarray([_label(_item_label(dataset, i, name), i, name) for i in range(count)], dtype=np.int64)
+
+
+def _item_label(dataset: Any, index: int, name: str) -> Any:
+    item = dataset[index]
+    _check_pair(item, index, name)
+    return item[1]
+
+
+def _label(label: Any, index: int, name: str) -> int:
+    """A label as a whole number. Raises UserError for soft, one-hot and missing labels, naming the item."""
+    if isinstance(label, (int, np.integer)):  # the usual ones
+        return int(label)
+    if isinstance(label, (str, bytes)) or label is None:
+        raise UserError(f"{name}: item {index} has the label {label!r}; expected the number of its class")
+    value = np.asarray(label.detach().cpu() if isinstance(label, torch.Tensor) else label)
+    if value.size != 1 or value.dtype.kind not in "biuf":
+        raise UserError(
+            f"{name}: the label of item {index} has shape {value.shape} (one-hot, soft or several labels); expected "
+            "the number of its class, such as label.argmax()"
+        )
+    number = value.reshape(()).item()
+    if not np.isfinite(number) or number != int(number):
+        raise UserError(f"{name}: item {index} has the label {number}; expected a whole number, the class")
+    return int(number)
+
+
+def _ids(dataset: Any, name: str) -> list[str] | None:
+    """The dataset's own ids (a list, an array or a tensor), None if it has none."""
+    ids = getattr(dataset, "ids", None)
+    if ids is None or callable(ids):
+        return None
+    if isinstance(ids, (torch.Tensor, np.ndarray)):
+        if ids.ndim != 1:
+            raise UserError(f"{name}: its `ids` have shape {tuple(ids.shape)}; expected one id an item")
+        ids = ids.tolist()
+    ids = [i.decode() if isinstance(i, bytes) else str(i.item() if hasattr(i, "item") else i) for i in ids]
+    return ids or None
