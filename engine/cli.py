@@ -34,6 +34,7 @@ from engine.commands.options import (
     Settings,
     Sign,
     Weights,
+    check_free,
     checkpoint_sources,
     join_ranks,
     run_options,
@@ -140,6 +141,7 @@ def train(
     json_file: Json = None,
 ) -> None:
     """Trains a model from fresh weights; with --forget, the retrained reference for those samples."""
+    check_free(out)
     from engine.config import parse_assignments
     from engine.console import console, print_seconds, progress_bars
     from engine.data import open_source
@@ -201,6 +203,7 @@ def unlearn(
 
     The original is never changed. Test samples are looked at only after the model is final.
     """
+    check_free(out)
     from engine.config import read_yaml
     from engine.console import console, print_metrics, print_seconds, progress_bars
     from engine.job import Task, run_job

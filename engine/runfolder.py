@@ -77,11 +77,7 @@ def closing() -> Iterator[None]:
 def check_free(folder: str | os.PathLike[str]) -> None:
     """Raises UserError where another process works in a run folder: before the work, which `RunFolder` comes after."""
     if World.current().is_main:
-        lock.check(Path(folder), _in_use)
-
-
-def _in_use(folder: Path, owner: lock.Owner) -> str:
-    return f"output folder {folder}: a run is at work in it ({owner}); wait for its end, or name another folder"
+        lock.check(Path(folder))
 
 
 class RunFolder:
@@ -128,7 +124,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"output folder {self.path} cannot be made ({error.strerror}); name another") from None
-        self._lock = lock.take(self.path, _in_use)
+        self._lock = lock.take(self.path)
         weakref.finalize(self, self._lock.release)  # at the end of the process at the latest
         try:
             self._open(config, resume, overwrite)

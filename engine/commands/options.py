@@ -160,6 +160,14 @@ def takes_data(command: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
+def check_free(out: Path) -> None:
+    """Raises UserError where another run is at work in a folder: at once, before models and data are opened."""
+    from engine.runtime import lock
+
+    if "RANK" not in os.environ:  # several ranks find out together, when the folder is opened
+        lock.check(out)
+
+
 def run_options(settings: list[str] | None, on_bad_image: str | None) -> dict[str, Any]:
     from engine.config import parse_assignments
 

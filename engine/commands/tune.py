@@ -16,6 +16,7 @@ from engine.commands.options import (
     OnBadImage,
     Overwrite,
     Settings,
+    check_free,
     run_options,
     takes_data,
     write_json_file,
@@ -53,6 +54,7 @@ def tune(
     Options of --set and --config are fixed, the others that can be tuned are searched; the first trial has the
     defaults. No test sample is looked at. `lethe unlearn --config OUT/best.yaml` takes what was found.
     """
+    check_free(out)
     from engine.config import read_yaml
     from engine.console import console
     from engine.job import Task

@@ -167,7 +167,7 @@ def held(folder: Path, refusal: Refusal | None = None) -> Iterator[None]:
 
 
 def _refusal(folder: Path, owner: Owner) -> str:
-    return f"{folder} is in use by another run ({owner}); wait for its end, or name another folder"
+    return f"{folder}: a run is at work in it ({owner}); wait for its end, or name another folder"
 
 
 def _create(path: Path, content: bytes) -> bool:

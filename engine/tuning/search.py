@@ -111,7 +111,7 @@ def tune(
     require_optuna()
     folder = None if output_dir is None else Path(output_dir)
     if folder is not None:
-        lock.check(folder, _in_use)
+        lock.check(folder)
         check_folder(folder, resume, overwrite)
     method_class = get_method(method)
     _check_tunable(method, method_class)
@@ -147,7 +147,7 @@ def tune(
         "validation": validation.fingerprint(),
     }
     first = {name: value for name, value in defaults(method_class.Config, width).items() if name in space}
-    with contextlib.nullcontext() if folder is None else lock.held(folder, _in_use):
+    with contextlib.nullcontext() if folder is None else lock.held(folder):
         if folder is not None:
             check_folder(folder, resume, overwrite)
         study = Study(folder, settings, space, first, run.seed, overwrite=overwrite)
@@ -181,10 +181,6 @@ def tune(
         if tuned.file is not None:
             _write_best(tuned.file, tuned)
         return tuned
-
-
-def _in_use(folder: Path, owner: lock.Owner) -> str:
-    return f"output folder {folder}: a search is at work in it ({owner}); wait for its end, or name another folder"
 
 
 class _OutOfTime(Exception):

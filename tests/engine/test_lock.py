@@ -49,7 +49,7 @@ def of(process: subprocess.Popen[bytes]) -> dict[str, object]:
 
 def test_a_live_owner_is_named(tmp_path: Path, other: subprocess.Popen[bytes]) -> None:
     content = owned_by(tmp_path, **of(other))
-    with pytest.raises(UserError, match=rf"in use by another run \(process {other.pid} on host "):
+    with pytest.raises(UserError, match=rf"a run is at work in it \(process {other.pid} on host "):
         take(tmp_path)
     assert (tmp_path / FILE).read_bytes() == content
     assert [path.name for path in tmp_path.iterdir()] == [FILE]
