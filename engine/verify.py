@@ -18,7 +18,7 @@ from engine.evaluate.representation import compare_weights
 from engine.evaluate.verdict import DOES_NOT_PROVE, Evidence, Gates, Verdict, Witness, attack_power, judge
 from engine.files import write_json
 from engine.job import Task
-from engine.models.checkpoint import load_checkpoint, weights_sha256
+from engine.models.checkpoint import CheckpointSource, load_checkpoint, weights_sha256
 from engine.report.record import append_to_record, recorded
 from engine.report.run_record import origin
 from engine.runtime import lock
@@ -149,7 +149,7 @@ def check_references(
     owners = {weights_sha256(model): name for name, model in others.items() if model is not None}
     found = []
     for number, reference in enumerate(references, 1):
-        path = Path(reference) if isinstance(reference, (str, Path)) else None
+        path = Path(CheckpointSource.parse(reference).place) if isinstance(reference, (str, Path)) else None
         name = f"reference {number}" if path is None else str(reference)
         proven = path is not None and check_origin(path, task)
         digest = weights_sha256(_model(reference))
