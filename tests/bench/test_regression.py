@@ -257,6 +257,9 @@ class FakeGate:
         self.baseline, self.updating = baseline, baseline is None
         self.second_looks, self.judged = {}, []  # type: ignore[var-annotated]
 
+    def beside_revision(self, place: Place) -> bool:
+        return False
+
     def stored(self, case: str, place: Place) -> dict[str, float] | None:
         return None if self.baseline is None else FIGURES | {TIME: self.baseline}
 
