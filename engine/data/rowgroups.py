@@ -48,8 +48,8 @@ class ParquetImages:
         self.files, self.columns, self.folder = list(files), list(columns), folder
         groups: list[tuple[int, int]] = []
         rows = [0]
-        for number, path in enumerate(self.files):
-            metadata = pyarrow.parquet.read_metadata(path, memory_map=True)
+        self._metadata = [pyarrow.parquet.read_metadata(path, memory_map=True) for path in self.files]
+        for number, metadata in enumerate(self._metadata):
             for group in range(metadata.num_row_groups):
                 groups.append((number, group))
                 rows.append(metadata.row_group(group).num_rows)
@@ -119,8 +119,9 @@ class ParquetImages:
         import pyarrow.parquet
 
         file, group = self.groups[number]
-        with pyarrow.parquet.ParquetFile(self.files[file], memory_map=True) as opened:
-            facts = opened.metadata.row_group(group)
+        metadata = self._metadata[file]
+        with pyarrow.parquet.ParquetFile(self.files[file], metadata=metadata, memory_map=True) as opened:
+            facts = metadata.row_group(group)
             rows = max(1, facts.num_rows * _PIECE_BYTES // max(1, facts.total_byte_size))
             # use_threads=False: worker processes are forked.
             batches = opened.iter_batches(rows, row_groups=[group], columns=[self.columns[file]], use_threads=False)

@@ -324,3 +324,15 @@ def test_a_task_notes_the_rows_that_its_positions_are_of(tmp_path: Path) -> None
     from engine.job import Task
 
     assert Task.open("digits", "random:0.1@0").notes()["forget"]["rows"] == 1797
+
+
+@pytest.mark.slow
+def test_more_than_2_gib_of_images_in_one_row_group(tmp_path: Path) -> None:
+    rows = pa.array([{"bytes": png(77) + bytes(8 << 20), "path": None}] * 100, STRUCT)
+    table = pa.table({"image": pa.chunked_array([rows] * 3), "label": [0] * 300})
+    for split, part in (("train", table), ("test", table.slice(0, 5))):
+        pq.write_table(part, tmp_path / f"{split}.parquet")
+    assert table.nbytes > 1 << 31
+    assert pq.read_metadata(tmp_path / "train.parquet").num_row_groups == 1
+    train = open_source(f"parquet:{tmp_path}").train
+    assert [int(np.asarray(train.image(i))[0, 0]) for i in (0, 150, 299)] == [77, 77, 77]
