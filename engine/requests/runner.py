@@ -253,7 +253,8 @@ def rebase(folder: Path, checkpoint: str) -> tuple[int, bool]:
                 "lethe request list --all --ids FILE writes"
             )
         retained = Task.of_ids(source, forgotten, spec="rebase").retain if forgotten else source.train
-        proven = found is not None and found.samples_sha256 == retained.fingerprint()
+        # Trained from another checkpoint, it is as clean as that one, which its record leaves open.
+        proven = found is not None and not found.init and found.samples_sha256 == retained.fingerprint()
         number = store.next_number()
         save_checkpoint(model, store.place(number))
         store.add_rebase(number, f"full retrain, {'by its record' if proven else 'as stated'}: {checkpoint}")
