@@ -11,7 +11,6 @@ import dataclasses
 from typing import Any, Literal
 
 import torch.nn.functional as F
-from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 from engine.config import require
@@ -78,6 +77,8 @@ class Retrain(Method):
         decay = self.config.layer_decay
         if decay == 1:
             return {}
+        from timm.optim import param_groups_layer_decay  # type: ignore[attr-defined]  # its stubs leave it out
+
         groups = param_groups_layer_decay(model, layer_decay=decay)
         return {id(parameter): float(group["lr_scale"]) for group in groups for parameter in group["params"]}
 

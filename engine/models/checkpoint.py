@@ -304,7 +304,8 @@ def _open_configured(spec: ModelSpec, file: WeightFile, source: CheckpointSource
     """A model that config.json describes, with the weights of a file."""
     model = spec.build()
     expected = model.state_dict()
-    found = _remapped(fit(choose(file.contents, source.weights, str(file.path)), expected), model)
+    chosen = fit(choose(file.contents, source.weights, str(file.path)), expected)
+    found = _remapped(_with_outer_head(chosen, model), model)
     if differing := _difference(expected, found.tensors):
         raise UserError(
             f"checkpoint {file.path.parent}: {file.path.name} does not match config.json ({spec.architecture}): "
