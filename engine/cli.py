@@ -43,6 +43,7 @@ from engine.commands.options import (
 )
 from engine.commands.plan import plan
 from engine.commands.request import request_app
+from engine.commands.train_start import Start
 from engine.commands.tune import tune
 from engine.commands.verify import verify
 from engine.commands.verify_record import verify_record
@@ -98,16 +99,26 @@ def demo(
 @takes_data
 def train(
     data: Data,
+    out: Out,
     arch: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="timm architecture, such as vit_tiny_patch16_224, or a checkpoint folder: its architecture, "
             "from fresh weights. With --sliced --set base=given: the checkpoint (or timm:NAME, hf-hub:ID) whose "
-            "weights are the base.",
+            "weights are the base. With --init: of a file that does not say its own.",
             show_default=False,
         ),
-    ],
-    out: Out,
+    ] = None,
+    init: Annotated[
+        str | None,
+        typer.Option(
+            "--init",
+            metavar="CHECKPOINT",
+            help="Fine-tune from these weights: a folder, a file, timm:NAME or hf-hub:ID; the head is fresh where "
+            "classes differ. The references of a model that was made so are made from the same base.",
+            show_default=False,
+        ),
+    ] = None,
     forget: Annotated[
         str | None,
         typer.Option(
@@ -124,14 +135,8 @@ def train(
     ] = False,
     epochs: Annotated[float, typer.Option(help="Passes over the training samples.")] = 30.0,
     seed: Annotated[int, typer.Option(help="Of the initial weights and the order of samples.")] = 0,
-    model_arg: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="KEY=VALUE",
-            help="Argument of timm.create_model, such as img_size=32 or patch_size=4; repeat for more.",
-            show_default=False,
-        ),
-    ] = None,
+    model_arg: ModelArgs = None,
+    weights: Weights = None,
     settings: Settings = None,
     deepspeed: DeepSpeed = None,
     sign: Sign = None,
@@ -140,20 +145,20 @@ def train(
     overwrite: Overwrite = False,
     json_file: Json = None,
 ) -> None:
-    """Trains a model from fresh weights; with --forget, the retrained reference for those samples."""
+    """Trains a model, from fresh weights or from --init; with --forget, the retrained reference for those samples."""
     check_free(out)
-    from engine.config import parse_assignments
     from engine.console import console, print_seconds, progress_bars
     from engine.data import open_source
-    from engine.job import Task, architecture, pretrained, train_job
+    from engine.job import Task, train_job
     from engine.report.run_record import RecordOptions
 
     options = {**run_options(settings, on_bad_image), "epochs": epochs, "seed": seed}
     join_ranks(options)
+    start = Start(init, arch, model_arg, weights, sliced)
+    start.check(options)
     source = open_source(data)
     task = None if forget is None else Task.open(data, forget)
-    build = pretrained if sliced and options.get("base") == "given" else architecture
-    model = build(arch, parse_assignments(model_arg or []), source)
+    model, notes = start.model(source, task, options)
     with progress_bars() as progress:
         result = train_job(
             source,
@@ -166,7 +171,7 @@ def train(
             overwrite=overwrite,
             progress=progress,
             deepspeed=deepspeed,
-            notes={"arch": arch},
+            notes=notes,
             record=RecordOptions(key=sign),
         )
     samples = task.retain if task else source.train

@@ -34,9 +34,17 @@ from engine.files import sha256, write_json
 from engine.loop import train, unlearn
 from engine.methods import get_method
 from engine.methods.lethe import LetheConfig
-from engine.models.checkpoint import ModelSpec, imported, load_checkpoint, weights_sha256
+from engine.models.checkpoint import (
+    CheckpointSource,
+    ModelSpec,
+    describing,
+    imported,
+    load_checkpoint,
+    spec_of,
+    weights_sha256,
+)
 from engine.report import ReportData, build_gallery, write_report
-from engine.report.run_record import TRAINED, UNLEARNED, RecordOptions, write_record
+from engine.report.run_record import TRAINED, UNLEARNED, Origin, RecordOptions, origin, write_record
 from engine.runfolder import check_free
 from engine.sliced import with_fresh_head
 from engine.trainer import Progress, UnlearnResult
@@ -157,13 +165,13 @@ def run_job(
 
     record: who signs record.json, and what else it says of the request.
     """
-    from engine.verify import check_references
+    from engine.verify import check_references, original_of
 
     record = record or RecordOptions()
     check_free(output_dir)
     record.check()
     original = load_checkpoint(checkpoint)
-    check_references(task, references, {"the original": original})
+    check_references(task, references, {"the original": original}, original_of(checkpoint, original))
     retrained = [load_checkpoint(reference) for reference in references]
     metrics: dict[str, Any] = {}
 
@@ -315,7 +323,7 @@ def train_job(
     record: RecordOptions | None = None,
     **options: Any,
 ) -> UnlearnResult:
-    """Trains the architecture of `model` from fresh weights, or in slices (`method="s3t"`), and records it.
+    """Trains `model` from fresh weights, from its own (`base=given`) or in slices (`method="s3t"`), and records it.
 
     task: trains on what it retains, as its reference; None: on all training samples. record: as of `run_job`.
     notes, options: as of `engine.train`.
@@ -371,7 +379,7 @@ def evaluate_models(
             weights (those of the model, of the original or of another reference), or, if there is an original, by its
             predictions (`engine.verify.check_reference`).
     """
-    from engine.verify import check_reference, check_references
+    from engine.verify import check_reference, check_references, original_of
 
     config = config or {}
     unknown = [key for key in config if key not in _EVALUATION_KEYS]
@@ -380,7 +388,8 @@ def evaluate_models(
     began = time.perf_counter()
     opened = _opened(model)
     before = None if original is None else _opened(original)
-    checked = check_references(task, references, {"the model that is evaluated": opened, "the original": before})
+    made = None if original is None or before is None else original_of(original, before)
+    checked = check_references(task, references, {"the model that is evaluated": opened, "the original": before}, made)
     measured = task.readable(opened, config)
     evaluator = measured.evaluator(config)
     evaluation = evaluator(opened)
@@ -435,7 +444,7 @@ def _opened(model: nn.Module | str | Path) -> nn.Module:
 
 def architecture(name: str, model_args: Mapping[str, Any], source: Source) -> nn.Module:
     """A model with fresh weights for a data source: a timm architecture, or that of a checkpoint folder."""
-    if Path(name).is_dir():
+    if Path(name).is_dir() or Path(CheckpointSource.parse(name).place).is_file():
         _refuse_model_args(name, model_args)
         return load_checkpoint(name)
     return ModelSpec(
@@ -444,18 +453,51 @@ def architecture(name: str, model_args: Mapping[str, Any], source: Source) -> nn
 
 
 def pretrained(checkpoint: str, model_args: Mapping[str, Any], source: Source) -> nn.Module:
-    """A checkpoint (folder, `timm:NAME`, `hf-hub:ID`) with a fresh head for the classes of a data source.
+    """A checkpoint (folder, file, `timm:NAME`, `hf-hub:ID`) with a fresh head for the classes of a data source.
 
     Raises UserError for a run folder that says it was trained on that source.
     """
     _refuse_model_args(checkpoint, model_args)
-    said = Path(checkpoint) / "config.yaml"
+    said = CheckpointSource.parse(checkpoint).folder / "config.yaml"
     if said.is_file() and read_yaml(said).get("data") == source.spec:
         raise UserError(
             f"{checkpoint}: {said.name} says that it was trained on {source.spec}; a base must never have seen the "
             "samples, so take another, or leave base=given out"
         )
-    return with_fresh_head(load_checkpoint(checkpoint), _classes(source))
+    return with_fresh_head(load_checkpoint(checkpoint, headless=True), _classes(source))
+
+
+def init_model(checkpoint: str, source: Source, task: Task | None, seed: int) -> tuple[nn.Module, dict[str, Any]]:
+    """A model to train from a checkpoint, and what config.yaml and the record keep of it.
+
+    The head is fresh, drawn from the seed, if the classes differ from those of the data source, or their names do.
+    Raises UserError for a run folder that says it was trained on samples that are to be left out (task).
+    """
+    made = origin(CheckpointSource.parse(checkpoint).folder)
+    if made is not None and task is not None:
+        _check_base(checkpoint, made, task)
+    given = load_checkpoint(checkpoint, headless=True)
+    spec, names = spec_of(given), list(source.train.class_names)
+    kept = spec.num_classes == _classes(source) and (not names or spec.label_names in ([], names))
+    model = given if kept else with_fresh_head(given, _classes(source), seed)
+    note = {
+        "checkpoint": checkpoint,
+        "weights_sha256": weights_sha256(given),
+        "head": "kept" if kept else "fresh",
+        "trained_on": made.samples_sha256 if made else None,
+        **_import_note(given),
+    }
+    return describing(model, names or (spec.label_names if kept else [])), {"init": note}
+
+
+def _check_base(checkpoint: str, made: Origin, task: Task) -> None:
+    name = f"--init {checkpoint}: by its {made.said_by}"
+    remedy = "take a base that never saw the samples to be left out, such as the one that the original was made from"
+    seen = made.init.get("trained_on") if made.init else None
+    if task.source.train.fingerprint() in (made.samples_sha256, seen):
+        raise UserError(f"{name} it was trained on all samples of {task.source.spec}; {remedy}")
+    if made.data == task.source.spec and not (made.is_training and made.samples_sha256 == task.retain.fingerprint()):
+        raise UserError(f"{name} it was made from samples of {task.source.spec} that are to be left out; {remedy}")
 
 
 def _refuse_model_args(checkpoint: str, model_args: Mapping[str, Any]) -> None:

@@ -144,7 +144,9 @@ def train(
     deepspeed: Mapping[str, Any] | str | os.PathLike[str] | None = None,
     finalize: Callable[[UnlearnResult], None] | None = None,
 ) -> UnlearnResult:
-    """Trains the architecture of `model` from fresh weights: the `retrain` method with nothing to forget.
+    """Trains the architecture of `model`: the `retrain` method with nothing to forget.
+
+    From fresh weights, or with the option `base=given` from those of `model`.
 
     method: s3t trains in slices, so that a later deletion can drop stages (engine/methods/s3t.py); needs `output_dir`.
     Options and errors are those of `unlearn`; config holds `epochs`, `lr` and `engine.RunConfig`'s.
@@ -391,7 +393,10 @@ def set_up(
         checkpoint_blocks(student)
     if run.compile:
         student.compile()
-    updater = ZeroUpdater(student, run, zero) if zero else Updater(student, run)
+    scales = unlearner.lr_scales(student)
+    if zero and scales:
+        raise UserError("option layer_decay: DeepSpeed has one rate for all weights; leave it out, or --deepspeed")
+    updater = ZeroUpdater(student, run, zero) if zero else Updater(student, run, scales)
     trainer = Trainer(
         updater,
         unlearner,

@@ -55,7 +55,8 @@ class UnlearnResult:
         phases that was spent waiting for images, on the main rank.
     samples_seen: training samples by phase. history: one row a step, and one an event.
     events: the rows that say something went wrong (collapse).
-    watched: accuracy [0, 1] on the watched samples before and after. collapsed: it fell by more than 10 points.
+    watched: accuracy [0, 1] on the watched samples before and after. collapsed: it fell by more than 10 points, in
+        an unlearning.
     output_dir: the run folder, or None. accuracy: top-1 [0, 1] of the model on any samples.
     bad_images: ids of training images that were left out, and why (on_bad_image=skip).
     stopped: where stop_when ended the run before its epochs did: phase, epoch and step (from 0), the accuracies [0, 1]
@@ -472,7 +473,8 @@ class Trainer:
     ) -> UnlearnResult:
         self.watched["after"] = self.watch(model)
         lost = 100 * (self.watched["before"] - self.watched["after"])
-        collapsed = lost > _LOST
+        training = self.method.is_training or not len(self.method.context.forget)
+        collapsed = lost > _LOST and not training
         if collapsed:
             self.event({"event": "collapse", "at": "end", "points_lost": round(lost, 2)})
             logger.warning(
@@ -519,4 +521,5 @@ def schedule(phase: Phase, optimizer: torch.optim.Optimizer, total: int) -> Any:
     if phase.schedule == "constant":
         return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
     # One step more than is taken: the scheduler refuses to be asked past its end.
-    return torch.optim.lr_scheduler.OneCycleLR(optimizer, phase.lr, total_steps=total + 1, pct_start=0.15)
+    rates = [phase.lr * group.get("lr_scale", 1.0) for group in optimizer.param_groups]
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=total + 1, pct_start=0.15)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -52,9 +53,10 @@ class Examiner:
         self.task = task.readable(self.before, config)
         self.evaluator = self.task.evaluator(config)
         self.original = self.look(self.before)
+        made = original_of(original, self.before)
         self.references = []
         self._sources = list(references)
-        checked = check_references(task, references, {"the original": self.before})
+        checked = check_references(task, references, {"the original": self.before}, made)
         for (name, proven), reference in zip(checked, references, strict=True):
             witness = self.look(_model(reference))
             check_reference(name, witness, self.original, proven=proven, level=self.gates.level)
@@ -139,9 +141,13 @@ def prepare(
 
 
 def check_references(
-    task: Task, references: Sequence[nn.Module | str | Path], others: Mapping[str, nn.Module | None]
+    task: Task,
+    references: Sequence[nn.Module | str | Path],
+    others: Mapping[str, nn.Module | None],
+    made: MadeFrom | None = None,
 ) -> list[tuple[str, bool]]:
     """(name, whether a record proves it) of each reference. others: what none of them may be, by name.
+    made: what is known of the original.
 
     Raises UserError for a reference that is none by its record, and for one with the weights of another model: a model
     compared with itself has no gap, and two equal references have no noise floor.
@@ -151,7 +157,7 @@ def check_references(
     for number, reference in enumerate(references, 1):
         path = Path(CheckpointSource.parse(reference).place) if isinstance(reference, (str, Path)) else None
         name = f"reference {number}" if path is None else str(reference)
-        proven = path is not None and check_origin(path, task)
+        proven = path is not None and check_origin(CheckpointSource.parse(path).folder, task, made)
         digest = weights_sha256(_model(reference))
         if digest in owners:
             raise UserError(
@@ -163,24 +169,55 @@ def check_references(
     return found
 
 
-def check_origin(folder: Path, task: Task) -> bool:
+@dataclasses.dataclass(frozen=True)
+class MadeFrom:
+    """What is known of an original. weights_sha256: of its weights. init_sha256: of those it was fine-tuned from."""
+
+    weights_sha256: str
+    init_sha256: str | None = None
+
+
+def original_of(original: nn.Module | str | Path, model: nn.Module) -> MadeFrom:
+    """What an original's weights, and its run folder if it has one, say of it. model: the original, loaded."""
+    found = None
+    if isinstance(original, (str, Path)):
+        with contextlib.suppress(UserError):  # a folder that was changed says nothing of the references
+            found = origin(CheckpointSource.parse(original).folder)
+    return MadeFrom(weights_sha256(model), found.init.get("weights_sha256") if found and found.init else None)
+
+
+def check_origin(folder: Path, task: Task, original: MadeFrom | None = None) -> bool:
     """Whether a reference's run folder says that it was trained on exactly the retained samples.
 
-    False where it says nothing (a checkpoint that another program trained). Raises UserError where it says otherwise.
+    A reference that was fine-tuned (`lethe train --init`) is proven if its base is one of timm's, or the one that the
+    original was made from. False where it says nothing (a checkpoint that another program trained), or where what it
+    says leaves it open. Raises UserError where it says otherwise.
     """
     found = origin(folder)
     if found is None:
         return False
     name, remedy = f"--reference {folder}: by its {found.said_by}", "retrain with `lethe train --forget`"
-    if found.method != "retrain":
-        raise UserError(f"{name} it comes of {found.method}, not of a retrain; {remedy}")
+    if not found.is_training:
+        elsewhere = original and found.before_sha256 not in (None, original.weights_sha256)
+        if not (found.method == "finetune" and elsewhere and found.samples_sha256 == task.retain.fingerprint()):
+            raise UserError(f"{name} it comes of {found.method}, not of a retrain; {remedy}")
+        return False  # fine-tuned on what is retained, from a model that is not the original
     if found.samples_sha256 == task.source.train.fingerprint():
         raise UserError(f"{name} it was trained on all samples, those to forget among them; {remedy}")
     if found.samples_sha256 != task.retain.fingerprint():
         raise UserError(
             f"{name} it was trained on other samples than this request retains; {remedy} and the same data and request"
         )
-    return True
+    if not found.init:
+        return True
+    base, seen = found.init.get("weights_sha256"), found.init.get("trained_on")
+    if (original and base == original.weights_sha256) or seen == task.source.train.fingerprint():
+        raise UserError(
+            f"{name} it was trained from {found.init.get('checkpoint')}, which saw the samples to forget; train it "
+            "from the base of the original: lethe train --init BASE --forget FILE"
+        )
+    same = original is not None and original.init_sha256 is not None and base == original.init_sha256
+    return same or str(found.init.get("checkpoint")).startswith("timm:")
 
 
 def check_reference(name: str, reference: Witness, original: Witness, *, proven: bool, level: float) -> None:
@@ -207,7 +244,8 @@ def check_reference(name: str, reference: Witness, original: Witness, *, proven:
         raise UserError(
             f"--reference {name}: it knows the forget samples as well as the original does (AUC {lacking.value:.3f} "
             "beside retained samples; above 0.5 for a model trained without them); it was trained with them, or the "
-            "original shows no trace of them. A run folder of `lethe train --forget` is taken by its record"
+            "original shows no trace of them. A run folder of `lethe train --forget` is taken by its record; one of "
+            "`lethe train --init` if the original's own record names the same base"
         )
 
 

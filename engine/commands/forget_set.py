@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from engine.commands.options import Data, Json, takes_data, write_json_file
+from engine.commands.options import (
+    Architecture,
+    Data,
+    Json,
+    ModelArgs,
+    Weights,
+    checkpoint_sources,
+    takes_data,
+    write_json_file,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -36,6 +45,9 @@ def forget_set(
             show_default=False,
         ),
     ] = None,
+    arch: Architecture = None,
+    model_arg: ModelArgs = None,
+    weights: Weights = None,
     share: Annotated[
         float | None, typer.Option(help="Share of the training samples, such as 0.1.", show_default=False)
     ] = None,
@@ -65,7 +77,8 @@ def forget_set(
 
     require_csv(out)  # an error now, not after the work
     samples = open_source(data).train
-    model = load_checkpoint(checkpoint) if checkpoint else None
+    (place,) = checkpoint_sources([checkpoint], arch, model_arg, weights)
+    model = load_checkpoint(place) if place else None
     with progress_bars() as progress:
         chosen = choose_forget_set(
             samples,

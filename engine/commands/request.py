@@ -7,7 +7,19 @@ from typing import Annotated, Any
 
 import typer
 
-from engine.commands.options import Checkpoint, Data, Json, Reference, Settings, takes_data, write_json_file
+from engine.commands.options import (
+    Architecture,
+    Checkpoint,
+    Data,
+    Json,
+    ModelArgs,
+    Reference,
+    Settings,
+    Weights,
+    checkpoint_sources,
+    takes_data,
+    write_json_file,
+)
 from engine.commands.verify import EXIT
 from engine.errors import UserError
 
@@ -49,6 +61,9 @@ def init(
     settings: Settings = None,
     gates: GatesFile = None,
     reference: Reference = None,
+    arch: Architecture = None,
+    model_arg: ModelArgs = None,
+    weights: Weights = None,
     max_share: MaxShare = None,
 ) -> None:
     """Makes a store. Version 0 is a copy of the checkpoint, so that the lineage is whole whatever becomes of it."""
@@ -56,13 +71,15 @@ def init(
     from engine.console import console
     from engine.requests.intake import MAX_SHARE, init_store
 
+    sources = checkpoint_sources([checkpoint, *(reference or [])], arch, model_arg, weights)
+    checkpoint, *references = [each for each in sources if each is not None]
     init_store(
         store,
         checkpoint,
         data,
         method=method,
         config=parse_assignments(settings or []),
-        references=reference or [],
+        references=references,
         gates=gates,
         max_share=MAX_SHARE if max_share is None else max_share,
     )
@@ -306,12 +323,19 @@ def judge(
 
 
 @request_app.command("rebase")
-def rebase(store: StoreFolder, checkpoint: Checkpoint) -> None:
+def rebase(
+    store: StoreFolder,
+    checkpoint: Checkpoint,
+    arch: Architecture = None,
+    model_arg: ModelArgs = None,
+    weights: Weights = None,
+) -> None:
     """Makes a full retrain without the forgotten samples the current version, from which drift is counted anew."""
     from engine.console import console
     from engine.requests.runner import rebase as add_rebase
 
-    number, proven = add_rebase(store, checkpoint)
+    (place,) = checkpoint_sources([checkpoint], arch, model_arg, weights)
+    number, proven = add_rebase(store, place or checkpoint)
     shown = (
         "by its run folder it was trained on exactly the samples that are left"
         if proven

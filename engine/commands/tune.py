@@ -8,15 +8,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from engine.commands.options import (
+    Architecture,
     Checkpoint,
     ConfigFile,
     Data,
     Forget,
     Json,
+    ModelArgs,
     OnBadImage,
     Overwrite,
     Settings,
+    Weights,
     check_free,
+    checkpoint_sources,
     run_options,
     takes_data,
     write_json_file,
@@ -42,6 +46,9 @@ def tune(
     seconds: Annotated[
         float | None, typer.Option(help="How long the search may take, in all.", show_default=False)
     ] = None,
+    arch: Architecture = None,
+    model_arg: ModelArgs = None,
+    weights: Weights = None,
     settings: Settings = None,
     config: ConfigFile = None,
     on_bad_image: OnBadImage = None,
@@ -61,13 +68,14 @@ def tune(
     from engine.tuning import tune as search
 
     options = {**(read_yaml(config) if config else {}), **run_options(settings, on_bad_image)}
+    (place,) = checkpoint_sources([checkpoint], arch, model_arg, weights)
     task = Task.open(data, forget)
 
     def say(line: str) -> None:
         console.print(line, soft_wrap=True, markup=False, highlight=False)
 
     tuned = search(
-        checkpoint,
+        place or checkpoint,
         task.forget,
         task.retain,
         validation=task.source.validation,
@@ -79,7 +87,7 @@ def tune(
         resume=resume,
         overwrite=overwrite,
         on_trial=lambda trial: say(_line(trial)),
-        notes={"checkpoint": checkpoint, **task.notes()},
+        notes={"checkpoint": place or checkpoint, **task.notes()},
     )
     console.print(_table(tuned))
     for line in _lines(tuned):

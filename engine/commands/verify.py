@@ -71,12 +71,14 @@ def verify(
     """Is it forgotten? PASS (exit 0), FAIL (1) or INSUFFICIENT EVIDENCE (3), with the reason of each gate."""
     from engine.console import console
     from engine.job import Task
+    from engine.models.checkpoint import CheckpointSource
     from engine.proof import prove_job
     from engine.report.run_record import RecordOptions
     from engine.verify import check_recorded, print_verdict, record_verdict, verify_job
 
+    run_folder = CheckpointSource.parse(checkpoint).folder
     if record:
-        check_recorded(Path(checkpoint))
+        check_recorded(run_folder)
         RecordOptions(key=sign).check()
     elif sign:
         raise UserError(f"--sign {sign}: what is signed is the record; give --record too")
@@ -103,8 +105,8 @@ def verify(
         _write_html(html_file, proof, facts)
         console.print(f"evidence in {html_file}")
     if record:
-        record_verdict(Path(checkpoint), verdict, sign)
-        console.print(f"verdict.json and record.json in {checkpoint}")
+        record_verdict(run_folder, verdict, sign)
+        console.print(f"verdict.json and record.json in {run_folder}")
     raise typer.Exit(EXIT[verdict.status])
 
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,15 @@ class Updater:
 
     model: what a loss calls. module: the ViT itself, where `model` is wrapped around it.
     optimizer: AdamW over all of its weights; its first group holds the rate of the step.
+    scales: factors on that rate by the `id` of a parameter, see `Method.lr_scales`.
     """
 
-    def __init__(self, model: nn.Module, run: RunConfig) -> None:
+    def __init__(self, model: nn.Module, run: RunConfig, scales: Mapping[int, float] | None = None) -> None:
         self.model = self.module = model
         self.run = run
-        trainable = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(trainable, lr=0.0, weight_decay=run.weight_decay, fused=True)
+        self.trainable = [p for p in model.parameters() if p.requires_grad]
+        groups = _scaled(self.trainable, scales) if scales else self.trainable
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=run.weight_decay, fused=True)
         self.hooks = still_key_biases(model)
         self._apart: list[list[Tensor]] | None = None
 
@@ -42,7 +44,7 @@ class Updater:
                 moment.zero_()
         for group in self.optimizer.param_groups:
             group.pop("initial_lr", None)
-            group.update(_FRESH, lr=lr, weight_decay=self.run.weight_decay)
+            group.update(_FRESH, lr=lr * group.get("lr_scale", 1.0), weight_decay=self.run.weight_decay)
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradient of one micro-batch: `loss` counts 1 / accumulation_steps."""
@@ -50,7 +52,7 @@ class Updater:
 
     def keep_gradients(self, main: Tensor, beside: Tensor) -> None:
         """Adds the gradients of one micro-batch of each of two losses, apart; `set_gradients` makes one of them."""
-        parameters = self.optimizer.param_groups[0]["params"]
+        parameters = self.trainable
         found = [
             torch.autograd.grad(
                 loss / self.run.accumulation_steps, parameters, allow_unused=True, materialize_grads=True
@@ -67,12 +69,12 @@ class Updater:
         """Steps will take what `combine` makes of the two gradients that were kept apart."""
         assert self._apart is not None
         combined, self._apart = combine(*self._apart), None
-        for parameter, gradient in zip(self.optimizer.param_groups[0]["params"], combined, strict=True):
+        for parameter, gradient in zip(self.trainable, combined, strict=True):
             parameter.grad = gradient
 
     def step(self) -> Tensor | float:
         """Clips, steps, drops the gradients; returns their global norm before clipping."""
-        for parameter in self.optimizer.param_groups[0]["params"]:
+        for parameter in self.trainable:
             # One that the loss does not reach decays all the same, as under DeepSpeed; one that was frozen does not.
             if parameter.grad is None and parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
@@ -117,6 +119,14 @@ class Updater:
         for hook in self.hooks:
             hook.remove()
         return self.model
+
+
+def _scaled(parameters: Sequence[nn.Parameter], scales: Mapping[int, float]) -> list[dict[str, Any]]:
+    """Groups of parameters of one factor each, the largest first."""
+    found: dict[float, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        found.setdefault(scales.get(id(parameter), 1.0), []).append(parameter)
+    return [{"params": found[scale], "lr_scale": scale} for scale in sorted(found, reverse=True)]
 
 
 def _read(folder: Path) -> dict[str, Any]:

@@ -147,6 +147,7 @@ class Method:
     needs_checkpoint: what made the only checkpoints that the method takes; empty: it takes any.
     needs: what the method reads of a model, of "logits" (any classifier), "features" (what the classifier reads) and
     "attention" (patches, and the attention to them); see `refuse_unfit`.
+    is_training: trains a model from its start, so that a fall of the watched accuracy is no collapse.
     exact: never looks at the forget samples, so that there is nothing to choose by them, and `lethe tune` refuses it.
     after_collapse: what a user can do about a result that collapsed.
     step, total_steps: of the phase, set by the loop: the number of the step being taken, from 0, and of all its steps.
@@ -158,6 +159,7 @@ class Method:
     one_process: ClassVar[str] = ""
     needs: ClassVar[frozenset[str]] = frozenset({"logits"})
     exact: ClassVar[bool] = False
+    is_training: ClassVar[bool] = False
     needs_checkpoint: ClassVar[str] = ""
     after_collapse: ClassVar[str] = "Lower the rates (--set forget_lr=..., lr=...)"
     step: int = 0
@@ -169,6 +171,10 @@ class Method:
     def initial_model(self, model: nn.Module) -> nn.Module:
         """The model that the first phase starts from: the one to be unlearned, unless a method says otherwise."""
         return model
+
+    def lr_scales(self, model: nn.Module) -> dict[int, float]:
+        """Factors on the rate of a phase by the `id` of a parameter; empty: one rate for all. Plain torch alone."""
+        return {}
 
     def phases(self) -> list[Phase]:
         raise NotImplementedError

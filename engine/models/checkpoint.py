@@ -280,12 +280,12 @@ def load_checkpoint(
 
 
 def _load_named(source: CheckpointSource) -> nn.Module:
-    _refuse_arguments(source)
+    _refuse_arguments(dataclasses.replace(source, model_args={}))
     if source.weights:
         raise UserError(f"--weights {source.weights}: {source.place} has one kind of weights; leave it out")
     with fetching(source.place):
-        model = timm.create_model(source.place.removeprefix("timm:"), pretrained=True)
-    remember_model_args(model, **_recorded_model_args(model))
+        model = timm.create_model(source.place.removeprefix("timm:"), pretrained=True, **source.model_args)
+    remember_model_args(model, **{**_recorded_model_args(model), **source.model_args})
     return model.eval()
 
 
@@ -304,7 +304,8 @@ def _open_configured(spec: ModelSpec, file: WeightFile, source: CheckpointSource
     """A model that config.json describes, with the weights of a file."""
     model = spec.build()
     expected = model.state_dict()
-    found = _remapped(fit(choose(file.contents, source.weights, str(file.path)), expected), model)
+    chosen = fit(choose(file.contents, source.weights, str(file.path)), expected)
+    found = _remapped(_with_outer_head(chosen, model), model)
     if differing := _difference(expected, found.tensors):
         raise UserError(
             f"checkpoint {file.path.parent}: {file.path.name} does not match config.json ({spec.architecture}): "
@@ -599,6 +600,18 @@ def weights_sha256(model: nn.Module) -> str:
         digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def describing(model: nn.Module, names: Sequence[str]) -> nn.Module:
+    """Sets what config.json will say of a model that is trained anew, in place: its class names, and no others'."""
+    spec = spec_of(model)
+    old = (IMPORTED, "label_names", "label_descriptions")
+    extra = {key: value for key, value in spec.extra.items() if key not in old}
+    if len(names) == spec.num_classes:
+        extra["label_names"] = [str(name) for name in names]
+    cfg = {key: value for key, value in spec.pretrained_cfg.items() if key not in old}
+    setattr(model, _SPEC, dataclasses.replace(spec, extra=extra, pretrained_cfg=cfg))
+    return model
 
 
 def with_label_names(model: nn.Module, names: Sequence[str], said_by: str) -> nn.Module:

@@ -54,11 +54,25 @@ class RecordOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """How a run folder says that its model was made. samples_sha256: `Samples.fingerprint()` of what was retained."""
+    """How a run folder says that its model was made.
+
+    samples_sha256: `Samples.fingerprint()` of what was retained. forgotten: how many samples it was to forget; 0 in a
+    training. data: spec of the source. before_sha256: `weights_sha256` of the model that was unlearned. init: of a
+    training from another checkpoint, as `engine.job.init_model` notes it.
+    """
 
     method: str
     samples_sha256: str
     said_by: str
+    forgotten: int = 0
+    data: str | None = None
+    before_sha256: str | None = None
+    init: Mapping[str, Any] | None = None
+
+    @property
+    def is_training(self) -> bool:
+        """Whether the model was trained on those samples alone, in one go or in slices."""
+        return self.method == "retrain" or (self.method == "s3t" and not self.forgotten)
 
 
 def origin(folder: Path) -> Origin | None:
@@ -76,8 +90,19 @@ def origin(folder: Path) -> Origin | None:
         said_by = "config.yaml"
     else:
         return None
-    method, digest = (config or {}).get("method"), (data or {}).get("samples", {}).get("retain_sha256")
-    return Origin(method, digest, said_by) if method and digest else None
+    config, samples = config or {}, (data or {}).get("samples", {})
+    method, digest = config.get("method"), samples.get("retain_sha256")
+    if not method or not digest:
+        return None
+    return Origin(
+        method=method,
+        samples_sha256=digest,
+        said_by=said_by,
+        forgotten=int(samples.get("forget", 0)),
+        data=(data or {}).get("spec") or config.get("data"),
+        before_sha256=(recorded(folder, "weights") or {}).get("before"),
+        init=config.get("init"),
+    )
 
 
 def write_record(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import shutil
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from engine.errors import UserError
 from engine.evaluate.verdict import Gates
 from engine.job import Task
 from engine.methods import get_method
-from engine.models.checkpoint import load_checkpoint, save_checkpoint
+from engine.models.checkpoint import CheckpointSource, load_checkpoint, save_checkpoint
 from engine.models.info import model_info, num_classes_of
 from engine.requests.store import Request, Store, is_store, moment, place_of, utc_now
 from engine.sliced import copy_stages
@@ -140,5 +141,12 @@ def load_fitting(checkpoint: str, source: Source) -> nn.Module:
 
 
 def absolute(checkpoints: Sequence[str]) -> list[str]:
-    """Folders by their whole path: a run may go on from another directory. Names of timm and the hub as they are."""
-    return [str(Path(name).resolve()) if Path(name).is_dir() else name for name in checkpoints]
+    """Folders and files by their whole path: a run may go on from another directory. Names of timm and the hub as they
+    are."""
+    sources = [CheckpointSource.parse(name) for name in checkpoints]
+    return [
+        str(dataclasses.replace(source, place=str(Path(source.place).resolve())))
+        if Path(source.place).exists()
+        else name
+        for source, name in zip(sources, checkpoints, strict=True)
+    ]

@@ -35,7 +35,7 @@ from engine.evaluate.representation import compare_weights
 from engine.evaluate.verdict import FAIL, PASS, Gates, Verdict
 from engine.job import Task, run_job
 from engine.methods import get_method
-from engine.models.checkpoint import load_checkpoint, save_checkpoint
+from engine.models.checkpoint import CheckpointSource, load_checkpoint, save_checkpoint
 from engine.report.run_record import origin
 from engine.requests.intake import absolute, load_fitting, open_data
 from engine.requests.store import Run, Store, locked
@@ -240,7 +240,7 @@ def rebase(folder: Path, checkpoint: str) -> tuple[int, bool]:
     with locked(folder), Store.open(folder) as store:
         _ended(store)
         source, forgotten = open_data(store), store.forgotten()
-        model, found = load_fitting(checkpoint, source), origin(Path(checkpoint))
+        model, found = load_fitting(checkpoint, source), origin(CheckpointSource.parse(checkpoint).folder)
         if found is not None and found.method != "retrain":
             raise UserError(
                 f"--checkpoint {checkpoint}: by its {found.said_by} it comes of {found.method}, not of a full retrain; "
@@ -253,7 +253,8 @@ def rebase(folder: Path, checkpoint: str) -> tuple[int, bool]:
                 "lethe request list --all --ids FILE writes"
             )
         retained = Task.of_ids(source, forgotten, spec="rebase").retain if forgotten else source.train
-        proven = found is not None and found.samples_sha256 == retained.fingerprint()
+        # Trained from another checkpoint, it is as clean as that one, which its record leaves open.
+        proven = found is not None and not found.init and found.samples_sha256 == retained.fingerprint()
         number = store.next_number()
         save_checkpoint(model, store.place(number))
         store.add_rebase(number, f"full retrain, {'by its record' if proven else 'as stated'}: {checkpoint}")

@@ -13,6 +13,7 @@ from toys import tiny_vit
 from typer.testing import CliRunner
 
 from engine.cli import app
+from engine.commands.options import checkpoint_sources
 from engine.errors import UserError
 from engine.models.checkpoint import ModelSpec, imported, load_checkpoint, save_checkpoint, spec_of, weights_sha256
 
@@ -223,3 +224,27 @@ def test_deit_with_two_heads_opens(tmp_path: Path) -> None:
     )
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(found(images), model.eval()(images))
+
+
+def test_every_command_with_a_checkpoint_takes_a_file(tmp_path: Path) -> None:
+    path = saved(tmp_path, {"state_dict": tiny_vit(seed=4).state_dict()})
+    given = ["--checkpoint", path, "--arch", ARCH]
+    given += [word for key, value in SIZES.items() for word in ("--model-arg", f"{key}={value}")]
+    for words in (
+        ["evaluate", *given, *DIGITS, "--json", tmp_path / "m.json"],
+        ["forget-set", *given, "--data", "digits", "--strategy", "random", "--count", 9, "--out", tmp_path / "f.csv"],
+        ["request", "init", "--store", tmp_path / "store", *given, "--data", "digits"],
+    ):
+        code, output = lethe(*words)
+        assert code == 0, output
+        code, output = lethe(*words[: words.index("--arch")], *words[words.index("--model-arg") :], "--weights", "ema")
+        assert code == 2, output
+    original = load_checkpoint(f"{path}?arch={ARCH}&embed_dim=32&depth=2&num_heads=2")
+    assert weights_sha256(load_checkpoint(tmp_path / "store" / "versions" / "0000")) == weights_sha256(original)
+
+
+def test_arguments_go_to_the_checkpoints_that_need_them(tmp_path: Path, checkpoint: Path) -> None:
+    path = saved(tmp_path, tiny_vit().state_dict())
+    found = checkpoint_sources([str(checkpoint), str(path), None, "timm:resnet18"], ARCH, ["depth=2"], "raw")
+    assert found == [str(checkpoint), f"{path}?arch={ARCH}&weights=raw&depth=2", None, "timm:resnet18"]
+    assert checkpoint_sources([str(checkpoint)], ARCH, None, None) == [f"{checkpoint}?arch={ARCH}"]
