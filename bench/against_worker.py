@@ -66,13 +66,13 @@ class Side:
     def __init__(self) -> None:
         import torch
 
-        from bench import regression
+        from bench import measure, regression
         from bench.regression_cases import CASES
         from engine.allocator import keeping_freed_memory
         from engine.device import resolve_device
 
         self.cases = {case.name: case for case in CASES}
-        self.measure = regression
+        self.measure, self.stopwatch = regression, measure.stopwatch
         self.device = resolve_device("auto")
         torch.set_num_threads(1)  # as in bench/test_regression.py
         self._allocator = keeping_freed_memory(self.device)
@@ -98,8 +98,7 @@ class Side:
 
     def calibrate(self) -> dict[str, Any]:
         """Seconds of the fastest of some calls."""
-        stopwatch = self.measure.stopwatch
-        return {"seconds": min(stopwatch(self.work.ours, self.device)[0] for _ in range(self.measure.WARM_UP))}
+        return {"seconds": min(self.stopwatch(self.work.ours, self.device)[0] for _ in range(self.measure.WARM_UP))}
 
     def sample(self, calls: int) -> dict[str, Any]:
         """Seconds of one call: the mean of so many."""

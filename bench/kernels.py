@@ -28,7 +28,7 @@ from engine.console import console
 from engine.device import resolve_device
 from engine.masking import count_masked
 from engine.models.checkpoint import ModelSpec
-from engine.models.vit import attention_modules, describe
+from engine.models.vit import attention_info, attention_modules
 
 Only = Literal["rollout", "info_nce", "mask"]
 Case = dict[str, Any]
@@ -142,7 +142,7 @@ def _rollout(plan: Plan, device: torch.device, _slow_peers: bool) -> Iterator[Ca
     for name, architecture, arguments, batches in plan.models:
         spec = ModelSpec(architecture=architecture, num_classes=1000, model_args=arguments, pretrained_cfg={})
         model = _attentive(spec.build(seed=0)).eval().to(device, dtype)
-        info = describe(model)
+        info = attention_info(model)
         for batch in batches:
             images = torch.randn(batch, info.in_chans, *info.input_size, generator=torch.Generator().manual_seed(0))
             case = RolloutCase.of(model, info, images.to(device, dtype), count_masked(info, SHARE))

@@ -25,7 +25,7 @@ from bench.measure import Call
 from engine.data import Loader, Preprocessing, Samples, open_source
 from engine.evaluate.predict import predict
 from engine.masking import count_masked, mask_and_outputs
-from engine.models.vit import describe
+from engine.models.vit import ViTInfo, describe
 from lethe_kernels import attention_rollout, info_nce, mask_patches, mask_tokens, rollout_topk_mask
 
 TEMPERATURE = 0.1
@@ -171,6 +171,7 @@ def _masks_of_a_model(device: torch.device) -> Work:
         block.attn.fused_attn = False
         block.attn.attn_drop.register_forward_hook(lambda _module, _inputs, output: maps.append(output))
     info = describe(model)
+    assert isinstance(info, ViTInfo)
     images, top = _digits(16, 32).to(device), count_masked(info, SHARE)
 
     @torch.no_grad()

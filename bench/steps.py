@@ -23,7 +23,7 @@ from engine.data import Batch, Preprocessing, Samples, open_source
 from engine.loop import set_up
 from engine.masking import count_masked
 from engine.methods.lethe import LetheConfig
-from engine.models.vit import describe
+from engine.models.vit import attention_info
 
 PARTS = ("data", "teacher", "forward", "backward", "optimizer", "communication")
 _DECAY, _CLIP, _RATE = RunConfig().weight_decay, RunConfig().grad_clip, 1e-4
@@ -142,7 +142,7 @@ class PlainStep:
         self.original = case.model.spec().build(seed=0).to(device).eval() if case.phase == "forget" else None
         if self.original is not None:
             self._set_attention(self.original, "eager")  # its maps are read
-            info = describe(self.original)
+            info = attention_info(self.original)
             self.patch, self.masked = info.patch_size, count_masked(info, LetheConfig().mask_share)
         if case.compile:
             self.model.compile()

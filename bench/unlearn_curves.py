@@ -30,7 +30,7 @@ from engine.loop import unlearn
 from engine.masking import count_masked, mask_and_outputs
 from engine.models.attention import capture_queries_keys
 from engine.models.checkpoint import save_checkpoint
-from engine.models.vit import describe
+from engine.models.vit import attention_info
 from engine.plan.cost import Cost, count_cost
 from lethe_kernels import attention_rollout, info_nce, resolve_backend
 from lethe_kernels.rollout import attention_rollout_reference
@@ -295,7 +295,7 @@ def _runs(
 def _resolution(setting: Setting, case: ScalingCase) -> Iterator[Curve]:
     models, batch = setting.sizes(case), setting.batch(case)
     built = [model.spec().build(seed=0).to(setting.device) for model in models]
-    infos, costs = [describe(model) for model in built], [_cost(setting, model) for model in models]
+    infos, costs = [attention_info(model) for model in built], [_cost(setting, model) for model in models]
     tokens = [info.num_patches + info.num_prefix_tokens for info in infos]
     labels = [f"{info.input_size[0]} px" for info in infos]
     curve = functools.partial(Curve, variable="tokens N", sizes=tokens, labels=labels)
@@ -432,7 +432,7 @@ def _steps(setting: Setting, case: ScalingCase, models: Sequence[Model]) -> tupl
 def _images(model_case: Model, model: nn.Module, count: int) -> Tensor:
     """Normalised digits [count, C, H, W] as the model wants them."""
     samples = digits(StepCase(model=model_case, phase="retain", precision="fp32", batch=count), count)
-    preprocessing, channels = Preprocessing.of(model), describe(model).in_chans
+    preprocessing, channels = Preprocessing.of(model), attention_info(model).in_chans
     pixels = [preprocessing.resize(samples.tensor(index, channels)) for index in range(count)]
     return preprocessing.normalise(torch.stack(pixels))
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
-from timm.models.vision_transformer import Attention
+from timm.layers.attention import Attention
 from torch import Tensor, nn
 
 from engine.errors import UserError
@@ -82,8 +82,7 @@ def attention_info(model: nn.Module) -> ViTInfo:
     grid = _grid_of(embed, general.input_size)
     patch = _patch_of(model, general.input_size, grid)
     prefix = int(getattr(core, "num_prefix_tokens", 1))
-    pool = getattr(core, "global_pool", "token")
-    pool = "token" if pool == "token" else "avg"
+    pool: Literal["token", "avg", "map"] = "token" if getattr(core, "global_pool", "token") == "token" else "avg"
     if not plain_attention(model) and check_calls(model, prefix + grid[0] * grid[1], prefix):
         pool = "map"
     elif getattr(core, "attn_pool", None) is not None or getattr(core, "global_pool", "") == "map":
