@@ -43,6 +43,7 @@ from engine.models.checkpoint import (
     spec_of,
     weights_sha256,
 )
+from engine.models.huggingface import as_classifier
 from engine.report import ReportData, build_gallery, write_report
 from engine.report.run_record import TRAINED, UNLEARNED, Origin, RecordOptions, origin, write_record
 from engine.runfolder import check_free
@@ -439,7 +440,7 @@ def _as_they_were(models: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def _opened(model: nn.Module | str | Path) -> nn.Module:
-    return load_checkpoint(model) if isinstance(model, (str, Path)) else model
+    return load_checkpoint(model) if isinstance(model, (str, Path)) else as_classifier(model)
 
 
 def architecture(name: str, model_args: Mapping[str, Any], source: Source) -> nn.Module:

@@ -41,6 +41,7 @@ from engine.methods import Context, Method, Phase, get_method
 from engine.methods.base import refuse_unfit
 from engine.models.attention import attention_as
 from engine.models.checkpoint import load_checkpoint, spec_of
+from engine.models.huggingface import as_classifier, as_given
 from engine.models.info import num_classes_of, usable
 from engine.models.vit import checkpoint_blocks, describe
 from engine.pruning import check_pruning, pruned_phases
@@ -124,8 +125,7 @@ def unlearn(
         result = _run(run, started, finalize)
     if inplace and result.model is not original:
         original.load_state_dict(result.model.state_dict())
-    if inplace:
-        result.model = given
+    result.model = given if inplace else as_given(result.model, given)
     return result
 
 
@@ -158,7 +158,7 @@ def train(
     resumable = output_dir is not None
     with shown_progress(progress) as progress, watching_ranks(resumable), runfolder.closing():
         run = set_up(
-            model,
+            as_classifier(model),
             samples.subset([], "forget"),
             samples,
             method=method,
@@ -171,7 +171,9 @@ def train(
             notes=notes,
             deepspeed=deepspeed,
         )
-        return _run(run, started, finalize)
+        result = _run(run, started, finalize)
+    result.model = as_given(result.model, model)
+    return result
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -307,6 +309,7 @@ def set_up(
         "decode": run.decode,
     }
     preprocessing = Preprocessing.of(original)
+    preprocessing.check(forget)
     unreadable = bad_images(forget, preprocessing, out_of=len(forget) + len(retain), **loading)
     if not method_class.exact:  # an exact method needs the ids alone
         forget = without(forget, unreadable)

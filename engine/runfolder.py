@@ -35,6 +35,7 @@ _FILES = (
     "config.yaml",
     "history.jsonl",
     "config.json",
+    "preprocessor_config.json",
     "model.safetensors",
     "stages.safetensors",
     "metrics.json",

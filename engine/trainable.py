@@ -27,6 +27,8 @@ from engine.models.info import classifiers
 # Model attribute that holds the names of the weights that `restrict` froze.
 _FROZEN = "_lethe_frozen"
 _PARAMETRIZED = ".parametrizations.weight."
+# Parts of a block of transformers, by timm's names.
+_PARTS = {"attention": "attn", "self_attn": "attn", "intermediate": "mlp", "output": "mlp"}
 _BLOCK = re.compile(r"(layers\.\d+\.)?blocks\.\d+")
 
 
@@ -113,11 +115,14 @@ def low_ranks(model: nn.Module) -> list[list[LowRank]]:
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """The blocks in the order of the pass, over all stages of a Swin."""
-    return [module for name, module in model.named_modules() if _BLOCK.fullmatch(name)]
+    found = [module for name, module in model.named_modules() if _BLOCK.fullmatch(name)]
+    return found or list(getattr(model, "blocks", ()))
 
 
 def after_blocks(model: nn.Module) -> list[nn.Module]:
     """What comes behind the blocks: norms, pooling, heads."""
+    if hasattr(model, "tail"):  # not a model of timm
+        return list(model.tail)  # type: ignore[arg-type]
     children = dict(model.named_children())
     names = list(children)
     return [children[name] for name in names[max(names.index(n) for n in ("blocks", "layers") if n in names) + 1 :]]
@@ -155,7 +160,7 @@ def _linear_layers(model: nn.Module, parts: Sequence[str], spec: str, rank: int)
         module
         for block in blocks_of(model)
         for name, module in block.named_modules()
-        if isinstance(module, nn.Linear) and name.count(".") == 1 and name.partition(".")[0] in parts
+        if isinstance(module, nn.Linear) and _part_of_block(name) in parts
     ]
     if not layers:
         raise UserError(
@@ -168,3 +173,11 @@ def _linear_layers(model: nn.Module, parts: Sequence[str], spec: str, rank: int)
             f"option trainable={spec!r}: the smallest dimension of the layers is {smallest}, so R is 1 to {smallest}"
         )
     return layers
+
+
+def _part_of_block(name: str) -> str:
+    """The part of a block that a linear layer belongs to, in timm's words; empty for one that makes a position bias."""
+    first, _, rest = name.partition(".")
+    if first in _PARTS:  # transformers nests its layers deeper
+        return "" if "position_bias" in rest else _PARTS[first]
+    return first if name.count(".") == 1 else ""

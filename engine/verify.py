@@ -20,6 +20,7 @@ from engine.evaluate.verdict import DOES_NOT_PROVE, Evidence, Gates, Verdict, Wi
 from engine.files import write_json
 from engine.job import Task
 from engine.models.checkpoint import CheckpointSource, load_checkpoint, weights_sha256
+from engine.models.huggingface import as_classifier
 from engine.report.record import append_to_record, recorded
 from engine.report.run_record import origin
 from engine.runtime import lock
@@ -262,7 +263,7 @@ def _changed(model: nn.Module, original: nn.Module) -> float | None:
 
 
 def _model(model: nn.Module | str | Path) -> nn.Module:
-    return load_checkpoint(model) if isinstance(model, (str, Path)) else model
+    return load_checkpoint(model) if isinstance(model, (str, Path)) else as_classifier(model)
 
 
 def record_verdict(folder: Path, verdict: Verdict, key: Path | None = None) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from engine.data.dict_datasets import as_pairs
 from engine.data.samples import IdKind, Samples
 from engine.errors import UserError
 
@@ -19,7 +20,9 @@ _CHECKED = 16  # items that are read twice; a mirror image of probability 1/2 is
 
 
 def from_dataset(dataset: Dataset[Any] | Samples, name: str) -> Samples:
-    """Samples over a user's own map-style `torch.utils.data.Dataset` of (image, label).
+    """Samples over a user's own map-style `torch.utils.data.Dataset` of (image, label), or of dicts.
+
+    Dicts, and a `datasets.Dataset` of Hugging Face, are read as `engine.data.dict_datasets` says.
 
     An image is a PIL image, or a float tensor [C, H, W] normalised as the model wants it. Ids come from the
     attribute `ids`, else are the index as text. Labels come from `labels` or `targets` if they are what the items
@@ -31,6 +34,8 @@ def from_dataset(dataset: Dataset[Any] | Samples, name: str) -> Samples:
     """
     if isinstance(dataset, Samples):
         return dataset
+    with _kept_random_state():
+        dataset = as_pairs(dataset, name)
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
         raise UserError(
             f"{name}: expected engine.data.Samples or a map-style Dataset with __len__, got {type(dataset).__name__}"

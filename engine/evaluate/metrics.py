@@ -17,6 +17,7 @@ from engine.errors import UserError
 from engine.evaluate.agreement import SETS, agreement_report, mean_kl, top1_agreement
 from engine.evaluate.membership import DIRECTION, attack_report, loss_auc, non_member_calls
 from engine.evaluate.predict import Predictions, predict
+from engine.models.huggingface import as_classifier
 from engine.models.info import num_classes_of
 
 GAPS = ("forget", "retain", "test", "mia")
@@ -94,6 +95,7 @@ class Evaluator:
 
     def all_predictions(self, model: nn.Module) -> dict[str, Predictions]:
         """Those of every set. Raises UserError for labels beyond the head, and for outputs that are not finite."""
+        model = as_classifier(model)
         for name, samples in self.sets.items():
             if samples.labels.max() >= num_classes_of(model):
                 raise UserError(

@@ -16,6 +16,7 @@ from engine.config import RunConfig, build
 from engine.data import Batch, Loader, Preprocessing, Samples
 from engine.device import autocast, resolve_device, resolve_precision
 from engine.errors import UserError
+from engine.models.huggingface import as_classifier
 from engine.models.info import classifiers, num_classes_of
 from engine.models.vit import outputs
 from engine.trainer import Progress
@@ -65,6 +66,7 @@ class Pool:
         progress: Progress | None = None,
     ) -> None:
         self.samples, self.count, self.seed, self.progress = samples, count, seed, progress
+        model = None if model is None else as_classifier(model)
         self._model, self._run = model, run or reading({})
         self._answers: Answers | None = None
         self._features: Tensor | None = None

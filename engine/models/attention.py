@@ -29,12 +29,15 @@ def attention_as(model: nn.Module, implementation: str) -> Iterator[None]:
     redirected = _usable_attention(_without_windows(model)) if implementation == "xformers" else []
     for module in before:
         module.fused_attn = implementation != "eager"  # type: ignore[assignment]
+    other = model.set_attention(implementation) if hasattr(model, "set_attention") else None  # type: ignore[operator]
     try:
         with through_xformers(redirected) if redirected else contextlib.nullcontext():
             yield
     finally:
         for module, fused in before.items():
             module.fused_attn = fused
+        if other is not None:
+            model.set_attention(other)  # type: ignore[operator]
 
 
 def _without_windows(model: nn.Module) -> nn.Module:

@@ -104,6 +104,10 @@ class ModelSpec:
         setattr(model, _SPEC, self)
         return model
 
+    def write(self, model: nn.Module, folder: Path) -> Path | None:
+        """Writes a model in a layout of its own; None where its layout is timm's."""
+        return None
+
 
 def spec_of(model: nn.Module) -> ModelSpec:
     """The spec of a model built here, or by `timm.create_model`.
@@ -268,6 +272,11 @@ def load_checkpoint(
         )
     folder = place if place.is_dir() else place.parent
     config = config_of(folder)
+    if config is not None and config.get("model_type") and (place.is_dir() or place.name == "model.safetensors"):
+        from engine.models import huggingface
+
+        _refuse_arguments(source)
+        return huggingface.load(folder, config)
     if place.is_dir() and (folder / "config.json").is_file():
         _refuse_arguments(source)
         model = _open_configured(_read_spec(folder), read_weights(place), source)
@@ -284,6 +293,12 @@ def _load_named(source: CheckpointSource) -> nn.Module:
     if source.weights:
         raise UserError(f"--weights {source.weights}: {source.place} has one kind of weights; leave it out")
     with fetching(source.place):
+        if source.place.startswith("hf-hub:"):
+            from engine.models import huggingface
+
+            if (found := huggingface.hub_folder(source.place.removeprefix("hf-hub:"))) is not None:
+                _refuse_arguments(source)
+                return huggingface.load(*found)
         model = timm.create_model(source.place.removeprefix("timm:"), pretrained=True, **source.model_args)
     remember_model_args(model, **{**_recorded_model_args(model), **source.model_args})
     return model.eval()
@@ -573,7 +588,12 @@ def save_checkpoint(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
 
     Each file is written under another name and renamed, so a failure (no space left) leaves the earlier one whole.
     """
-    spec, folder = spec_of(model), Path(folder)
+    from engine.models.huggingface import as_classifier
+
+    model, folder = as_classifier(model), Path(folder)
+    spec = spec_of(model)
+    if (written := spec.write(model, folder)) is not None:
+        return written
     folder.mkdir(parents=True, exist_ok=True)
     config = {
         **spec.extra,

@@ -86,11 +86,14 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def usable(model: nn.Module, inplace: bool = False) -> nn.Module:
     """The module to work on: `unwrapped`, and in float32 in place of float16, in which small updates are lost.
 
-    A copy is made for the latter unless `inplace`. Raises UserError for what is no module.
+    A copy is made for the latter unless `inplace`. A classifier of transformers is wrapped, see `as_classifier`.
+    Raises UserError for what is no module.
     """
+    from engine.models.huggingface import as_classifier
+
     if not isinstance(model, nn.Module):
         raise UserError(f"model is a {type(model).__name__}, expected a torch.nn.Module or a checkpoint's path")
-    model = unwrapped(model)
+    model = as_classifier(unwrapped(model))
     if any(p.dtype == torch.float16 for p in model.parameters()):
         logger.warning("the model's float16 weights are converted to float32, in which it is trained and returned")
         model = (model if inplace else copy.deepcopy(model)).float()

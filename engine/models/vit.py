@@ -67,7 +67,11 @@ def attention_info(model: nn.Module) -> ViTInfo:
     Raises UserError, with what was found in place of it, for every other model.
     """
     if (declared := declared_info(model)) is not None:
-        return declared
+        if isinstance(declared, ViTInfo):
+            return declared
+        raise UserError(
+            f"{type(model).__name__}: {getattr(model, 'attention_problem', 'its attention cannot be read')}"
+        )
     if is_swin(model):
         return _swin_info(model)
     core: Any = configured_model(model) or model

@@ -25,6 +25,7 @@ from engine.loop import unlearn
 from engine.methods import Method, get_method
 from engine.methods.spaces import defaults, spaces
 from engine.models.checkpoint import load_checkpoint, weights_sha256
+from engine.models.huggingface import as_classifier
 from engine.models.info import model_info
 from engine.runtime import lock
 from engine.trainer import Progress
@@ -115,7 +116,7 @@ def tune(
         check_folder(folder, resume, overwrite)
     method_class = get_method(method)
     _check_tunable(method, method_class)
-    original = load_checkpoint(model) if isinstance(model, (str, os.PathLike)) else model
+    original = load_checkpoint(model) if isinstance(model, (str, os.PathLike)) else as_classifier(model)
     forget, retain = from_dataset(forget, "forget"), from_dataset(retain, "retain")
     validation, fixed = from_dataset(validation, "validation"), dict(config or {})
     run, _ = split_options(fixed, method_class.Config)
