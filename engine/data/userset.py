@@ -35,22 +35,22 @@ def from_dataset(dataset: Dataset[Any] | Samples, name: str) -> Samples:
     if isinstance(dataset, Samples):
         return dataset
     with _kept_random_state():
-        dataset = as_pairs(dataset, name)
-    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+        pairs = as_pairs(dataset, name)
+    if not hasattr(pairs, "__getitem__") or not hasattr(pairs, "__len__"):
         raise UserError(
             f"{name}: expected engine.data.Samples or a map-style Dataset with __len__, got {type(dataset).__name__}"
         )
-    count = len(dataset)
+    count = len(pairs)
     with _kept_random_state():
-        checked = _read_twice(dataset, count, name)
-        labels = _labels(dataset, count, checked, name)
-    ids = _ids(dataset, name)
+        checked = _read_twice(pairs, count, name)
+        labels = _labels(pairs, count, checked, name)
+    ids = _ids(pairs, name)
     return Samples(
         name,
         [str(i) for i in range(count)] if ids is None else ids,
         labels,
-        functools.partial(_of_item, dataset),
-        getattr(dataset, "classes", ()),
+        functools.partial(_of_item, pairs),
+        getattr(pairs, "classes", ()),
         id_kind=IdKind.of_rows(count, "items") if ids is None else IdKind("the dataset's `ids`"),
     )
 

@@ -400,6 +400,13 @@ def _part_of(key: str, heads: set[str]) -> str:
     if match := re.match(r"(?:layers\.(\d+)\.)?blocks\.(\d+)\.", key):
         stage, block = match[1], int(match[2]) + 1
         return f"block {block}" if stage is None else f"stage {int(stage) + 1} block {block}"
+    if match := re.match(
+        r"model\.\w+\.(?:encoder\.)?layers?\.(\d+)\.(?!downsample)(?:blocks\.(\d+)\.)?", key
+    ):  # of transformers
+        first, inner = int(match[1]) + 1, match[2]
+        return f"block {first}" if inner is None else f"stage {first} block {int(inner) + 1}"
     if key.startswith(("patch_embed.", "pos_embed", "cls_token", "reg_token", "dist_token")):
+        return EMBEDDING
+    if re.match(r"model\.\w+\.embeddings\.", key):
         return EMBEDDING
     return "other"

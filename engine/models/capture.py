@@ -86,7 +86,8 @@ def attention_calls(model: nn.Module) -> Iterator[list[AttentionCall]]:
             module._compiled_call_impl = None
             stack.callback(setattr, module, "_compiled_call_impl", graph)
         if hasattr(model, "set_attention"):  # a model of transformers
-            stack.callback(model.set_attention, model.set_attention("sdpa"))  # type: ignore[operator]
+            adapter: Any = model
+            stack.callback(adapter.set_attention, adapter.set_attention("sdpa"))
         stack.enter_context(_Recorder(calls, current))
         yield calls
 

@@ -353,7 +353,7 @@ def hub_folder(name: str) -> tuple[Path, dict[str, Any]] | None:
     import huggingface_hub
 
     repository, _, revision = name.partition("@")
-    options = {"revision": revision or None}
+    options: dict[str, Any] = {"revision": revision or None}
     path = Path(huggingface_hub.hf_hub_download(repository, "config.json", **options))
     config = json.loads(path.read_text(encoding="utf-8"))
     if not config.get("model_type"):

@@ -17,6 +17,7 @@ from engine.distributed.world import World
 from engine.environment import commit
 from engine.errors import UserError
 from engine.files import full_disk, replacing
+from engine.models.image_processor import PROCESSOR
 from engine.report.record import IDS, SALT, Record, canonical, hashed_ids, recorded, verify_record
 from engine.report.signature import signer
 from engine.sliced import STAGES
@@ -135,7 +136,7 @@ def write_record(
     record.append("events", {"events": result.events, "bad_images": bad_images})
     if metrics is not None:
         record.append("metrics", metrics)
-    record.seal(folder, [*files, *(name for name in (IDS, STAGES) if (folder / name).exists())], options.key)
+    record.seal(folder, [*files, *(name for name in (IDS, STAGES, PROCESSOR) if (folder / name).exists())], options.key)
 
 
 def _ids(

@@ -310,3 +310,12 @@ def test_modules_of_transformers_where_models_are_taken(tmp_path: Path) -> None:
     assert len(choose_forget_set(retain, "highest-loss", count=4, model=model).ids) == 4
     save_checkpoint(model, tmp_path)
     assert torch.equal(logits(AutoModel.from_pretrained(tmp_path), images()), logits(model, images()))
+
+
+@pytest.mark.parametrize(("name", "blocks"), [("vit", 2), ("dinov2", 2), ("clip", 2), ("swin", 3)])
+def test_weights_are_compared_by_part(name: str, blocks: int) -> None:
+    from engine.evaluate.representation import compare_weights
+
+    distance = compare_weights(as_classifier(tiny(name, seed=1)), as_classifier(tiny(name)))["distance"]
+    assert {"patch embedding", "head"} <= set(distance)
+    assert sum("block" in part for part in distance) == blocks

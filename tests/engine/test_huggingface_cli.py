@@ -64,6 +64,8 @@ def test_unlearn_and_evaluate(name: str, method: str, lethe: Lethe, photographs:
     assert list(back.config.id2label.values()) == NAMES
     assert list(transformers.AutoImageProcessor.from_pretrained(tmp_path / "out").image_mean) == [0.1, 0.2, 0.3]
     assert logits(back, images()).shape == (24, 4)
+    covered = json.loads((tmp_path / "out" / "record.json").read_text())["files"]
+    assert {"config.json", "model.safetensors", "preprocessor_config.json"} <= set(covered)
     code, _, err = lethe("evaluate", "--checkpoint", tmp_path / "out", *words, "--json", tmp_path / "metrics.json")
     assert code == 0, err
     assert 0 <= json.loads((tmp_path / "metrics.json").read_text())["accuracy"]["retain"] <= 1
