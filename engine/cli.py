@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,6 +16,7 @@ from engine.commands import exits
 from engine.commands.attack import attack
 from engine.commands.forget_set import forget_set
 from engine.commands.import_checkpoint import import_checkpoint
+from engine.commands.opening import named_references, takes_models
 from engine.commands.options import (
     RANK,
     Architecture,
@@ -48,6 +49,9 @@ from engine.commands.tune import tune
 from engine.commands.verify import verify
 from engine.commands.verify_record import verify_record
 from engine.errors import EXIT_CODES, BadResult, UserError
+
+if TYPE_CHECKING:
+    from engine.jobs.opening import Opening
 
 app = typer.Typer(
     name="lethe",
@@ -97,6 +101,7 @@ def demo(
 
 @app.command()
 @takes_data
+@takes_models("preprocessing")
 def train(
     data: Data,
     out: Out,
@@ -144,6 +149,8 @@ def train(
     resume: Resume = False,
     overwrite: Overwrite = False,
     json_file: Json = None,
+    *,
+    opening: Opening,
 ) -> None:
     """Trains a model, from fresh weights or from --init; with --forget, the retrained reference for those samples."""
     check_free(out)
@@ -159,6 +166,7 @@ def train(
     source = open_source(data)
     task = None if forget is None else Task.open(data, forget)
     model, notes = start.model(source, task, options)
+    source, task, facts = opening.prepare_training(source, task, model)
     with progress_bars() as progress:
         result = train_job(
             source,
@@ -171,7 +179,7 @@ def train(
             overwrite=overwrite,
             progress=progress,
             deepspeed=deepspeed,
-            notes=notes,
+            notes={**notes, **facts},
             record=RecordOptions(key=sign),
         )
     samples = task.retain if task else source.train
@@ -185,6 +193,7 @@ def train(
 
 @app.command()
 @takes_data
+@takes_models()
 def unlearn(
     checkpoint: Checkpoint,
     data: Data,
@@ -203,38 +212,43 @@ def unlearn(
     resume: Resume = False,
     overwrite: Overwrite = False,
     json_file: Json = None,
+    *,
+    opening: Opening,
 ) -> None:
     """Makes a trained model forget samples; writes the new checkpoint, metrics.json, record.json and report.html.
 
     The original is never changed. Test samples are looked at only after the model is final.
     """
     check_free(out)
-    from engine.config import read_yaml
+    from engine.config import read_yaml, split_options
     from engine.console import console, print_metrics, print_seconds, progress_bars
     from engine.job import Task, run_job
     from engine.methods import get_method
     from engine.report.run_record import RecordOptions
 
     options = {**(read_yaml(config) if config else {}), **run_options(settings, on_bad_image)}
+    split_options(options, get_method(method).Config)  # an unknown option is an error now
     join_ranks(options)
-    source, *references = checkpoint_sources([checkpoint, *(reference or [])], arch, model_arg, weights)
+    sources = checkpoint_sources([checkpoint, *(reference or [])], arch, model_arg, weights)
+    source, references = sources[0] or checkpoint, [each for each in sources[1:] if each]
     task = Task.open(data, forget)
     if task.request.duplicates:
         console.print(f"{task.request.duplicates} ids were named more than once and merged")
+    task, looked = opening.prepare(task, source, named_references(references), options)
     console.print(f"forgetting {len(task.forget)} of {len(task.source.train)} samples of {data} by {method}")
     with progress_bars() as progress:
         outcome = run_job(
             task,
-            source or checkpoint,
+            source,
             out,
             method=method,
             config=options,
-            references=[each for each in references if each],
+            references=references,
             resume=resume,
             overwrite=overwrite,
             progress=progress,
             deepspeed=deepspeed,
-            record=RecordOptions(key=sign),
+            record=RecordOptions(key=sign, request=looked.entry() if looked else {}),
         )
     print_metrics(outcome.metrics)
     print_seconds(outcome.metrics["seconds"])
@@ -249,6 +263,7 @@ def unlearn(
 
 @app.command()
 @takes_data
+@takes_models()
 def evaluate(
     checkpoint: Checkpoint,
     data: Data,
@@ -263,21 +278,20 @@ def evaluate(
     settings: Settings = None,
     on_bad_image: OnBadImage = None,
     json_file: Json = None,
+    *,
+    opening: Opening,
 ) -> None:
     """Forget, retain and test accuracy, membership inference, and the gap to retrained models."""
     from engine.console import print_metrics
     from engine.job import Task, evaluate_job
 
-    source, before, *references = checkpoint_sources(
-        [checkpoint, original, *(reference or [])], arch, model_arg, weights
-    )
-    metrics = evaluate_job(
-        Task.open(data, forget),
-        source or checkpoint,
-        before,
-        [each for each in references if each],
-        run_options(settings, on_bad_image),
-    )
+    sources = checkpoint_sources([checkpoint, original, *(reference or [])], arch, model_arg, weights)
+    source, before = sources[0] or checkpoint, sources[1]
+    references = [each for each in sources[2:] if each]
+    options = run_options(settings, on_bad_image)
+    others = {**({"--checkpoint": source} if before else {}), **named_references(references)}
+    task, _ = opening.prepare(Task.open(data, forget), before or source, others, options)
+    metrics = evaluate_job(task, source, before, references, options)
     print_metrics(metrics, name="checkpoint")
     write_json_file(json_file, metrics)
 

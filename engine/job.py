@@ -23,6 +23,7 @@ from engine.data import (
     open_source,
     read_forget_request,
 )
+from engine.data.labels import relabelled, relabelled_source
 from engine.data.readable import bad_images, without
 from engine.data.samples import concatenate
 from engine.distributed.world import World
@@ -31,6 +32,7 @@ from engine.errors import UserError, nearest
 from engine.evaluate import Evaluation, Evaluator, compare
 from engine.evaluate.verdict import Gates, Witness
 from engine.files import sha256, write_json
+from engine.jobs.opening import open_model as load_checkpoint
 from engine.loop import train, unlearn
 from engine.methods import get_method
 from engine.methods.lethe import LetheConfig
@@ -39,7 +41,6 @@ from engine.models.checkpoint import (
     ModelSpec,
     describing,
     imported,
-    load_checkpoint,
     spec_of,
     weights_sha256,
 )
@@ -59,6 +60,7 @@ class Task:
     """A data source with a forget request resolved against it.
 
     unreadable: samples of the request that are not in `forget`, since their images cannot be read.
+    facts: what else config.yaml keeps of it.
     """
 
     source: Source
@@ -66,6 +68,7 @@ class Task:
     forget: Samples
     retain: Samples
     unreadable: int = 0
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def open(cls, data: str, forget: str) -> Task:
@@ -97,6 +100,15 @@ class Task:
             raise UserError(f"{spec}: with it, nothing of {train.name} is left to retain; train a new model instead")
         return cls(source, request, forget, others.subset(kept))
 
+    def relabelled(self, mapping: np.ndarray, names: Sequence[str]) -> Task:
+        """The same task with label `mapping[label]` in place of the data's; names: of the classes by new label."""
+        return dataclasses.replace(
+            self,
+            source=relabelled_source(self.source, mapping, names),
+            forget=relabelled(self.forget, mapping, names),
+            retain=relabelled(self.retain, mapping, names),
+        )
+
     def evaluator(self, config: Mapping[str, Any] | None = None) -> Evaluator:
         options = {key: value for key, value in (config or {}).items() if key in _EVALUATION_KEYS}
         return Evaluator(self.forget, self.retain, self.source.test, **options)
@@ -127,7 +139,7 @@ class Task:
         kind = self.source.train.id_kind
         if kind is not None and kind.rows is not None:
             forget["rows"] = kind.rows  # ids are positions: they hold for this number of rows alone
-        return {"data": self.source.spec, "forget": forget}
+        return {"data": self.source.spec, "forget": forget, **self.facts}
 
     def counted(self) -> dict[str, Any]:
         """What record.json keeps of it beside hashed ids: not the name of a file or class, which may be a person's."""
@@ -465,7 +477,8 @@ def pretrained(checkpoint: str, model_args: Mapping[str, Any], source: Source) -
             f"{checkpoint}: {said.name} says that it was trained on {source.spec}; a base must never have seen the "
             "samples, so take another, or leave base=given out"
         )
-    return with_fresh_head(load_checkpoint(checkpoint, headless=True), _classes(source))
+    model = with_fresh_head(load_checkpoint(checkpoint, headless=True), _classes(source))
+    return describing(model, [])  # its class names are those of the head that is gone
 
 
 def init_model(checkpoint: str, source: Source, task: Task | None, seed: int) -> tuple[nn.Module, dict[str, Any]]:

@@ -23,6 +23,7 @@ from engine.data import Batch, Loader, Samples
 from engine.distributed.updater import Updater
 from engine.early_stop import HeldOutStop
 from engine.errors import RunStopped
+from engine.evaluate.plausibility import chance_of, is_near_chance
 from engine.evaluate.predict import predict
 from engine.guard import Guard
 from engine.methods import Method, Phase
@@ -167,6 +168,7 @@ class Trainer:
         loaded = self.folder.load_state() if self.folder else None
         if loaded is None:
             self.watched["before"] = self.watch(self.method.context.original)
+            self._warn_of_chance()
             if self.early_stop:
                 began = time.perf_counter()
                 self.early_stop.prepare()
@@ -188,6 +190,17 @@ class Trainer:
     def watch(self, model: nn.Module) -> float:
         """Accuracy [0, 1] on the watched samples."""
         return predict(model, self.watch_loader, self.run.precision).accuracy
+
+    def _warn_of_chance(self) -> None:
+        """Warns of a model to be unlearned that is near chance: it is not the trained one, or is fed wrongly."""
+        labels, share = self.watch_loader.samples.labels, self.watched["before"]
+        if len(self.method.context.forget) and is_near_chance(round(share * len(labels)), labels):
+            logger.warning(
+                "accuracy of the original on the watched samples is %.1f%%, near chance (%.1f%%): check the order of "
+                "labels, mean and std (model.pretrained_cfg), the input size and the weights",
+                100 * share,
+                100 * chance_of(labels),
+            )
 
     def run_phase(
         self,

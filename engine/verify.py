@@ -19,7 +19,8 @@ from engine.evaluate.representation import compare_weights
 from engine.evaluate.verdict import DOES_NOT_PROVE, Evidence, Gates, Verdict, Witness, attack_power, judge
 from engine.files import write_json
 from engine.job import Task
-from engine.models.checkpoint import CheckpointSource, load_checkpoint, weights_sha256
+from engine.jobs.opening import open_model as load_checkpoint
+from engine.models.checkpoint import CheckpointSource, weights_sha256
 from engine.models.huggingface import as_classifier
 from engine.report.record import append_to_record, recorded
 from engine.report.run_record import origin

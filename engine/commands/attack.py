@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from engine.commands.opening import takes_models
 from engine.commands.options import Data, Json, Settings, takes_data, write_json_file
 
 if TYPE_CHECKING:
     from engine.ensemble import EnsembleSpec
+    from engine.jobs.opening import Opening
 
 
 @takes_data
+@takes_models("preprocessing")
 def attack(
     data: Data,
     arch: Annotated[
@@ -67,6 +70,8 @@ def attack(
         ),
     ] = None,
     json_file: Json = None,
+    *,
+    opening: Opening,
 ) -> None:
     """U-LiRA: can models that unlearned a sample be told from models that never saw it?
 
@@ -81,11 +86,14 @@ def attack(
     from engine.models.checkpoint import spec_of
     from engine.ulira import attack_procedure, check_method
 
+    model = architecture(arch, parse_assignments(model_arg or []), open_source(data))
+    opening.changes.apply(model)
+    opening.say_preprocessing(model)
     options, recipe = parse_assignments(settings or []), parse_assignments(train_settings or [])
     spec = EnsembleSpec(
         data=data,
         targets=targets,
-        model=spec_of(architecture(arch, parse_assignments(model_arg or []), open_source(data))),
+        model=spec_of(model),
         recipe=recipe,
         pairs=models,
         seed=seed,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from engine.commands.opening import takes_models
 from engine.commands.options import (
     Architecture,
     Data,
@@ -22,9 +23,11 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from engine.forget_sets import ForgetSet
+    from engine.jobs.opening import Opening
 
 
 @takes_data
+@takes_models()
 def forget_set(
     strategy: Annotated[
         str,
@@ -64,6 +67,8 @@ def forget_set(
         ),
     ] = None,
     json_file: Json = None,
+    *,
+    opening: Opening,
 ) -> None:
     """Writes a list of training samples to forget, chosen at random or to be hard to forget, and describes it.
 
@@ -73,12 +78,14 @@ def forget_set(
     from engine.console import console, progress_bars
     from engine.data import open_source
     from engine.forget_sets import choose_forget_set, require_csv
-    from engine.models.checkpoint import load_checkpoint
 
     require_csv(out)  # an error now, not after the work
-    samples = open_source(data).train
+    samples, model = open_source(data).train, None
+    options = parse_assignments(settings or [])
     (place,) = checkpoint_sources([checkpoint], arch, model_arg, weights)
-    model = load_checkpoint(place) if place else None
+    if place:
+        model = opening.model(place)
+        samples = opening.check_samples(samples, model, place, data, options)
     with progress_bars() as progress:
         chosen = choose_forget_set(
             samples,
@@ -87,7 +94,7 @@ def forget_set(
             count=count,
             model=model,
             seed=seed,
-            config=parse_assignments(settings or []),
+            config=options,
             progress=progress,
         )
     chosen.write(out)

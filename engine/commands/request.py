@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from engine.commands.opening import takes_models
 from engine.commands.options import (
     Architecture,
     Checkpoint,
@@ -22,6 +23,9 @@ from engine.commands.options import (
 )
 from engine.commands.verify import EXIT
 from engine.errors import UserError
+
+if TYPE_CHECKING:
+    from engine.jobs.opening import Opening
 
 request_app = typer.Typer(
     help="Deletion requests: kept with their deadlines, run as batches, each run a new version of the model that is "
@@ -53,6 +57,7 @@ MaxShare = Annotated[
 
 @request_app.command("init")
 @takes_data
+@takes_models()
 def init(
     store: StoreFolder,
     checkpoint: Checkpoint,
@@ -65,6 +70,8 @@ def init(
     model_arg: ModelArgs = None,
     weights: Weights = None,
     max_share: MaxShare = None,
+    *,
+    opening: Opening,
 ) -> None:
     """Makes a store. Version 0 is a copy of the checkpoint, so that the lineage is whole whatever becomes of it."""
     from engine.config import parse_assignments

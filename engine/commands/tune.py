@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from engine.commands.opening import takes_models
 from engine.commands.options import (
     Architecture,
     Checkpoint,
@@ -27,12 +28,14 @@ from engine.commands.options import (
 )
 
 if TYPE_CHECKING:
+    from engine.jobs.opening import Opening
     from engine.tuning import Trial, Tuned
 
 _PARTS = ("forget", "membership", "validation", "retain")
 
 
 @takes_data
+@takes_models()
 def tune(
     checkpoint: Checkpoint,
     data: Data,
@@ -55,6 +58,8 @@ def tune(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the study in --out.")] = False,
     overwrite: Overwrite = False,
     json_file: Json = None,
+    *,
+    opening: Opening,
 ) -> None:
     """Chooses a method's options by trials on held-out samples, without a retrained model; writes best.yaml.
 
@@ -69,13 +74,14 @@ def tune(
 
     options = {**(read_yaml(config) if config else {}), **run_options(settings, on_bad_image)}
     (place,) = checkpoint_sources([checkpoint], arch, model_arg, weights)
-    task = Task.open(data, forget)
+    place = place or checkpoint
+    task, _ = opening.prepare(Task.open(data, forget), place, {}, options)
 
     def say(line: str) -> None:
         console.print(line, soft_wrap=True, markup=False, highlight=False)
 
     tuned = search(
-        place or checkpoint,
+        opening.model(place),
         task.forget,
         task.retain,
         validation=task.source.validation,

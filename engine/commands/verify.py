@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from engine.commands.opening import named_references, takes_models
 from engine.commands.options import (
     Architecture,
     Checkpoint,
@@ -25,6 +26,9 @@ from engine.commands.options import (
 )
 from engine.errors import ExitCode, UserError
 
+if TYPE_CHECKING:
+    from engine.jobs.opening import Opening
+
 # What scripts and queues read; 2 is wrong use, as everywhere.
 EXIT = {
     "PASS": ExitCode.GOOD,
@@ -34,6 +38,7 @@ EXIT = {
 
 
 @takes_data
+@takes_models()
 def verify(
     checkpoint: Checkpoint,
     data: Data,
@@ -67,6 +72,8 @@ def verify(
             show_default=False,
         ),
     ] = None,
+    *,
+    opening: Opening,
 ) -> None:
     """Is it forgotten? PASS (exit 0), FAIL (1) or INSUFFICIENT EVIDENCE (3), with the reason of each gate."""
     from engine.console import console
@@ -87,6 +94,8 @@ def verify(
     checkpoint, original, *references = [each for each in sources if each is not None]
     task = Task.open(data, forget)
     options: dict[str, Any] = {"gates": gates, "config": run_options(settings, on_bad_image)}
+    others = {"--checkpoint": checkpoint, **named_references(references)}
+    task, _ = opening.prepare(task, original, others, options["config"])
     if html_file:
         verdict, proof = prove_job(task, checkpoint, original, references, **options)
     else:

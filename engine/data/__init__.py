@@ -1,10 +1,11 @@
 """Data sources, forget requests and loaders."""
 
 from engine.data.forget import ForgetRequest, read_forget_request
-from engine.data.loading import Batch, Loader, Preprocessing
+from engine.data.loading import Batch, Loader
 from engine.data.samples import BadImageError, Samples
 from engine.data.sources import Source, open_source
 from engine.data.userset import from_dataset
+from engine.models.preprocessing import Preprocessing
 
 __all__ = [
     "BadImageError",

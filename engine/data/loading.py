@@ -18,16 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 import torchvision.transforms.v2.functional as TF
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import InterpolationMode
 
 from engine.data.samples import BadImageError, Reduce, Samples
 from engine.data.sampling import Epochs, Sampler, epoch_order
 from engine.distributed.world import World
 from engine.errors import RunStopped, UserError
-from engine.models.image_processor import unknown_preprocessing
-from engine.models.info import configuration, model_info
+from engine.models.preprocessing import Preprocessing
 
 logger = logging.getLogger(__name__)
 
@@ -52,66 +50,6 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.labels)
-
-
-@dataclasses.dataclass(frozen=True)
-class Preprocessing:
-    """How a model wants its images, from its pretrained_cfg (timm's keys)."""
-
-    size: tuple[int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    crop_pct: float
-    interpolation: InterpolationMode
-    squash: bool = False  # the shape of an image is not kept: timm's crop_mode="squash"
-    unknown: str = ""  # why mean and std are not known; then only images that are already normalised are taken
-
-    @classmethod
-    def of(cls, model: nn.Module) -> Preprocessing:
-        info, config = model_info(model), configuration(model)
-        mean, std = tuple(config.get("mean", (0.5,))), tuple(config.get("std", (0.5,)))
-        if len(mean) != info.in_chans:  # a grey-scale model made from a colour configuration
-            mean, std = (float(np.mean(mean)),) * info.in_chans, (float(np.mean(std)),) * info.in_chans
-        mode = {
-            "bilinear": InterpolationMode.BILINEAR,
-            "nearest": InterpolationMode.NEAREST,
-            "nearest-exact": InterpolationMode.NEAREST_EXACT,
-        }.get(config.get("interpolation", "bicubic"), InterpolationMode.BICUBIC)
-        squash = config.get("crop_mode") == "squash"
-        crop_pct = float(config.get("crop_pct") or 1.0)
-        return cls(info.input_size, mean, std, crop_pct, mode, squash, unknown_preprocessing(model))
-
-    def check(self, samples: Samples) -> None:
-        """Raises UserError where mean and std are not known and the samples are not normalised."""
-        if self.unknown and len(samples) and samples.tensor(0, len(self.mean)).dtype == torch.uint8:
-            raise UserError(self.unknown)
-
-    def resize(self, image: Tensor) -> Tensor:
-        """timm's evaluation transform: shorter side to size / crop_pct, then the centre. An image that fits is left."""
-        if tuple(image.shape[-2:]) == self.size:
-            return image
-        target = self._target(*image.shape[-2:])
-        return TF.center_crop(TF.resize(image, target, self.interpolation, antialias=True), list(self.size))
-
-    def reduction(self, height: int, width: int) -> int:
-        """How many times smaller an image may be decoded, so that `resize` still makes it no larger."""
-        target = self._target(height, width)
-        return min(height // target[0], width // target[1])
-
-    def _target(self, height: int, width: int) -> list[int]:
-        wanted = [int(s / self.crop_pct) for s in self.size]
-        if self.squash:
-            return wanted
-        ratio = max(wanted[0] / height, wanted[1] / width)
-        return [max(wanted[0], round(height * ratio)), max(wanted[1], round(width * ratio))]
-
-    def normalise(self, images: Tensor) -> Tensor:
-        if images.dtype != torch.uint8:
-            return images.float()
-        if self.unknown:
-            raise UserError(self.unknown)
-        mean, std = (torch.tensor(v, device=images.device).view(1, -1, 1, 1) for v in (self.mean, self.std))
-        return images.float().div_(255).sub_(mean).div_(std)
 
 
 class Loader:

@@ -141,6 +141,11 @@ def spec_of(model: nn.Module) -> ModelSpec:
     return spec
 
 
+def set_spec(model: nn.Module, spec: ModelSpec) -> None:
+    """Sets what `spec_of` gives."""
+    setattr(model, _SPEC, spec)
+
+
 def remember_model_args(model: nn.Module, **model_args: Any) -> None:
     """Notes the keyword arguments that `timm.create_model` was given, which older timm releases do not keep."""
     pretrained_cfg = dict(getattr(model, "pretrained_cfg", None) or {})

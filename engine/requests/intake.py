@@ -16,9 +16,11 @@ from engine.data import Source, open_source, read_forget_request
 from engine.errors import UserError
 from engine.evaluate.verdict import Gates
 from engine.job import Task
+from engine.jobs.opening import current
+from engine.jobs.opening import open_model as load_checkpoint
 from engine.methods import get_method
-from engine.models.checkpoint import CheckpointSource, load_checkpoint, save_checkpoint
-from engine.models.info import model_info, num_classes_of
+from engine.models.checkpoint import CheckpointSource, save_checkpoint
+from engine.models.info import model_info
 from engine.requests.store import Request, Store, is_store, moment, place_of, utc_now
 from engine.sliced import copy_stages
 
@@ -51,9 +53,11 @@ def init_store(
         raise UserError(f"--max-share {max_share}: expected a share in (0, 1]")
     split_options(config or {}, get_method(method).Config)
     source = open_source(data)
-    model = load_fitting(checkpoint, source)
+    model = load_fitting(checkpoint, source, config)
     if gates is not None:
         Gates.read(gates)
+    for reference in references:
+        current().compare(f"--reference {reference}", current().model(reference), model)
     save_checkpoint(model, place_of(folder, 0))
     copy_stages(model, place_of(folder, 0))
     if gates is not None:
@@ -68,6 +72,7 @@ def init_store(
         "references": absolute(references),
         "gates": _GATES if gates else None,
         "max_share": max_share,
+        "opening": current().to_dict(),
     }
     with Store.create(folder, settings):
         pass
@@ -128,15 +133,11 @@ def open_data(store: Store) -> Source:
     return source
 
 
-def load_fitting(checkpoint: str, source: Source) -> nn.Module:
-    """A checkpoint that can be unlearned on this data."""
+def load_fitting(checkpoint: str, source: Source, config: Mapping[str, Any] | None = None) -> nn.Module:
+    """A checkpoint that can be unlearned on this data. config: options of the check, such as device."""
     model = load_checkpoint(checkpoint)
     model_info(model)
-    if source.train.labels.max() >= num_classes_of(model):
-        raise UserError(
-            f"--checkpoint {checkpoint}: its head has {num_classes_of(model)} classes, but {source.spec} has label "
-            f"{source.train.labels.max()}"
-        )
+    current().check_samples(source.train, model, checkpoint, source.spec, config or {})
     return model
 
 

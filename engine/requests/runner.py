@@ -34,8 +34,10 @@ from engine.evaluate.predict import Predictions, predict
 from engine.evaluate.representation import compare_weights
 from engine.evaluate.verdict import FAIL, PASS, Gates, Verdict
 from engine.job import Task, run_job
+from engine.jobs.opening import Opening, current
+from engine.jobs.opening import open_model as load_checkpoint
 from engine.methods import get_method
-from engine.models.checkpoint import CheckpointSource, load_checkpoint, save_checkpoint
+from engine.models.checkpoint import CheckpointSource, save_checkpoint
 from engine.report.run_record import origin
 from engine.requests.intake import absolute, load_fitting, open_data
 from engine.requests.store import Run, Store, locked
@@ -130,8 +132,8 @@ def run_requests(
     _alone("run")
     if gates is not None:
         Gates.read(gates)
-    with locked(folder), Store.open(folder) as store:
-        source = open_data(store)
+    with locked(folder), Store.open(folder) as store, _opening(store).active():
+        source = _open_data(store)
         run = store.unfinished()
         if run is None:
             run = _begin(store, source, limit, method, config, references, gates, require_proof)
@@ -193,12 +195,12 @@ def judge_again(
     unproven. Options and errors as of `run_requests`; UserError too where a run has not ended.
     """
     _alone("judge")
-    with locked(folder), Store.open(folder) as store:
+    with locked(folder), Store.open(folder) as store, _opening(store).active():
         _ended(store)
         unproven = [request.number for request in store.requests() if request.state == "unproven"]
         if not unproven:
             return None
-        source, version, ids = open_data(store), store.current(), store.forgotten()
+        source, version, ids = _open_data(store), store.current(), store.forgotten()
         options = _options(store, None, config, references, gates)
         split_options(options.config, get_method(options.method).Config)
         whole = Task.of_ids(source, ids, spec=f"all requests up to version {version.number}")
@@ -237,9 +239,9 @@ def rebase(folder: Path, checkpoint: str) -> tuple[int, bool]:
     Raises UserError for one that by its run folder is no retrain, or was trained on what has been forgotten.
     """
     _alone("rebase")
-    with locked(folder), Store.open(folder) as store:
+    with locked(folder), Store.open(folder) as store, _opening(store).active():
         _ended(store)
-        source, forgotten = open_data(store), store.forgotten()
+        source, forgotten = _open_data(store), store.forgotten()
         model, found = load_fitting(checkpoint, source), origin(CheckpointSource.parse(checkpoint).folder)
         if found is not None and found.method != "retrain":
             raise UserError(
@@ -281,6 +283,17 @@ def _alone(command: str) -> None:
     """Raises UserError under a launcher: each of its ranks would change the lineage."""
     if launched():
         raise UserError(f"lethe request {command} is one process; start it without a launcher")
+
+
+def _opening(store: Store) -> Opening:
+    """How the store's models are opened, as `init` was told."""
+    return Opening.of(store.settings.get("opening"))
+
+
+def _open_data(store: Store) -> Source:
+    """The data of a store, its labels in the order of version 0's classes."""
+    source = open_data(store)
+    return current().in_order_of(source, load_checkpoint(store.place(0))) if source.train.class_names else source
 
 
 def _ended(store: Store) -> None:

@@ -247,6 +247,7 @@ def test_the_command_writes_page_and_evidence(
     monkeypatch.setattr("engine.proof.prove_job", prove)
     monkeypatch.setattr("engine.verify.verify_job", lambda *a, **k: found)
     monkeypatch.setattr("engine.job.Task.open", lambda *a: None)
+    monkeypatch.setattr("engine.jobs.opening.Opening.prepare", lambda self, task, *a: (task, None))
     app = typer.Typer()
     app.command()(verify)
     common = ["--checkpoint", "c", "--data", "digits", "--forget", HOSTILE, "--original", "o", "--reference", "r"]

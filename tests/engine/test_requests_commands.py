@@ -209,7 +209,7 @@ def test_commands_that_take_a_checkpoint(
     result = lethe("init", "--checkpoint", "x", "--data", "planted")
     assert "is a store of requests already" in str(result.exception)
 
-    monkeypatch.setattr(intake, "load_fitting", lambda checkpoint, source: None)
+    monkeypatch.setattr(intake, "load_fitting", lambda checkpoint, source, config: None)
     monkeypatch.setattr(intake, "save_checkpoint", lambda model, place: place.mkdir(parents=True))
     new = tmp_path / "new"
     result = CliRunner().invoke(

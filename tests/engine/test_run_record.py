@@ -422,6 +422,6 @@ def test_unlearn_hands_the_key_on(
 
     monkeypatch.setattr(job, "run_job", asked)
     monkeypatch.setattr(sys, "argv", ["lethe", "unlearn", "--checkpoint", str(original), "--data", "digits"])
-    sys.argv += ["--forget", "random:0.1@0", "--out", str(tmp_path / "run"), "--sign", "key.pem"]
+    sys.argv += ["--forget", "random:0.1@0", "--out", str(tmp_path / "run"), "--sign", "key.pem", "--accept-accuracy"]
     with pytest.raises(Asked, match=r"^key\.pem$"):
         cli.main()

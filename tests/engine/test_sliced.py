@@ -450,7 +450,17 @@ def test_the_command_trains_in_slices(tmp_path: Path) -> None:
     assert recorded(tmp_path / "model", "config")["stages"]["served"] == 3  # type: ignore[index]
     of = slices_of(tokens_of(digits, 0), 3)
     (tmp_path / "ids.txt").write_text(digits.ids[int(np.flatnonzero(of == 1)[0])])
-    delete = ["unlearn", "--method", "s3t", "--checkpoint", tmp_path / "model", "--data", "digits", *run]
+    delete = [
+        "unlearn",
+        "--method",
+        "s3t",
+        "--checkpoint",
+        tmp_path / "model",
+        "--data",
+        "digits",
+        *run,
+        "--accept-accuracy",
+    ]
     refused = lethe(*delete, "--forget", tmp_path / "ids.txt", "--out", tmp_path / "none")
     assert "--set retrain_dropped=true" in str(refused.exception)
     assert not (tmp_path / "none").exists()

@@ -1,0 +1,1 @@
+"""What the jobs share: how models are opened, and the check before the work."""

@@ -1,0 +1,257 @@
+"""How a command opens its models: one preprocessing, one order of labels, and a check before the work."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from torch import nn
+
+from engine.data.labels import match_names, relabelled, relabelled_source, same_names, shown
+from engine.errors import UserError
+from engine.jobs.preflight import Expected, Looked, check_accuracy, look, recorded_accuracy
+from engine.models.checkpoint import load_checkpoint
+from engine.models.info import num_classes_of
+from engine.models.labels import label_names, names_for, set_label_names
+from engine.models.preprocessing import Changes, Preprocessing, origins_line
+
+if TYPE_CHECKING:
+    from engine.data import Samples, Source
+    from engine.job import Task
+
+LabelOrder = Literal["auto", "data"]
+_current: contextvars.ContextVar[Opening | None] = contextvars.ContextVar("opening", default=None)
+
+
+def current() -> Opening:
+    """The opening of the command that is running; one that changes and prints nothing if there is none."""
+    return _current.get() or Opening(checked=False)
+
+
+def open_model(checkpoint: str | os.PathLike[str], **options: Any) -> nn.Module:
+    """`load_checkpoint`, with the changes of the command that is running (`Opening.active`), if it has any."""
+    return current().model(checkpoint, **options)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Opening:
+    """What a command was told about its models.
+
+    Attributes:
+        changes: Values that replace those of the models' pretrained_cfg, in all of them.
+        label_order: auto matches the data's class names with the checkpoint's; data keeps the data's numbers.
+        expect: Accuracy [0, 1] on retained samples that the original is known to have; None: as its record says.
+        accept: Go on whatever the accuracy of the original is.
+        checked: Whether the accuracy of the original is measured.
+        say: Takes lines to print.
+    """
+
+    changes: Changes = dataclasses.field(default_factory=Changes)
+    label_order: LabelOrder = "auto"
+    expect: float | None = None
+    accept: bool = False
+    checked: bool = True
+    say: Callable[[str], None] = lambda line: None
+    _ready: dict[str, nn.Module] = dataclasses.field(default_factory=dict, init=False, repr=False)
+
+    @classmethod
+    def of(cls, kept: Mapping[str, Any] | None) -> Opening:
+        """From what `to_dict` gave; one that changes nothing for None."""
+        if not kept:
+            return cls(checked=False)
+        values: dict[str, Any] = {
+            key: tuple(v) if isinstance(v, list) else v for key, v in kept["preprocessing"].items()
+        }
+        return cls(changes=Changes(**values), label_order=kept["label_order"], checked=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What changes models and labels, for JSON."""
+        return {"preprocessing": dataclasses.asdict(self.changes), "label_order": self.label_order}
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Inside, `open_model` gives models with these changes."""
+        token = _current.set(self)
+        try:
+            yield
+        finally:
+            _current.reset(token)
+            self._ready.clear()
+
+    def model(self, checkpoint: str | os.PathLike[str], **options: Any) -> nn.Module:
+        """A checkpoint with the changes applied; the one that `prepare` has opened the first time it is asked for."""
+        name = os.fspath(checkpoint)
+        if name in self._ready:
+            return self._ready.pop(name)
+        model = load_checkpoint(checkpoint, **options)
+        self.changes.apply(model)
+        return model
+
+    def prepare(
+        self,
+        task: Task,
+        checkpoint: str,
+        others: Mapping[str, str],
+        config: Mapping[str, Any] | None = None,
+    ) -> tuple[Task, Looked | None]:
+        """Everything that is checked before the work: the task in the model's order of labels, and the check's result.
+
+        Prints preprocessing, classes and accuracy.
+
+        Args:
+            task: The task with the data's labels.
+            checkpoint: The untouched model.
+            others: Further models of the command by what they are, such as `--reference PATH`.
+            config: Options of the run, by name.
+
+        Raises:
+            UserError: Class names that do not match, models of different orders of labels, or an accuracy that says
+                that the model is fed wrongly.
+        """
+        original = self.model(checkpoint)
+        self.say_preprocessing(original)
+        mapping, names, line = self.match(task.source.train, original)
+        self.say(line)
+        if mapping is not None:
+            task = task.relabelled(mapping, names)
+        for name, other in others.items():
+            self.compare(name, self.model(other), original)
+        check_head(task.source.train, original, checkpoint, task.source.spec)
+        looked = self.check(original, task.retain, checkpoint, task.source.spec, config or {})
+        task = dataclasses.replace(task, facts={**task.facts, **self.facts(original)})
+        self._ready[checkpoint] = original
+        return task, looked
+
+    def check_samples(
+        self, samples: Samples, model: nn.Module, checkpoint: str, data: str, config: Mapping[str, Any]
+    ) -> Samples:
+        """Training samples in the model's order of labels, checked and printed likewise."""
+        self.say_preprocessing(model)
+        mapping, names, line = self.match(samples, model)
+        self.say(line)
+        samples = samples if mapping is None else relabelled(samples, mapping, names)
+        check_head(samples, model, checkpoint, data)
+        self.check(model, samples, checkpoint, data, config)
+        return samples
+
+    def prepare_training(
+        self, source: Source, task: Task | None, model: nn.Module
+    ) -> tuple[Source, Task | None, dict[str, Any]]:
+        """(data in the order of labels of the model, the task likewise, what config.yaml keeps) of a training.
+
+        model: with fresh weights, or a fresh head. It is given the changes, and class names if it has none.
+        """
+        self.changes.apply(model)
+        self.say_preprocessing(model)
+        try:
+            mapping, names, line = self.match(source.train, model)
+        except UserError:  # an architecture is taken from a model of other classes
+            mapping, names, line = None, source.train.class_names, f"classes: {shown(source.train.class_names)}"
+        self.say(line)
+        if mapping is not None:
+            source = relabelled_source(source, mapping, names)
+            task = task.relabelled(mapping, names) if task else None
+        set_label_names(model, names)
+        return source, task, {"preprocessing": Preprocessing.of(model).to_dict()}
+
+    def check(
+        self, model: nn.Module, samples: Samples, checkpoint: str, data: str, config: Mapping[str, Any]
+    ) -> Looked | None:
+        """Accuracy of an untouched model on some samples, printed; None if there are none.
+
+        Raises UserError as `prepare` does, unless `accept`.
+        """
+        if not self.checked:
+            return None
+        expected = recorded_accuracy(checkpoint, data)
+        if self.expect is not None:
+            expected = Expected(self.expect, "--expect-accuracy")
+        looked = look(model, samples, checkpoint, config)
+        if looked is not None:
+            self.say(looked.line())
+            check_accuracy(looked, model, checkpoint, expected, self.say if self.accept else None)
+        return looked
+
+    def say_preprocessing(self, model: nn.Module) -> None:
+        self.say(f"preprocessing: {Preprocessing.of(model).line()} ({origins_line(model, self.changes)})")
+
+    def in_order_of(self, source: Source, model: nn.Module) -> Source:
+        """The data with labels in the model's order of classes."""
+        mapping, names, _ = self.match(source.train, model)
+        return source if mapping is None else relabelled_source(source, mapping, names)
+
+    def match(self, samples: Samples, model: nn.Module) -> tuple[np.ndarray | None, list[str], str]:
+        """(new label of each of the data's, or None if nothing changes, names by new label, what to print)."""
+        found, classes = samples.class_names, num_classes_of(model)
+        count = len(found) or (int(samples.labels.max()) + 1 if len(samples) else 0)
+        head = f"classes: {count}{f' of the {classes} of the model' if count != classes else ''}"
+        listed = f", {shown(found)}" if found else ""
+        if self.label_order == "data":
+            return None, found, f"{head}{listed}; in the data's order, as asked for by --label-order data"
+        wanted, where = names_for(model, found)
+        if not wanted:
+            caution = "" if count == classes else ": they stand for the first labels of the model"
+            return None, found, f"{head}{listed}; in the data's order, the checkpoint gives no names{caution}"
+        if not found:
+            return None, found, f"{head}; the data gives no names: its numbers are taken for those of {where}"
+        mapping = match_names(found, wanted, where)
+        if (mapping == np.arange(len(found))).all() and len(found) == len(wanted):
+            return None, found, f"{head}{listed}; the data's order is that of {where}"
+        moved = f"{found[0]!r} is label {mapping[0]}, {found[-1]!r} is label {mapping[-1]}"
+        return mapping, wanted, f"{head}, matched by name: labels in the order of {where}; {moved}"
+
+    def facts(self, model: nn.Module) -> dict[str, Any]:
+        """What config.yaml and record.json keep of it; the same whenever the command is given again."""
+        return {
+            "preprocessing": Preprocessing.of(model).to_dict(),
+            "label_order": self.label_order,
+            **({"expect_accuracy": self.expect} if self.expect is not None else {}),
+            **({"accept_accuracy": True} if self.accept else {}),
+        }
+
+    def compare(self, name: str, model: nn.Module, original: nn.Module) -> None:
+        """Checks a further model against the original."""
+        if self.label_order == "auto":
+            mine, theirs = label_names(model), label_names(original)
+            if mine and theirs and not same_names(mine, theirs):
+                raise UserError(f"{name}: {_first_difference(mine, theirs)}; give models of one order of classes")
+        used, first = Preprocessing.of(model), Preprocessing.of(original)
+        if used != first:
+            self.say(f"{name} has a preprocessing of its own and is fed by it: {used.line()}")
+
+
+def check_head(samples: Samples, model: nn.Module, checkpoint: str, data: str) -> None:
+    """Raises UserError for labels that the model has no output for."""
+    classes = num_classes_of(model)
+    if len(samples) and samples.labels.max() >= classes:
+        raise UserError(
+            f"checkpoint {checkpoint}: its head has {classes} classes, but {data} has label "
+            f"{samples.labels.max()}; give the data that it was trained on, or a checkpoint with class names "
+            "(label_names in config.json) to match by"
+        )
+
+
+def _first_difference(mine: Sequence[str], theirs: Sequence[str]) -> str:
+    if len(mine) != len(theirs):
+        return f"it has {len(mine)} classes, the original {len(theirs)}"
+    label = next(i for i, (a, b) in enumerate(zip(mine, theirs, strict=True)) if not same_names([a], [b]))
+    return f"its label {label} is {mine[label]!r}, the original's {theirs[label]!r}"
+
+
+def read_accuracy(text: str | None) -> float | None:
+    """`0.92`, `92` or `92%` as a share. Raises UserError for anything else."""
+    if text is None:
+        return None
+    try:
+        value = float(text.strip().removesuffix("%"))
+    except ValueError:
+        value = -1.0
+    share = value / 100 if text.strip().endswith("%") or value > 1 else value
+    if not 0 < share <= 1:
+        raise UserError(f"--expect-accuracy {text}: expected an accuracy, such as 0.92 or 92%")
+    return share

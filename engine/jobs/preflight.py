@@ -1,0 +1,299 @@
+"""The look before the leap: accuracy of the untouched model on a few hundred retained samples.
+
+A model that is fed with another mean and std, another order of labels or other weights than it was trained with still
+runs, and can still be unlearned: the result is worth nothing. So it is an error if the accuracy is near chance, far
+below what is known of the model, or clearly lower than with another usual mean and std, with exchanged labels or with
+the checkpoint's other weights. `engine.evaluate.plausibility` has the tests.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from engine.config import read_yaml
+from engine.data import Loader, Samples
+from engine.device import autocast, resolve_device, resolve_precision
+from engine.distributed.world import World
+from engine.errors import UserError
+from engine.evaluate.plausibility import (
+    MARGIN,
+    chance_of,
+    is_clearly_better,
+    is_far_below,
+    is_near_chance,
+    permutation,
+)
+from engine.models.checkpoint import load_checkpoint, spec_of
+from engine.models.info import num_classes_of
+from engine.models.preprocessing import STATISTICS, Preprocessing
+from engine.models.vit import outputs
+
+SAMPLES = 400
+_BATCH = 50
+_LOADING = ("workers", "decode", "on_bad_image", "max_bad_share")
+_OTHER_WEIGHTS = {"raw": "ema", "ema": "raw"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Expected:
+    """An accuracy [0, 1] that a model is known to have, and who says so."""
+
+    accuracy: float
+    said_by: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Looked:
+    """What the check found.
+
+    predicted, labels: int64 [n]. class_names: by label. others: bool [n], correct answers by what would have to be
+    changed, such as `--mean imagenet --std imagenet`. exchanged: (answered label by the data's label, bool [n] correct
+    answers with labels exchanged so). seconds: that it took.
+    """
+
+    predicted: np.ndarray
+    labels: np.ndarray
+    class_names: list[str]
+    others: dict[str, np.ndarray]
+    exchanged: tuple[dict[int, int], np.ndarray] | None
+    seconds: float
+
+    @property
+    def correct(self) -> np.ndarray:
+        return self.predicted == self.labels
+
+    def line(self) -> str:
+        return (
+            f"accuracy of the untouched model: {_percent(self.correct)} of {len(self.labels)} retained samples (chance "
+            f"{100 * chance_of(self.labels):.1f}%; {self.seconds:.1f} s)"
+        )
+
+    def entry(self) -> dict[str, Any]:
+        """For the request in record.json."""
+        return {
+            "untouched_model": {
+                "samples": len(self.labels),
+                "accuracy": float(self.correct.mean()),
+                "chance": chance_of(self.labels),
+                "others": {name: float(correct.mean()) for name, correct in self.others.items()},
+            }
+        }
+
+
+def look(model: nn.Module, samples: Samples, checkpoint: str, config: Mapping[str, Any]) -> Looked | None:
+    """Answers of a model for up to 400 samples, and what other ways of feeding it would give; the main rank's on all.
+
+    The other ways are only tried below 95%: above, none can be 5 points better. None if no sample could be read.
+    """
+    world = World.current()
+    found: list[Looked | None] = [None]
+
+    def on_main() -> None:
+        found[0] = _look(model, samples, checkpoint, config)
+
+    world.on_main(on_main)
+    return world.broadcast(found[0])
+
+
+def _look(model: nn.Module, samples: Samples, checkpoint: str, config: Mapping[str, Any]) -> Looked | None:
+    began = time.perf_counter()
+    chosen = stratified(samples, SAMPLES)
+    device = resolve_device(config.get("device", "auto"))
+    answer = _Answers(model, chosen, device, config)
+    home = next(model.parameters()).device
+    try:
+        predicted, labels = answer.of(model.to(device))
+        others: dict[str, np.ndarray] = {}
+        if len(labels) and (predicted == labels).mean() < 1 - MARGIN:
+            others = {name: each == labels for name, each in answer.with_statistics(model).items()}
+            other = _other_weights(model, checkpoint)
+            if other is not None:
+                name, weights = other
+                others[name] = answer.of(weights.to(device))[0] == labels
+    finally:
+        model.to(home)
+    if not len(labels):
+        return None
+    exchanged = permutation(predicted, labels, num_classes_of(model))
+    return Looked(
+        predicted=predicted,
+        labels=labels,
+        class_names=samples.class_names,
+        others=others,
+        exchanged=(exchanged.moved, exchanged.correct) if exchanged else None,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def stratified(samples: Samples, count: int) -> Samples:
+    """At most `count` samples at equal distances in the order of labels, so that classes keep their shares."""
+    if len(samples) <= count:
+        return samples
+    shuffled = np.random.default_rng(0).permutation(len(samples))  # a class's own order may be one of difficulty
+    by_label = shuffled[np.argsort(samples.labels[shuffled], kind="stable")]
+    places = np.linspace(0, len(samples) - 1, count).astype(np.int64)
+    return samples.subset(np.sort(by_label[places]))
+
+
+class _Answers:
+    """Predictions for a few samples, which are decoded once."""
+
+    def __init__(self, model: nn.Module, samples: Samples, device: torch.device, config: Mapping[str, Any]) -> None:
+        self.preprocessing, self.samples = Preprocessing.of(model), samples
+        loading = {key: config[key] for key in _LOADING if key in config}
+        self.loader = Loader(samples, self.preprocessing, batch_size=_BATCH, device=device, world=World(), **loading)
+        self.device, self.precision = device, resolve_precision(config.get("precision", "auto"), device)
+
+    @torch.no_grad()
+    def of(
+        self, model: nn.Module, change: Callable[[Tensor], Tensor] = lambda images: images
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(predicted, labels), int64 [n], of the samples that can be read; change: of the normalised images."""
+        was_training, model = model.training, model.eval()
+        half = next(model.parameters()).dtype.itemsize < 4
+        rows = []
+        for batch in self.loader.ordered():
+            if batch.weight:
+                with autocast(self.device, "fp32" if half else self.precision):
+                    logits = outputs(model, change(batch.images)).float()
+                rows.append((logits.cpu(), batch.labels.cpu()))
+        model.train(was_training)
+        if not rows:
+            return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+        logits, labels = (torch.cat(each) for each in zip(*rows, strict=True))
+        if not torch.isfinite(logits).all():
+            raise UserError(
+                "the untouched model gives outputs that are not finite; the checkpoint is broken, or needs --set "
+                "precision=fp32"
+            )
+        return logits.argmax(1).numpy(), labels.numpy()
+
+    def with_statistics(self, model: nn.Module) -> dict[str, np.ndarray]:
+        """Predictions with each other usual mean and std; none for images that come normalised."""
+        channels = len(self.preprocessing.mean)
+        if self.samples.tensor(self._readable(), channels).dtype != torch.uint8:
+            return {}
+        own = _affine(self.preprocessing.mean, self.preprocessing.std, channels, self.device)
+        found = {}
+        for name, (mean, std) in STATISTICS.items():
+            other = _affine(mean, std, channels, self.device)
+            if all(torch.allclose(a, b, atol=1e-3) for a, b in zip(own, other, strict=True)):
+                continue
+            scale, shift = own[1] / other[1], (own[0] - other[0]) / other[1]
+            change = functools.partial(_moved, scale=scale, shift=shift)
+            found[f"--mean {name} --std {name}"] = self.of(model, change)[0]
+        return found
+
+    def _readable(self) -> int:
+        bad = self.loader.bad_ids
+        return next(i for i, sample_id in enumerate(self.samples.ids) if sample_id not in bad)
+
+
+def _moved(images: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    return images * scale + shift
+
+
+def _affine(mean: Any, std: Any, channels: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    values = (np.asarray(each, dtype=np.float32) for each in (mean, std))
+    tensors = [torch.from_numpy(v if len(v) == channels else np.full(channels, v.mean(), np.float32)) for v in values]
+    return tensors[0].view(1, -1, 1, 1).to(device), tensors[1].view(1, -1, 1, 1).to(device)
+
+
+def _other_weights(model: nn.Module, checkpoint: str) -> tuple[str, nn.Module] | None:
+    """The checkpoint's other weights, raw or EMA, where it holds both: (what would have to be given, the model)."""
+    try:
+        taken = spec_of(model).extra.get("lethe_import", {}).get("weights", "")
+        kind = _OTHER_WEIGHTS[taken]
+        other = load_checkpoint(checkpoint, weights=kind)  # type: ignore[call-arg]
+    except (UserError, AttributeError, KeyError, TypeError):
+        return None
+    model_cfg = getattr(model, "pretrained_cfg", None)
+    if Preprocessing.of(other).size != Preprocessing.of(model).size:
+        return None
+    other.pretrained_cfg = model_cfg  # type: ignore[assignment]
+    return f"--weights {kind}", other
+
+
+def recorded_accuracy(checkpoint: str, data: str) -> Expected | None:
+    """What metrics.json beside a checkpoint says of it on the retained samples of the same data; None if it is none."""
+    folder = Path(checkpoint.partition("?")[0])
+    try:
+        if read_yaml(folder / "config.yaml").get("data") != data:
+            return None
+        accuracy = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["accuracy"]["retain"]
+        return Expected(float(accuracy), f"{folder / 'metrics.json'}")
+    except (OSError, ValueError, KeyError, TypeError):  # UserError is a ValueError
+        return None
+
+
+def check_accuracy(
+    looked: Looked,
+    model: nn.Module,
+    checkpoint: str,
+    expected: Expected | None,
+    accept: Callable[[str], None] | None = None,
+) -> None:
+    """Raises UserError for an accuracy that is not plausible; accept: takes the same as a warning instead."""
+    problem = _problem(looked, expected)
+    if problem is None:
+        return
+    told = f"checkpoint {checkpoint}: accuracy of the untouched model on {len(looked.labels)} retained samples is "
+    told += f"{_percent(looked.correct)}, {problem}"
+    if accept is not None:
+        accept(f"warning: {told} (accepted)")
+        return
+    used = Preprocessing.of(model)
+    raise UserError(
+        f"{told}. Likely reasons: the order of labels (--class-map, --label-order), mean and std (--mean, --std; now "
+        f"{used.line()}), the input size (--input-size) or the weights (raw or EMA, --weights). If it is right as it "
+        "is: --accept-accuracy"
+    )
+
+
+def _problem(looked: Looked, expected: Expected | None) -> str | None:
+    """Why an accuracy is not plausible, with what was observed; None if it is."""
+    observed = _observed(looked)
+    if is_near_chance(int(looked.correct.sum()), looked.labels):
+        why = f"near chance ({100 * chance_of(looked.labels):.1f}%)"
+    elif expected is not None and is_far_below(looked.correct, expected.accuracy):
+        why = f"far below the {100 * expected.accuracy:.1f}% of {expected.said_by}"
+    elif observed:
+        return "; ".join(observed)
+    else:
+        return None
+    return "; ".join([why, *observed])
+
+
+def _observed(looked: Looked) -> list[str]:
+    """What would be clearly better, the best first."""
+    lines = []
+    better = {name: c for name, c in looked.others.items() if is_clearly_better(c, looked.correct)}
+    if better:
+        name = max(better, key=lambda each: better[each].sum())
+        lines.append(f"{name} would give {_percent(better[name])}")
+    if looked.exchanged:
+        moved, correct = looked.exchanged
+        shown = [f"{_name(looked, a)} is answered as {_name(looked, b)}" for a, b in list(moved.items())[:3]]
+        more = f" and {len(moved) - 3} more" if len(moved) > 3 else ""
+        lines.append(
+            f"labels look permuted: {', '.join(shown)}{more}; with labels exchanged so it would be {_percent(correct)}"
+        )
+    return lines
+
+
+def _name(looked: Looked, label: int) -> str:
+    return repr(looked.class_names[label]) if label < len(looked.class_names) else f"label {label}"
+
+
+def _percent(correct: np.ndarray) -> str:
+    return f"{100 * correct.mean():.1f}%"

@@ -1,0 +1,434 @@
+"""Preprocessing of a model's images: read from its pretrained_cfg (timm's keys), checked, and changed on request."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision.transforms.v2.functional as TF
+import yaml
+from timm.models import PretrainedCfg
+from torch import Tensor, nn
+from torchvision.transforms import InterpolationMode
+
+from engine.errors import UserError, nearest
+from engine.models.checkpoint import ModelSpec, set_spec, spec_of
+from engine.models.image_processor import unknown_preprocessing
+from engine.models.info import configuration, model_info
+
+INTERPOLATIONS = {
+    "nearest": InterpolationMode.NEAREST,
+    "nearest-exact": InterpolationMode.NEAREST_EXACT,
+    "bilinear": InterpolationMode.BILINEAR,
+    "bicubic": InterpolationMode.BICUBIC,
+}
+# center: shorter side to size / crop_pct, then the centre. squash: both sides to size / crop_pct, whatever the shape.
+CROP_MODES = ("center", "squash")
+# (mean, std) by name, of red, green and blue.
+STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "inception": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "unit": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+}
+_SYNONYMS = {"openai": "clip"}
+# PIL's numbers of filters, as Hugging Face's processors write them.
+_PIL_FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
+# Keys of timm's pretrained_cfg that say how images are prepared, and those that do not.
+_KEYS = ("input_size", "mean", "std", "crop_pct", "interpolation", "crop_mode")
+_OTHER_KEYS = tuple(field.name for field in dataclasses.fields(PretrainedCfg) if field.name not in _KEYS)
+_HUGGING_FACE = ("image_mean", "image_std", "image_processor_type", "feature_extractor_type", "do_normalize")
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """How a model takes its images, from its pretrained_cfg (timm's keys).
+
+    size: (height, width) in pixels. mean, std: a value a channel, of pixels scaled to [0, 1]. crop_pct: size of the
+    centre crop by that of the resized image. crop_mode: see `CROP_MODES`.
+    """
+
+    size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop_pct: float
+    interpolation: InterpolationMode
+    crop_mode: str = "center"
+    unknown: str = ""  # why mean and std are not known; then only images that are already normalised are taken
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Preprocessing:
+        """Raises UserError for a pretrained_cfg whose values cannot be used."""
+        info, config = model_info(model), configuration(model)
+        mean, std = _numbers("mean", config.get("mean", (0.5,))), _numbers("std", config.get("std", (0.5,)))
+        if len(mean) != info.in_chans:  # a grey-scale model made from a colour configuration
+            mean, std = (float(np.mean(mean)),) * info.in_chans, (float(np.mean(std)),) * info.in_chans
+        crop_pct = _crop_pct(config.get("crop_pct") or 1.0)
+        mode = INTERPOLATIONS[_interpolation(config.get("interpolation") or "bicubic")]
+        return cls(
+            info.input_size,
+            mean,
+            std,
+            crop_pct,
+            mode,
+            _crop_mode(config.get("crop_mode") or "center"),
+            unknown_preprocessing(model),
+        )
+
+    def check(self, samples: Any) -> None:
+        """Raises UserError where mean and std are not known and the samples (`engine.data.Samples`) not normalised."""
+        if self.unknown and len(samples) and samples.tensor(0, len(self.mean)).dtype == torch.uint8:
+            raise UserError(self.unknown)
+
+    def resize(self, image: Tensor) -> Tensor:
+        """timm's evaluation transform: resized as `crop_mode` says, then the centre. An image that fits is left."""
+        if tuple(image.shape[-2:]) == self.size:
+            return image
+        target = self._target(*image.shape[-2:])
+        return TF.center_crop(TF.resize(image, target, self.interpolation, antialias=True), list(self.size))
+
+    def reduction(self, height: int, width: int) -> int:
+        """How many times smaller an image may be decoded, so that `resize` still makes it no larger."""
+        target = self._target(height, width)
+        return min(height // target[0], width // target[1])
+
+    def _target(self, height: int, width: int) -> list[int]:
+        wanted = [int(s / self.crop_pct) for s in self.size]
+        if self.crop_mode == "squash":
+            return wanted
+        ratio = max(wanted[0] / height, wanted[1] / width)
+        return [max(wanted[0], round(height * ratio)), max(wanted[1], round(width * ratio))]
+
+    def normalise(self, images: Tensor) -> Tensor:
+        if images.dtype != torch.uint8:
+            return images.float()
+        if self.unknown:
+            raise UserError(self.unknown)
+        mean, std = (torch.tensor(v, device=images.device).view(1, -1, 1, 1) for v in (self.mean, self.std))
+        return images.float().div_(255).sub_(mean).div_(std)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For YAML and JSON, by timm's keys."""
+        return {
+            "input_size": [len(self.mean), *self.size],
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "crop_pct": self.crop_pct,
+            "interpolation": next(name for name, mode in INTERPOLATIONS.items() if mode is self.interpolation),
+            "crop_mode": self.crop_mode,
+        }
+
+    def line(self) -> str:
+        """In words, on one line."""
+        named = self.to_dict()
+        return (
+            f"{self.size[0]} x {self.size[1]} pixels, mean {_short(self.mean)}, std {_short(self.std)}, "
+            f"crop {self.crop_pct:g}{' (squash)' if self.crop_mode == 'squash' else ''}, {named['interpolation']}"
+        )
+
+
+def origins(model: nn.Module, changes: Changes) -> dict[str, str]:
+    """Where each value comes from: `given` on the command line, the `checkpoint`, or timm's `default`."""
+    given, kept = changes.values(), _spec(model)
+    stated = kept.pretrained_cfg if kept is not None else {}
+    where = {key: "given" if key in given else "checkpoint" if stated.get(key) else "default" for key in _KEYS}
+    if where["input_size"] == "default":
+        where["input_size"] = "checkpoint"  # the model's own: its weights fit no other
+    return where
+
+
+def origins_line(model: nn.Module, changes: Changes) -> str:
+    """The same in words: `mean, std from the command; crop_pct, ... from timm's default`."""
+    words = {"given": "as given", "checkpoint": "from the checkpoint", "default": "timm's default"}
+    where = origins(model, changes)
+    groups = {word: [key for key in _KEYS if where[key] == kind] for kind, word in words.items()}
+    return "; ".join(f"{', '.join(keys)} {word}" for word, keys in groups.items() if keys)
+
+
+# --- changes ----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Changes:
+    """Values that replace those of a model's pretrained_cfg; None leaves a value as it is.
+
+    input_size: (height, width). mean, std: one value for all channels or one a channel; three for a model of another
+    number of channels only by name (`STATISTICS`), of which the mean is taken as timm does.
+    """
+
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    crop_pct: float | None = None
+    interpolation: str | None = None
+    crop_mode: str | None = None
+    input_size: tuple[int, int] | None = None
+    named: bool = False
+
+    @classmethod
+    def read(
+        cls,
+        *,
+        mean: str | None = None,
+        std: str | None = None,
+        crop_pct: float | None = None,
+        interpolation: str | None = None,
+        input_size: str | None = None,
+        file: Path | None = None,
+    ) -> Changes:
+        """From the options of the command; a file (`--preprocessing`) lies under the single options.
+
+        Raises UserError for values that cannot be used, and for mean without std or std without mean.
+        """
+        found: dict[str, Any] = dict(read_file(file)) if file is not None else {}
+        given: dict[str, Any] = {"mean": _statistic("mean", mean), "std": _statistic("std", std)}
+        given |= {"crop_pct": crop_pct, "interpolation": interpolation, "input_size": input_size}
+        found |= {key: value for key, value in given.items() if value is not None}
+        if ("mean" in found) != ("std" in found):
+            has, lacks = ("mean", "std") if "mean" in found else ("std", "mean")
+            raise UserError(f"--{has} is given without --{lacks}; give both, such as --mean imagenet --std imagenet")
+        readers: dict[str, Callable[[Any], Any]] = {
+            "mean": lambda value: _numbers("mean", value),
+            "std": lambda value: _numbers("std", value),
+            "crop_pct": _crop_pct,
+            "interpolation": _interpolation,
+            "crop_mode": _crop_mode,
+            "input_size": _input_size,
+        }
+        values = {key: readers[key](value) for key, value in found.items()}
+        return cls(**values, named=any(each is not None and not _is_number(each) for each in (mean, std)))
+
+    def values(self) -> dict[str, Any]:
+        """Those that are given."""
+        return {key: value for key in _KEYS if (value := getattr(self, key)) is not None}
+
+    def apply(self, model: nn.Module) -> None:
+        """Changes `model.pretrained_cfg` and its ModelSpec, so that every checkpoint written from it has the values.
+
+        Another input size resizes the model (timm's `set_input_size`, position embeddings resampled). Raises UserError
+        where the model cannot take a value.
+        """
+        if not self.values():
+            return
+        values = {key: value for key, value in self.values().items() if key != "input_size"}
+        channels = model_info(model).in_chans
+        for key in ("mean", "std"):
+            if key in values:
+                values[key] = _for_channels(key, values[key], channels, self.named)
+        if self.input_size is not None and self.input_size != model_info(model).input_size:
+            resize_model(model, self.input_size)
+        _update(model, values)
+
+
+def _update(model: nn.Module, values: Mapping[str, Any], **model_args: Any) -> None:
+    known = _spec(model)
+    model.pretrained_cfg = {**(getattr(model, "pretrained_cfg", None) or {}), **values}  # type: ignore[assignment]
+    if known is not None:
+        changed = {**known.pretrained_cfg, **values}
+        arguments = {**known.model_args, **model_args}
+        set_spec(model, dataclasses.replace(known, pretrained_cfg=changed, model_args=arguments))
+
+
+def _spec(model: nn.Module) -> ModelSpec | None:
+    try:
+        return spec_of(model)
+    except UserError:  # a model of another library's: there is nothing to write it back to
+        return None
+
+
+def resize_model(model: nn.Module, size: tuple[int, int]) -> None:
+    """Makes a model take images of another size, its position embeddings resampled.
+
+    Raises UserError where the architecture has no way to do that, or takes only multiples of its patches.
+    """
+    before = model_info(model).input_size
+    wanted = f"--input-size {size[0]}x{size[1]}: {type(model).__name__} takes {before[0]} x {before[1]} pixels"
+    if not hasattr(model, "set_input_size"):
+        raise UserError(f"{wanted} and cannot be resized; leave --input-size out, or train a model of that size")
+    try:
+        model.set_input_size(img_size=size)  # type: ignore[operator]
+        found = model_info(model).input_size
+    except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{wanted} and cannot be resized ({str(error).splitlines()[0][:120]}); leave it out") from None
+    if found != size:
+        raise UserError(f"{wanted}; of that size it would use {found[0]} x {found[1]}: give a multiple of its patches")
+    channels = model_info(model).in_chans
+    _update(model, {"input_size": (channels, *size)}, img_size=list(size))
+    known = _spec(model)
+    if known is not None:
+        with torch.device("meta"):
+            shapes = {key: value.shape for key, value in known.build().state_dict().items()}
+        if shapes != {key: value.shape for key, value in model.state_dict().items()}:
+            raise UserError(f"{wanted} and cannot be built again at that size; leave --input-size out")
+
+
+# --- reading values ---------------------------------------------------------------------------------------------------
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """Values by timm's keys, from YAML or JSON: a pretrained_cfg, a config.json that holds one, or Hugging Face's
+    preprocessor_config.json. Raises UserError for a file that is none of them."""
+    name = f"--preprocessing {path}"
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        values = json.loads(text) if Path(path).suffix.lower() == ".json" else yaml.safe_load(text)
+    except OSError as error:
+        raise UserError(f"{name}: cannot be read ({error.strerror})") from None
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{name}: is neither YAML nor JSON ({str(error).splitlines()[0][:80]})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{name}: expected keys and values, such as mean, std and crop_pct")
+    if any(key in values for key in _HUGGING_FACE):
+        return from_hugging_face(values, name)
+    values = values.get("pretrained_cfg", values) if isinstance(values.get("pretrained_cfg", {}), dict) else values
+    for key in values:
+        if key not in _KEYS and key not in _OTHER_KEYS:
+            raise UserError(f"{name}: unknown key {key!r}{nearest(str(key), _KEYS)}")
+    found = {key: values[key] for key in _KEYS if values.get(key) is not None}
+    if not found:
+        raise UserError(f"{name}: holds none of {', '.join(_KEYS)}")
+    return found
+
+
+def from_hugging_face(values: Mapping[str, Any], name: str = "preprocessor_config.json") -> dict[str, Any]:
+    """timm's keys for the values of a Hugging Face image processor.
+
+    Raises UserError for scaling by another factor than 1 / 255, and for a filter that torch does not have.
+    """
+    factor = float(values.get("rescale_factor", 1 / 255))
+    if values.get("do_rescale", True) is False or abs(factor - 1 / 255) > 1e-6:
+        raise UserError(f"{name}: pixels are not scaled by 1 / 255 (rescale_factor {factor:g}), which is not supported")
+    found: dict[str, Any] = {}
+    if values.get("do_normalize", True) is False:
+        found |= {"mean": (0.0,), "std": (1.0,)}
+    elif "image_mean" in values and "image_std" in values:
+        found |= {"mean": values["image_mean"], "std": values["image_std"]}
+    if values.get("resample") is not None:
+        found["interpolation"] = _PIL_FILTERS.get(values["resample"], str(values["resample"]))
+    size, shortest = _sides(values.get("size"))
+    crop, _ = _sides(values.get("crop_size")) if values.get("do_center_crop", "crop_size" in values) else (None, False)
+    if values.get("do_resize", True) is False:
+        size = None
+    final = crop or size
+    if final is not None:
+        found["input_size"] = final
+    if values.get("crop_pct") and not crop:
+        found |= {"crop_pct": values["crop_pct"], "crop_mode": "center"}
+    elif crop and size:
+        found["crop_pct"] = crop[0] / size[0]
+    elif final is not None:
+        found["crop_pct"] = 1.0
+    if size is not None and "crop_mode" not in found:
+        found["crop_mode"] = "center" if shortest else "squash"
+    return found
+
+
+def _sides(size: Any) -> tuple[tuple[int, int] | None, bool]:
+    """((height, width), whether it is the shorter side alone) of a size as Hugging Face writes it."""
+    if isinstance(size, int):
+        return (size, size), False
+    if isinstance(size, (list, tuple)) and len(size) == 2:
+        return (int(size[0]), int(size[1])), False
+    if isinstance(size, Mapping) and "shortest_edge" in size:
+        return (int(size["shortest_edge"]),) * 2, True
+    if isinstance(size, Mapping) and {"height", "width"} <= set(size):
+        return (int(size["height"]), int(size["width"])), False
+    return None, False
+
+
+def _is_number(text: str) -> bool:
+    return bool(re.fullmatch(r"[-+.,\deE\s\[\]()]+", text))
+
+
+def _statistic(key: str, text: str | None) -> tuple[float, ...] | None:
+    """Numbers separated by commas, or a name of `STATISTICS`."""
+    if text is None:
+        return None
+    if _is_number(text):
+        return _numbers(key, [part for part in re.split(r"[,\s]+", text.strip("[]() ")) if part])
+    name = _SYNONYMS.get(text.lower(), text.lower())
+    if name not in STATISTICS:
+        raise UserError(f"--{key} {text}: expected numbers such as 0.5,0.5,0.5, or a name{nearest(name, STATISTICS)}")
+    return STATISTICS[name][("mean", "std").index(key)]
+
+
+def _numbers(key: str, value: Any) -> tuple[float, ...]:
+    try:
+        numbers = tuple(float(each) for each in (value if isinstance(value, (list, tuple)) else [value]))
+    except (TypeError, ValueError):
+        raise UserError(f"preprocessing: {key} {value!r}: expected numbers, one a channel") from None
+    if not numbers or not all(math.isfinite(each) for each in numbers):
+        raise UserError(f"preprocessing: {key} {value!r}: expected finite numbers, one a channel")
+    if key == "std" and min(numbers) <= 0:
+        raise UserError(f"preprocessing: std {_short(numbers)}: expected numbers above 0")
+    if max(map(abs, numbers)) > 10:
+        raise UserError(
+            f"preprocessing: {key} {_short(numbers)}: expected values of pixels scaled to [0, 1]; divide by 255"
+        )
+    return numbers
+
+
+def _for_channels(key: str, numbers: tuple[float, ...], channels: int, named: bool) -> tuple[float, ...]:
+    if len(numbers) == 1:
+        return numbers * channels
+    if len(numbers) == channels:
+        return numbers
+    if named:
+        return (float(np.mean(numbers)),) * channels
+    raise UserError(f"--{key} {_short(numbers)}: {len(numbers)} numbers for a model of {channels} channels")
+
+
+def _crop_pct(value: Any) -> float:
+    try:
+        share = float(value)
+    except (TypeError, ValueError):
+        share = math.nan
+    if not 0 < share <= 1:
+        raise UserError(f"preprocessing: crop_pct {value}: expected a share in (0, 1], such as 0.9")
+    return share
+
+
+def _interpolation(value: Any) -> str:
+    name = str(value).lower()
+    if name not in INTERPOLATIONS:
+        raise UserError(
+            f"preprocessing: interpolation {value!r} is not supported; take one by --interpolation: "
+            f"{', '.join(INTERPOLATIONS)}"
+        )
+    return name
+
+
+def _crop_mode(value: Any) -> str:
+    if value not in CROP_MODES:
+        raise UserError(
+            f"preprocessing: crop_mode {value!r} is not supported; known: {', '.join(CROP_MODES)}. Set another in a "
+            "file with --preprocessing"
+        )
+    return str(value)
+
+
+def _input_size(value: Any) -> tuple[int, int]:
+    """(height, width) of `224`, `224x192`, [224, 192] or timm's [3, 224, 192]."""
+    parts = re.split(r"[x,\s]+", value.strip().lower()) if isinstance(value, str) else value
+    parts = list(parts) if isinstance(parts, (list, tuple)) else [parts]
+    try:
+        sides = [int(part) for part in (parts * 2 if len(parts) == 1 else parts[-2:])]
+        valid = len(parts) <= 3 and len(sides) == 2 and min(sides) > 0
+    except (TypeError, ValueError):
+        valid = False
+    if not valid:
+        raise UserError(f"preprocessing: input size {value!r}: expected pixels, such as 224 or 224x192")
+    return sides[0], sides[1]
+
+
+def _short(numbers: Sequence[float]) -> str:
+    """`0.5` where all are equal, else all of them."""
+    shown = [f"{each:.4g}" for each in numbers]
+    return shown[0] if len(set(shown)) == 1 else " ".join(shown)
