@@ -18,6 +18,7 @@ SIGNIFICANCE = 1e-3
 NEAR = 0.1
 # Difference in accuracy, [0, 1], that matters: 5 points.
 MARGIN = 0.05
+_EXPLAINED = 0.5  # share of the answers that an exchange has to explain: a constant answer is no exchange
 _EACH = 5  # samples a class that a permutation is read from, on average
 
 
@@ -91,7 +92,7 @@ def permutation(predicted: np.ndarray, labels: np.ndarray, classes: int) -> Perm
     majority = 2 * counts[rows, columns] > counts.sum(1)
     answered = np.where(majority, columns, present)
     correct = predicted == answered[row]
-    if not is_clearly_better(correct, predicted == labels):
+    if correct.mean() < _EXPLAINED or not is_clearly_better(correct, predicted == labels):
         return None
     moved = {int(a): int(b) for a, b in zip(present, answered, strict=True) if a != b}
     return Permutation(moved, correct)

@@ -143,6 +143,7 @@ def test_more_classes_in_the_data_than_in_a_head_without_names(lethe: Lethe, dat
     assert (code, f"its head has 4 classes, but imagefolder:{data} has label 9" in err) == (2, True)
 
 
+@pytest.mark.slow
 def test_a_store_of_requests_keeps_the_order(lethe: Lethe, other: Path, data: Path, tmp_path: Path) -> None:
     source = open_source(f"imagefolder:{data}")
     store = tmp_path / "store"

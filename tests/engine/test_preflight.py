@@ -31,6 +31,7 @@ from engine.jobs.opening import read_accuracy
 from engine.models.checkpoint import load_checkpoint, save_checkpoint
 from engine.report.record import recorded
 
+SHAPE = ("img_size=8", "patch_size=4", "embed_dim=48", "depth=2")
 Lethe = Callable[..., tuple[int, str, str]]
 QUICK = [
     "--method",
@@ -149,12 +150,19 @@ def test_raw_instead_of_averaged_weights_are_far_below_what_is_expected(
 
 
 def test_the_other_weights_of_the_checkpoint_are_named(
-    lethe: Lethe, good: torch.nn.Module, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lethe: Lethe, good: torch.nn.Module, data: Path, tmp_path: Path
 ) -> None:
-    raw = save_checkpoint(with_noise(copy.deepcopy(good)), tmp_path / "raw")
-    monkeypatch.setattr(preflight, "_other_weights", lambda model, checkpoint: ("--weights ema", copy.deepcopy(good)))
-    line = refused(lethe(*arguments("unlearn", raw, data, "--out", tmp_path / "run"), *QUICK))
+    raw = with_noise(copy.deepcopy(good))
+    torch.save({"state_dict": raw.state_dict(), "state_dict_ema": good.state_dict()}, tmp_path / "both.pth")
+    built = ["--arch", "vit_tiny_patch16_224", "--mean", "unit", "--std", "unit"]
+    built += [text for each in (*SHAPE, "num_heads=2") for text in ("--model-arg", each)]
+    given = [*arguments("unlearn", tmp_path / "both.pth", data, "--out", tmp_path / "run"), *QUICK, *built]
+    line = refused(lethe(*given, "--weights", "raw"))
     assert "--weights ema would give 100.0%" in line
+    assert not (tmp_path / "run").exists()
+    code, out, err = lethe(*given, "--weights", "ema")
+    assert code == 0, err
+    assert "accuracy of the untouched model: 100.0%" in out
 
 
 def test_what_the_run_folder_says_is_expected_on_the_same_data_alone(
@@ -217,7 +225,7 @@ def test_a_reference_with_another_preprocessing_is_said(
     lethe: Lethe, good: torch.nn.Module, data: Path, tmp_path: Path
 ) -> None:
     model = save_checkpoint(good, tmp_path / "model")
-    other = without_statistics(save_checkpoint(good, tmp_path / "other"))
+    other = without_statistics(save_checkpoint(with_noise(copy.deepcopy(good), 0.01), tmp_path / "other"))
     code, out, err = lethe(*arguments("evaluate", model, data, "--reference", other, "--set", "precision=fp32"))
     assert code == 0, err
     assert f"--reference {other} has a preprocessing of its own and is fed by it: 8 x 8 pixels, mean 0.5" in out
@@ -278,6 +286,7 @@ def test_a_permutation_is_read_from_majorities_alone() -> None:
     assert permutation(labels, labels, 4) is None
     rng = np.random.default_rng(0)
     assert permutation(rng.integers(0, 4, 200), labels, 4) is None
+    assert permutation(np.zeros(200, dtype=np.int64), labels[::-1], 4) is None  # a constant answer
     few = np.repeat(np.arange(50), 3)
     assert permutation((few + 1) % 50, few, 50) is None  # three samples a class say too little
 
