@@ -332,6 +332,19 @@ def _subjects(
 
 
 @app.command()
+def models(
+    only: Annotated[str | None, typer.Option(help="Names of timm with this in them.", show_default=False)] = None,
+    part: Annotated[Literal["all", "count", "table"], typer.Option(help="Shapes of all, or steps of some.")] = "all",
+    jobs: Annotated[int, typer.Option(help="Processes, of one thread each.")] = 2,
+    json: Annotated[Path | None, typer.Option("--json", help="Results; a run goes on where it broke off.")] = None,
+) -> None:
+    """Which of timm's classifiers open, and what runs on them: all by their shapes, one of each module for a step."""
+    from bench.models import run_models
+
+    run_models(json, only, jobs, part)
+
+
+@app.command()
 def verdicts(
     checkpoint: OwnModel = None,
     data: OwnData = None,
