@@ -272,7 +272,7 @@ _as_it_was = _mask_patches_eager
 
 
 def _mask_patches_eager(images, mask, fill, patch_size):
-    more = round(0.3 * len(images))
+    more = round(0.3 * len(images)) if patch_size != (1, 1) else 0  # with 1 x 1 it is mask_tokens
     _as_it_was(images[:more], mask[:more], fill, patch_size)
     return _as_it_was(images, mask, fill, patch_size)
 """
