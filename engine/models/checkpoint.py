@@ -281,6 +281,8 @@ def load_checkpoint(
         from engine.models import huggingface
 
         _refuse_arguments(source)
+        if source.weights:
+            raise UserError(f"--weights {source.weights}: {place} has one kind of weights; leave it out")
         return huggingface.load(folder, config)
     if place.is_dir() and (folder / "config.json").is_file():
         _refuse_arguments(source)

@@ -87,6 +87,8 @@ class HuggingFaceSpec(ModelSpec):
     @property
     def label_names(self) -> list[str]:
         """Class names by label from `id2label`; empty if they are the library's placeholders."""
+        if self.extra.get("label_names"):  # given since it was loaded
+            return [str(name) for name in self.extra["label_names"]]
         names = self.config.get("label_names")  # TimmWrapper
         if names is None:
             id2label = {int(label): str(name) for label, name in (self.config.get("id2label") or {}).items()}
@@ -125,6 +127,9 @@ class HuggingFaceSpec(ModelSpec):
             text = processor_text(text, self.processor_cfg, self.pretrained_cfg)
         elif self.pretrained_cfg != self.processor_cfg:  # its processor reads config.json
             module.config.pretrained_cfg = {**(self.config.get("pretrained_cfg") or {}), **self.pretrained_cfg}  # type: ignore[union-attr]
+        if names := self.extra.get("label_names"):
+            named = {"id2label": dict(enumerate(names)), "label2id": {name: label for label, name in enumerate(names)}}
+            vars(module.config).update(named | ({"label_names": names} if self.architecture == _TIMM_WRAPPER else {}))
         with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as temporary, _quiet():
             module.save_pretrained(temporary, max_shard_size="1000GB")  # type: ignore[operator]
             if text:
@@ -224,7 +229,9 @@ class HuggingFaceClassifier(nn.Module):
     def _parts(self) -> list[nn.Module]:
         """The outermost list of layers: the blocks, or the stages of a Swin."""
         named = self.backbone.named_modules()
-        return list(next(m for name, m in named if isinstance(m, nn.ModuleList) and name.split(".")[-1] in _LISTS))
+        return list(
+            next(m for name, m in named if isinstance(m, nn.ModuleList) and name.split(".")[-1] in ("layer", "layers"))
+        )
 
     @property
     def attention_problem(self) -> str:
@@ -267,9 +274,6 @@ class HuggingFaceClassifier(nn.Module):
             windowed=False,
             **dataclasses.asdict(general),
         )
-
-
-_LISTS = ("layer", "layers")
 
 
 def vision_config(config: Any) -> Any:

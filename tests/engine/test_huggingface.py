@@ -319,3 +319,23 @@ def test_weights_are_compared_by_part(name: str, blocks: int) -> None:
     distance = compare_weights(as_classifier(tiny(name, seed=1)), as_classifier(tiny(name)))["distance"]
     assert {"patch embedding", "head"} <= set(distance)
     assert sum("block" in part for part in distance) == blocks
+
+
+@pytest.mark.parametrize("name", ["vit", "timm-wrapper"])
+def test_names_that_are_given_are_written(name: str, tmp_path: Path) -> None:
+    from engine.models.checkpoint import describing, with_label_names
+    from engine.sliced import with_fresh_head
+
+    save_checkpoint(with_label_names(as_classifier(tiny(name)), list("wxyz"), "names"), tmp_path / "a")
+    assert list(AutoModel.from_pretrained(tmp_path / "a").config.id2label.values()) == list("wxyz")
+    assert spec_of(load_checkpoint(tmp_path / "a")).label_names == list("wxyz")
+    save_checkpoint(describing(with_fresh_head(as_classifier(tiny(name)), 3), list("uvw")), tmp_path / "b")
+    assert list(AutoModel.from_pretrained(tmp_path / "b").config.id2label.values()) == list("uvw")
+
+
+def test_arguments_for_files_are_refused(tmp_path: Path) -> None:
+    folder = saved(tiny("vit"), tmp_path / "model")
+    for query in ("weights=ema", "arch=vit_tiny_patch16_224"):
+        with pytest.raises(UserError, match="leave it out"):
+            load_checkpoint(f"{folder}?{query}")
+    assert load_checkpoint(folder / "model.safetensors")(images(1)).shape == (1, 4)
