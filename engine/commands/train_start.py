@@ -44,7 +44,7 @@ class Start:
         """The model to train, and what config.yaml and the record keep of where it came from."""
         from engine.config import parse_assignments
         from engine.job import architecture, init_model, pretrained
-        from engine.models.checkpoint import describing
+        from engine.models.checkpoint import describing, spec_of
 
         if self.init is not None:
             (place,) = checkpoint_sources([self.init], self.arch, self.model_arg, self.weights)
@@ -53,4 +53,4 @@ class Start:
             return init_model(place or self.init, source, task, options["seed"])
         build = pretrained if options.get("base") == "given" else architecture
         model = build(self.arch or "", parse_assignments(self.model_arg or []), source)
-        return describing(model, source.train.class_names), {"arch": self.arch}
+        return describing(model, spec_of(model).label_names), {"arch": self.arch}  # those of the data: Opening's work

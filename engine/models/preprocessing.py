@@ -255,6 +255,8 @@ def resize_model(model: nn.Module, size: tuple[int, int]) -> None:
     try:
         model.set_input_size(img_size=size)  # type: ignore[operator]
         found = model_info(model).input_size
+        patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1, 1))
+        found = (found[0] - found[0] % patch[0], found[1] - found[1] % patch[1])
     except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{wanted} and cannot be resized ({str(error).splitlines()[0][:120]}); leave it out") from None
     if found != size:
