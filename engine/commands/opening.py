@@ -131,11 +131,11 @@ def named_references(references: list[str] | None) -> dict[str, str]:
 
 def _opening(given: dict[str, Any]) -> Any:
     from engine.console import console
-    from engine.jobs.opening import Opening, read_accuracy
+    from engine.jobs.opening import LabelOrder, Opening, read_accuracy
     from engine.models.preprocessing import Changes
 
-    order = given.get("label_order") or "auto"
-    if order != "auto" and order != "data":
+    order: LabelOrder = given.get("label_order") or "auto"
+    if order not in ("auto", "data"):
         raise UserError(f"--label-order {order}: expected auto or data")
     changes = Changes.read(
         mean=given["mean"],

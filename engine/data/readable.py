@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine.data.loading import Loader, Preprocessing
+from engine.data.loading import Loader
 from engine.data.samples import BadImageError, Samples
 from engine.errors import RunStopped, UserError
+from engine.models.preprocessing import Preprocessing
 
 
 def bad_images(

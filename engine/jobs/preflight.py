@@ -36,12 +36,13 @@ from engine.evaluate.plausibility import (
 from engine.models.checkpoint import load_checkpoint, spec_of
 from engine.models.info import num_classes_of
 from engine.models.preprocessing import STATISTICS, Preprocessing
+from engine.models.unwrap import Kind
 from engine.models.vit import outputs
 
 SAMPLES = 400
 _BATCH = 50
 _LOADING = ("workers", "decode", "on_bad_image", "max_bad_share")
-_OTHER_WEIGHTS = {"raw": "ema", "ema": "raw"}
+_OTHER_WEIGHTS: dict[str, Kind] = {"raw": "ema", "ema": "raw"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,7 +215,7 @@ def _other_weights(model: nn.Module, checkpoint: str) -> tuple[str, nn.Module] |
     try:
         taken = spec_of(model).extra.get("lethe_import", {}).get("weights", "")
         kind = _OTHER_WEIGHTS[taken]
-        other = load_checkpoint(checkpoint, weights=kind)  # type: ignore[call-arg]
+        other = load_checkpoint(checkpoint, weights=kind)
     except (UserError, AttributeError, KeyError, TypeError):
         return None
     model_cfg = getattr(model, "pretrained_cfg", None)
