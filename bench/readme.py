@@ -290,6 +290,20 @@ def verdicts_table(report: Report) -> Sheet:
     return Sheet(columns=columns, rows=rows, marked=_starting(rows, "retrained"))
 
 
+def models_table(report: Report) -> Sheet:
+    """A row a model of timm: yes, - for a refusal in words, crash, or nothing where it was not tried."""
+    columns = ("opens", "lethe", "lethe_plus", "verify", "plan")
+    rows = [
+        [row["module"], row["kind"], row["name"], *(_support(row.get(key, "")) for key in columns)]
+        for row in report["table"]
+    ]
+    return Sheet(columns=["module of timm", "kind", "model", *columns], rows=rows, marked=[])
+
+
+def _support(said: str) -> str:
+    return {"refused": "-"}.get(said.partition(":")[0], said.partition(":")[0])
+
+
 def ulira_table(report: Report) -> Sheet:
     """A row a procedure, and what the attack finds where nothing was unlearned."""
     rows: list[list[str]] = []
@@ -437,6 +451,7 @@ TABLES = (
     Generator(name="retrain-projection", files=("retrain-cost.json",), make=projection_table, document=IN_FULL),
     Generator(name="train", files=("train-cpu.json",), make=train_table, document=IN_FULL),
     Generator(name="scaling", files=("scaling-cpu.json",), make=scaling_table, document=IN_FULL),
+    Generator(name="models", files=("models.json",), make=models_table, document=IN_FULL, expected=False),
     Generator(name="ulira", files=("ulira-digits.json",), make=ulira_table, document=IN_FULL),
     Generator(
         name="equality", files=("equality.json",), make=equality_table, document=IN_FULL,

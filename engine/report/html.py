@@ -115,6 +115,7 @@ def render(data: ReportData) -> str:
             for item in data.gallery
         ],
         mask_used="mask_source" in data.config,
+        attention_read=any(item.scores is not None for item in data.gallery),
         bars=time_bars(data),
         phases=phase_rows(data),
         config=flat(data.config),
