@@ -291,7 +291,14 @@ def verdicts_table(report: Report) -> Sheet:
 
 
 def models_table(report: Report) -> Sheet:
-    """A row a model of timm: yes, - for a refusal in words, crash, or nothing where it was not tried."""
+    """A row a model of timm: yes, - for a refusal in words, crash, or nothing where it was not tried; without steps, a
+    row a module: how many classifiers methods that read logits accept, and how many of the columnar ViTs lethe does."""
+    if "table" not in report:
+        count = report["count"]
+        names = ("classifiers", "logits", "lethe")
+        modules = [[name, *(str(row[key]) for key in names)] for name, row in count["by_module"].items()]
+        modules.append(["all", *(str(count[key]) for key in names)])
+        return Sheet(columns=["module of timm", "classifiers", "logits", "lethe"], rows=modules, marked=[len(modules) - 1])
     columns = ("opens", "lethe", "lethe_plus", "verify", "plan")
     rows = [
         [row["module"], row["kind"], row["name"], *(_support(row.get(key, "")) for key in columns)]
