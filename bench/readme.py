@@ -299,13 +299,13 @@ def models_table(report: Report) -> Sheet:
         modules = [[name, *(str(row[key]) for key in names)] for name, row in count["by_module"].items()]
         modules.append(["all", *(str(count[key]) for key in names)])
         last = len(modules) - 1
-        return Sheet(columns=["module of timm", "classifiers", "logits", "lethe"], rows=modules, marked=[last])
+        return Sheet(columns=["module of timm", "classifiers", "logits", "lethe"], rows=modules, marked=frozenset({last}))
     columns = ("opens", "lethe", "lethe_plus", "verify", "plan")
     rows = [
         [row["module"], row["kind"], row["name"], *(_support(row.get(key, "")) for key in columns)]
         for row in report["table"]
     ]
-    return Sheet(columns=["module of timm", "kind", "model", *columns], rows=rows, marked=[])
+    return Sheet(columns=["module of timm", "kind", "model", *columns], rows=rows)
 
 
 def _support(said: str) -> str:
