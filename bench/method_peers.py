@@ -55,8 +55,9 @@ from bench.retrain_summary import PLACES, Row, over_seeds
 from engine.console import console, progress_bars
 from engine.errors import UserError, nearest
 from engine.job import Task
-from engine.loop import set_up, unlearn
+from engine.loop import unlearn
 from engine.models.checkpoint import load_checkpoint
+from engine.run.setup import set_up
 
 OURS = "ours"
 EQUAL, DEFAULTS = SETTINGS = ("equal", "defaults")

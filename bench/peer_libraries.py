@@ -38,10 +38,10 @@ from engine.data import Preprocessing, Samples
 from engine.data.samples import concatenate
 from engine.device import autocast
 from engine.errors import UserError
-from engine.loop import Run
 from engine.methods import Context, Phase
 from engine.methods.scrub import ScrubConfig
 from engine.methods.ssd import Ssd, adaptive_alpha
+from engine.run.setup import Run
 from engine.trainer import schedule
 
 Values = dict[str, Any]

@@ -20,10 +20,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from bench.cases import StepCase
 from engine.config import RunConfig
 from engine.data import Batch, Preprocessing, Samples, open_source
-from engine.loop import set_up
 from engine.masking import count_masked
 from engine.methods.lethe import LetheConfig
 from engine.models.vit import attention_info
+from engine.run.setup import set_up
 
 PARTS = ("data", "teacher", "forward", "backward", "optimizer", "communication")
 _DECAY, _CLIP, _RATE = RunConfig().weight_decay, RunConfig().grad_clip, 1e-4

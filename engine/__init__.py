@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from engine.loop import train, unlearn
     from engine.methods import list_methods
     from engine.models.checkpoint import load_checkpoint, remember_model_args, save_checkpoint
-    from engine.trainer import UnlearnResult
+    from engine.run.result import UnlearnResult
     from engine.tuning import tune
 
 __version__ = "0.1.0"
@@ -24,7 +24,7 @@ _HOME = {
     "RunConfig": "engine.config",
     "RunStopped": "engine.errors",
     "UserError": "engine.errors",
-    "UnlearnResult": "engine.trainer",
+    "UnlearnResult": "engine.run.result",
     "train": "engine.loop",
     "tune": "engine.tuning",
     "unlearn": "engine.loop",

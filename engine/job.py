@@ -47,9 +47,10 @@ from engine.models.checkpoint import (
 from engine.models.huggingface import as_classifier
 from engine.report import ReportData, build_gallery, write_report
 from engine.report.run_record import TRAINED, UNLEARNED, Origin, RecordOptions, origin, write_record
+from engine.run.result import UnlearnResult
 from engine.runfolder import check_free
 from engine.sliced import with_fresh_head
-from engine.trainer import Progress, UnlearnResult
+from engine.trainer import Progress
 
 # Options of a run that an evaluation has too.
 _EVALUATION_KEYS = ("precision", "device", "workers", "decode", "on_bad_image", "max_bad_share")

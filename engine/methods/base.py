@@ -21,7 +21,7 @@ from engine.models.vit import ViTInfo, attention_info, check_features, outputs
 from engine.registry import Registry
 
 if TYPE_CHECKING:
-    from engine.trainer import UnlearnResult
+    from engine.run.result import UnlearnResult
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

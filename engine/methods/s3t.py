@@ -60,7 +60,7 @@ from engine.sliced import Stages, classifier_weights, places_of, slices_of, stag
 from engine.trainable import LowRank, low_ranks, restrict
 
 if TYPE_CHECKING:
-    from engine.trainer import UnlearnResult
+    from engine.run.result import UnlearnResult
 
 # Options that the bits of a stage depend on: the method's, and the run's.
 _OURS = ("slices", "sequences", "epochs", "lr", "rank", "base", "base_epochs", "base_lr")

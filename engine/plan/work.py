@@ -18,12 +18,12 @@ from engine.early_stop import last_stage
 from engine.errors import UserError
 from engine.evaluate.metrics import MOST_RETAINED
 from engine.guard import CHECKS
-from engine.loop import WATCHED
 from engine.methods import Method, Phase, get_method
 from engine.methods.base import Taken
 from engine.plan.cost import Cost
 from engine.plan.memory import Zero
 from engine.pruning import PrunedPhase, pruned_phases
+from engine.run.setup import WATCHED
 
 # Epochs of the recipes a ViT may have been trained by on ImageNet, and whose they are.
 RECIPES = {

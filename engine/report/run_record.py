@@ -20,8 +20,8 @@ from engine.files import full_disk, replacing
 from engine.models.image_processor import PROCESSOR
 from engine.report.record import IDS, SALT, Record, canonical, hashed_ids, recorded, verify_record
 from engine.report.signature import signer
+from engine.run.result import UnlearnResult
 from engine.sliced import STAGES
-from engine.trainer import UnlearnResult
 
 # What a run folder holds at the end of a training, and of an unlearning that was evaluated.
 TRAINED = ("config.yaml", "history.jsonl", "config.json", "model.safetensors")

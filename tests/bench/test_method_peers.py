@@ -23,8 +23,8 @@ from bench.readme import peers_table
 from bench.retrain_cost import Subject
 from engine.data import Loader, Preprocessing, open_source
 from engine.errors import UserError
-from engine.loop import Run, set_up
 from engine.models.checkpoint import save_checkpoint, weights_sha256
+from engine.run.setup import Run, set_up
 
 BY_METHOD = {peer.method: peer for peer in PEERS}
 SETTINGS = ["max_steps=1", "batch_size=20", "precision=fp32", "workers=0"]

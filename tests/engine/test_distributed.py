@@ -19,8 +19,9 @@ from engine.data import open_source
 from engine.distributed.world import World
 from engine.distributed.zero import read_deepspeed, resolve_deepspeed
 from engine.errors import UserError
-from engine.loop import _check_ranks, _resolve_zero, train
+from engine.loop import train
 from engine.models.checkpoint import load_checkpoint, save_checkpoint, weights_sha256
+from engine.run.setup import _check_ranks, _resolve_zero
 from engine.runfolder import RunFolder
 
 ROOT = Path(__file__).parents[2]

@@ -18,10 +18,11 @@ from toys import few, tiny_vit
 
 from engine.data import Batch, Loader, Preprocessing, Samples, open_source
 from engine.errors import UserError
-from engine.loop import set_up, unlearn
+from engine.loop import unlearn
 from engine.methods import Method, Phase, base, register
 from engine.models.checkpoint import weights_sha256
 from engine.models.vit import outputs
+from engine.run.setup import set_up
 
 
 @pytest.fixture(scope="module")

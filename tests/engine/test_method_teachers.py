@@ -19,12 +19,13 @@ from toys import few, tiny_vit
 from engine.data import Samples, open_source
 from engine.errors import UserError
 from engine.evaluate.predict import Predictions
-from engine.loop import Run, set_up, unlearn
+from engine.loop import unlearn
 from engine.methods import Phase, laf, list_methods
 from engine.methods.calibration import matched_accuracy
 from engine.methods.distillation import divergence
 from engine.models.checkpoint import weights_sha256
 from engine.models.vit import outputs
+from engine.run.setup import Run, set_up
 
 METHODS = ["scrub", "scrub_r", "bad_teacher", "lotus", "laf"]
 OPTIONS: dict[str, Any] = {"batch_size": 8, "precision": "fp32", "augment": "none"}

@@ -13,10 +13,10 @@ import engine.loop
 from engine.config import RunConfig, build
 from engine.data import open_source
 from engine.errors import UserError
-from engine.loop import set_up
 from engine.methods import get_method, list_methods
 from engine.plan import plan as make_plan
 from engine.plan.work import Sizes, planned, unlearning_work
+from engine.run.setup import set_up
 
 
 @pytest.mark.parametrize("method", list(list_methods()))

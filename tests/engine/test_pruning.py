@@ -16,11 +16,12 @@ from engine.data import Batch, Samples, open_source
 from engine.data.sampling import Epochs, Sampler
 from engine.distributed.world import World
 from engine.errors import UserError
-from engine.loop import set_up, unlearn
+from engine.loop import unlearn
 from engine.methods import Phase
 from engine.methods.finetune import Finetune
 from engine.models.checkpoint import weights_sha256
 from engine.pruning import PrunedPhase, Seta, grouped, pruned_phases
+from engine.run.setup import set_up
 
 RUN = {"batch_size": 8, "precision": "fp32", "device": "cpu", "retain_pruning": "seta"}
 
@@ -127,7 +128,7 @@ def test_the_losses_are_those_of_the_batches_as_they_are_trained(train: Samples)
 
     made: list[Seta] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("engine.loop.get_method", lambda name: Noting)
+        patch.setattr("engine.run.setup.get_method", lambda name: Noting)
         patch.setattr("engine.pruning.Seta", lambda *a: made.append(Seta(*a)) or made[-1])
         result = run(train, retain_epochs=4, **{"seta": {"keep": 0.8, "window": 0.4}})
     counts = [40, 16, 16, 40]

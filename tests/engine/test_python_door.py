@@ -19,7 +19,7 @@ from engine.job import Task, evaluate_job
 from engine.loop import unlearn
 from engine.models.checkpoint import load_checkpoint, save_checkpoint, weights_sha256
 from engine.report.run_record import origin
-from engine.trainer import UnlearnResult
+from engine.run.result import UnlearnResult
 
 RUN = {"max_steps": 2, "batch_size": 16, "precision": "fp32"}
 

@@ -15,10 +15,11 @@ from engine.config import RunConfig, read_yaml
 from engine.data import Batch, Loader, Preprocessing, Samples, open_source
 from engine.distributed.world import World
 from engine.errors import UserError
-from engine.loop import set_up, unlearn
+from engine.loop import unlearn
 from engine.methods.finetune import Finetune
 from engine.models.vit import outputs
 from engine.retained import choose_retained
+from engine.run.setup import set_up
 
 RUN = {"batch_size": 16, "precision": "fp32", "device": "cpu"}
 
@@ -102,7 +103,7 @@ def test_a_run_sees_the_chosen_samples_alone_and_says_so(train: Samples, tmp_pat
             return super().loss(model, batch, phase)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("engine.loop.get_method", lambda name: Noting)
+        patch.setattr("engine.run.setup.get_method", lambda name: Noting)
         options = {**RUN, "retain_epochs": 2, "retain_share": 0.3, "retain_choice": "hard"}
         result = unlearn(tiny_vit(), forget, retain, method="finetune", config=options, output_dir=tmp_path / "run")
     chosen = context_of(tiny_vit(), forget, retain, retain_share=0.3, retain_choice="hard").retain
@@ -149,7 +150,7 @@ def test_its_time_counts(train: Samples, monkeypatch: pytest.MonkeyPatch) -> Non
         time.sleep(0.3)
         return choose_retained(*arguments)
 
-    monkeypatch.setattr("engine.loop.choose_retained", slow)
+    monkeypatch.setattr("engine.run.setup.choose_retained", slow)
     options = {**RUN, "max_steps": 1, "retain_share": 0.5}
     result = unlearn(tiny_vit(), few(train, 4), train.subset(range(20, 60)), method="finetune", config=options)
     assert result.seconds["unlearn"] > 0.3

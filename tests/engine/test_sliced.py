@@ -27,8 +27,9 @@ from engine.methods import list_methods
 from engine.methods.s3t import S3T
 from engine.models.checkpoint import load_checkpoint, save_checkpoint, spec_of, weights_sha256
 from engine.report.record import recorded, verify_record
+from engine.run.result import UnlearnResult
 from engine.sliced import STAGES, Stages, slices_of, tokens_of, with_fresh_head
-from engine.trainer import Trainer, UnlearnResult
+from engine.trainer import Trainer
 
 RUN: dict[str, Any] = {"batch_size": 16, "precision": "fp32", "seed": 3, "max_steps": 2, "checkpoint_every": 1}
 RECIPE: dict[str, Any] = {**RUN, "slices": 3, "epochs": 1, "rank": 2}

@@ -35,7 +35,7 @@ from engine.evaluate.predict import Predictions, predict
 from engine.methods import list_methods
 from engine.methods.spaces import Choice, Range, defaults, rate, spaces, tunable
 from engine.models.checkpoint import save_checkpoint
-from engine.trainer import UnlearnResult
+from engine.run.result import UnlearnResult
 from engine.tuning import Tuned, tune
 from engine.tuning.objective import Objective, halves
 from engine.tuning.study import FILE

@@ -1,0 +1,1 @@
+"""A run: set up, and what it gives back."""
