@@ -298,8 +298,8 @@ def models_table(report: Report) -> Sheet:
         names = ("classifiers", "logits", "lethe")
         modules = [[name, *(str(row[key]) for key in names)] for name, row in count["by_module"].items()]
         modules.append(["all", *(str(count[key]) for key in names)])
-        last = len(modules) - 1
-        return Sheet(columns=["module of timm", "classifiers", "logits", "lethe"], rows=modules, marked=frozenset({last}))
+        marked = frozenset({len(modules) - 1})
+        return Sheet(columns=["module of timm", "classifiers", "logits", "lethe"], rows=modules, marked=marked)
     columns = ("opens", "lethe", "lethe_plus", "verify", "plan")
     rows = [
         [row["module"], row["kind"], row["name"], *(_support(row.get(key, "")) for key in columns)]
