@@ -19,7 +19,7 @@ help: ## list the targets
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --upgrade pip
-	$(BIN)/python -m pip install -e '.[dev,bench,distributed]'
+	$(BIN)/python -m pip install -e '.[dev,bench,distributed,huggingface]'
 	@touch $@
 
 venv: $(STAMP) ## build .venv with everything that the tests use
