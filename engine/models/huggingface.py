@@ -161,6 +161,8 @@ class HuggingFaceClassifier(nn.Module):
         >>> model(images).shape  # [B, num_classes]
     """
 
+    crop_rounds_down = True  # for Preprocessing: the place of the centre crop in Hugging Face's processors
+
     def __init__(self, model: nn.Module, pretrained_cfg: dict[str, Any]) -> None:
         super().__init__()
         self.model: Any = model

@@ -21,7 +21,7 @@ from torchvision.transforms import InterpolationMode
 from engine.errors import UserError, nearest
 from engine.models.checkpoint import ModelSpec, set_spec, spec_of
 from engine.models.image_processor import unknown_preprocessing
-from engine.models.info import configuration, model_info
+from engine.models.info import configuration, configured_model, model_info
 
 INTERPOLATIONS = {
     "nearest": InterpolationMode.NEAREST,
@@ -53,7 +53,8 @@ class Preprocessing:
     """How a model takes its images, from its pretrained_cfg (timm's keys).
 
     size: (height, width) in pixels. mean, std: a value a channel, of pixels scaled to [0, 1]. crop_pct: size of the
-    centre crop by that of the resized image. crop_mode: see `CROP_MODES`.
+    centre crop by that of the resized image. crop_mode: see `CROP_MODES`. crop_rounds_down: the place of the crop is
+    rounded down, as Hugging Face's processors do, not to the nearest even number of pixels as torchvision does.
     """
 
     size: tuple[int, int]
@@ -63,6 +64,7 @@ class Preprocessing:
     interpolation: InterpolationMode
     crop_mode: str = "center"
     unknown: str = ""  # why mean and std are not known; then only images that are already normalised are taken
+    crop_rounds_down: bool = False
 
     @classmethod
     def of(cls, model: nn.Module) -> Preprocessing:
@@ -81,6 +83,7 @@ class Preprocessing:
             mode,
             _crop_mode(config.get("crop_mode") or "center"),
             unknown_preprocessing(model),
+            getattr(configured_model(model), "crop_rounds_down", False),
         )
 
     def check(self, samples: Any) -> None:
@@ -93,7 +96,11 @@ class Preprocessing:
         if tuple(image.shape[-2:]) == self.size:
             return image
         target = self._target(*image.shape[-2:])
-        return TF.center_crop(TF.resize(image, target, self.interpolation, antialias=True), list(self.size))
+        resized = TF.resize(image, target, self.interpolation, antialias=True)
+        if not self.crop_rounds_down:
+            return TF.center_crop(resized, list(self.size))
+        top, left = ((t - s) // 2 for t, s in zip(target, self.size, strict=True))
+        return TF.crop(resized, top, left, *self.size)
 
     def reduction(self, height: int, width: int) -> int:
         """How many times smaller an image may be decoded, so that `resize` still makes it no larger."""
@@ -101,11 +108,15 @@ class Preprocessing:
         return min(height // target[0], width // target[1])
 
     def _target(self, height: int, width: int) -> list[int]:
+        """(height, width) to resize to before the crop, rounded as timm's evaluation transform rounds."""
         wanted = [int(s / self.crop_pct) for s in self.size]
         if self.crop_mode == "squash":
             return wanted
-        ratio = max(wanted[0] / height, wanted[1] / width)
-        return [max(wanted[0], round(height * ratio)), max(wanted[1], round(width * ratio))]
+        if wanted[0] == wanted[1]:  # torchvision's Resize(int) cuts the fraction of the longer side off
+            longer = int(wanted[0] * max(height, width) / min(height, width))
+            return [wanted[0], longer] if height <= width else [longer, wanted[1]]
+        ratio = min(height / wanted[0], width / wanted[1])  # timm's ResizeKeepRatio rounds both sides
+        return [round(height / ratio), round(width / ratio)]
 
     def normalise(self, images: Tensor) -> Tensor:
         if images.dtype != torch.uint8:

@@ -24,8 +24,8 @@ transformers = pytest.importorskip("transformers")
 SQUARE = {"height": 32, "width": 32}
 
 
-def picture(height: int = 40, width: int = 80) -> Image.Image:
-    """A smooth colour image; of this size no two libraries round the resized shape and the place of the crop apart."""
+def picture(height: int = 40, width: int = 70) -> Image.Image:
+    """A smooth colour image."""
     y, x = np.mgrid[0:height, 0:width]
     planes = [128 + 100 * np.sin(x / 9 + phase) * np.cos(y / 7) for phase in (0, 1, 2)]
     return Image.fromarray(np.stack(planes, 2).round().astype(np.uint8))
@@ -47,9 +47,10 @@ def read(model: Any, image: Image.Image) -> torch.Tensor:
 PROCESSORS: dict[str, tuple[str, dict[str, Any]]] = {
     "squash": ("ViTImageProcessor", {"size": SQUARE, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}),
     "nearest-size": ("ViTImageProcessor", {"size": SQUARE, "resample": 0}),
-    "squash-crop": ("DeiTImageProcessor", {"size": {"height": 36, "width": 36}, "crop_size": SQUARE}),
-    "shortest-crop": ("CLIPImageProcessor", {"size": {"shortest_edge": 36}, "crop_size": SQUARE}),
-    "bit": ("BitImageProcessor", {"size": {"shortest_edge": 36}, "crop_size": SQUARE, "resample": 2}),
+    "squash-crop": ("DeiTImageProcessor", {"size": {"height": 37, "width": 37}, "crop_size": SQUARE}),
+    "shortest-crop": ("CLIPImageProcessor", {"size": {"shortest_edge": 37}, "crop_size": SQUARE}),
+    "odd-margin": ("CLIPImageProcessor", {"size": {"shortest_edge": 36}, "crop_size": SQUARE}),
+    "bit": ("BitImageProcessor", {"size": {"shortest_edge": 37}, "crop_size": SQUARE, "resample": 2}),
     "siglip": ("SiglipImageProcessor", {"size": SQUARE, "resample": 3}),
     "rescaled": ("ViTImageProcessor", {"size": SQUARE, "rescale_factor": 1 / 127.5, "image_mean": [1.0, 1.0, 1.0]}),
     "raw-pixels": ("ViTImageProcessor", {"size": SQUARE, "do_rescale": False, "do_normalize": False}),
