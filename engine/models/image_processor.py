@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ PROCESSOR = "preprocessor_config.json"
 _PROCESSORS = (PROCESSOR, "processor_config.json")
 # Model attribute that is set where nothing tells mean and std.
 UNKNOWN_PREPROCESSING = "_lethe_unknown_preprocessing"
-# PIL's numbers.
+# PIL's numbers of filters; by torch's names those that torch has.
 _RESAMPLE = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}
+_PIL_FILTERS = {1: "lanczos", 4: "box", 5: "hamming"}
+# From this size on, ConvNeXt's processor leaves crop_pct out of account.
+_CONVNEXT_SQUASHES = 384
 
 
 def unknown_preprocessing(model: nn.Module) -> str:
@@ -51,38 +55,67 @@ def processor_of(source: str) -> Any:
 
 
 def read_preprocessing(processor: Any, channels: int) -> dict[str, Any]:
-    """An image processor as timm's keys; empty for None.
-
-    Args:
-        processor: an image processor of transformers.
-        channels: of the model's images.
-
-    Raises:
-        UserError: for a step that these keys cannot express.
-    """
+    """An image processor of transformers as timm's keys; empty for None. See `preprocessing_keys`."""
     if processor is None:
         return {}
-    kind, given = type(processor).__name__, dict(processor.to_dict())
-    for step in ("do_pad", "do_flip_channel_order", "rescale_offset", "crop_pct", "do_thumbnail", "do_align_long_axis"):
+    return preprocessing_keys(processor.to_dict(), type(processor).__name__, channels)
+
+
+def preprocessing_keys(given: Mapping[str, Any], name: str, channels: int | None = None) -> dict[str, Any]:
+    """The values of an image processor as timm's keys.
+
+    Args:
+        given: As in preprocessor_config.json.
+        name: What they are called in errors.
+        channels: Of the model's images; the values are complete. None: they may be a part, and only what they say is
+            in the result.
+
+    Raises:
+        UserError: For a step that these keys cannot express.
+    """
+    for step in ("do_pad", "do_flip_channel_order", "rescale_offset", "do_thumbnail", "do_align_long_axis"):
         if given.get(step):
-            raise UserError(f"{kind}: {step}={given[step]!r} cannot be expressed; supported: resize, centre crop, "
-                            "rescale and normalise")  # fmt: skip
-    resized, crop_mode = _resized(given, kind)
-    cropped = _cropped(given, kind, resized)
-    resample = int(given.get("resample", 2) if given.get("resample") is not None else 2)
+            raise _inexpressible(name, step, given[step])
+    found = _normalisation(given, name, channels)
+    resample = 2 if given.get("resample") is None and channels is not None else given.get("resample")
+    if resample is not None:
+        found["interpolation"] = _interpolation(resample, name)
+    if channels is not None or (given.get("size") and given.get("do_resize", True)) or given.get("do_center_crop"):
+        size, shares = _geometry(given, name)
+        found |= {"input_size": size if channels is None else (channels, *size), **shares}
+    return found
+
+
+def _inexpressible(name: str, step: str, value: Any) -> UserError:
+    return UserError(
+        f"{name}: {step}={value!r} cannot be expressed; supported: resize, centre crop, rescale and normalise"
+    )
+
+
+def _interpolation(resample: Any, name: str) -> str:
     if resample not in _RESAMPLE:
-        raise UserError(
-            f"{kind}: resample={resample} is not supported; supported: 0 (nearest), 2 (bilinear), 3 (bicubic)"
-        )
-    mean, std = _normalisation(given, channels)
-    return {
-        "mean": mean,
-        "std": std,
-        "input_size": (channels, *cropped),
-        "interpolation": _RESAMPLE[resample],
-        "crop_pct": _crop_pct(cropped, resized),
-        "crop_mode": crop_mode,
-    }
+        shown = f"resample={resample}, interpolation {_PIL_FILTERS.get(resample, str(resample))!r}"
+        raise UserError(f"{name}: {shown} is not supported; supported: 0 (nearest), 2 (bilinear), 3 (bicubic)")
+    return _RESAMPLE[resample]
+
+
+def _geometry(given: Mapping[str, Any], name: str) -> tuple[tuple[int, int], dict[str, Any]]:
+    """(height and width of what the model gets, crop_pct and crop_mode)."""
+    resized, crop_mode = _resized(given, name)
+    if given.get("crop_pct") and not _is_cropped(given) and crop_mode == "center":  # ConvNeXt's, with timm's meaning
+        squash = resized[0] >= _CONVNEXT_SQUASHES
+        return resized, {
+            "crop_pct": 1.0 if squash else given["crop_pct"],
+            "crop_mode": "squash" if squash else "center",
+        }
+    if given.get("crop_pct"):
+        raise _inexpressible(name, "crop_pct", given["crop_pct"])
+    cropped = _cropped(given, name, resized)
+    return cropped, {"crop_pct": _crop_pct(cropped, resized, name), "crop_mode": crop_mode}
+
+
+def _is_cropped(given: Mapping[str, Any]) -> bool:
+    return bool(given.get("do_center_crop", "crop_size" in given))
 
 
 def resolved_preprocessing(pretrained_cfg: dict[str, Any] | None) -> dict[str, Any]:
@@ -94,37 +127,46 @@ def resolved_preprocessing(pretrained_cfg: dict[str, Any] | None) -> dict[str, A
     return {**pretrained_cfg, **resolve_data_config(pretrained_cfg, model=None, verbose=False)}
 
 
-def _resized(given: dict[str, Any], kind: str) -> tuple[tuple[int, int], str]:
-    """(height, width) that an image is resized to, and timm's crop_mode: squash, or center where the shape is kept."""
-    size = given.get("size")
+def _sides(size: Any, name: str) -> dict[str, int]:
+    """A size as Hugging Face writes it, by name: height and width, or shortest_edge."""
     if isinstance(size, int):
-        size = {"height": size, "width": size}
-    size = {key: int(value) for key, value in (size or {}).items() if value is not None}
+        size = [size, size]
+    if isinstance(size, (list, tuple)) and len(size) == 2:
+        size = {"height": size[0], "width": size[1]}
+    try:
+        return {key: int(value) for key, value in dict(size or {}).items() if value is not None}
+    except (TypeError, ValueError):
+        raise UserError(f"{name}: size {size!r} is not supported; expected pixels") from None
+
+
+def _resized(given: Mapping[str, Any], name: str) -> tuple[tuple[int, int], str]:
+    """(height, width) that an image is resized to, and timm's crop_mode: squash, or center where the shape is kept."""
+    size = _sides(given.get("size"), name)
     if set(size) == {"height", "width"}:
         return (size["height"], size["width"]), "squash"
     if set(size) == {"shortest_edge"}:
         return (size["shortest_edge"],) * 2, "center"
-    raise UserError(f"{kind}: size {size} is not supported; supported: height and width, or shortest_edge alone")
+    raise UserError(f"{name}: size {size} is not supported; supported: height and width, or shortest_edge alone")
 
 
-def _cropped(given: dict[str, Any], kind: str, resized: tuple[int, int]) -> tuple[int, int]:
+def _cropped(given: Mapping[str, Any], name: str, resized: tuple[int, int]) -> tuple[int, int]:
     """(height, width) of what the model gets."""
-    if not given.get("do_center_crop"):
-        if "shortest_edge" in (given.get("size") or {}):
-            raise UserError(f"{kind}: without do_center_crop, size with shortest_edge gives images of many shapes")
+    if not _is_cropped(given):
+        if "shortest_edge" in _sides(given.get("size"), name):
+            raise UserError(f"{name}: without do_center_crop, size with shortest_edge gives images of many shapes")
         return resized
     if not given.get("do_resize", True):
-        raise UserError(f"{kind}: do_center_crop without do_resize is not supported")
-    crop = given.get("crop_size") or {}
-    height, width = (crop, crop) if isinstance(crop, int) else (crop.get("height", 0), crop.get("width", 0))
-    if not height or not width:
-        raise UserError(f"{kind}: crop_size {crop} is not supported; expected height and width")
+        raise UserError(f"{name}: do_center_crop without do_resize is not supported")
+    crop = _sides(given.get("crop_size"), name)
+    if not crop.get("height") or not crop.get("width"):
+        raise UserError(f"{name}: crop_size {crop} is not supported; expected height and width")
+    height, width = crop["height"], crop["width"]
     if height > resized[0] or width > resized[1]:
-        raise UserError(f"{kind}: crop_size {height} x {width} is larger than size {resized[0]} x {resized[1]}")
-    return int(height), int(width)
+        raise UserError(f"{name}: crop_size {height} x {width} is larger than size {resized[0]} x {resized[1]}")
+    return height, width
 
 
-def _crop_pct(cropped: tuple[int, int], resized: tuple[int, int]) -> float:
+def _crop_pct(cropped: tuple[int, int], resized: tuple[int, int], name: str) -> float:
     """The share for which int(cropped / share) is `resized`.
 
     Raises UserError where height and width would need two shares.
@@ -132,24 +174,33 @@ def _crop_pct(cropped: tuple[int, int], resized: tuple[int, int]) -> float:
     for share in (cropped[0] / resized[0], cropped[0] / (resized[0] + 1e-6), cropped[1] / (resized[1] + 1e-6)):
         if all(int(c / share) == r for c, r in zip(cropped, resized, strict=True)):
             return share
-    raise UserError(f"image processor: a crop of {cropped} from {resized} has no common crop_pct")
+    raise UserError(f"{name}: a crop of {cropped} from {resized} has no common crop_pct")
 
 
-def _normalisation(given: dict[str, Any], channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _normalisation(given: Mapping[str, Any], name: str, channels: int | None) -> dict[str, Any]:
     """Mean and std for pixels in [0, 1], whatever the processor's own scale of pixels is."""
-    scale = 255 * float(given.get("rescale_factor") or 1 / 255) if given.get("do_rescale", True) else 255.0
-    scale = 1.0 if abs(scale - 1) < 1e-6 else scale
+    factor = (given.get("rescale_factor") or 1 / 255) if given.get("do_rescale", True) else 1.0
+    if not isinstance(factor, (int, float)):
+        raise UserError(f"{name}: rescale_factor {factor!r}: expected a number, such as {1 / 255:.6g}")
+    scale = 1.0 if abs(255 * factor - 1) < 1e-6 else 255 * factor
+    if channels is None and abs(scale - 1) > 3e-4:
+        raise UserError(f"{name}: pixels are not scaled by 1 / 255 (rescale_factor {factor:g}), which is not supported")
     if not given.get("do_normalize", True):
-        return (0.0,) * channels, (1 / scale,) * channels
-    mean, std = (_channels(given.get(key), channels, key) for key in ("image_mean", "image_std"))
-    return tuple(m / scale for m in mean), tuple(s / scale for s in std)
+        return {"mean": (0.0,) * (channels or 1), "std": (1 / scale,) * (channels or 1)}
+    found = {key: given.get(f"image_{key}") for key in ("mean", "std")}
+    if channels is None:
+        return {key: value for key, value in found.items() if value is not None}
+    return {
+        key: tuple(each / scale for each in _channels(value, channels, f"{name}: image_{key}"))
+        for key, value in found.items()
+    }
 
 
-def _channels(values: Any, channels: int, key: str) -> tuple[float, ...]:
+def _channels(values: Any, channels: int, name: str) -> tuple[float, ...]:
     if isinstance(values, (int, float)):
         values = [values] * channels
     if not values or len(values) != channels:
-        raise UserError(f"image processor: {key} is {values}, expected {channels} numbers, one a channel")
+        raise UserError(f"{name} is {values}, expected {channels} numbers, one a channel")
     return tuple(float(value) for value in values)
 
 

@@ -20,7 +20,7 @@ from torchvision.transforms import InterpolationMode
 
 from engine.errors import UserError, nearest
 from engine.models.checkpoint import ModelSpec, set_spec, spec_of
-from engine.models.image_processor import unknown_preprocessing
+from engine.models.image_processor import preprocessing_keys, unknown_preprocessing
 from engine.models.info import configuration, configured_model, model_info
 
 INTERPOLATIONS = {
@@ -40,8 +40,6 @@ STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "unit": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
 _SYNONYMS = {"openai": "clip"}
-# PIL's numbers of filters, as Hugging Face's processors write them.
-_PIL_FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 # Keys of timm's pretrained_cfg that say how images are prepared, and those that do not.
 _KEYS = ("input_size", "mean", "std", "crop_pct", "interpolation", "crop_mode")
 _OTHER_KEYS = tuple(field.name for field in dataclasses.fields(PretrainedCfg) if field.name not in _KEYS)
@@ -299,7 +297,7 @@ def read_file(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{name}: expected keys and values, such as mean, std and crop_pct")
     if any(key in values for key in _HUGGING_FACE):
-        return from_hugging_face(values, name)
+        return preprocessing_keys(values, name)
     values = values.get("pretrained_cfg", values) if isinstance(values.get("pretrained_cfg", {}), dict) else values
     for key in values:
         if key not in _KEYS and key not in _OTHER_KEYS:
@@ -308,52 +306,6 @@ def read_file(path: Path) -> dict[str, Any]:
     if not found:
         raise UserError(f"{name}: holds none of {', '.join(_KEYS)}")
     return found
-
-
-def from_hugging_face(values: Mapping[str, Any], name: str = "preprocessor_config.json") -> dict[str, Any]:
-    """timm's keys for the values of a Hugging Face image processor.
-
-    Raises UserError for scaling by another factor than 1 / 255, and for a filter that torch does not have.
-    """
-    factor = float(values.get("rescale_factor", 1 / 255))
-    if values.get("do_rescale", True) is False or abs(factor - 1 / 255) > 1e-6:
-        raise UserError(f"{name}: pixels are not scaled by 1 / 255 (rescale_factor {factor:g}), which is not supported")
-    found: dict[str, Any] = {}
-    if values.get("do_normalize", True) is False:
-        found |= {"mean": (0.0,), "std": (1.0,)}
-    elif "image_mean" in values and "image_std" in values:
-        found |= {"mean": values["image_mean"], "std": values["image_std"]}
-    if values.get("resample") is not None:
-        found["interpolation"] = _PIL_FILTERS.get(values["resample"], str(values["resample"]))
-    size, shortest = _sides(values.get("size"))
-    crop, _ = _sides(values.get("crop_size")) if values.get("do_center_crop", "crop_size" in values) else (None, False)
-    if values.get("do_resize", True) is False:
-        size = None
-    final = crop or size
-    if final is not None:
-        found["input_size"] = final
-    if values.get("crop_pct") and not crop:
-        found |= {"crop_pct": values["crop_pct"], "crop_mode": "center"}
-    elif crop and size:
-        found["crop_pct"] = crop[0] / size[0]
-    elif final is not None:
-        found["crop_pct"] = 1.0
-    if size is not None and "crop_mode" not in found:
-        found["crop_mode"] = "center" if shortest else "squash"
-    return found
-
-
-def _sides(size: Any) -> tuple[tuple[int, int] | None, bool]:
-    """((height, width), whether it is the shorter side alone) of a size as Hugging Face writes it."""
-    if isinstance(size, int):
-        return (size, size), False
-    if isinstance(size, (list, tuple)) and len(size) == 2:
-        return (int(size[0]), int(size[1])), False
-    if isinstance(size, Mapping) and "shortest_edge" in size:
-        return (int(size["shortest_edge"]),) * 2, True
-    if isinstance(size, Mapping) and {"height", "width"} <= set(size):
-        return (int(size["height"]), int(size["width"])), False
-    return None, False
 
 
 def _is_number(text: str) -> bool:

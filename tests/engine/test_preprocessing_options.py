@@ -99,6 +99,18 @@ def test_the_config_of_a_checkpoint_is_such_a_file(tmp_path: Path) -> None:
             {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"height": 224, "width": 224}, "resample": 2},
             {"input_size": (224, 224), "crop_pct": 1.0, "crop_mode": "squash", "interpolation": "bilinear"},
         ),
+        (  # ConvNeXt
+            {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"shortest_edge": 224}, "crop_pct": 0.875},
+            {"input_size": (224, 224), "crop_pct": 0.875, "crop_mode": "center"},
+        ),
+        (  # the same processor squashes from 384 pixels on
+            {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"shortest_edge": 384}, "crop_pct": 0.875},
+            {"input_size": (384, 384), "crop_pct": 1.0, "crop_mode": "squash"},
+        ),
+        (  # PIL's nearest filter is torch's nearest-exact
+            {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 0},
+            {"interpolation": "nearest-exact"},
+        ),
         (  # DINOv2
             {
                 "image_mean": [0.5] * 3,
@@ -135,6 +147,10 @@ def test_a_hugging_face_processor_without_normalisation(tmp_path: Path) -> None:
         ("image_mean: [0.5]\nimage_std: [0.5]\nrescale_factor: 1.0", "not scaled by 1 / 255"),
         ("image_mean: [0.5]\nimage_std: [0.5]\nresample: 1", "interpolation 'lanczos' is not supported"),
         ("mean: red\nstd: 1", "mean 'red'"),
+        ("image_mean: [0.5]\nimage_std: [0.5]\ndo_pad: true\nsize: 224", "do_pad=True cannot be expressed"),
+        ("image_mean: [0.5]\nimage_std: [0.5]\nsize: {shortest_edge: 224}", "images of many shapes"),
+        ("image_mean: [0.5]\nimage_std: [0.5]\nsize: {height: big, width: 3}", "size .* is not supported"),
+        ("image_mean: [0.5]\nimage_std: [0.5]\nrescale_factor: [1]", "rescale_factor .*expected a number"),
     ],
 )
 def test_files_that_cannot_be(tmp_path: Path, text: str, message: str) -> None:
