@@ -23,7 +23,7 @@ from engine.data import (
     open_source,
     read_forget_request,
 )
-from engine.data.labels import relabelled, relabelled_source
+from engine.data.labels import relabelled, relabelled_source, same_names
 from engine.data.readable import bad_images, without
 from engine.data.samples import concatenate
 from engine.distributed.world import World
@@ -32,6 +32,7 @@ from engine.errors import UserError, nearest
 from engine.evaluate import Evaluation, Evaluator, compare
 from engine.evaluate.verdict import Gates, Witness
 from engine.files import sha256, write_json
+from engine.jobs.opening import current
 from engine.jobs.opening import open_model as load_checkpoint
 from engine.loop import train, unlearn
 from engine.methods import get_method
@@ -45,6 +46,7 @@ from engine.models.checkpoint import (
     weights_sha256,
 )
 from engine.models.huggingface import as_classifier
+from engine.models.labels import label_names
 from engine.report import ReportData, build_gallery, write_report
 from engine.report.run_record import TRAINED, UNLEARNED, Origin, RecordOptions, origin, write_record
 from engine.run.result import UnlearnResult
@@ -485,16 +487,25 @@ def pretrained(checkpoint: str, model_args: Mapping[str, Any], source: Source) -
 def init_model(checkpoint: str, source: Source, task: Task | None, seed: int) -> tuple[nn.Module, dict[str, Any]]:
     """A model to train from a checkpoint, and what config.yaml and the record keep of it.
 
-    The head is fresh, drawn from the seed, if the classes differ from those of the data source, or their names do.
+    The head is kept if it has the classes of the data source, in any order: the class names of the model are then those
+    of its head by label, and labels of the data have to be put in that order (`Opening.prepare_training`). Otherwise it
+    is fresh, drawn from the seed.
     Raises UserError for a run folder that says it was trained on samples that are to be left out (task).
     """
     made = origin(CheckpointSource.parse(checkpoint).folder)
     if made is not None and task is not None:
         _check_base(checkpoint, made, task)
     given = load_checkpoint(checkpoint, headless=True)
-    spec, names = spec_of(given), list(source.train.class_names)
-    kept = spec.num_classes == _classes(source) and (not names or spec.label_names in ([], names))
+    names = _head_names(given, source)
+    kept = names is not None
+    if names is not None and made is not None and task is not None and names != source.train.class_names:
+        mapping = current().match(source.train, given)[0]
+        _check_base(checkpoint, made, task if mapping is None else task.relabelled(mapping, names))
     model = given if kept else with_fresh_head(given, _classes(source), seed)
+    current().say(
+        f"head: {'kept, its classes are those' if kept else f'fresh, for the {_classes(source)} classes'} of "
+        f"{source.spec}"
+    )
     note = {
         "checkpoint": checkpoint,
         "weights_sha256": weights_sha256(given),
@@ -502,7 +513,26 @@ def init_model(checkpoint: str, source: Source, task: Task | None, seed: int) ->
         "trained_on": made.samples_sha256 if made else None,
         **_import_note(given),
     }
-    return describing(model, names or (spec.label_names if kept else [])), {"init": note}
+    return describing(model, source.train.class_names if names is None else names), {"init": note}
+
+
+def _head_names(model: nn.Module, source: Source) -> list[str] | None:
+    """Class names of a base's head by label, in the data's words; None if the data has other classes.
+
+    By `--label-order data`, names in another order are other classes.
+    """
+    names = source.train.class_names
+    if spec_of(model).num_classes != _classes(source):
+        return None
+    if not names:
+        return spec_of(model).label_names
+    try:
+        known = label_names(model)
+        if current().label_order == "data":
+            return names if not known or same_names(known, names) else None
+        return current().match(source.train, model)[1]
+    except UserError:
+        return None
 
 
 def _check_base(checkpoint: str, made: Origin, task: Task) -> None:

@@ -18,6 +18,7 @@ from engine.data import Source, open_source
 from engine.distributed.updater import Updater
 from engine.errors import UserError
 from engine.job import Task, init_model, train_job
+from engine.jobs.opening import Opening
 from engine.methods.mixing import mixed
 from engine.models.checkpoint import describing, load_checkpoint, save_checkpoint, spec_of, weights_sha256
 from engine.report.record import recorded, verify_record
@@ -60,7 +61,7 @@ def test_the_head_is_fresh_where_classes_differ_and_drawn_from_the_seed(base: Pa
     assert same_weights(first, other) == body | {"head.bias"}  # biases begin at zero
 
 
-@pytest.mark.parametrize(("names", "head"), [([], "kept"), (list("0123456789"), "kept"), (list("9876543210"), "fresh")])
+@pytest.mark.parametrize(("names", "head"), [([], "kept"), (list("0123456789"), "kept"), (list("abcdefghij"), "fresh")])
 def test_the_head_is_kept_if_its_classes_are_those_of_the_data(
     names: list[str], head: str, tmp_path: Path, digits: Source
 ) -> None:
@@ -72,6 +73,36 @@ def test_the_head_is_kept_if_its_classes_are_those_of_the_data(
     assert note["init"]["head"] == head
     assert ("head.weight" in same_weights(found, model)) == (head == "kept")
     assert spec_of(found).label_names == list("0123456789")
+
+
+@pytest.mark.parametrize(("order", "head"), [("auto", "kept"), ("data", "fresh")])
+def test_the_same_classes_in_another_order_keep_the_head_and_are_matched_by_name(
+    order: Any, head: str, tmp_path: Path, digits: Source
+) -> None:
+    data = Source("digits", digits.train.subset(range(200)), digits.test.subset(range(20)), digits.test)
+    for samples in (data.train, data.validation, data.test):
+        assert samples is not None
+        samples.class_names = [f"Digit {i}" for i in range(10)]
+    task = Task.of_ids(data, data.train.ids[:5], spec="five")
+    base = describing(tiny_vit(seed=5), [f"digit_{i}" for i in reversed(range(10))])
+    place = save_checkpoint(base, tmp_path / "base")
+    lines: list[str] = []
+    opening = Opening(label_order=order, checked=False, say=lines.append)
+    with opening.active():
+        model, note = init_model(str(place), data, task, seed=0)
+        trained, left, _ = opening.prepare_training(data, task, model)
+    assert note["init"]["head"] == head
+    assert any(line.startswith(f"head: {head}") for line in lines)
+    assert left is not None
+    if head == "fresh":
+        assert spec_of(model).label_names == data.train.class_names == trained.train.class_names
+        assert (trained.train.labels == data.train.labels).all()
+        return
+    assert "head.weight" in same_weights(model, base)
+    assert spec_of(model).label_names == [f"digit_{i}" for i in reversed(range(10))]
+    assert (trained.train.labels == 9 - data.train.labels).all()
+    assert (left.retain.labels == 9 - task.retain.labels).all()
+    assert trained.test.class_names == spec_of(model).label_names
 
 
 def test_a_training_starts_from_the_given_weights_and_records_them(base: Path, tmp_path: Path) -> None:
