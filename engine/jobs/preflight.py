@@ -33,7 +33,7 @@ from engine.evaluate.plausibility import (
     is_near_chance,
     permutation,
 )
-from engine.models.checkpoint import load_checkpoint, spec_of
+from engine.models.checkpoint import CheckpointSource, load_checkpoint, spec_of
 from engine.models.info import num_classes_of
 from engine.models.preprocessing import STATISTICS, Preprocessing
 from engine.models.unwrap import Kind
@@ -227,8 +227,8 @@ def _other_weights(model: nn.Module, checkpoint: str) -> tuple[str, nn.Module] |
 
 def recorded_accuracy(checkpoint: str, data: str) -> Expected | None:
     """What metrics.json beside a checkpoint says of it on the retained samples of the same data; None if it is none."""
-    folder = Path(checkpoint.partition("?")[0])
     try:
+        folder = CheckpointSource.parse(checkpoint).folder
         if read_yaml(folder / "config.yaml").get("data") != data:
             return None
         accuracy = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["accuracy"]["retain"]
