@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,18 +101,35 @@ def relabelled(splits: Mapping[str, Samples], names: Sequence[str], where: str) 
     return {split: _relabelled(samples, list(names), where) for split, samples in splits.items()}
 
 
+def nfc(name: str) -> str:
+    """The name in Unicode's form NFC, in which equal text is equal; macOS writes names of folders in another."""
+    return unicodedata.normalize("NFC", name)
+
+
+def label_finder(names: Sequence[str]) -> Callable[[str], int | None]:
+    """Gives the label of a class name, in any Unicode form; None for one that is not among the names."""
+    exact = {name: label for label, name in enumerate(names)}
+    forms = {nfc(name): label for label, name in enumerate(names)}
+
+    def find(name: str) -> int | None:
+        return exact[name] if name in exact else forms.get(nfc(name))
+
+    return find
+
+
 def _relabelled(samples: Samples, names: list[str], where: str) -> Samples:
-    place = {name: label for label, name in enumerate(names)}
+    find = label_finder(names)
     held = np.unique(samples.labels)
     if not samples.class_names:
         if len(held) and held.max() >= len(names):
             raise UserError(f"{where}: it names {len(names)} classes, but {samples.name} has label {held.max()}")
         return samples.with_labels(samples.labels, names)
-    unknown = [samples.class_names[label] for label in held if samples.class_names[label] not in place]
+    unknown = [samples.class_names[label] for label in held if find(samples.class_names[label]) is None]
     if unknown:
         raise UserError(
             f"{where}: {len(unknown)} of {len(held)} classes of {samples.name} are not in it, the first: "
             f"{unknown[0]!r}; it begins {', '.join(map(repr, names[:3]))}"
         )
-    new = np.array([place.get(name, -1) for name in samples.class_names], dtype=np.int64)
+    found = map(find, samples.class_names)
+    new = np.array([-1 if label is None else label for label in found], dtype=np.int64)
     return samples.with_labels(new[samples.labels], names)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.data.classes import natural_order
+from engine.data.classes import label_finder, natural_order
 from engine.data.spec import DataOptions
 from engine.errors import UserError
 
@@ -161,18 +161,18 @@ def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
 
 def _numbers(labels: Labels, names: Sequence[str]) -> np.ndarray:
     """The labels of a file as positions in `names`."""
-    place = {name: number for number, name in enumerate(names)}
+    find = label_finder(names)
     if isinstance(labels.values, list):
-        unknown = next((text for text in labels.values if text not in place), None)
+        unknown = next((text for text in labels.values if find(text) is None), None)
         if unknown is not None:
             raise UserError(f"parquet: {labels.file} has the label {unknown!r}, which no training sample has")
-        return np.array([place[text] for text in labels.values], dtype=np.int64)
+        return np.array([find(text) for text in labels.values], dtype=np.int64)
     if not labels.class_names or list(labels.class_names) == list(names):
         return labels.values
-    unknown = next((name for name in labels.class_names if name not in place), None)
+    unknown = next((name for name in labels.class_names if find(name) is None), None)
     if unknown is not None:
         raise UserError(
             f"parquet: {labels.file} names the class {unknown!r}, which the other files do not name; write all files "
             "with the same class names"
         )
-    return np.array([place[name] for name in labels.class_names], dtype=np.int64)[labels.values]
+    return np.array([find(name) for name in labels.class_names], dtype=np.int64)[labels.values]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from engine.data.classes import label_finder
 from engine.data.samples import Samples
 from engine.errors import UserError, nearest
 
@@ -79,9 +80,10 @@ def _check_rows(named: Mapping[str, Mapping[str, str]], train: Samples, spec: st
 
 def _of_class(name: str, train: Samples) -> np.ndarray:
     names = train.class_names or [str(i) for i in range(int(train.labels.max()) + 1)]
-    if name not in names:
+    label = label_finder(names)(name)
+    if label is None:
         raise UserError(f"forget request 'class:{name}': no such class{nearest(name, names)}")
-    return np.flatnonzero(train.labels == names.index(name))
+    return np.flatnonzero(train.labels == label)
 
 
 def _random(spec: str, train: Samples) -> np.ndarray:

@@ -6,12 +6,12 @@ import copy
 import dataclasses
 import difflib
 import re
-import unicodedata
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from engine.data.classes import nfc
 from engine.data.samples import Samples
 from engine.data.sources import Source
 from engine.errors import UserError
@@ -25,8 +25,8 @@ _REMEDY = (
 def match_names(found: Sequence[str], wanted: Sequence[str], who: str) -> np.ndarray:
     """Position [len(found)] in `wanted` of each name of the data.
 
-    Names are compared as they are. If one has no equal, case, spaces, `_` and `-` are left out of account, as long as
-    that leaves one candidate.
+    Names are compared as they are, in any Unicode form. If one has no equal, case, spaces, `_` and `-` are left out of
+    account, as long as that leaves one candidate.
 
     Args:
         found: class names of the data by label.
@@ -39,10 +39,10 @@ def match_names(found: Sequence[str], wanted: Sequence[str], who: str) -> np.nda
     """
     if list(found) == list(wanted):
         return np.arange(len(found))
-    exact, loose = _places(wanted, str), _places(wanted, _plain)
+    exact, forms, loose = (_places(wanted, form) for form in (str, nfc, _plain))
     mapping: dict[int, int] = {}
     for label, name in enumerate(found):
-        places = exact.get(name) or loose.get(_plain(name)) or []
+        places = exact.get(name) or forms.get(nfc(name)) or loose.get(_plain(name)) or []
         if not places:
             close = difflib.get_close_matches(name, wanted, n=2, cutoff=0.6)
             hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
@@ -66,15 +66,15 @@ def match_names(found: Sequence[str], wanted: Sequence[str], who: str) -> np.nda
     return order
 
 
-def _places(names: Sequence[str], form: type[str] | object) -> Mapping[str, list[int]]:
+def _places(names: Sequence[str], form: Callable[[str], str]) -> Mapping[str, list[int]]:
     places: dict[str, list[int]] = defaultdict(list)
     for place, name in enumerate(names):
-        places[form(name)].append(place)  # type: ignore[operator]
+        places[form(name)].append(place)
     return places
 
 
 def _plain(name: str) -> str:
-    return re.sub(r"[\s_-]+", " ", unicodedata.normalize("NFC", name).casefold()).strip()
+    return re.sub(r"[\s_-]+", " ", nfc(name).casefold()).strip()
 
 
 def same_names(first: Sequence[str], second: Sequence[str]) -> bool:
