@@ -24,7 +24,7 @@ from engine.data.columns import Columns, Labels, find_columns, one_numbering, re
 from engine.data.folders import existing_folder, is_hidden, note_not_read
 from engine.data.rowgroups import ParquetImages
 from engine.data.samples import IdKind, Samples
-from engine.data.shards import SPLIT_WORDS, by_split, check_sequence, split_word
+from engine.data.shards import add_folders, by_split, check_sequence, split_word
 from engine.data.spec import DataOptions
 from engine.errors import UserError
 
@@ -48,12 +48,7 @@ def open_parquet(location: str, options: DataOptions) -> dict[str, Samples]:
 def _find(folder: Path, spec: str, deeper: int) -> dict[str, list[Path]]:
     """Files by split word."""
     files = _by_name(folder, spec)
-    for word in SPLIT_WORDS:
-        inside = sorted((folder / word).glob("*.parquet"))
-        if inside and word in files:
-            raise UserError(f"data source {spec!r} has {word} files both in {folder} and in {folder / word}; keep one")
-        if inside:
-            files[word] = inside
+    add_folders(files, folder, "*.parquet", spec)
     if files or not deeper:
         return files
     below = sorted(path for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name))

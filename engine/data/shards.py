@@ -69,6 +69,16 @@ def find_shards(location: str, spec: str) -> dict[str, list[Path]]:
     return by_split(found, spec)
 
 
+def add_folders(found: dict[str, list[Path]], folder: Path, pattern: str, spec: str) -> None:
+    """Adds the files of `folder`/WORD to those of a split word. Raises UserError for a word that has files already."""
+    for word in SPLIT_WORDS:
+        inside = sorted((folder / word).glob(pattern))
+        if inside and word in found:
+            raise UserError(f"data source {spec!r} has {word} files both in {folder} and in {folder / word}; keep one")
+        if inside:
+            found[word] = inside
+
+
 def _in_folder(folder: Path, spec: str) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {}
     for path in sorted(folder.glob("*.tar")):
@@ -79,12 +89,7 @@ def _in_folder(folder: Path, spec: str) -> dict[str, list[Path]]:
                 "shards train-*.tar, val-*.tar, ..., or give a pattern with {split} in it"
             )
         found.setdefault(words.pop(), []).append(path)
-    for word in SPLIT_WORDS:
-        shards = sorted((folder / word).glob("*.tar"))
-        if shards and word in found:
-            raise UserError(f"data source {spec!r} has {word} shards both in {folder} and in {folder / word}; name one")
-        if shards:
-            found[word] = shards
+    add_folders(found, folder, "*.tar", spec)
     if not found:
         raise UserError(f"data source {spec!r}: {folder} holds no train-*.tar and no train/*.tar")
     for shards in found.values():
