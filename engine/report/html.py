@@ -20,6 +20,7 @@ from engine.report.page import (
     percent,
     points,
     render_template,
+    unreadable,
     value_text,
     write_page,
 )
@@ -140,10 +141,7 @@ def asked(data: ReportData) -> list[str]:
             f"{count(int(request['duplicates']), 'further mention')} of ids already named merged into one."
         )
     if request.get("unreadable"):
-        sentences.append(
-            f"{count(int(request['unreadable']), 'image')} of the request could not be read and took no part in the "
-            "training or the evaluation: nothing below says anything about these."
-        )
+        sentences.append(unreadable(int(request["unreadable"]), "the training or the evaluation"))
     sentences.append(f"The method was {data.method} ({data.summary.rstrip('.')}).")
     return sentences
 

@@ -78,6 +78,14 @@ def count(value: int, what: str) -> str:
     return f"{value:,} {what}{'' if value == 1 else 's'}"
 
 
+def unreadable(images: int, work: str) -> str:
+    """The sentence on images of the request that could not be read. work: what they took no part in."""
+    return (
+        f"{count(images, 'image')} of the request could not be read and took no part in {work}: nothing below says "
+        f"anything about {'it' if images == 1 else 'these'}."
+    )
+
+
 def duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.1f} s"

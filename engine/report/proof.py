@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.report.page import count, duration, flat, render_template, usable, write_page
+from engine.report.page import count, duration, flat, render_template, unreadable, usable, write_page
 from engine.report.proof_sections import agreement_section, attacks_section, sections
 from engine.report.proof_tables import Used
 from engine.report.terms import sentence
@@ -128,6 +128,7 @@ def _verdict(verdict: Mapping[str, Any], used: Used) -> dict[str, Any]:
     )
     gates = [_gate(gate, used) for gate in verdict.get("gates", [])]
     decided_by = list(verdict.get("decided_by", []))
+    missing = int(verdict.get("samples", {}).get("forget_unreadable", 0))
     return {
         "status": str(verdict.get("status")),
         "kind": kind,
@@ -137,6 +138,7 @@ def _verdict(verdict: Mapping[str, Any], used: Used) -> dict[str, Any]:
         "decided": [gate for gate in gates if gate["name"] in decided_by],
         "gates": gates,
         "references": int(verdict.get("references", 0)),
+        "unreadable": unreadable(missing, "the verdict") if missing else "",
         "does_not_prove": [str(line) for line in verdict.get("does_not_prove", [])],
     }
 

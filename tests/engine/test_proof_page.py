@@ -121,6 +121,17 @@ def test_every_status_has_words_and_an_unknown_one_is_no_pass(status: str, words
     assert "beside" not in section_of(source, "Verdict")
 
 
+@pytest.mark.parametrize(
+    ("images", "words"), [(0, ""), (1, "1 image of the request"), (1234, "1,234 images of the request")]
+)
+def test_images_that_could_not_be_read_are_said(images: int, words: str, tmp_path: Path) -> None:
+    verdict = made()["verdict"]
+    samples = {**verdict["samples"], **({"forget_unreadable": images} if images else {})}
+    text = page_of({"verdict": {**verdict, "samples": samples}}, tmp_path)[1].text
+    assert (words + " could not be read and took no part in the verdict" in text) == bool(images)
+    assert ("could not be read" in text) == bool(images)
+
+
 def test_numbers_of_the_attacks_are_those_of_the_dict(proof: dict[str, Any], written: tuple[str, Page]) -> None:
     section = section_of(written[0], "Membership attacks")
     by_model = [proof["attacks"][model] for model in ("original", "model", "reference")]
