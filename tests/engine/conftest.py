@@ -1,16 +1,25 @@
-"""A store of deletion requests over a part of digits; test files whose runs are planted have one of their own."""
+"""The command in this process, and a store of deletion requests over a part of digits.
+
+Test files whose runs are planted have a store of their own.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+from command_line import Lethe, command
 from digit_requests import QUICK
 from toys import few
 
 from engine.data import Source, open_source
 from engine.requests import intake
 from engine.requests.intake import init_store
+
+
+@pytest.fixture
+def lethe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Lethe:
+    return command(monkeypatch, capsys)
 
 
 @pytest.fixture(scope="module")

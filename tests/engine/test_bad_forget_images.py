@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_cli import Lethe, lethe, one_line  # noqa: F401  (a fixture)
+from command_line import Lethe
+from test_cli import one_line
 from toys import few, tiny_vit
 
 from engine.data import BadImageError, Preprocessing, Samples, open_source
@@ -155,7 +156,7 @@ def test_the_look_at_the_images_draws_no_random_numbers() -> None:
     assert drawn[0] == drawn[1]
 
 
-def test_the_commands_take_the_option(lethe: Lethe, job: tuple[Task, str], tmp_path: Path) -> None:  # noqa: F811
+def test_the_commands_take_the_option(lethe: Lethe, job: tuple[Task, str], tmp_path: Path) -> None:
     original = save_checkpoint(tiny_vit(), tmp_path / "original")
     words = ["--checkpoint", original, "--data", job[1], "--forget", tmp_path / "ids.txt"]
     code, _, err = lethe("evaluate", *words)

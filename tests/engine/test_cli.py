@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from command_line import Lethe
 from toys import tiny_vit
 
 from engine import cli
@@ -21,26 +20,6 @@ from engine.report.record import recorded, verify_record
 FORGET = "random:0.02@0"
 QUICK = ["--set", "max_steps=2", "--set", "batch_size=32", "--set", "precision=fp32"]
 ACCEPT = "--accept-accuracy"  # most models here were never trained
-
-Lethe = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def lethe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Lethe:
-    """Runs the command in this process; gives exit code, standard output, standard error."""
-
-    def run(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["lethe", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
-        code: Any = 0
-        try:
-            cli.main()
-        except SystemExit as exit_:
-            code = exit_.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 def unlearn_args(original: Path, out: Path, /, **changed: str) -> list[str]:

@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from test_cli import FORGET, QUICK, Lethe, lethe, one_line, unlearn_args  # noqa: F401  (a fixture)
+from command_line import Lethe
+from test_cli import one_line, unlearn_args
 from toys import tiny_vit
 
 import engine
@@ -30,7 +31,7 @@ def crash(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_crash_is_no_verdict_and_its_traceback_lies_in_the_run_folder(
-    lethe: Lethe,  # noqa: F811
+    lethe: Lethe,
     checkpoint: Path,
     tmp_path: Path,
     crash: None,
@@ -45,7 +46,7 @@ def test_a_crash_is_no_verdict_and_its_traceback_lies_in_the_run_folder(
 
 
 def test_the_next_run_clears_the_crash_away(
-    lethe: Lethe,  # noqa: F811
+    lethe: Lethe,
     checkpoint: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -58,7 +59,7 @@ def test_the_next_run_clears_the_crash_away(
 
 
 def test_debug_prints_the_traceback(
-    lethe: Lethe,  # noqa: F811
+    lethe: Lethe,
     checkpoint: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -74,7 +75,7 @@ def test_debug_prints_the_traceback(
 
 
 def test_a_crash_outside_a_run_is_kept_too(
-    lethe: Lethe,  # noqa: F811
+    lethe: Lethe,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -87,7 +88,7 @@ def test_a_crash_outside_a_run_is_kept_too(
     assert "in crashing" in lethe("env")[2], "nowhere to keep it: printed"
 
 
-def test_every_code_is_documented_and_told_apart(lethe: Lethe) -> None:  # noqa: F811
+def test_every_code_is_documented_and_told_apart(lethe: Lethe) -> None:
     assert set(EXIT_CODES) == set(ExitCode)
     assert (UserError.exit_code, RunStopped.exit_code, BadResult.exit_code) == (2, 4, 1)
     code, out, _ = lethe("--help")
@@ -126,7 +127,7 @@ def test_signals_end_a_command_in_order(tmp_path: Path, number: int, code: int) 
     assert not lock.exists()
 
 
-def test_the_version_and_completion(lethe: Lethe) -> None:  # noqa: F811
+def test_the_version_and_completion(lethe: Lethe) -> None:
     assert lethe("--version")[:2] == (0, f"lethe {engine.__version__}\n")
     assert "--install-completion" in lethe("--help")[1]
     environment = {**os.environ, "_LETHE_COMPLETE": "complete_bash", "COMP_WORDS": "lethe unl", "COMP_CWORD": "1"}

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from command_line import Lethe
 from planted import fitted_digits
 from toys import TINY, few, tiny_vit
 
@@ -389,26 +390,8 @@ def test_the_registry_refuses_a_second_strategy_of_a_name() -> None:
 # The command
 
 
-@pytest.fixture
-def lethe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    from engine import cli
-
-    def run(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["lethe", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
-        code: Any = 0
-        try:
-            cli.main()
-        except SystemExit as exit_:
-            code = exit_.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
-
-
 def test_the_command_writes_and_describes_without_a_look_at_test_images(
-    lethe: Callable[..., tuple[int, str, str]], parquet_folder: Callable[..., Path], tmp_path: Path
+    lethe: Lethe, parquet_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
     import pyarrow.parquet as pq
 
@@ -438,7 +421,7 @@ def test_the_command_writes_and_describes_without_a_look_at_test_images(
     assert len(read_forget_request(str(tmp_path / "s.csv"), samples).indices) == 4
 
 
-def test_the_command_tells_what_is_wrong(lethe: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+def test_the_command_tells_what_is_wrong(lethe: Lethe, tmp_path: Path) -> None:
     arguments = ["--data", "digits", "--count", "5", "--out", tmp_path / "s.csv"]
     for strategy, message in (("rnadom", "did you mean 'random'"), ("influence", "looks at a model")):
         code, _, err = lethe("forget-set", "--strategy", strategy, *arguments)

@@ -3,38 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from command_line import Lethe
 from hf_models import NAMES, images, logits, saved, tiny
 from PIL import Image
 
-from engine import cli
-
 transformers = pytest.importorskip("transformers")
-Lethe = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def lethe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Lethe:
-    """Runs the command in this process; gives exit code, standard output, standard error."""
-
-    def run(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["lethe", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
-        code: Any = 0
-        try:
-            cli.main()
-        except SystemExit as exit_:
-            code = exit_.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import copy
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from command_line import Lethe
 from fed_wrongly import NAMES, trained, with_exchanged_head, with_names, write_folder
 from toys import tiny_vit
 
-from engine import cli
 from engine.data import Samples, open_source
 from engine.data.labels import match_names, relabelled
 from engine.errors import UserError
@@ -23,7 +20,6 @@ from engine.jobs.opening import Opening
 from engine.models.checkpoint import load_checkpoint, save_checkpoint, spec_of
 from engine.models.labels import imagenet_synsets, imagenet_words, label_names
 
-Lethe = Callable[..., tuple[int, str, str]]
 QUICK = ["--set", "batch_size=20", "--set", "precision=fp32"]
 ORDER = [3, 0, 1, 2, 4, 5, 6, 7, 9, 8]  # label of each of NAMES in the model
 
@@ -39,24 +35,6 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     names = [NAMES[ORDER.index(label)] for label in range(10)]
     model = with_names(with_exchanged_head(copy.deepcopy(trained()), ORDER), names)
     return save_checkpoint(model, tmp_path_factory.mktemp("checkpoint"))
-
-
-@pytest.fixture
-def lethe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Lethe:
-    """Runs the command in this process; gives exit code, standard output, standard error."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["lethe", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "400")
-        code: Any = 0
-        try:
-            cli.main()
-        except SystemExit as exit_:
-            code = exit_.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 def evaluated(lethe: Lethe, checkpoint: Path, data: Path, *more: object) -> tuple[int, str, str]:

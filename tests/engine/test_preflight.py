@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from command_line import Lethe
 from fed_wrongly import NAMES, STATISTICS, trained, with_exchanged_head, with_noise, without_statistics, write_folder
 from toys import tiny_vit
 
-from engine import cli, unlearn
+from engine import unlearn
 from engine.data import open_source
 from engine.evaluate.plausibility import (
     can_tell,
@@ -32,7 +30,6 @@ from engine.models.checkpoint import load_checkpoint, save_checkpoint
 from engine.report.record import recorded
 
 SHAPE = ("img_size=8", "patch_size=4", "embed_dim=48", "depth=2")
-Lethe = Callable[..., tuple[int, str, str]]
 QUICK = [
     "--method",
     "finetune",
@@ -55,24 +52,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def good() -> torch.nn.Module:
     return trained()
-
-
-@pytest.fixture
-def lethe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Lethe:
-    """Runs the command in this process; gives exit code, standard output, standard error."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["lethe", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "400")
-        code: Any = 0
-        try:
-            cli.main()
-        except SystemExit as exit_:
-            code = exit_.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 def arguments(command: str, checkpoint: Path, data: Path, *more: object) -> list[object]:
