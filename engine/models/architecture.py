@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from engine.errors import UserError, nearest
 _SETTINGS = ("args", "hparams", "hyper_parameters", "config", "cfg")
 _ARCH_KEYS = ("arch", "architecture", "model_name", "model", "timm_model", "backbone", "name")
 _LABEL_KEYS = ("label_names", "class_names", "classes", "categories")
+# Names of weights of LoRA and other adapters, and of the weights that they are put beside.
+_ADAPTER = re.compile(r"(^|[._])(lora_\w+|lora|base_layer|modules_to_save|ia3_l|hada_w\w+|lokr_w\w+|vera_\w+)(\.|$)")
 # Settings that change the model, by timm's name for them.
 _MODEL_KEYS = {"patch_size": "patch_size", "in_chans": "in_chans", "global_pool": "global_pool", "gp": "global_pool"}
 
@@ -27,14 +30,14 @@ class Described:
     """What a file says of its model; every part may be missing.
 
     architecture: timm's name. said_by: where it stands. model_args: arguments of timm.create_model. img_size: of the
-    training. preprocessing: keys of pretrained_cfg. label_names: class names by label. unknown: a name that is not
-    timm's.
+    training, the side of a square or [height, width]. preprocessing: keys of pretrained_cfg. label_names: class names
+    by label. unknown: a name that is not timm's.
     """
 
     architecture: str | None = None
     said_by: str = ""
     model_args: dict[str, Any] = dataclasses.field(default_factory=dict)
-    img_size: int | None = None
+    img_size: int | list[int] | None = None
     preprocessing: dict[str, Any] = dataclasses.field(default_factory=dict)
     label_names: list[str] = dataclasses.field(default_factory=list)
     unknown: str = ""
@@ -57,16 +60,25 @@ def described(contents: Any, path: Path) -> Described:
     model_args = {ours: settings[key] for key, ours in _MODEL_KEYS.items() if isinstance(settings.get(key), (int, str))}
     if isinstance(given := settings.get("model_kwargs"), Mapping):
         model_args |= dict(given)
-    size = settings.get("img_size") or settings.get("image_size")
     return Described(
         architecture=architecture,
         said_by=said_by,
         model_args=model_args,
-        img_size=size if isinstance(size, int) and size > 0 else None,
+        img_size=_img_size(settings),
         preprocessing=_preprocessing(settings),
         label_names=_label_names(settings),
         unknown=unknown,
     )
+
+
+def _img_size(settings: Mapping[str, Any]) -> int | list[int] | None:
+    """A side or [height, width] of `img_size`, `image_size`, or timm's `input_size` (channels, height, width)."""
+    for key in ("img_size", "image_size", "input_size"):
+        value = settings.get(key)
+        sides = value[-2:] if isinstance(value, list) and len(value) in (2, 3) else [value, value]
+        if all(type(side) is int and side > 0 for side in sides):
+            return sides[0] if sides[0] == sides[1] else list(sides)
+    return None
 
 
 def _yaml(path: Path) -> Mapping[str, Any]:
@@ -166,7 +178,7 @@ def config_of(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise UserError(
             f"checkpoint {folder}: config.json is not a timm configuration ({type(error).__name__}: {error})"
@@ -229,8 +241,20 @@ def _patch(model: nn.Module) -> int:
 def advice(model: nn.Module, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
     """What may make weights fit that do not, in words; empty if nothing is known."""
     missing, extra = set(expected) - set(found), set(found) - set(expected)
+    if any(_ADAPTER.search(key) for key in extra):
+        return (
+            "it holds an adapter (LoRA or another of peft) apart from the weights: merge it where it was made, "
+            "model = model.merge_and_unload(), and save that model's state_dict()"
+        )
+    if any(tensor.numel() == 0 for tensor in found.values()):
+        return (
+            "its tensors are empty, as ZeRO-3 and FSDP leave them in the file of one rank: gather the shards first, by "
+            "zero_to_fp32.py beside a DeepSpeed checkpoint"
+        )
     if any(key.startswith(("conv_proj", "encoder.layers.encoder_layer_")) for key in extra):
         return "these are the names of torchvision's ViT, not timm's; load a timm model"
+    if not set(expected) & set(found):
+        return ""  # names of another model, or below a prefix that is not known
     if "cls_token" in missing and not any(key.startswith("cls") for key in extra):
         return "it has no class token: --model-arg class_token=False --model-arg global_pool=avg"
     if {"norm.weight"} <= missing and {"fc_norm.weight"} <= extra:

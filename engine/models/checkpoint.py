@@ -96,10 +96,16 @@ class ModelSpec:
                         f"unknown architecture {self.architecture!r}{unknown_architecture(self.architecture)} "
                         "(timm.list_models() has all)"
                     ) from None
-                raise
-            except TypeError as error:
+                if isinstance(error, NotImplementedError) or "meta" in str(error):
+                    raise  # of a constructor that needs values: `_on_meta` builds it with memory
                 raise UserError(
-                    f"architecture {self.architecture!r} refuses its model_args {self.model_args}: {error}"
+                    f"architecture {self.architecture!r} cannot be built with its model_args {self.model_args}: "
+                    f"{str(error).splitlines()[0][:120]}"
+                ) from None
+            except (TypeError, AssertionError, ValueError, ArithmeticError, AttributeError) as error:
+                raise UserError(
+                    f"architecture {self.architecture!r} refuses its model_args {self.model_args}: {error}; correct "
+                    "--model-arg, or model_args in config.json"
                 ) from None
         setattr(model, _SPEC, self)
         return model
@@ -360,6 +366,8 @@ def _open_described(file: WeightFile, source: CheckpointSource, headless: bool) 
     model = _on_meta(spec)
     found = _with_outer_head(fit(chosen, model.state_dict()), model)
     inferred = inferred_args(model, found.tensors, spec.model_args)
+    if isinstance(says.img_size, list):  # positions alone would be taken for a square
+        inferred.pop("img_size", None)
     sized = _sized(dataclasses.replace(spec, model_args={**spec.model_args, **inferred}), says, model)
     if sized != spec:
         spec, model = sized, _on_meta(sized)
@@ -394,8 +402,11 @@ def _guessed_classes(found: StateDict) -> int:
 
 def _filled(model: nn.Module, file: WeightFile, found: StateDict, note: Mapping[str, Any]) -> nn.Module:
     """A model with weights that fit it. note: on how they were read, to be printed."""
+    expected = model.state_dict()
     for key, tensor in found.tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if problem := _unreadable(tensor, expected[key]):
+            raise UserError(f"checkpoint {file.path}: {key} {problem}")
+        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
             raise UserError(
                 f"checkpoint {file.path}: {key} holds values that are not finite; take an earlier checkpoint"
             )
@@ -403,6 +414,21 @@ def _filled(model: nn.Module, file: WeightFile, found: StateDict, note: Mapping[
     if note:
         logger.info("%s", import_line(model, note))
     return model
+
+
+def _unreadable(tensor: Tensor, expected: Tensor) -> str:
+    """Why a tensor cannot be copied into a model's weight as it is, in words; empty if it can be."""
+    if tensor.is_meta:
+        return "has a shape and no values (a tensor on the meta device); save the weights themselves"
+    if tensor.layout is not torch.strided:
+        return f"is stored as {tensor.layout}; save it dense: tensor.to_dense()"
+    if expected.is_floating_point() and (tensor.is_quantized or not tensor.is_floating_point()):
+        kind = str(tensor.dtype).removeprefix("torch.")
+        return (
+            f"is stored as {kind}, expected floating-point numbers: without their scales these are other weights; give "
+            "the checkpoint before its quantisation, or save it dequantised"
+        )
+    return ""
 
 
 def import_line(model: nn.Module, note: Mapping[str, Any]) -> str:
@@ -492,14 +518,16 @@ def _with_outer_head(found: StateDict, model: nn.Module) -> StateDict:
 
 def _sized(spec: ModelSpec, says: Described, model: nn.Module) -> ModelSpec:
     """With the image size of the training, where no weight has its shape from it."""
-    if says.img_size is None or "img_size" in spec.model_args or getattr(model, "pos_embed", None) is not None:
+    size = says.img_size
+    known = getattr(model, "pos_embed", None) is not None and not isinstance(size, list)
+    if size is None or "img_size" in spec.model_args or known:
         return spec
-    sized = dataclasses.replace(spec, model_args={**spec.model_args, "img_size": says.img_size})
+    sized = dataclasses.replace(spec, model_args={**spec.model_args, "img_size": size})
     try:
         _on_meta(sized)
     except UserError:  # an architecture for images of any size
         channels = int(spec.model_args.get("in_chans", 3))
-        cfg = {**spec.pretrained_cfg, "input_size": [channels, says.img_size, says.img_size]}
+        cfg = {**spec.pretrained_cfg, "input_size": [channels, *(size if isinstance(size, list) else (size, size))]}
         return dataclasses.replace(spec, pretrained_cfg=cfg)
     return sized
 
@@ -563,10 +591,12 @@ def set_folder(model: nn.Module, folder: Path | None) -> None:
 
 def _read_spec(folder: Path) -> ModelSpec:
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        pretrained_cfg = config.get("pretrained_cfg", {})
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8-sig"))
+        pretrained_cfg = config.get("pretrained_cfg") or {}
+        if not isinstance(name := config["architecture"], str):
+            raise ValueError(f"architecture is {name!r}, expected timm's name")
         return ModelSpec(
-            architecture=config["architecture"],
+            architecture=name,
             num_classes=int(config.get("num_classes", pretrained_cfg.get("num_classes", 1000))),
             # timm names the classes here too
             model_args={k: v for k, v in (config.get("model_args") or {}).items() if k != "num_classes"},

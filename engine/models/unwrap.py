@@ -54,6 +54,7 @@ _WRAPPERS = (
     "trunk",
     "classifier",
     "_forward_module",
+    "base_model",
 )
 _EMA_WRAPPERS = ("ema", "ema_model", "model_ema", "ema_net", "averaged_model", "teacher_ema")
 # Buffers that a model computes itself, and counters that profilers and AveragedModel leave.
@@ -102,11 +103,19 @@ def choose(contents: Any, weights: Kind | None, name: str) -> StateDict:
         )
     wanted.sort(key=lambda each: each.kind != "ema")  # stable: timm's order within a kind
     chosen = wanted[0]
-    rivals = [each.container for each in wanted[1:] if each.kind == chosen.kind and not _same(each, chosen)]
-    if chosen.container not in (*_CONTAINERS["ema"], *_CONTAINERS["raw"], "") and rivals:
+    if weights != "raw" and chosen.kind != "ema" and (nameless := _without_names(contents)):
         raise UserError(
-            f"checkpoint {name}: holds several state dicts ({', '.join([chosen.container, *rivals])}); save the one "
-            "that is meant under the key 'state_dict'"
+            f"checkpoint {name}: its EMA weights ({nameless}) are a list without names, which cannot be matched with a "
+            "model; save them as a state dict, or take the raw ones by --weights raw"
+        )
+    rivals = [each for each in wanted[1:] if each.kind == chosen.kind and not _same(each, chosen)]
+    if chosen.container in (*_CONTAINERS["ema"], *_CONTAINERS["raw"], ""):
+        rivals = [each for each in rivals if _alike(each, chosen)]
+    if rivals:
+        keys = ", ".join(each.container for each in (chosen, *rivals))
+        raise UserError(
+            f"checkpoint {name}: holds several state dicts ({keys}) of different weights; save the one that is meant "
+            "alone, under the key 'state_dict'"
         )
     if chosen.kind is None and len(has) > 1:
         return dataclasses.replace(chosen, kind="raw")
@@ -120,6 +129,8 @@ def _candidates(contents: Mapping[Any, Any]) -> list[StateDict]:
         for key in keys
         if (each := _held(contents.get(key), key, "ema" if kind == "ema" else None)) is not None
     ]
+    if found:
+        found = _averaged_by_callbacks(contents, found)
     if not found and (tensors := _tensors(contents)):
         found = [StateDict(tensors)]
     if not found:
@@ -129,6 +140,36 @@ def _candidates(contents: Mapping[Any, Any]) -> list[StateDict]:
             if "optim" not in str(key).lower() and (each := _held(value, str(key), None)) is not None
         ]
     return [part for each in found for part in _split_ema(each)]
+
+
+def _averaged_by_callbacks(contents: Mapping[Any, Any], found: list[StateDict]) -> list[StateDict]:
+    """With the EMA weights that callbacks of Lightning keep; `WeightAveraging` puts them in place of the raw ones."""
+    current = _held(contents.get("current_model_state"), "current_model_state", "raw")
+    if current is not None:
+        found = [dataclasses.replace(e, kind="ema") if e.container == "state_dict" else e for e in found] + [current]
+    callbacks = contents.get("callbacks")
+    for name, state in callbacks.items() if isinstance(callbacks, Mapping) else ():
+        for key, value in state.items() if isinstance(state, Mapping) else ():
+            if "ema" in re.split(r"[^a-z]+", str(key).lower()):
+                held = _held(value, f"callbacks.{str(name).partition('{')[0]}.{key}", "ema")
+                found = [*found, held] if held is not None else found
+    return found
+
+
+def _without_names(contents: Mapping[Any, Any]) -> str:
+    """Where EMA weights stand as a list of tensors (`shadow_params`), which no name can be given; empty if nowhere."""
+    for key in _CONTAINERS["ema"]:
+        value = contents.get(key)
+        for inner, item in value.items() if isinstance(value, Mapping) else ((None, value),):
+            if isinstance(item, list) and len(item) > 1 and all(isinstance(each, Tensor) for each in item):
+                return key if inner is None else f"{key}.{inner}"
+    return ""
+
+
+def _alike(one: StateDict, other: StateDict) -> bool:
+    """Whether two state dicts are of models of one kind, by the ends of their names."""
+    first, second = ({tuple(key.split(".")[-2:]) for key in each.tensors} for each in (one, other))
+    return 2 * len(first & second) > min(len(first), len(second))
 
 
 def _held(value: Any, container: str, kind: Kind | None, depth: int = 0) -> StateDict | None:
@@ -165,9 +206,9 @@ def _split_ema(found: StateDict) -> list[StateDict]:
 
 
 def _same(one: StateDict, other: StateDict) -> bool:
-    return one.tensors.keys() == other.tensors.keys() and all(
-        item is other.tensors[key] or torch.equal(item, other.tensors[key]) for key, item in one.tensors.items()
-    )
+    """Whether they hold the same weights in the same order, whatever prefix their names have."""
+    pairs = zip(one.tensors.values(), other.tensors.values(), strict=False)
+    return len(one.tensors) == len(other.tensors) and all(a is b or torch.equal(a, b) for a, b in pairs)
 
 
 def fit(found: StateDict, expected: Iterable[str]) -> StateDict:

@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import re
+import zipfile
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -62,15 +63,18 @@ def read_weights(place: Path) -> WeightFile:
 
 
 def _find(folder: Path) -> tuple[Path, tuple[str, ...]]:
-    files = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in _SUFFIXES)
-    passed_over = tuple(path.name for path in files if _NO_WEIGHTS.search(path.name.lower()))
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix.lower() in _SUFFIXES)
+    passed_over = tuple(path.name for path in files if _no_weights(path))
     for name in _STANDARD:
         if (folder / name).is_file():
             return folder / name, passed_over
     found = [path for path in files if path.name not in passed_over]
     if not found:
         beside = f"; {', '.join(passed_over)} hold no weights of a model" if passed_over else ""
-        raise UserError(f"checkpoint {folder} has no model.safetensors (nor .pth, .pt, .bin, .ckpt, .tar){beside}")
+        raise UserError(
+            f"checkpoint {folder} has no model.safetensors (nor .pth, .pt, .bin, .ckpt, .tar){beside}"
+            f"{_elsewhere(folder)}"
+        )
     if len(found) == 1:
         return found[0], passed_over
     if all(_SHARD.search(path.name) for path in found):
@@ -84,16 +88,57 @@ def _find(folder: Path) -> tuple[Path, tuple[str, ...]]:
     )
 
 
+def _elsewhere(folder: Path) -> str:
+    """Where the weights are that a folder itself does not have, in words; empty if that is not known."""
+    if any(folder.glob("*.distcp")):
+        return (
+            "; it is a distributed checkpoint of PyTorch: write one file with `python -m "
+            f"torch.distributed.checkpoint.format_utils dcp_to_torch {folder} weights.pth`"
+        )
+    within = sorted(
+        {path.parent for suffix in _SUFFIXES for path in folder.glob(f"*/*{suffix}") if not _no_weights(path)}
+    )
+    if not within:
+        return ""
+    more = f" (of {len(within)} folders in it with weights)" if len(within) > 1 else ""
+    return f"; name the folder within it: --checkpoint {within[-1]}{more}"
+
+
+def _no_weights(path: Path) -> bool:
+    return bool(_NO_WEIGHTS.search(path.name.lower()))
+
+
 def _read(path: Path) -> Any:
     if path.name.endswith(".index.json"):
         return _read_shards(path)
     with open(path, "rb") as handle:
         start = handle.read(16)
+    if problem := _no_checkpoint(path, start):
+        raise UserError(f"checkpoint {path}: {problem}")
     if path.suffix == ".safetensors" or start[8:10] == b'{"':
         return _read_safetensors(path)
     if start[:6] == b"\x93NUMPY" or path.suffix in (".npz", ".npy", ".h5", ".msgpack", ".onnx", ".engine"):
         raise UserError(f"checkpoint {path}: {path.suffix} is not a file of PyTorch weights; convert it to safetensors")
     return _read_pickle(path)
+
+
+def _no_checkpoint(path: Path, start: bytes) -> str:
+    """What a file is that is none of weights, by its first bytes; empty otherwise."""
+    if not start:
+        return "the file is empty; copy it again"
+    if start.startswith(b"version https://"):
+        return "it is a pointer of Git LFS, not the file itself; run `git lfs pull` where it was cloned"
+    if start.lstrip()[:5].lower() in (b"<!doc", b"<html", b"<?xml"):
+        return "it is a web page, not a file of weights; download the file itself"
+    if start[:2] == b"\x1f\x8b":
+        return f"it is compressed; unpack it first: gunzip {path}"
+    if start[:2] == b"PK" and zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+        inside = [name for name in names if name.lower().endswith(_SUFFIXES)]
+        if inside and not any(name.rpartition("/")[2] == "data.pkl" for name in names):
+            return f"it is a zip archive of files; unpack it and name the file of weights in it ({inside[0]})"
+    return ""
 
 
 def _read_safetensors(path: Path) -> Any:
@@ -141,7 +186,8 @@ def _read_pickle(path: Path) -> Any:
 
 def _refusal(path: Path, error: Exception) -> str:
     found = re.search(r"GLOBAL (\S+)", str(error))
-    holds = f"it holds {found[1]}" if found else str(error).splitlines()[0][:80]
+    lines = str(error).splitlines() or [type(error).__name__]
+    holds = f"it holds {found[1]}" if found else lines[0][:80]
     return (
         f"checkpoint {path}: {path.name} is not a plain state dict, or is damaged, and is not opened since a pickle "
         f"can run code ({holds}); where it was made, write the weights alone: "
