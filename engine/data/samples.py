@@ -228,6 +228,11 @@ def as_tensor(image: Any, channels: int) -> torch.Tensor:
         if image.ndim != 3 or image.shape[0] != channels:
             raise UserError(f"an image tensor has shape {tuple(image.shape)}, expected ({channels}, H, W)")
         return image
+    if channels not in (1, 3):
+        raise UserError(
+            f"the model takes {channels} channels, and images are read with 1 (grey) or 3 (colour); give a dataset of "
+            f"tensors ({channels}, H, W), from Python"
+        )
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         image = _eight_bits(image)
     array = np.array(image.convert("L" if channels == 1 else "RGB"))

@@ -19,6 +19,7 @@ NEAR = 0.1
 # Difference in accuracy, [0, 1], that matters: 5 points.
 MARGIN = 0.05
 _EXPLAINED = 0.5  # share of the answers that an exchange has to explain: a constant answer is no exchange
+_FEW = 20  # samples of one class of which a trained model has to answer some rightly
 _EACH = 5  # samples a class that a permutation is read from, on average
 
 
@@ -36,10 +37,11 @@ def is_near_chance(correct: int, labels: np.ndarray) -> bool:
     """Whether so many correct answers are what a model that was not trained on such samples could give.
 
     True if at least as many correct answers come by chance with a probability above 0.001 (binomial, one-sided), or if
-    the accuracy is less than a tenth of the way from chance to 1. False where `can_tell` is.
+    the accuracy is less than a tenth of the way from chance to 1. Where `can_tell` is false, as for samples of one
+    class: True if less than a tenth of `_FEW` samples or more are correct, which a trained model is far above.
     """
     if not can_tell(labels):
-        return False
+        return len(labels) >= _FEW and correct / len(labels) < NEAR
     chance = chance_of(labels)
     compatible = binom.sf(correct - 1, len(labels), chance) > SIGNIFICANCE
     return bool(compatible or correct / len(labels) < chance + NEAR * (1 - chance))

@@ -264,7 +264,8 @@ def _problem(looked: Looked, expected: Expected | None) -> str | None:
     """Why an accuracy is not plausible, with what was observed; None if it is."""
     observed = _observed(looked)
     if is_near_chance(int(looked.correct.sum()), looked.labels):
-        why = f"near chance ({100 * chance_of(looked.labels):.1f}%)"
+        constant = chance_of(looked.labels)
+        why = f"near chance ({100 * constant:.1f}%)" if constant < 1 else "though all of them are of one class"
     elif expected is not None and is_far_below(looked.correct, expected.accuracy):
         why = f"far below the {100 * expected.accuracy:.1f}% of {expected.said_by}"
     elif observed:

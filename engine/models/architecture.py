@@ -75,9 +75,10 @@ def _img_size(settings: Mapping[str, Any]) -> int | list[int] | None:
     """A side or [height, width] of `img_size`, `image_size`, or timm's `input_size` (channels, height, width)."""
     for key in ("img_size", "image_size", "input_size"):
         value = settings.get(key)
-        sides = value[-2:] if isinstance(value, list) and len(value) in (2, 3) else [value, value]
-        if all(type(side) is int and side > 0 for side in sides):
-            return sides[0] if sides[0] == sides[1] else list(sides)
+        given = value[-2:] if isinstance(value, list) and len(value) in (2, 3) else [value, value]
+        sides = [side for side in given if type(side) is int and side > 0]
+        if len(sides) == 2:
+            return sides[0] if sides[0] == sides[1] else sides
     return None
 
 
@@ -137,6 +138,26 @@ def _label_names(settings: Mapping[str, Any]) -> list[str]:
                 continue
             if sorted(pairs) == list(range(len(table))):
                 return [pairs[label] for label in range(len(pairs))]
+    return []
+
+
+def names_of_config(config: Mapping[str, Any]) -> list[str]:
+    """Class names by label of a config.json in timm's layout, as a list or a table; empty if it gives none.
+
+    Raises UserError for names in another form.
+    """
+    cfg = config.get("pretrained_cfg")
+    for place in (config, cfg if isinstance(cfg, Mapping) else {}):
+        given = place.get("label_names")
+        table = "idx_to_class" if isinstance(given, Mapping) and all(str(k).isdecimal() for k in given) else "label2id"
+        names = _label_names({table: given} if isinstance(given, Mapping) else {"label_names": given})
+        if given and not names:
+            raise UserError(
+                f"config.json: label_names is {str(given)[:60]!r}, expected a list of names by label, or a table with "
+                "the labels 0 to n - 1"
+            )
+        if names or (names := _label_names({key: place.get(key) for key in ("id2label", "label2id", "class_to_idx")})):
+            return names
     return []
 
 

@@ -36,6 +36,7 @@ from engine.models.architecture import (
     described,
     inferred_args,
     is_architecture,
+    names_of_config,
     unknown_architecture,
 )
 from engine.models.hub import fetching
@@ -595,14 +596,19 @@ def _read_spec(folder: Path) -> ModelSpec:
         pretrained_cfg = config.get("pretrained_cfg") or {}
         if not isinstance(name := config["architecture"], str):
             raise ValueError(f"architecture is {name!r}, expected timm's name")
+        extra = {k: v for k, v in config.items() if k not in _CONFIG_KEYS}
+        if names := names_of_config({**extra, "pretrained_cfg": pretrained_cfg}):
+            extra["label_names"] = names
         return ModelSpec(
             architecture=name,
             num_classes=int(config.get("num_classes", pretrained_cfg.get("num_classes", 1000))),
             # timm names the classes here too
             model_args={k: v for k, v in (config.get("model_args") or {}).items() if k != "num_classes"},
             pretrained_cfg=_plain(pretrained_cfg),
-            extra={k: v for k, v in config.items() if k not in _CONFIG_KEYS},
+            extra=extra,
         )
+    except UserError as error:  # is a ValueError too
+        raise UserError(f"checkpoint {folder}: {error}") from None
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(
             f"checkpoint {folder}: config.json is not a timm configuration ({type(error).__name__}: {error})"

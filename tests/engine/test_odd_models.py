@@ -1,0 +1,157 @@
+"""Models, class names and processors that were taken for something else, or ended in a traceback."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from toys import TINY, few, tiny_vit
+
+from engine.data import Samples, open_source
+from engine.errors import UserError
+from engine.evaluate.plausibility import is_near_chance
+from engine.loop import unlearn
+from engine.models.checkpoint import load_checkpoint, save_checkpoint, spec_of
+from engine.models.preprocessing import from_hugging_face
+
+QUICK = {"max_steps": 1, "batch_size": 4, "workers": 0, "precision": "fp32", "augment": "none", "collapse_drop": 100.0}
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[Samples, Samples]:
+    train = open_source("digits").train
+    return few(train, 8), train.subset(range(8, 24))
+
+
+class Answering(nn.Module):
+    """A model that gives something else than a ViT's logits."""
+
+    def __init__(self, change: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.net, self.change = tiny_vit(), change
+
+    def forward(self, images: Tensor) -> Any:
+        return self.change(self.net(images))
+
+
+def quantised() -> nn.Module:
+    return torch.ao.quantization.quantize_dynamic(tiny_vit(), {nn.Linear}, dtype=torch.qint8)  # type: ignore[no-any-return]
+
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "probabilities": (lambda: Answering(lambda logits: logits.softmax(-1)), "give the model without its softmax"),
+    "quantised": (quantised, "is quantised"),
+    "meta": (lambda: tiny_vit().to("meta"), "on the meta device"),
+    "four_channels": (lambda: tiny_vit(in_chans=4), "the model takes 4 channels"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_model_that_cannot_be_unlearned_right_is_refused(kind: str, digits: tuple[Samples, Samples]) -> None:
+    make, expected = REFUSED[kind]
+    with pytest.raises(UserError, match=expected):
+        unlearn(make(), *digits, method="random_labels", config=QUICK, validation=digits[1])
+
+
+def test_logarithms_of_probabilities_are_logits(digits: tuple[Samples, Samples]) -> None:
+    unlearn(
+        Answering(lambda logits: logits.log_softmax(-1)),
+        *digits,
+        method="random_labels",
+        config=QUICK,
+        validation=digits[1],
+    )
+
+
+def test_small_updates_of_bfloat16_weights_are_not_lost(digits: tuple[Samples, Samples]) -> None:
+    model = tiny_vit().bfloat16()
+    found = unlearn(model, *digits, method="finetune", config={**QUICK, "lr": 1e-5}, validation=digits[1]).model
+    before, after = (each.state_dict()["blocks.0.mlp.fc1.weight"].float() for each in (model, found))
+    assert (before != after).float().mean() > 0.9
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}, "the caller's model is as it was"
+
+
+# --- class names ------------------------------------------------------------------------------------------------------
+
+NAMES = [f"class {label}" for label in range(10)]
+TURNED = list(reversed(range(10)))
+TABLES: dict[str, dict[str, Any]] = {
+    "name_to_label": {"label_names": {NAMES[label]: label for label in TURNED}},
+    "label_to_name": {"label_names": {str(label): NAMES[label] for label in TURNED}},
+    "id2label": {"id2label": {str(label): NAMES[label] for label in TURNED}},
+    "class_to_idx": {"class_to_idx": {NAMES[label]: label for label in TURNED}},
+    "of_pretrained_cfg": {"pretrained_cfg": {"label_names": {NAMES[label]: label for label in TURNED}}},
+    "list": {"label_names": NAMES},
+}
+
+
+def configured(folder: Path, **keys: Any) -> Path:
+    config = {"architecture": "vit_tiny_patch16_224", "num_classes": 10, "model_args": TINY, **keys}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    save_file(tiny_vit().state_dict(), folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_class_names_of_a_config_are_read_in_the_order_of_labels(kind: str, tmp_path: Path) -> None:
+    model = load_checkpoint(configured(tmp_path, **TABLES[kind]))
+    assert spec_of(model).label_names == NAMES
+    assert spec_of(load_checkpoint(save_checkpoint(model, tmp_path / "again"))).label_names == NAMES
+
+
+@pytest.mark.parametrize("names", ["abcdefghij", {"a": 0, "b": 2}, [{"name": "a"}]])
+def test_class_names_of_another_form_are_refused(names: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="label_names is"):
+        load_checkpoint(configured(tmp_path, label_names=names))
+
+
+# --- processors -------------------------------------------------------------------------------------------------------
+
+
+def test_a_size_of_one_number_is_the_shorter_side_for_clip() -> None:
+    old = {"feature_extractor_type": "CLIPFeatureExtractor", "size": 224, "crop_size": 224, "do_center_crop": True}
+    assert from_hugging_face(old)["crop_mode"] == "center"
+    assert from_hugging_face({**old, "feature_extractor_type": "ViTFeatureExtractor"})["crop_mode"] == "squash"
+
+
+def test_convnext_crops_nothing_from_384_pixels() -> None:
+    values = {"image_processor_type": "ConvNextImageProcessor", "crop_pct": 0.875}
+    small = from_hugging_face({**values, "size": {"shortest_edge": 224}})
+    large = from_hugging_face({**values, "size": {"shortest_edge": 384}})
+    assert (small["crop_pct"], small["crop_mode"]) == (0.875, "center")
+    assert (large["crop_pct"], large["crop_mode"]) == (1.0, "squash")
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"rescale_factor": "x"},
+        {"size": {"longest_edge": 8}},
+        {"size": {"shortest_edge": 0}, "crop_size": 8, "do_center_crop": True},
+        {"size": {"height": 8}},
+        {"size": "8"},
+        {"size": {"shortest_edge": 8, "longest_edge": 16}},
+    ],
+)
+def test_a_size_or_scale_that_cannot_be_read_is_not_left_out(changed: dict[str, Any]) -> None:
+    values = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, **changed}
+    with pytest.raises(UserError, match="not supported"):
+        from_hugging_face(values)
+    assert from_hugging_face({**values, "size": 8, "rescale_factor": None})["input_size"] == (8, 8)
+
+
+# --- accuracy of samples of one class ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("correct", "expected"), [(0, True), (39, True), (60, False), (400, False)])
+def test_samples_of_one_class_that_are_answered_wrongly_are_noticed(correct: int, expected: bool) -> None:
+    assert is_near_chance(correct, np.full(400, 3)) is expected
+    assert not is_near_chance(0, np.full(5, 3))
