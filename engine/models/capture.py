@@ -20,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -216,6 +216,40 @@ def check_calls(model: nn.Module, tokens: int, prefix: int) -> bool:
     if reason:
         raise UserError(f"{type(configured_model(model) or model).__name__}: {reason}")
     return pooled
+
+
+def pool_of_head(model: nn.Module, prefix: int) -> Literal["token", "avg"]:
+    """What the head of a model reads that does not declare it, by the logits' gradient at the last block's tokens.
+
+    Raises UserError where that is neither the first token alone nor all of the patches alone.
+    """
+    tokens: list[Tensor] = []
+
+    def keep(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        tokens.append(output.detach().requires_grad_())
+        return tokens[-1]
+
+    handle = (blocks_of_core(model) or [])[-1].register_forward_hook(keep)
+    try:
+        with evaluating(model), torch.enable_grad():
+            logits = model(black_image(model))
+            weights = torch.linspace(1, 2, logits.shape[-1], dtype=logits.dtype, device=logits.device)
+            (gradient,) = torch.autograd.grad((logits * weights).sum(), tokens[-1])
+        read = gradient[0].abs().sum(-1) > 0
+    except (RuntimeError, AttributeError, IndexError, TypeError) as error:
+        raise UserError(
+            f"{type(model).__name__}: what its head reads cannot be found out ({one_line(error)})"
+        ) from None
+    finally:
+        handle.remove()
+    if prefix and bool(read[0]) and not bool(read[1:].any()):
+        return "token"
+    if bool(read[prefix:].all()) and not bool(read[:prefix].any()):
+        return "avg"
+    raise UserError(
+        f"{type(model).__name__}: its head reads {int(read.sum())} of {len(read)} tokens, neither the class token "
+        "alone nor all patches alone; set model.global_pool to 'token' or 'avg', whichever is nearer"
+    )
 
 
 def _probe(model: nn.Module, tokens: int, prefix: int) -> tuple[str, bool]:

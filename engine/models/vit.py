@@ -12,7 +12,7 @@ from timm.layers.attention import Attention
 from torch import Tensor, nn
 
 from engine.errors import UserError
-from engine.models.capture import blocks_of_core, check_calls
+from engine.models.capture import blocks_of_core, check_calls, pool_of_head
 from engine.models.info import (
     ModelInfo,
     black_image,
@@ -85,10 +85,13 @@ def attention_info(model: nn.Module) -> ViTInfo:
     general = model_info(model)
     grid = _grid_of(embed, general.input_size)
     patch = _patch_of(model, general.input_size, grid)
-    prefix = int(getattr(core, "num_prefix_tokens", 1))
+    prefix = int(getattr(core, "num_prefix_tokens", getattr(core, "cls_token", None) is not None))
     pool: Literal["token", "avg", "map"] = "token" if getattr(core, "global_pool", "token") == "token" else "avg"
-    if not plain_attention(model) and check_calls(model, prefix + grid[0] * grid[1], prefix):
+    known = type(core).__module__.startswith("timm.") and plain_attention(model)  # its tokens are those it declares
+    if not known and check_calls(model, prefix + grid[0] * grid[1], prefix):
         pool = "map"
+    elif not hasattr(core, "global_pool"):
+        pool = pool_of_head(model, prefix)
     elif getattr(core, "attn_pool", None) is not None or getattr(core, "global_pool", "") == "map":
         raise UserError(f"{type(core).__name__} pools by attention that could not be read")
     if pool == "token" and prefix == 0:

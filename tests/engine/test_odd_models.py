@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from timm.layers import PatchEmbed
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from toys import TINY, few, tiny_vit
 
@@ -18,8 +20,10 @@ from engine.data import Samples, open_source
 from engine.errors import UserError
 from engine.evaluate.plausibility import is_near_chance
 from engine.loop import unlearn
+from engine.masking import scores_and_outputs
 from engine.models.checkpoint import load_checkpoint, save_checkpoint, spec_of
 from engine.models.preprocessing import from_hugging_face
+from engine.models.vit import attention_info
 
 QUICK = {"max_steps": 1, "batch_size": 4, "workers": 0, "precision": "fp32", "augment": "none", "collapse_drop": 100.0}
 
@@ -77,6 +81,61 @@ def test_small_updates_of_bfloat16_weights_are_not_lost(digits: tuple[Samples, S
     before, after = (each.state_dict()["blocks.0.mlp.fc1.weight"].float() for each in (model, found))
     assert (before != after).float().mean() > 0.9
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}, "the caller's model is as it was"
+
+
+# --- a ViT that is not timm's, of timm's blocks -----------------------------------------------------------------------
+
+
+class OwnViT(nn.Module):
+    """Declares neither its prefix tokens nor its pooling."""
+
+    input_size, num_classes = (1, 8, 8), 10
+
+    def __init__(self, class_token: bool, pool: str, registers: int = 0, kept: int | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.patch_embed = PatchEmbed(8, 2, 1, 32)
+        self.cls_token = nn.Parameter(torch.randn(1, 1, 32)) if class_token else None
+        self.registers = nn.Parameter(torch.randn(1, registers, 32))
+        self.blocks = nn.Sequential(Block(32, 2), Block(32, 2))
+        self.head, self.pool, self.kept = nn.Linear(32, 10), pool, kept
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.patch_embed(images)
+        first = [] if self.cls_token is None else [self.cls_token.expand(len(tokens), -1, -1)]
+        tokens = torch.cat([*first, tokens, self.registers.expand(len(tokens), -1, -1)], 1)
+        tokens = self.blocks[1](self.blocks[0](tokens)[:, : self.kept])
+        if self.pool == "token":
+            return self.head(tokens[:, 0])
+        return self.head((tokens if self.pool == "all" else tokens[:, len(first) :]).mean(1))
+
+
+@pytest.mark.parametrize(
+    ("class_token", "pool", "expected"),
+    [(True, "token", (1, "token")), (True, "avg", (1, "avg")), (False, "avg", (0, "avg"))],
+)
+def test_prefix_tokens_and_pooling_that_are_not_declared_are_found(
+    class_token: bool, pool: str, expected: tuple[int, str]
+) -> None:
+    model = OwnViT(class_token, pool).eval()
+    info = attention_info(model)
+    assert (info.num_prefix_tokens, info.pool) == expected
+    scores, _ = scores_and_outputs(model, torch.randn(2, 1, 8, 8), info)
+    assert scores.shape == (2, 16)
+    assert not any(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"pool": "token", "registers": 3}, "over 20 tokens"),
+        ({"pool": "token", "kept": 9}, "over 9 tokens"),
+        ({"pool": "all"}, "reads 17 of 17 tokens"),
+    ],
+)
+def test_tokens_that_no_patch_could_be_told_of_are_refused(given: dict[str, Any], expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        attention_info(OwnViT(True, **given).eval())
 
 
 # --- class names ------------------------------------------------------------------------------------------------------
