@@ -92,6 +92,11 @@ class HuggingFaceSpec(ModelSpec):
         names = self.config.get("label_names")  # TimmWrapper
         if names is None:
             id2label = {int(label): str(name) for label, name in (self.config.get("id2label") or {}).items()}
+            if sorted(id2label) != list(range(len(id2label))):
+                raise UserError(
+                    f"config.json: id2label has the labels {sorted(id2label)[:6]}, expected 0 to {len(id2label) - 1}; "
+                    "correct it, or the class names stand for other outputs"
+                )
             names = [id2label[label] for label in sorted(id2label)]
         placeholders = [f"{_PLACEHOLDER}{label}" for label in range(len(names))]
         return [] if names == placeholders or len(names) != self.num_classes else [str(name) for name in names]

@@ -25,9 +25,10 @@ def label_names(model: nn.Module) -> list[str]:
     Raises UserError for a list of another length than the head's.
     """
     try:
-        names = spec_of(model).label_names
+        spec = spec_of(model)
     except UserError:  # no timm model: nothing to ask
         return []
+    names = spec.label_names
     if not names or all(_PLACEHOLDER.fullmatch(name) for name in names):
         return []
     classes = num_classes_of(model)

@@ -22,6 +22,7 @@ from engine.evaluate.plausibility import is_near_chance
 from engine.loop import unlearn
 from engine.masking import scores_and_outputs
 from engine.models.checkpoint import load_checkpoint, save_checkpoint, spec_of
+from engine.models.labels import label_names
 from engine.models.preprocessing import from_hugging_face
 from engine.models.vit import attention_info
 
@@ -170,6 +171,20 @@ def test_class_names_of_a_config_are_read_in_the_order_of_labels(kind: str, tmp_
 def test_class_names_of_another_form_are_refused(names: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="label_names is"):
         load_checkpoint(configured(tmp_path, label_names=names))
+
+
+def test_labels_of_id2label_with_gaps_do_not_move_up(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    from hf_models import saved, tiny
+
+    folder = saved(tiny("vit"), tmp_path)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    classes = len(config["id2label"])
+    config["id2label"] = {str(label + (label > 1)): f"class {label}" for label in range(classes)}
+    config["label2id"] = {name: int(label) for label, name in config["id2label"].items()}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(UserError, match="id2label has the labels"):
+        label_names(load_checkpoint(folder))
 
 
 # --- processors -------------------------------------------------------------------------------------------------------
