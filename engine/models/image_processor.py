@@ -23,6 +23,10 @@ _PIL_FILTERS = {1: "lanczos", 4: "box", 5: "hamming"}
 _CONVNEXT_SQUASHES = 384
 
 
+# Processors that take a size of one number for the shorter side; all others for both.
+_SHORTEST = ("CLIP", "ChineseCLIP", "ConvNext", "Bit", "Levit", "LeViT", "MobileNet", "MobileViT", "PoolFormer")
+
+
 def unknown_preprocessing(model: nn.Module) -> str:
     """Why mean and std of a model's images are not known, with the remedy; empty where they are."""
     spec = getattr(model, "_lethe_spec", None)
@@ -142,6 +146,9 @@ def _sides(size: Any, name: str) -> dict[str, int]:
 def _resized(given: Mapping[str, Any], name: str) -> tuple[tuple[int, int], str]:
     """(height, width) that an image is resized to, and timm's crop_mode: squash, or center where the shape is kept."""
     size = _sides(given.get("size"), name)
+    kind = str(given.get("image_processor_type") or given.get("feature_extractor_type") or "")
+    if isinstance(given.get("size"), int) and kind.startswith(_SHORTEST):  # as older files have it
+        return (size["height"], size["width"]), "center"
     if set(size) == {"height", "width"}:
         return (size["height"], size["width"]), "squash"
     if set(size) == {"shortest_edge"}:

@@ -22,8 +22,8 @@ from engine.evaluate.plausibility import is_near_chance
 from engine.loop import unlearn
 from engine.masking import scores_and_outputs
 from engine.models.checkpoint import load_checkpoint, save_checkpoint, spec_of
+from engine.models.image_processor import preprocessing_keys
 from engine.models.labels import label_names
-from engine.models.preprocessing import from_hugging_face
 from engine.models.vit import attention_info
 
 QUICK = {"max_steps": 1, "batch_size": 4, "workers": 0, "precision": "fp32", "augment": "none", "collapse_drop": 100.0}
@@ -192,14 +192,14 @@ def test_labels_of_id2label_with_gaps_do_not_move_up(tmp_path: Path) -> None:
 
 def test_a_size_of_one_number_is_the_shorter_side_for_clip() -> None:
     old = {"feature_extractor_type": "CLIPFeatureExtractor", "size": 224, "crop_size": 224, "do_center_crop": True}
-    assert from_hugging_face(old)["crop_mode"] == "center"
-    assert from_hugging_face({**old, "feature_extractor_type": "ViTFeatureExtractor"})["crop_mode"] == "squash"
+    assert preprocessing_keys(old, "file")["crop_mode"] == "center"
+    assert preprocessing_keys({**old, "feature_extractor_type": "ViTFeatureExtractor"}, "file")["crop_mode"] == "squash"
 
 
 def test_convnext_crops_nothing_from_384_pixels() -> None:
     values = {"image_processor_type": "ConvNextImageProcessor", "crop_pct": 0.875}
-    small = from_hugging_face({**values, "size": {"shortest_edge": 224}})
-    large = from_hugging_face({**values, "size": {"shortest_edge": 384}})
+    small = preprocessing_keys({**values, "size": {"shortest_edge": 224}}, "file")
+    large = preprocessing_keys({**values, "size": {"shortest_edge": 384}}, "file")
     assert (small["crop_pct"], small["crop_mode"]) == (0.875, "center")
     assert (large["crop_pct"], large["crop_mode"]) == (1.0, "squash")
 
@@ -217,9 +217,9 @@ def test_convnext_crops_nothing_from_384_pixels() -> None:
 )
 def test_a_size_or_scale_that_cannot_be_read_is_not_left_out(changed: dict[str, Any]) -> None:
     values = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, **changed}
-    with pytest.raises(UserError, match="not supported"):
-        from_hugging_face(values)
-    assert from_hugging_face({**values, "size": 8, "rescale_factor": None})["input_size"] == (8, 8)
+    with pytest.raises(UserError, match=r"not supported|expected a number|is larger than size"):
+        preprocessing_keys(values, "file")
+    assert preprocessing_keys({**values, "size": 8, "rescale_factor": None}, "file")["input_size"] == (8, 8)
 
 
 # --- accuracy of samples of one class ---------------------------------------------------------------------------------
