@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from engine.commands.opening import takes_models
 from engine.commands.options import Architecture, Json, ModelArgs, Weights, checkpoint_sources, write_json_file
 from engine.errors import UserError
 
+if TYPE_CHECKING:
+    from engine.jobs.opening import Opening
 
+
+@takes_models("preprocessing")
 def import_checkpoint(
     file: Annotated[
         str,
@@ -34,6 +39,8 @@ def import_checkpoint(
         ),
     ] = None,
     json_file: Json = None,
+    *,
+    opening: Opening,
 ) -> None:
     """Writes a file of weights as a checkpoint folder (config.json, model.safetensors), which every command opens.
 
@@ -57,6 +64,8 @@ def import_checkpoint(
     model = load_checkpoint(source or file)
     if names:
         with_label_names(model, names, f"--label-names {label_names}")
+    opening.changes.apply(model)
+    opening.say_preprocessing(model)
     save_checkpoint(model, out)
     spec, digest = spec_of(model), weights_sha256(model)
     if weights_sha256(load_checkpoint(out)) != digest:
@@ -75,6 +84,7 @@ def import_checkpoint(
             "num_classes": spec.num_classes,
             "model_args": spec.model_args,
             "label_names": spec.label_names,
+            "preprocessing": spec.pretrained_cfg,
             "weights_sha256": digest,
             "import": imported(model),
         },

@@ -20,8 +20,8 @@ Data = Annotated[
     str,
     typer.Option(
         help="Data source: digits, cifar10[:ROOT], cifar100[:ROOT], parquet:FOLDER "
-        "(Hugging Face images: train-*.parquet, test-*.parquet), imagefolder:FOLDER (train/CLASS/FILE, "
-        "val/CLASS/FILE) or webdataset:FOLDER|PATTERN (tar shards train-*.tar, val-*.tar; "
+        "(Hugging Face images: `train-*.parquet`, `test-*.parquet`), imagefolder:FOLDER (train/CLASS/FILE, "
+        "val/CLASS/FILE) or webdataset:FOLDER|PATTERN (tar shards `train-*.tar`, `val-*.tar`; "
         "imagenet-train-{000000..001280}.tar).",
         show_default=False,
     ),
