@@ -379,8 +379,9 @@ def run_app(command: typer.Typer) -> None:
     stderr = Console(stderr=True)
     handler = RichHandler(show_time=False, show_path=False, console=stderr)
     logging.basicConfig(level=logging.WARNING if RANK == 0 else logging.ERROR, format="%(message)s", handlers=[handler])
-    if RANK == 0:  # how a file of weights was read is for everybody to see
-        logging.getLogger("engine.models.checkpoint").setLevel(logging.INFO)
+    if RANK == 0:  # how a file of weights was read, and what auto came to, are for everybody to see
+        for name in ("engine.models.checkpoint", "engine.run.setup"):
+            logging.getLogger(name).setLevel(logging.INFO)
     exits.run(command, stderr)
 
 

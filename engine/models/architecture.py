@@ -23,6 +23,8 @@ _LABEL_KEYS = ("label_names", "class_names", "classes", "categories")
 _ADAPTER = re.compile(r"(^|[._])(lora_\w+|lora|base_layer|modules_to_save|ia3_l|hada_w\w+|lokr_w\w+|vera_\w+)(\.|$)")
 # Settings that change the model, by timm's name for them.
 _MODEL_KEYS = {"patch_size": "patch_size", "in_chans": "in_chans", "global_pool": "global_pool", "gp": "global_pool"}
+# Likewise, of timm's ViTs and DeiTs alone.
+_SIZES = ("depth", "embed_dim", "num_heads")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,6 +60,8 @@ def described(contents: Any, path: Path) -> Described:
     architecture, said_by, unknown = _architecture(places)
     settings = {key: value for _, place in reversed(places) for key, value in place.items() if isinstance(key, str)}
     model_args = {ours: settings[key] for key, ours in _MODEL_KEYS.items() if isinstance(settings.get(key), (int, str))}
+    if architecture is not None and architecture.startswith(("vit_", "deit")):
+        model_args |= {key: settings[key] for key in _SIZES if type(settings.get(key)) is int}
     if isinstance(given := settings.get("model_kwargs"), Mapping):
         model_args |= dict(given)
     return Described(

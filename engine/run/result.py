@@ -13,6 +13,7 @@ from torch import nn
 
 from engine.data import Samples
 from engine.models.checkpoint import save_checkpoint, spec_of
+from engine.models.huggingface import as_classifier
 from engine.runfolder import RunFolder
 
 
@@ -85,11 +86,12 @@ class UnlearnResult:
         Raises:
             UserError: the folder holds something else, or the model has no timm architecture.
         """
-        spec_of(self.model)  # a model that cannot be saved is an error before anything is removed
+        model = as_classifier(self.model)
+        spec_of(model)  # a model that cannot be saved is an error before anything is removed
         opened = RunFolder(folder, self.config, overwrite=overwrite)
         try:
             opened.append(self.history)
-            save_checkpoint(self.model, opened.path)
+            save_checkpoint(model, opened.path)
         finally:
             opened.close()
         return opened.path

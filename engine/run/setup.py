@@ -95,7 +95,7 @@ def _augmentation(asked: str, loader: Callable[..., Loader], retain: Samples, fo
 @functools.cache  # once a process: searches set up many runs
 def _note_augmentation(name: str, found: str, natural: bool) -> None:
     why = "" if natural else "; images of this source are not known to allow mirroring: --set augment=flip if they do"
-    logger.warning("augment=auto is augment=%s for %s%s", found, name, why)
+    logger.info("augment=auto is augment=%s for %s%s", found, name, why)
 
 
 def set_up(

@@ -16,6 +16,7 @@ from engine.cli import app
 from engine.commands.options import checkpoint_sources
 from engine.errors import UserError
 from engine.models.checkpoint import ModelSpec, imported, load_checkpoint, save_checkpoint, spec_of, weights_sha256
+from engine.models.preprocessing import Preprocessing
 
 ARCH = "vit_tiny_patch16_224"
 SIZES = {"embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -168,6 +169,16 @@ def test_import_writes_a_folder_of_equal_logits(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "j").read_text())["import"] == config["lethe_import"]
     assert lethe(*words, "--out", tmp_path / "raw", "--weights", "raw")[0] == 0
     assert weights_sha256(load_checkpoint(tmp_path / "raw")) == weights_sha256(raw)
+
+
+def test_import_keeps_the_preprocessing_that_it_is_given(tmp_path: Path) -> None:
+    path = saved(tmp_path, tiny_vit().state_dict())
+    args = [word for key, value in SIZES.items() for word in ("--model-arg", f"{key}={value}")]
+    words = ["--mean", "0.25", "--std", "0.5", "--crop-pct", "1"]
+    code, output = lethe("import", path, "--arch", ARCH, *args, *words, "--out", tmp_path / "c")
+    assert code == 0, output
+    preprocessing = Preprocessing.of(load_checkpoint(tmp_path / "c"))
+    assert (preprocessing.mean, preprocessing.std, preprocessing.crop_pct) == ((0.25,), (0.5,), 1.0)
 
 
 def test_import_refuses_before_it_writes(tmp_path: Path, checkpoint: Path) -> None:

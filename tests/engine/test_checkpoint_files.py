@@ -50,6 +50,13 @@ def equal(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> bool:
     return found.keys() == weights.keys() and all(torch.equal(found[key], weights[key]) for key in weights)
 
 
+@pytest.mark.parametrize("key", ["args", "hyper_parameters"])
+def test_sizes_that_the_file_gives_for_a_vit_are_taken(key: str, weights: dict[str, Any], tmp_path: Path) -> None:
+    settings = {"model": ARCH, **GIVEN["model_args"]}
+    torch.save({"state_dict": weights, key: settings}, tmp_path / "x.ckpt")
+    assert equal(load_checkpoint(tmp_path / "x.ckpt"), weights)
+
+
 CONTAINERS: dict[str, Callable[[Any], Any]] = {
     "bare": lambda w: w,
     "ordered": OrderedDict,

@@ -51,6 +51,9 @@ def test_a_module_in_memory_comes_back_as_one(name: str, tmp_path: Path) -> None
     result.model.save_pretrained(tmp_path)
     assert torch.equal(logits(AutoModel.from_pretrained(tmp_path), images()), logits(result.model, images()))
     assert not torch.equal(logits(result.model, images()), logits(model, images()))
+    result.save(tmp_path / "saved")
+    back = load_checkpoint(tmp_path / "saved")
+    torch.testing.assert_close(outputs(back, images()), logits(result.model, images()), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["vit", "timm-wrapper"])
