@@ -21,6 +21,7 @@ from engine.models.preprocessing import Preprocessing
 ARCH = "vit_tiny_patch16_224"
 SIZES = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 DIGITS = ["--data", "digits", "--forget", "random:0.1@0"]
+UNTRAINED = ["--accept-accuracy"]  # weights at random are near chance
 
 
 def lethe(*words: object) -> tuple[int, str]:
@@ -210,9 +211,9 @@ def test_unlearning_a_file_keeps_its_names_and_how_it_was_read(tmp_path: Path) -
         tmp_path, {"model": {f"module.{k}": v for k, v in model.state_dict().items()}, "classes": list("abcdefghij")}
     )
     args = [word for key, value in SIZES.items() for word in ("--model-arg", f"{key}={value}")]
-    short = ["--method", "finetune", "--set", "max_steps=1", "--set", "device=cpu"]
+    short = ["--method", "finetune", "--set", "max_steps=1", "--set", "device=cpu", "--label-order", "data"]
     code, output = lethe(
-        "unlearn", "--checkpoint", path, "--arch", ARCH, *args, *DIGITS, *short, "--out", tmp_path / "u"
+        "unlearn", "--checkpoint", path, "--arch", ARCH, *args, *DIGITS, *short, *UNTRAINED, "--out", tmp_path / "u"
     )
     assert code == 0, output
     config = json.loads((tmp_path / "u" / "config.json").read_text())
@@ -242,9 +243,21 @@ def test_every_command_with_a_checkpoint_takes_a_file(tmp_path: Path) -> None:
     given = ["--checkpoint", path, "--arch", ARCH]
     given += [word for key, value in SIZES.items() for word in ("--model-arg", f"{key}={value}")]
     for words in (
-        ["evaluate", *given, *DIGITS, "--json", tmp_path / "m.json"],
-        ["forget-set", *given, "--data", "digits", "--strategy", "random", "--count", 9, "--out", tmp_path / "f.csv"],
-        ["request", "init", "--store", tmp_path / "store", *given, "--data", "digits"],
+        ["evaluate", *given, *DIGITS, *UNTRAINED, "--json", tmp_path / "m.json"],
+        [
+            "forget-set",
+            *given,
+            *UNTRAINED,
+            "--data",
+            "digits",
+            "--strategy",
+            "random",
+            "--count",
+            9,
+            "--out",
+            tmp_path / "f.csv",
+        ],
+        ["request", "init", "--store", tmp_path / "store", *given, *UNTRAINED, "--data", "digits"],
     ):
         code, output = lethe(*words)
         assert code == 0, output
