@@ -48,7 +48,7 @@ from engine.models.huggingface import as_classifier
 from engine.report import ReportData, build_gallery, write_report
 from engine.report.run_record import TRAINED, UNLEARNED, Origin, RecordOptions, origin, write_record
 from engine.run.result import UnlearnResult
-from engine.runfolder import check_free
+from engine.runfolder import check_apart, check_free
 from engine.sliced import with_fresh_head
 from engine.trainer import Progress
 
@@ -183,6 +183,7 @@ def run_job(
 
     record = record or RecordOptions()
     check_free(output_dir)
+    check_apart(output_dir, [checkpoint, *references])
     record.check()
     original = load_checkpoint(checkpoint)
     check_references(task, references, {"the original": original}, original_of(checkpoint, original))

@@ -28,6 +28,8 @@ _SHARD = re.compile(r"(.*?)(\d+)(-of-(\d+)(?:-[0-9a-f]{8,})?(\D*)|\D*)")
 # A number of which braces or brackets name several values, with the digits around them.
 _NUMBERS = re.compile(r"\d*(?:\{\d+\.\.\d+\}|\{\d+(?:,\d+)*\}|\[[\d-]+\])+\d*")
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")
+# Compressed shards, which are not read.
+_PACKED = re.compile(r"(?i)\.(tar\.(gz|bz2|xz|zst)|tgz|tbz2?|txz)$")
 _MOST = 1_000_000  # shards that a pattern may stand for
 
 
@@ -71,6 +73,12 @@ def find_shards(location: str, spec: str) -> dict[str, list[Path]]:
 
 def _in_folder(folder: Path, spec: str) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {}
+    packed = [path for path in sorted(folder.glob("*")) if _PACKED.search(path.name) and split_word(path.name)]
+    if packed:
+        raise UserError(
+            f"data source {spec!r}: {packed[0].name} is compressed; samples are read in any order, so decompress it "
+            "(gunzip), or move it away"
+        )
     for path in sorted(folder.glob("*.tar")):
         words = set(_WORD.findall(path.name))
         if len(words) != 1:
