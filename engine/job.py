@@ -22,6 +22,7 @@ from engine.data import (
     from_dataset,
     open_source,
     read_forget_request,
+    refuse_overlap,
 )
 from engine.data.labels import relabelled, relabelled_source
 from engine.data.readable import bad_images, without
@@ -431,6 +432,13 @@ def evaluate_samples(
 ) -> dict[str, Any]:
     """`engine.evaluate`. sets: forget, retain and test."""
     forget, retain, test = (from_dataset(sets[name], name) for name in ("forget", "retain", "test"))
+    refuse_overlap(sets["forget"], sets["retain"])
+    refuse_overlap(sets["forget"], sets["test"], "test")
+    if isinstance(references, (nn.Module, str, Path)):
+        references = [references]
+    for each in (model, *references):
+        if not isinstance(each, (nn.Module, str, Path)):
+            raise UserError(f"evaluate: a model is a {type(each).__name__}, expected a torch.nn.Module or a checkpoint")
     everything = concatenate(forget, retain)
     request = ForgetRequest("forget", np.arange(len(forget)), 0, {})
     task = Task(Source("the given samples", everything, test, test), request, forget, retain)

@@ -93,8 +93,8 @@ class ParquetImages:
             path = path["path"] if isinstance(path, dict) else path
             if path and not os.path.isfile(self._place(number, path)):
                 raise UserError(
-                    f"{name}: the column {self.columns[number]!r} of {self.files[number]} names the file {_shortened(path)!r}, "
-                    f"which is neither in {self.files[number].parent} nor in {self.folder}"
+                    f"{name}: the column {self.columns[number]!r} of {self.files[number]} names the file "
+                    f"{_shortened(path)!r}, which is neither in {self.files[number].parent} nor in {self.folder}"
                 )
 
     def _file_of(self, index: int) -> int:

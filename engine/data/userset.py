@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from engine.data.dict_datasets import as_image, as_pairs
 from engine.data.samples import IdKind, Samples
@@ -54,6 +54,35 @@ def from_dataset(dataset: Dataset[Any] | Samples, name: str) -> Samples:
         _classes(pairs),
         id_kind=IdKind.of_rows(count, "items") if ids is None else IdKind("the dataset's `ids`"),
     )
+
+
+def refuse_overlap(forget: Any, other: Any, name: str = "retain") -> None:
+    """Raises UserError where two sets share items of one dataset: what is forgotten would be kept at the same time.
+
+    Known for parts of one data source, and for a `Subset` beside the dataset itself or another `Subset` of it.
+    """
+    if isinstance(forget, Samples) and isinstance(other, Samples):
+        if forget.id_kind is None or forget.id_kind is not other.id_kind:
+            return
+        shared = [forget.ids[i] for i in np.flatnonzero(other.ids.positions(forget.ids) >= 0)]
+    else:
+        (first, mine), (second, theirs) = _items_of(forget), _items_of(other)
+        if first is not second or first is None:
+            return
+        everything = range(len(first))
+        shared = sorted(set(everything if mine is None else mine) & set(everything if theirs is None else theirs))
+    if shared:
+        raise UserError(
+            f"{name}: {len(shared)} samples of the forget set are in it too, such as {shared[0]!r}; leave them out"
+        )
+
+
+def _items_of(dataset: Any) -> tuple[Any, list[int] | None]:
+    """(the dataset that this one is a part of, positions in it); None for all of them."""
+    if type(dataset) is not Subset:
+        return dataset, None
+    base, positions = _items_of(dataset.dataset)
+    return base, [int(i) if positions is None else positions[int(i)] for i in dataset.indices]
 
 
 def _of_item(dataset: Dataset[Any], index: int) -> Any:

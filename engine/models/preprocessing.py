@@ -116,7 +116,7 @@ class Preprocessing:
                 return None
             least, greatest = min(least, float(image.min())), max(greatest, float(image.max()))
         # Normalised pixels of 16 images have negative ones among them, and none as great as 20.
-        return (least, greatest) if 0 <= least and (greatest <= 1 or greatest > 20) else None
+        return (least, greatest) if 0 <= least <= greatest and (greatest <= 1 or greatest > 20) else None
 
     def resize(self, image: Tensor) -> Tensor:
         """timm's evaluation transform: resized as `crop_mode` says, then the centre. An image that fits is left."""

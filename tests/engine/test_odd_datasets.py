@@ -8,12 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from torch.utils.data import Dataset, Subset
 from torchvision.transforms import InterpolationMode
+from typer.testing import CliRunner
 
-from engine.data import from_dataset
+import engine
+from engine.cli import app
+from engine.data import from_dataset, open_source, refuse_overlap
+from engine.data.classes import read_class_map
 from engine.errors import UserError
 from engine.models.preprocessing import Preprocessing
 from engine.runfolder import check_apart
@@ -110,6 +115,68 @@ def test_normalised_floats_are_not_told(caplog: pytest.LogCaptureFixture) -> Non
     with caplog.at_level(logging.WARNING):
         preprocessing(0.5, 0.5).check(from_dataset(Items(images), "train"))
     assert not caplog.records
+
+
+# Sets that share samples
+
+
+def test_samples_of_both_sets_are_refused() -> None:
+    everything = Items(IMAGES)
+    forget = Subset(Subset(everything, range(2, 20)), range(4))  # 2 to 5
+    for other in (everything, Subset(everything, range(5, 20))):
+        with pytest.raises(UserError, match=r"retain: . samples of the forget set are in it too, such as [25]"):
+            refuse_overlap(forget, other)
+    refuse_overlap(forget, Subset(everything, range(6, 20)))
+    refuse_overlap(forget, Subset(Items(IMAGES), range(5, 20)))
+
+
+def test_samples_of_one_source_are_told_by_their_ids() -> None:
+    train = open_source("digits").train
+    with pytest.raises(UserError, match="2 samples of the forget set"):
+        refuse_overlap(train.subset([0, 1]), train)
+    refuse_overlap(train.subset([0, 1]), train.subset([2, 3]))
+    refuse_overlap(from_dataset(Items(IMAGES), "forget"), from_dataset(Items(IMAGES), "retain"))
+
+
+def test_unlearn_and_evaluate_refuse_a_set_that_holds_the_forget_samples() -> None:
+    model, everything = timm.create_model("test_vit", num_classes=3, img_size=16), Items(IMAGES)
+    forget = Subset(everything, range(4))
+    with pytest.raises(UserError, match="retain: 4 samples"):
+        engine.unlearn(model, forget, everything, method="finetune")
+    with pytest.raises(UserError, match="test: 4 samples"):
+        engine.evaluate(model, forget, Subset(everything, range(4, 9)), everything)
+
+
+def test_evaluate_names_what_is_no_model() -> None:
+    model, everything = timm.create_model("test_vit", num_classes=3, img_size=16), Items(IMAGES)
+    sets = [Subset(everything, part) for part in (range(4), range(4, 9), range(9, 14))]
+    with pytest.raises(UserError, match="OrderedDict"):
+        engine.evaluate(model.state_dict(), *sets)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="no-such-folder"):
+        engine.evaluate(model, *sets, references="no-such-folder")
+
+
+# Files that name classes, or are written at the end
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "part"),
+    [("a.txt", "# my classes\na\nb\n", "comment '# my classes'"), ("a.yaml", "[yes, no]", "in quotes")],
+)
+def test_class_maps_that_would_move_labels_are_refused(tmp_path: Path, name: str, content: str, part: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=part):
+        read_class_map(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["folder", "file/numbers.json"])
+def test_a_file_of_numbers_is_checked_before_the_work(tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    found = CliRunner().invoke(app, ["methods", "--json", str(tmp_path / name)])
+    assert isinstance(found.exception, UserError)
+    assert "--json" in str(found.exception)
+    assert "finetune" not in found.output
 
 
 # The folder of a checkpoint is not that of a run
