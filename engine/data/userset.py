@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +17,8 @@ from torch.utils.data import Dataset, Subset
 from engine.data.dict_datasets import as_image, as_pairs
 from engine.data.samples import IdKind, Samples
 from engine.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 _CHECKED = 16  # items that are read twice; a mirror image of probability 1/2 is missed once in 65,536 times
 
@@ -59,7 +62,7 @@ def from_dataset(dataset: Dataset[Any] | Samples, name: str) -> Samples:
 def refuse_overlap(forget: Any, other: Any, name: str = "retain") -> None:
     """Raises UserError where two sets share items of one dataset: what is forgotten would be kept at the same time.
 
-    Known for parts of one data source, and for a `Subset` beside the dataset itself or another `Subset` of it.
+    Known for a `Subset` beside the dataset itself or another `Subset` of it. Parts of one data source are warned of.
     """
     if isinstance(forget, Samples) and isinstance(other, Samples):
         if forget.id_kind is None or forget.id_kind is not other.id_kind:
@@ -71,10 +74,12 @@ def refuse_overlap(forget: Any, other: Any, name: str = "retain") -> None:
             return
         everything = range(len(first))
         shared = sorted(set(everything if mine is None else mine) & set(everything if theirs is None else theirs))
-    if shared:
-        raise UserError(
-            f"{name}: {len(shared)} samples of the forget set are in it too, such as {shared[0]!r}; leave them out"
-        )
+    if not shared:
+        return
+    told = f"{name}: {len(shared)} samples of the forget set are in it too, such as {shared[0]!r}; leave them out"
+    if not isinstance(forget, Samples):
+        raise UserError(told)
+    logger.warning(told)
 
 
 def _items_of(dataset: Any) -> tuple[Any, list[int] | None]:
