@@ -67,7 +67,7 @@ def refuse_overlap(forget: Any, other: Any, name: str = "retain") -> None:
     if isinstance(forget, Samples) and isinstance(other, Samples):
         if forget.id_kind is None or forget.id_kind is not other.id_kind:
             return
-        shared = [forget.ids[i] for i in np.flatnonzero(other.ids.positions(forget.ids) >= 0)]
+        shared = [forget.ids[int(i)] for i in np.flatnonzero(other.ids.positions(forget.ids) >= 0)]
     else:
         (first, mine), (second, theirs) = _items_of(forget), _items_of(other)
         if first is not second or first is None:
@@ -156,7 +156,7 @@ def _labels(dataset: Any, count: int, checked: dict[int, int], name: str) -> np.
     listed = getattr(dataset, "labels", None)
     if listed is None:
         listed = getattr(dataset, "targets", None)
-    if hasattr(listed, "__len__") and hasattr(listed, "__iter__") and len(listed) == count:
+    if listed is not None and hasattr(listed, "__len__") and hasattr(listed, "__iter__") and len(listed) == count:
         transform = getattr(dataset, "target_transform", None)
         try:
             given = [transform(label) for label in listed] if callable(transform) else listed
