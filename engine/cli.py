@@ -158,9 +158,11 @@ def train(
     from engine.data import open_source
     from engine.job import Task, train_job
     from engine.report.run_record import RecordOptions
+    from engine.runfolder import check_apart
 
     options = {**run_options(settings, on_bad_image), "epochs": epochs, "seed": seed}
     join_ranks(options)
+    check_apart(out, [init] if init else [])
     start = Start(init, arch, model_arg, weights, sliced)
     start.check(options)
     source = open_source(data)

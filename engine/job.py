@@ -22,6 +22,7 @@ from engine.data import (
     from_dataset,
     open_source,
     read_forget_request,
+    refuse_overlap,
 )
 from engine.data.labels import relabelled, relabelled_source, same_names
 from engine.data.readable import bad_images, without
@@ -50,7 +51,7 @@ from engine.models.labels import label_names
 from engine.report import ReportData, build_gallery, write_report
 from engine.report.run_record import TRAINED, UNLEARNED, Origin, RecordOptions, origin, write_record
 from engine.run.result import UnlearnResult
-from engine.runfolder import check_free
+from engine.runfolder import check_apart, check_free
 from engine.sliced import with_fresh_head
 from engine.trainer import Progress
 
@@ -185,6 +186,7 @@ def run_job(
 
     record = record or RecordOptions()
     check_free(output_dir)
+    check_apart(output_dir, [checkpoint, *references])
     record.check()
     original = load_checkpoint(checkpoint)
     check_references(task, references, {"the original": original}, original_of(checkpoint, original))
@@ -432,6 +434,13 @@ def evaluate_samples(
 ) -> dict[str, Any]:
     """`engine.evaluate`. sets: forget, retain and test."""
     forget, retain, test = (from_dataset(sets[name], name) for name in ("forget", "retain", "test"))
+    refuse_overlap(sets["forget"], sets["retain"])
+    refuse_overlap(sets["forget"], sets["test"], "test")
+    if isinstance(references, (nn.Module, str, Path)):
+        references = [references]
+    for each in (model, *references):
+        if not isinstance(each, (nn.Module, str, Path)):
+            raise UserError(f"evaluate: a model is a {type(each).__name__}, expected a torch.nn.Module or a checkpoint")
     everything = concatenate(forget, retain)
     request = ForgetRequest("forget", np.arange(len(forget)), 0, {})
     task = Task(Source("the given samples", everything, test, test), request, forget, retain)

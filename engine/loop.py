@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from engine import runfolder
-from engine.data import Samples, from_dataset
+from engine.data import Samples, from_dataset, refuse_overlap
 from engine.distributed.world import World, watching_ranks
 from engine.errors import UserError
 from engine.models.checkpoint import load_checkpoint
@@ -67,6 +67,7 @@ def unlearn(
     """
     given = load_checkpoint(model) if isinstance(model, (str, os.PathLike)) else model
     original = usable(given, inplace)
+    refuse_overlap(forget, retain)
     forget, retain = from_dataset(forget, "forget"), from_dataset(retain, "retain")
     if not len(forget):
         raise UserError(f"{forget.name}: no samples; nothing to forget")

@@ -81,6 +81,18 @@ def check_free(folder: str | os.PathLike[str]) -> None:
         lock.check(Path(folder))
 
 
+def check_apart(folder: str | os.PathLike[str], checkpoints: Iterable[str | os.PathLike[str]]) -> None:
+    """Raises UserError where the folder of a run is that of a checkpoint that the run reads: it would be replaced."""
+    for checkpoint in checkpoints:
+        place = Path(os.fspath(checkpoint).partition("?")[0])
+        home = place.parent if place.is_file() else place
+        if home.is_dir() and Path(folder).is_dir() and os.path.samefile(home, folder):
+            raise UserError(
+                f"output folder {folder} is that of the checkpoint {checkpoint}, which is never changed; name another "
+                "folder"
+            )
+
+
 class RunFolder:
     """Opens a folder for one run.
 

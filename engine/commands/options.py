@@ -133,7 +133,23 @@ Sign = Annotated[
         show_default=False,
     ),
 ]
-Json = Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file too.", show_default=False)]
+
+
+def _can_be_written(path: Path | None) -> Path | None:
+    """Raises UserError for a file that cannot be made: before the work whose numbers it is for."""
+    if path is not None:
+        there = next(place for place in (path, *path.absolute().parents) if place.exists())
+        if path.is_dir() or (there != path and not there.is_dir()):
+            raise UserError(f"--json {path}: {there} is {'a folder' if path.is_dir() else 'no folder'}; name a file")
+        if not os.access(there, os.W_OK):
+            raise UserError(f"--json {path}: {there} cannot be written; name another file")
+    return path
+
+
+Json = Annotated[
+    Path | None,
+    typer.Option("--json", help="Write the numbers to this file too.", show_default=False, callback=_can_be_written),
+]
 
 
 def takes_data(command: Callable[..., None]) -> Callable[..., None]:

@@ -4,7 +4,7 @@ from engine.data.forget import ForgetRequest, read_forget_request
 from engine.data.loading import Batch, Loader
 from engine.data.samples import BadImageError, Samples
 from engine.data.sources import Source, open_source
-from engine.data.userset import from_dataset
+from engine.data.userset import from_dataset, refuse_overlap
 from engine.models.preprocessing import Preprocessing
 
 __all__ = [
@@ -18,4 +18,5 @@ __all__ = [
     "from_dataset",
     "open_source",
     "read_forget_request",
+    "refuse_overlap",
 ]

@@ -46,6 +46,8 @@ def read_class_map(path: str | Path) -> list[str]:
         names = [line.strip() for line in text.splitlines()]
         while names and not names[-1]:
             names.pop()
+    if names and names[0].startswith("# "):
+        raise UserError(f"class map {path}: it begins with the comment {names[0]!r}; remove it, every line is a class")
     if not names or not all(names):
         raise UserError(
             f"class map {path}: {'a name is empty' if names else 'it holds no names'}; write one name a line"
@@ -80,8 +82,10 @@ def _names_of(content: Any, path: Path) -> list[str]:
     names = dict(pairs)
     if sorted(names) != list(range(len(pairs))):
         raise UserError(f"class map {path}: its labels are not 0 to {len(pairs) - 1}, each once")
-    if not all(isinstance(name, (str, int)) for name in names.values()):
-        raise UserError(f"class map {path}: a class name is not text; {expected}")
+    odd = next((name for name in names.values() if isinstance(name, bool) or not isinstance(name, (str, int))), "")
+    if odd != "":
+        hint = "write no, yes, on and off in quotes" if isinstance(odd, bool) else expected
+        raise UserError(f"class map {path}: a class name is not text but {odd!r}; {hint}")
     return [str(names[label]) for label in range(len(pairs))]
 
 

@@ -39,6 +39,9 @@ class Labels:
 
 def find_columns(schema: Any, name: str, path: Path, options: DataOptions) -> Columns:
     """The columns of one file. Raises UserError where a column is missing or may be one of several."""
+    double = next((column for column in schema.names if schema.names.count(column) > 1), None)
+    if double is not None:
+        raise UserError(f"{name}: {path} has {schema.names.count(double)} columns {double!r}; rename all but one")
     features = _features(schema)
     image = _column(schema, name, path, "image", options.image, _like_images(schema, features))
     label = _column(schema, name, path, "label", options.label, _like_labels(schema, features))
@@ -65,13 +68,18 @@ def _like_images(schema: Any, features: Mapping[str, Any]) -> list[str]:
     declared = [column for column in schema.names if features.get(column, {}).get("_type") == "Image"]
     structs = [column for column in schema.names if _struct_fields(schema.field(column).type)]
     named = [column for column in schema.names if column.lower() in _IMAGE_NAMES]
-    return declared or structs or named
+    return _with_named(declared or structs, named)
 
 
 def _like_labels(schema: Any, features: Mapping[str, Any]) -> list[str]:
     declared = [column for column in schema.names if features.get(column, {}).get("_type") == "ClassLabel"]
     named = [column for column in schema.names if column.lower() in _LABEL_NAMES]
-    return declared or named
+    return _with_named(declared, named)
+
+
+def _with_named(typed: Sequence[str], named: Sequence[str]) -> list[str]:
+    """Columns of the wanted type, and those of a usual name: of a dataset with both, either may be meant."""
+    return [*typed, *(column for column in named if column not in typed)]
 
 
 def _column(schema: Any, name: str, path: Path, kind: str, given: str | None, likely: Sequence[str]) -> str:
@@ -122,7 +130,10 @@ def read_labels(path: Path, columns: Columns, name: str) -> Labels:
     if types.is_null(kind) or column.null_count:
         raise UserError(f"{name}: {column.null_count} samples of {path} have no label; remove or label them")
     if types.is_string(kind) or types.is_large_string(kind):
-        return Labels(str(path), column.to_pylist(), ())
+        texts = column.to_pylist()
+        if not all(texts):
+            raise UserError(f"{what} holds an empty text in row {texts.index('')}; remove or label such samples")
+        return Labels(str(path), texts, ())
     if types.is_floating(kind):
         values = column.to_numpy(zero_copy_only=False)
         soft = values[~np.isfinite(values) | (values != np.floor(values))]
@@ -131,6 +142,11 @@ def read_labels(path: Path, columns: Columns, name: str) -> Labels:
     elif not (types.is_integer(kind) or types.is_boolean(kind)):
         raise UserError(f"{what} holds {kind}; expected a whole number or text, the class of a row")
     numbers = column.cast(pyarrow.int64()).to_numpy(zero_copy_only=False)
+    if len(numbers) and numbers.min() < 0:
+        raise UserError(
+            f"{what} holds the negative label {numbers.min()} (-1: not published); expected 0 or more: leave "
+            "such rows out, or give another split"
+        )
     if columns.class_names and len(numbers) and numbers.max() >= len(columns.class_names):
         raise UserError(f"{what} holds {numbers.max()}, but names {len(columns.class_names)} classes")
     return Labels(str(path), numbers, columns.class_names)

@@ -83,6 +83,12 @@ def _of_class(name: str, train: Samples) -> np.ndarray:
     label = label_finder(names)(name)
     if label is None:
         raise UserError(f"forget request 'class:{name}': no such class{nearest(name, names)}")
+    if names.count(names[label]) > 1:
+        labels = [str(place) for place, each in enumerate(names) if each == names[label]]
+        raise UserError(
+            f"forget request 'class:{name}': {len(labels)} classes have that name (labels {', '.join(labels)}); give a "
+            "file of ids, or names of their own by --class-map FILE"
+        )
     return np.flatnonzero(train.labels == label)
 
 
@@ -102,6 +108,8 @@ def _decoded(content: bytes, path: Path) -> str:
             return text
     except UnicodeDecodeError:
         pass
+    if content.startswith(b"\x1f\x8b"):
+        raise UserError(f"forget request {path}: is compressed; decompress it: gunzip {path}")
     encoding = _likely_encoding(content)
     if encoding is None:
         raise UserError(f"forget request {path}: not a text file of ids")
@@ -140,16 +148,41 @@ def _read_rows(path: Path) -> list[dict[str, str]]:
         rows = []
         for number, line in enumerate(lines, 1):
             try:
-                rows.append({key: str(value) for key, value in json.loads(line).items()})
-                rows[-1]["id"]
-            except (ValueError, AttributeError, KeyError):
+                row = json.loads(line)
+                given = row["id"]
+                rows.append({key: str(value) for key, value in row.items()})
+            except (ValueError, AttributeError, KeyError, TypeError):
                 raise UserError(f"forget request {path}: line {number} is not a JSON object with an `id`") from None
+            if isinstance(given, bool) or not isinstance(given, (str, int)):
+                raise UserError(
+                    f"forget request {path}: line {number} has the id {json.dumps(given)[:80]}; expected text or a "
+                    "whole number"
+                )
         return rows
     if path.suffix.lower() == ".csv":
-        reader = csv.DictReader(lines)
-        if "id" not in (reader.fieldnames or ()):
-            raise UserError(
-                f"forget request {path}: no column `id`; found {', '.join(reader.fieldnames or ['nothing'])}"
-            )
-        return [{key: value or "" for key, value in row.items() if key} for row in reader]
+        return _csv_rows(lines, path)
+    if lines and lines[0].lstrip()[0] in "[{" and path.suffix.lower() == ".json":
+        raise UserError(
+            f"forget request {path}: JSON is not read; give a text file of one id a line, a .csv with a column `id`, "
+            'or a .jsonl of one {"id": ...} a line'
+        )
     return [{"id": line.strip()} for line in lines]
+
+
+def _csv_rows(lines: list[str], path: Path) -> list[dict[str, str]]:
+    reader = csv.DictReader(lines)
+    found = list(reader.fieldnames or ())
+    if found.count("id") != 1:
+        what = "several columns" if "id" in found else "no column"
+        other = next((name for letter, name in ((";", "semicolons"), ("\t", "tabs")) if letter in "".join(found)), None)
+        hint = f"; it is separated by {other}, as it seems: separate it by commas" if other and len(found) == 1 else ""
+        raise UserError(f"forget request {path}: {what} `id`; found {', '.join(found or ['nothing'])}{hint}")
+    rows = []
+    for row in reader:
+        if None in row:  # further ids would be lost
+            raise UserError(
+                f"forget request {path}: the row of {row['id']!r} (line {reader.line_num}) has more fields than the "
+                f"header's {len(found)}; write one id a line, and put values with commas into quotes"
+            )
+        rows.append({key: value or "" for key, value in row.items()})
+    return rows

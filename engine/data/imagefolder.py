@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,8 +37,16 @@ def open_imagefolder(location: str, options: DataOptions) -> dict[str, Samples]:
 
 
 def _folders_of(folder: Path) -> list[str]:
-    with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and not is_hidden(entry.name))
+    return [entry.name for entry in _listed(folder) if entry.is_dir() and not is_hidden(entry.name)]
+
+
+def _listed(folder: Path | str) -> list[os.DirEntry[str]]:
+    """What a folder holds, by name. Raises UserError where it may not be read."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read ({error.strerror}); allow it, or move the folder away") from None
 
 
 def _check_no_class_empty(train: Samples, root: Path) -> None:
@@ -59,6 +68,10 @@ def _folder_split(name: str, root: Path, classes: list[str]) -> Samples:
     if stray is not None:
         raise UserError(f"{name}: {root / stray} lies in no class folder; move it to {root}/CLASS/, or remove it")
     note_left_out(name, root, left_out)
+    by_text = {unicodedata.normalize("NFC", c): i for c, i in number.items()}
+    if len(by_text) == len(number):  # a class may be in another Unicode form than in train/
+        for c in {i.split("/", 1)[0] for i in ids} - number.keys():
+            number[c] = by_text.get(unicodedata.normalize("NFC", c), -1)
     labels = np.array([number.get(i.split("/", 1)[0], -1) for i in ids], dtype=np.int64)
     if not ids:
         raise UserError(f"{name}: {root} holds no images")
@@ -87,14 +100,16 @@ def _images_below(root: str, below: str, above: tuple[str, ...], left_out: list[
         if real in above or os.path.realpath(root).startswith(f"{real}/"):
             raise UserError(f"{folder} is a link to a folder that it lies in; remove it")
         above = (*above, real)
-    with os.scandir(folder) as entries:
-        listed = sorted(entries, key=lambda entry: entry.name)
-    for entry in listed:
+    for entry in _listed(folder):
         if entry.is_dir():
             if not is_hidden(entry.name):
                 yield from _images_below(root, f"{below}{entry.name}/", above, left_out)
         elif is_image(entry.name):
             yield below + entry.name
+        elif entry.is_symlink() and not os.path.exists(entry.path):
+            raise UserError(
+                f"{entry.path} is a link to what is not there ({os.readlink(entry.path)}); mend or remove it"
+            )
         else:
             left_out.append(below + entry.name)
 

@@ -48,7 +48,14 @@ def open_parquet(location: str, options: DataOptions) -> dict[str, Samples]:
 def _find(folder: Path, spec: str, deeper: int) -> dict[str, list[Path]]:
     """Files by split word."""
     files = _by_name(folder, spec)
-    add_folders(files, folder, "*.parquet", spec)
+    add_folders(files, folder, _parquet_files, spec)
+    for word in SPLIT_WORDS:
+        below = [path for path in sorted((folder / word).glob("*/**/*.parquet")) if not is_hidden(path.parent.name)]
+        if below and _parquet_files(folder / word):
+            raise UserError(
+                f"data source {spec!r} has {word} files both in {folder / word} and below it, such as {below[0]}; move "
+                "them into one folder"
+            )
     if files or not deeper:
         return files
     below = sorted(path for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name))
@@ -61,11 +68,20 @@ def _find(folder: Path, spec: str, deeper: int) -> dict[str, list[Path]]:
     return next(iter(found.values()), {})
 
 
+def _parquet_files(folder: Path) -> list[Path]:
+    """The parquet files of a folder, if it is one, in the order of their names; without hidden ones."""
+    if not folder.is_dir():
+        return []
+    return sorted(
+        path for path in folder.iterdir() if path.suffix.lower() == ".parquet" and not path.name.startswith(".")
+    )
+
+
 def _by_name(folder: Path, spec: str) -> dict[str, list[Path]]:
     """The files of a folder by the split word in their names; where there are `WORD-*`, they alone are the split."""
     found: dict[str, list[Path]] = {}
     unread: list[Path] = []
-    for path in sorted(folder.glob("*.parquet")):
+    for path in _parquet_files(folder):
         word = split_word(path.stem)
         if word is None:
             unread.append(path)
@@ -151,4 +167,4 @@ def _ids(name: str, files: Sequence[Path], columns: Sequence[Columns]) -> list[s
         if column.null_count:
             raise UserError(f"{name}: {column.null_count} rows of {path} have no id; fill the column, or remove it")
         ids += column.to_pylist()
-    return [str(i) for i in ids]
+    return [i.decode("utf-8", "backslashreplace") if isinstance(i, bytes) else str(i) for i in ids]

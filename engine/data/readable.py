@@ -46,7 +46,7 @@ def bad_images(
     # Several ranks find out together: one that raised alone would leave the others waiting.
     mode = "raise" if alone else "skip"
     loader = Loader(samples, preprocessing, **{"batch_size": 100, **loading}, on_bad_image=mode, max_bad_share=1.0)
-    with _same_random_numbers():
+    with same_random_numbers():
         for _ in loader.ordered():
             pass
     found: dict[str, str] = {}
@@ -78,7 +78,7 @@ def without(samples: Samples, ids: Collection[str]) -> Samples:
 
 
 @contextlib.contextmanager
-def _same_random_numbers() -> Iterator[None]:
+def same_random_numbers() -> Iterator[None]:
     """A user's dataset may draw random numbers as it is read: the run after this draws those that it would have."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):

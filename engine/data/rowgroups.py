@@ -33,6 +33,11 @@ class _RowGroup:
         return self.arrays[piece][row - int(self.starts[piece])].as_py()
 
 
+def _shortened(path: str) -> str:
+    """A path for a message: what is no path, such as an image in base64, may be very long."""
+    return path if len(path) <= 200 else f"{path[:60]}..."
+
+
 class ParquetImages:
     """Opens the image of a row, rows counted over all files.
 
@@ -88,8 +93,8 @@ class ParquetImages:
             path = path["path"] if isinstance(path, dict) else path
             if path and not os.path.isfile(self._place(number, path)):
                 raise UserError(
-                    f"{name}: the column {self.columns[number]!r} of {self.files[number]} names the file {path!r}, "
-                    f"which is neither in {self.files[number].parent} nor in {self.folder}"
+                    f"{name}: the column {self.columns[number]!r} of {self.files[number]} names the file "
+                    f"{_shortened(path)!r}, which is neither in {self.files[number].parent} nor in {self.folder}"
                 )
 
     def _file_of(self, index: int) -> int:
@@ -98,7 +103,7 @@ class ParquetImages:
     def _place(self, number: int, path: str) -> Path:
         """The file of a path in the column: relative to the file's folder, or else to the data source's."""
         beside = self.files[number].parent / path
-        return beside if beside.exists() else self.folder / path
+        return beside if os.path.exists(beside) else self.folder / path  # Path.exists raises for long names
 
     def _value(self, index: int) -> Any:
         group = int(np.searchsorted(self.starts, index, side="right")) - 1

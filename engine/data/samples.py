@@ -225,6 +225,11 @@ def as_tensor(image: Any, channels: int) -> torch.Tensor:
     by `Image.convert`.
     """
     if isinstance(image, torch.Tensor):
+        if image.dtype != torch.uint8 and not image.is_floating_point():
+            raise UserError(
+                f"an image tensor holds {str(image.dtype).removeprefix('torch.')}; expected uint8 pixels, or floats "
+                "that are normalised as the model wants them"
+            )
         if image.ndim != 3 or image.shape[0] != channels:
             raise UserError(f"an image tensor has shape {tuple(image.shape)}, expected ({channels}, H, W)")
         return image
@@ -243,10 +248,12 @@ def as_tensor(image: Any, channels: int) -> torch.Tensor:
 def _eight_bits(image: Image.Image) -> Image.Image:
     """Grey levels of 16 bits as 8 bits, 65535 to 255. Others must lie in 0 to 255, since their scale is not known."""
     values = np.asarray(image)
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         return Image.fromarray(((values.astype(np.int64) * 255 + 32767) // 65535).astype(np.uint8))
     if values.size and not (values.min() >= 0 and values.max() <= 255):
         raise ValueError(
             f"grey levels from {values.min()} to {values.max()} of mode {image.mode}; store it with 8 bits"
         )
+    if values.dtype.kind == "f" and values.size and values.max() <= 1 and (values != np.floor(values)).any():
+        raise ValueError(f"grey levels from {values.min()} to {values.max()} of mode F; store it with 8 bits")
     return Image.fromarray(np.round(values).astype(np.uint8))

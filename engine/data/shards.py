@@ -10,7 +10,7 @@ import glob
 import itertools
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,6 +28,8 @@ _SHARD = re.compile(r"(.*?)(\d+)(-of-(\d+)(?:-[0-9a-f]{8,})?(\D*)|\D*)")
 # A number of which braces or brackets name several values, with the digits around them.
 _NUMBERS = re.compile(r"\d*(?:\{\d+\.\.\d+\}|\{\d+(?:,\d+)*\}|\[[\d-]+\])+\d*")
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")
+# Compressed shards, which are not read.
+_PACKED = re.compile(r"(?i)\.(tar\.(gz|bz2|xz|zst)|tgz|tbz2?|txz)$")
 _MOST = 1_000_000  # shards that a pattern may stand for
 
 
@@ -69,10 +71,10 @@ def find_shards(location: str, spec: str) -> dict[str, list[Path]]:
     return by_split(found, spec)
 
 
-def add_folders(found: dict[str, list[Path]], folder: Path, pattern: str, spec: str) -> None:
+def add_folders(found: dict[str, list[Path]], folder: Path, files_of: Callable[[Path], list[Path]], spec: str) -> None:
     """Adds the files of `folder`/WORD to those of a split word. Raises UserError for a word that has files already."""
     for word in SPLIT_WORDS:
-        inside = sorted((folder / word).glob(pattern))
+        inside = files_of(folder / word)
         if inside and word in found:
             raise UserError(f"data source {spec!r} has {word} files both in {folder} and in {folder / word}; keep one")
         if inside:
@@ -81,6 +83,12 @@ def add_folders(found: dict[str, list[Path]], folder: Path, pattern: str, spec: 
 
 def _in_folder(folder: Path, spec: str) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {}
+    packed = [path for path in sorted(folder.glob("*")) if _PACKED.search(path.name) and split_word(path.name)]
+    if packed:
+        raise UserError(
+            f"data source {spec!r}: {packed[0].name} is compressed; samples are read in any order, so decompress it "
+            "(gunzip), or move it away"
+        )
     for path in sorted(folder.glob("*.tar")):
         words = set(_WORD.findall(path.name))
         if len(words) != 1:
@@ -89,7 +97,7 @@ def _in_folder(folder: Path, spec: str) -> dict[str, list[Path]]:
                 "shards train-*.tar, val-*.tar, ..., or give a pattern with {split} in it"
             )
         found.setdefault(words.pop(), []).append(path)
-    add_folders(found, folder, "*.tar", spec)
+    add_folders(found, folder, lambda below: sorted(below.glob("*.tar")), spec)
     if not found:
         raise UserError(f"data source {spec!r}: {folder} holds no train-*.tar and no train/*.tar")
     for shards in found.values():

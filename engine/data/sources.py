@@ -71,6 +71,9 @@ def open_source(spec: str) -> Source:
         raise UserError(
             f"data source {spec!r} has neither test nor validation samples; add files test-* or validation-*"
         )
+    if not len(train) or not len(validation) + len(test):
+        empty = "test" if len(train) else "training"
+        raise UserError(f"data source {spec!r} holds no {empty} samples: its files are there, and without rows")
     for split in (train, validation, test):
         _check_unique(split)
     return Source(spec, train, validation, test)

@@ -46,6 +46,8 @@ def parse_spec(spec: str) -> tuple[str, str, DataOptions]:
             raise UserError(f"data source {spec!r}: unknown option {key!r}{nearest(key, _FLAGS)}")
         if not value:
             raise UserError(f"data source {spec!r}: the option {key}= has no value")
+        if key in options:
+            raise UserError(f"data source {spec!r}: the option {key}= is there twice; give it once")
         options[key] = unquote(value)
     kind, _, location = match[1].partition(":")
     return kind, location, DataOptions(**options)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -297,10 +298,9 @@ def _take_whole_names(path: Path, found: _Found, dotted: _Found) -> None:
 
 
 def _number(path: Path, key: bytes, content: bytes) -> int:
-    try:
+    if re.fullmatch(rb"\s*[+-]?[0-9]+\s*", content):  # int() would take 1_0 for 10
         return int(content)
-    except ValueError:
-        _fail(path, f"key {_text(key)!r}: its label {_text(content[:40])!r} is not a whole number")
+    _fail(path, f"key {_text(key)!r}: its label {_text(content[:40])!r} is not a whole number")
 
 
 def _has_label(reader: _Reader, offset: int, size: int) -> bool:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import random
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
-from engine.data.dict_datasets import as_pairs
+from engine.data.dict_datasets import as_image, as_pairs
 from engine.data.samples import IdKind, Samples
 from engine.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 _CHECKED = 16  # items that are read twice; a mirror image of probability 1/2 is missed once in 65,536 times
 
@@ -50,13 +54,45 @@ def from_dataset(dataset: Dataset[Any] | Samples, name: str) -> Samples:
         [str(i) for i in range(count)] if ids is None else ids,
         labels,
         functools.partial(_of_item, pairs),
-        getattr(pairs, "classes", ()),
+        _classes(pairs),
         id_kind=IdKind.of_rows(count, "items") if ids is None else IdKind("the dataset's `ids`"),
     )
 
 
+def refuse_overlap(forget: Any, other: Any, name: str = "retain") -> None:
+    """Raises UserError where two sets share items of one dataset: what is forgotten would be kept at the same time.
+
+    Known for a `Subset` beside the dataset itself or another `Subset` of it. Parts of one data source are warned of.
+    """
+    if isinstance(forget, Samples) and isinstance(other, Samples):
+        if forget.id_kind is None or forget.id_kind is not other.id_kind:
+            return
+        shared = [forget.ids[int(i)] for i in np.flatnonzero(other.ids.positions(forget.ids) >= 0)]
+    else:
+        (first, mine), (second, theirs) = _items_of(forget), _items_of(other)
+        if first is not second or first is None:
+            return
+        everything = range(len(first))
+        shared = sorted(set(everything if mine is None else mine) & set(everything if theirs is None else theirs))
+    if not shared:
+        return
+    told = f"{name}: {len(shared)} samples of the forget set are in it too, such as {shared[0]!r}; leave them out"
+    if not isinstance(forget, Samples):
+        raise UserError(told)
+    logger.warning(told)
+
+
+def _items_of(dataset: Any) -> tuple[Any, list[int] | None]:
+    """(the dataset that this one is a part of, positions in it); None for all of them."""
+    if type(dataset) is not Subset:
+        return dataset, None
+    base, positions = _items_of(dataset.dataset)
+    return base, [int(i) if positions is None else positions[int(i)] for i in dataset.indices]
+
+
 def _of_item(dataset: Dataset[Any], index: int) -> Any:
-    return dataset[index][0]
+    image = dataset[index][0]
+    return as_image(image) if isinstance(image, (np.ndarray, bytes)) else image
 
 
 @contextlib.contextmanager
@@ -120,7 +156,7 @@ def _labels(dataset: Any, count: int, checked: dict[int, int], name: str) -> np.
     listed = getattr(dataset, "labels", None)
     if listed is None:
         listed = getattr(dataset, "targets", None)
-    if listed is not None and not callable(listed) and len(listed) == count:
+    if listed is not None and hasattr(listed, "__len__") and hasattr(listed, "__iter__") and len(listed) == count:
         transform = getattr(dataset, "target_transform", None)
         try:
             given = [transform(label) for label in listed] if callable(transform) else listed
@@ -133,7 +169,15 @@ def _labels(dataset: Any, count: int, checked: dict[int, int], name: str) -> np.
 
 
 def _item_label(dataset: Any, index: int, name: str) -> Any:
-    item = dataset[index]
+    try:
+        item = dataset[index]
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"{name}: item {index} of {len(dataset)} cannot be read ({type(error).__name__}: {str(error)[:100]}), so "
+            "its label is not known; leave it out, or give the dataset an attribute `targets`, the labels of all items"
+        ) from error
     _check_pair(item, index, name)
     return item[1]
 
@@ -161,9 +205,31 @@ def _ids(dataset: Any, name: str) -> list[str] | None:
     ids = getattr(dataset, "ids", None)
     if ids is None or callable(ids):
         return None
+    if not hasattr(ids, "__iter__") or isinstance(ids, (str, bytes, Mapping)):
+        raise UserError(f"{name}: its `ids` are {type(ids).__name__}; expected a list of one id an item")
     if isinstance(ids, (torch.Tensor, np.ndarray)):
         if ids.ndim != 1:
             raise UserError(f"{name}: its `ids` have shape {tuple(ids.shape)}; expected one id an item")
         ids = ids.tolist()
     ids = [i.decode() if isinstance(i, bytes) else str(i.item() if hasattr(i, "item") else i) for i in ids]
+    double = next((i for i, times in Counter(ids).items() if times > 1), None)
+    if double is not None:
+        raise UserError(f"{name}: its `ids` hold {double!r} twice; ids must be unique within a split")
     return ids or None
+
+
+def _classes(dataset: Any) -> list[str]:
+    """The names in the attribute `classes`, by label; none if it holds something else.
+
+    A dict says the labels itself: {name: label} or {label: name}. Several names of one class, as ImageNet has, are
+    joined.
+    """
+    classes = getattr(dataset, "classes", ())
+    if isinstance(classes, Mapping):
+        pairs = [(k, v) if isinstance(k, (int, np.integer)) else (v, k) for k, v in classes.items()]
+        if sorted(map(str, (label for label, _ in pairs))) != sorted(map(str, range(len(pairs)))):
+            return []
+        classes = [name for _, name in sorted(pairs, key=lambda pair: int(pair[0]))]
+    if not isinstance(classes, (Sequence, np.ndarray)) or isinstance(classes, (str, bytes)):
+        return []
+    return [", ".join(map(str, each)) if isinstance(each, (list, tuple)) else str(each) for each in classes]

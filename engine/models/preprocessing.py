@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,8 @@ from engine.errors import UserError, nearest
 from engine.models.checkpoint import ModelSpec, set_spec, spec_of
 from engine.models.image_processor import preprocessing_keys, unknown_preprocessing
 from engine.models.info import configuration, configured_model, model_info
+
+logger = logging.getLogger(__name__)
 
 INTERPOLATIONS = {
     "nearest": InterpolationMode.NEAREST,
@@ -88,6 +91,33 @@ class Preprocessing:
         """Raises UserError where mean and std are not known and the samples (`engine.data.Samples`) not normalised."""
         if self.unknown and len(samples) and samples.tensor(0, len(self.mean)).dtype == torch.uint8:
             raise UserError(self.unknown)
+        values = self._unlike_normalised(samples)
+        if values:
+            logger.warning(
+                "%s: its images are floats from %g to %g, which are taken as normalised (mean %s, std %s) and not "
+                "changed; if they are not, normalise them in the dataset, or let it give PIL images or uint8 tensors",
+                samples.name,
+                *values,
+                _short(self.mean),
+                _short(self.std),
+            )
+
+    def _unlike_normalised(self, samples: Any) -> tuple[float, float] | None:
+        """(least, greatest) value of some float images that lie in [0, 1] or [0, 255], as pixels do that were not
+        normalised; None for others, and where normalising would leave them in [0, 1]."""
+        if not any(self.mean) and all(each == 1 for each in self.std):
+            return None
+        least, greatest = math.inf, -math.inf
+        for index in np.unique(np.linspace(0, len(samples) - 1, min(len(samples), 16)).astype(np.int64)).tolist():
+            try:
+                image = samples.tensor(index, len(self.mean))
+            except UserError:  # the loader names it
+                continue
+            if image.dtype == torch.uint8:
+                return None
+            least, greatest = min(least, float(image.min())), max(greatest, float(image.max()))
+        # Normalised pixels of 16 images have negative ones among them, and none as great as 20.
+        return (least, greatest) if 0 <= least <= greatest and (greatest <= 1 or greatest > 20) else None
 
     def resize(self, image: Tensor) -> Tensor:
         """timm's evaluation transform: resized as `crop_mode` says, then the centre. An image that fits is left."""

@@ -19,7 +19,7 @@ from engine import runfolder
 from engine.allocator import keeping_freed_memory
 from engine.config import RunConfig, split_options, to_dict
 from engine.data import Loader, Preprocessing, Samples, from_dataset
-from engine.data.readable import bad_images, without
+from engine.data.readable import bad_images, same_random_numbers, without
 from engine.data.samples import spread
 from engine.device import autocast, resolve_attention, resolve_device, resolve_precision
 from engine.distributed.updater import Updater
@@ -150,7 +150,8 @@ def set_up(
         "decode": run.decode,
     }
     preprocessing = Preprocessing.of(original)
-    preprocessing.check(forget)
+    with same_random_numbers():
+        preprocessing.check(forget)
     unreadable = bad_images(forget, preprocessing, out_of=len(forget) + len(retain), **loading)
     if not method_class.exact:  # an exact method needs the ids alone
         forget = without(forget, unreadable)
