@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-from engine.models.checkpoint import ModelSpec
+from engine.models.spec import ModelSpec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

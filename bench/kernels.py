@@ -27,7 +27,7 @@ from bench.rollout_peers import PLAIN, KernelCase, RolloutCase, kernel_contender
 from engine.console import console
 from engine.device import resolve_device
 from engine.masking import count_masked
-from engine.models.checkpoint import ModelSpec
+from engine.models.spec import ModelSpec
 from engine.models.vit import attention_info, attention_modules
 
 Only = Literal["rollout", "info_nce", "mask"]

@@ -39,8 +39,8 @@ from engine.evaluate.representation import compare_weights
 from engine.loop import unlearn
 from engine.methods import Method, get_method
 from engine.methods.base import refuse_unfit
-from engine.models.checkpoint import ModelSpec
 from engine.models.info import black_image, model_info
+from engine.models.spec import ModelSpec
 from engine.plan.cost import count_cost
 
 CLASSES = 4

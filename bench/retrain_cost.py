@@ -77,7 +77,8 @@ from engine.evaluate import Evaluation
 from engine.evaluate.indistinguishable import Views, indistinguishability
 from engine.evaluate.metrics import GAPS
 from engine.evaluate.predict import predict
-from engine.job import Task, architecture
+from engine.job import Task
+from engine.jobs.start import architecture
 from engine.loop import train, unlearn
 from engine.methods import get_method, list_methods
 from engine.models.checkpoint import load_checkpoint, weights_sha256

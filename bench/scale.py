@@ -21,7 +21,8 @@ from rich.table import Table
 
 from bench.report import Report
 from engine.console import console
-from engine.models.checkpoint import ModelSpec, save_checkpoint
+from engine.models.checkpoint import save_checkpoint
+from engine.models.spec import ModelSpec
 from engine.plan import plan
 
 MIB = 2**20

@@ -16,8 +16,8 @@ from engine.console import console, progress_bars
 from engine.data import open_source
 from engine.demo import MODEL_ARGS, RECIPE, RUN
 from engine.ensemble import EnsembleSpec
-from engine.job import architecture
-from engine.models.checkpoint import spec_of
+from engine.jobs.start import architecture
+from engine.models.spec import spec_of
 from engine.ulira import attack_procedure
 
 TARGETS = "random:0.1@0"

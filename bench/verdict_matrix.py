@@ -36,7 +36,8 @@ from engine.evaluate.verdict import FAIL, PASS, Gates
 from engine.job import Task
 from engine.loop import train, unlearn
 from engine.methods import get_method
-from engine.models.checkpoint import load_checkpoint, spec_of
+from engine.models.checkpoint import load_checkpoint
+from engine.models.spec import spec_of
 from engine.models.vit import outputs
 from engine.verify import Examiner
 

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from engine.errors import BadResult, RunStopped, UserError
     from engine.loop import train, unlearn
     from engine.methods import list_methods
-    from engine.models.checkpoint import load_checkpoint, remember_model_args, save_checkpoint
+    from engine.models.checkpoint import load_checkpoint, save_checkpoint
+    from engine.models.spec import remember_model_args
     from engine.run.result import UnlearnResult
     from engine.tuning import tune
 
@@ -30,7 +31,7 @@ _HOME = {
     "unlearn": "engine.loop",
     "list_methods": "engine.methods",
     "load_checkpoint": "engine.models.checkpoint",
-    "remember_model_args": "engine.models.checkpoint",
+    "remember_model_args": "engine.models.spec",
     "save_checkpoint": "engine.models.checkpoint",
 }
 

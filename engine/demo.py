@@ -8,7 +8,8 @@ from typing import Any
 
 from engine.console import console, print_metrics, print_seconds, progress_bars
 from engine.errors import UserError
-from engine.job import Task, architecture, run_job, train_job
+from engine.job import Task, run_job, train_job
+from engine.jobs.start import architecture
 from engine.runtime import lock
 
 # A ViT of 4 blocks and 0.2 million weights: 16 patches of 2 x 2 pixels.

@@ -49,7 +49,8 @@ from engine.evaluate.predict import predict
 from engine.files import sync, write_json
 from engine.loop import train
 from engine.methods import get_method
-from engine.models.checkpoint import ModelSpec, load_checkpoint, weights_sha256
+from engine.models.checkpoint import load_checkpoint, weights_sha256
+from engine.models.spec import ModelSpec
 from engine.runtime import lock
 from engine.trainer import Progress
 

@@ -13,7 +13,7 @@ import numpy as np
 from torch import nn
 from torch.utils.data import Dataset
 
-from engine.config import RunConfig, build, read_yaml, to_dict
+from engine.config import RunConfig, build, to_dict
 from engine.data import (
     ForgetRequest,
     Preprocessing,
@@ -24,7 +24,7 @@ from engine.data import (
     read_forget_request,
     refuse_overlap,
 )
-from engine.data.labels import relabelled, relabelled_source, same_names
+from engine.data.labels import relabelled, relabelled_source
 from engine.data.readable import bad_images, without
 from engine.data.samples import concatenate
 from engine.distributed.world import World
@@ -33,26 +33,17 @@ from engine.errors import UserError, nearest
 from engine.evaluate import Evaluation, Evaluator, compare
 from engine.evaluate.verdict import Gates, Witness
 from engine.files import sha256, write_json
-from engine.jobs.opening import current
 from engine.jobs.opening import open_model as load_checkpoint
+from engine.jobs.start import import_note
 from engine.loop import train, unlearn
 from engine.methods import get_method
 from engine.methods.lethe import LetheConfig
-from engine.models.checkpoint import (
-    CheckpointSource,
-    ModelSpec,
-    describing,
-    imported,
-    spec_of,
-    weights_sha256,
-)
+from engine.models.checkpoint import weights_sha256
 from engine.models.huggingface import as_classifier
-from engine.models.labels import label_names
 from engine.report import ReportData, build_gallery, write_report
-from engine.report.run_record import TRAINED, UNLEARNED, Origin, RecordOptions, origin, write_record
+from engine.report.run_record import TRAINED, UNLEARNED, RecordOptions, write_record
 from engine.run.result import UnlearnResult
 from engine.runfolder import check_apart, check_free
-from engine.sliced import with_fresh_head
 from engine.trainer import Progress
 
 # Options of a run that an evaluation has too.
@@ -259,16 +250,11 @@ def run_job(
         resume=resume,
         overwrite=overwrite,
         progress=progress,
-        notes={"checkpoint": checkpoint, **_import_note(original), **task.notes()},
+        notes={"checkpoint": checkpoint, **import_note(original), **task.notes()},
         deepspeed=deepspeed,
         finalize=evaluate,
     )
     return Outcome(result, metrics)
-
-
-def _import_note(model: nn.Module) -> dict[str, Any]:
-    """What config.yaml and the record keep of how a file of weights was read."""
-    return {"checkpoint_import": note} if (note := imported(model)) else {}
 
 
 def _references(evaluations: Mapping[str, Evaluation]) -> list[Evaluation]:
@@ -465,101 +451,3 @@ def _as_they_were(models: Sequence[nn.Module]) -> Iterator[None]:
 
 def _opened(model: nn.Module | str | Path) -> nn.Module:
     return load_checkpoint(model) if isinstance(model, (str, Path)) else as_classifier(model)
-
-
-def architecture(name: str, model_args: Mapping[str, Any], source: Source) -> nn.Module:
-    """A model with fresh weights for a data source: a timm architecture, or that of a checkpoint folder."""
-    if Path(name).is_dir() or Path(CheckpointSource.parse(name).place).is_file():
-        _refuse_model_args(name, model_args)
-        return load_checkpoint(name)
-    return ModelSpec(
-        architecture=name, num_classes=_classes(source), model_args=dict(model_args), pretrained_cfg={}
-    ).build()
-
-
-def pretrained(checkpoint: str, model_args: Mapping[str, Any], source: Source) -> nn.Module:
-    """A checkpoint (folder, file, `timm:NAME`, `hf-hub:ID`) with a fresh head for the classes of a data source.
-
-    Raises UserError for a run folder that says it was trained on that source.
-    """
-    _refuse_model_args(checkpoint, model_args)
-    said = CheckpointSource.parse(checkpoint).folder / "config.yaml"
-    if said.is_file() and read_yaml(said).get("data") == source.spec:
-        raise UserError(
-            f"{checkpoint}: {said.name} says that it was trained on {source.spec}; a base must never have seen the "
-            "samples, so take another, or leave base=given out"
-        )
-    model = with_fresh_head(load_checkpoint(checkpoint, headless=True), _classes(source))
-    return describing(model, [])  # its class names are those of the head that is gone
-
-
-def init_model(checkpoint: str, source: Source, task: Task | None, seed: int) -> tuple[nn.Module, dict[str, Any]]:
-    """A model to train from a checkpoint, and what config.yaml and the record keep of it.
-
-    The head is kept if it has the classes of the data source, in any order: the class names of the model are then those
-    of its head by label, and labels of the data have to be put in that order (`Opening.prepare_training`). Otherwise it
-    is fresh, drawn from the seed.
-    Raises UserError for a run folder that says it was trained on samples that are to be left out (task).
-    """
-    made = origin(CheckpointSource.parse(checkpoint).folder)
-    if made is not None and task is not None:
-        _check_base(checkpoint, made, task)
-    given = load_checkpoint(checkpoint, headless=True)
-    names = _head_names(given, source)
-    kept = names is not None
-    if names is not None and made is not None and task is not None and names != source.train.class_names:
-        mapping = current().match(source.train, given)[0]
-        _check_base(checkpoint, made, task if mapping is None else task.relabelled(mapping, names))
-    model = given if kept else with_fresh_head(given, _classes(source), seed)
-    current().say(
-        f"head: {'kept, its classes are those' if kept else f'fresh, for the {_classes(source)} classes'} of "
-        f"{source.spec}"
-    )
-    note = {
-        "checkpoint": checkpoint,
-        "weights_sha256": weights_sha256(given),
-        "head": "kept" if kept else "fresh",
-        "trained_on": made.samples_sha256 if made else None,
-        **_import_note(given),
-    }
-    return describing(model, source.train.class_names if names is None else names), {"init": note}
-
-
-def _head_names(model: nn.Module, source: Source) -> list[str] | None:
-    """Class names of a base's head by label, in the data's words; None if the data has other classes.
-
-    By `--label-order data`, names in another order are other classes.
-    """
-    names = source.train.class_names
-    if spec_of(model).num_classes != _classes(source):
-        return None
-    if not names:
-        return spec_of(model).label_names
-    try:
-        known = label_names(model)
-        if current().label_order == "data":
-            return names if not known or same_names(known, names) else None
-        return current().match(source.train, model)[1]
-    except UserError:
-        return None
-
-
-def _check_base(checkpoint: str, made: Origin, task: Task) -> None:
-    name = f"--init {checkpoint}: by its {made.said_by}"
-    remedy = "take a base that never saw the samples to be left out, such as the one that the original was made from"
-    seen = made.init.get("trained_on") if made.init else None
-    if task.source.train.fingerprint() in (made.samples_sha256, seen):
-        raise UserError(f"{name} it was trained on all samples of {task.source.spec}; {remedy}")
-    if made.data == task.source.spec and not (made.is_training and made.samples_sha256 == task.retain.fingerprint()):
-        raise UserError(f"{name} it was made from samples of {task.source.spec} that are to be left out; {remedy}")
-
-
-def _refuse_model_args(checkpoint: str, model_args: Mapping[str, Any]) -> None:
-    if model_args:
-        raise UserError(
-            f"--model-arg {next(iter(model_args))}: the checkpoint {checkpoint} already says how the model is built"
-        )
-
-
-def _classes(source: Source) -> int:
-    return len(source.train.class_names) or int(source.train.labels.max()) + 1

@@ -36,8 +36,9 @@ from torch import Tensor, nn
 from engine.data import Samples
 from engine.errors import UserError
 from engine.files import replacing
-from engine.models.checkpoint import folder_of, spec_of
+from engine.models.checkpoint import folder_of
 from engine.models.info import classifiers
+from engine.models.spec import spec_of
 
 STAGES = "stages.safetensors"
 

@@ -25,7 +25,8 @@ from engine.evaluate.predict import predict
 from engine.guard import Guard
 from engine.methods import Method, Phase
 from engine.models.attention import attention_as
-from engine.models.checkpoint import ModelSpec, save_checkpoint
+from engine.models.checkpoint import save_checkpoint
+from engine.models.spec import ModelSpec
 from engine.pruning import PrunedPhase, load_state, state_of
 from engine.run.result import UnlearnResult
 from engine.runfolder import RunFolder

@@ -20,7 +20,8 @@ from engine.evaluate.verdict import DOES_NOT_PROVE, Evidence, Gates, Verdict, Wi
 from engine.files import write_json
 from engine.job import Task
 from engine.jobs.opening import open_model as load_checkpoint
-from engine.models.checkpoint import CheckpointSource, weights_sha256
+from engine.models.checkpoint import weights_sha256
+from engine.models.checkpoint_source import CheckpointSource
 from engine.models.huggingface import as_classifier
 from engine.report.record import append_to_record, recorded
 from engine.report.run_record import origin

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from engine.data import Samples
-from engine.models.checkpoint import ModelSpec
+from engine.models.spec import ModelSpec
 
 TINY = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 32, "depth": 2, "num_heads": 2}
 

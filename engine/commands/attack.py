@@ -82,8 +82,8 @@ def attack(
     from engine.console import console, progress_bars
     from engine.data import open_source
     from engine.ensemble import EnsembleSpec
-    from engine.job import architecture
-    from engine.models.checkpoint import spec_of
+    from engine.jobs.start import architecture
+    from engine.models.spec import spec_of
     from engine.ulira import attack_procedure, check_method
 
     model = architecture(arch, parse_assignments(model_arg or []), open_source(data))

@@ -48,14 +48,8 @@ def import_checkpoint(
     """
     from engine.console import console
     from engine.models.architecture import read_label_names
-    from engine.models.checkpoint import (
-        imported,
-        load_checkpoint,
-        save_checkpoint,
-        spec_of,
-        weights_sha256,
-        with_label_names,
-    )
+    from engine.models.checkpoint import imported, load_checkpoint, save_checkpoint, weights_sha256
+    from engine.models.spec import spec_of, with_label_names
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: exists already; name a new folder")

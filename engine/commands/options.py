@@ -203,7 +203,7 @@ def checkpoint_sources(
     import dataclasses
 
     from engine.config import parse_assignments
-    from engine.models.checkpoint import CheckpointSource
+    from engine.models.checkpoint_source import CheckpointSource
 
     if weights not in (None, "raw", "ema"):
         raise UserError(f"--weights {weights}: expected raw or ema")

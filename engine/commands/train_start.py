@@ -43,8 +43,8 @@ class Start:
     def model(self, source: Source, task: Task | None, options: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
         """The model to train, and what config.yaml and the record keep of where it came from."""
         from engine.config import parse_assignments
-        from engine.job import architecture, init_model, pretrained
-        from engine.models.checkpoint import describing, spec_of
+        from engine.jobs.start import architecture, init_model, pretrained
+        from engine.models.spec import describing, spec_of
 
         if self.init is not None:
             (place,) = checkpoint_sources([self.init], self.arch, self.model_arg, self.weights)

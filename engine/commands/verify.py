@@ -78,7 +78,7 @@ def verify(
     """Is it forgotten? PASS (exit 0), FAIL (1) or INSUFFICIENT EVIDENCE (3), with the reason of each gate."""
     from engine.console import console
     from engine.job import Task
-    from engine.models.checkpoint import CheckpointSource
+    from engine.models.checkpoint_source import CheckpointSource
     from engine.proof import prove_job
     from engine.report.run_record import RecordOptions
     from engine.verify import check_recorded, print_verdict, record_verdict, verify_job

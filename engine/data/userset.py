@@ -73,10 +73,11 @@ def refuse_overlap(forget: Any, other: Any, name: str = "retain") -> None:
         if first is not second or first is None:
             return
         everything = range(len(first))
-        shared = sorted(set(everything if mine is None else mine) & set(everything if theirs is None else theirs))
+        both = set(everything if mine is None else mine) & set(everything if theirs is None else theirs)
+        shared = [str(position) for position in sorted(both)]
     if not shared:
         return
-    told = f"{name}: {len(shared)} samples of the forget set are in it too, such as {shared[0]!r}; leave them out"
+    told = f"{name}: {len(shared)} samples of the forget set are in it too, such as {shared[0]}; leave them out"
     if not isinstance(forget, Samples):
         raise UserError(told)
     logger.warning(told)

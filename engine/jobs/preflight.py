@@ -32,9 +32,11 @@ from engine.evaluate.plausibility import (
     is_near_chance,
     permutation,
 )
-from engine.models.checkpoint import CheckpointSource, load_checkpoint, spec_of
+from engine.models.checkpoint import load_checkpoint
+from engine.models.checkpoint_source import CheckpointSource
 from engine.models.info import num_classes_of
 from engine.models.preprocessing import STATISTICS, Preprocessing
+from engine.models.spec import spec_of
 from engine.models.unwrap import Kind
 from engine.models.vit import outputs
 

@@ -29,7 +29,7 @@ from engine.data import Batch
 from engine.methods.base import Context, Phase, register
 from engine.methods.distillation import Distillation, divergence
 from engine.methods.spaces import Range, rate, tunable
-from engine.models.checkpoint import spec_of
+from engine.models.spec import spec_of
 from engine.models.vit import outputs
 
 # Peak rate times the width of the model.

@@ -18,7 +18,7 @@ from engine.data import Batch
 from engine.errors import UserError
 from engine.methods.base import Context, Method, Phase, cross_entropy, register
 from engine.methods.mixing import mixed
-from engine.models.checkpoint import spec_of
+from engine.models.spec import spec_of
 from engine.models.vit import outputs
 
 

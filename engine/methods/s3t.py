@@ -55,7 +55,8 @@ from engine.data import Batch, Samples
 from engine.errors import UserError
 from engine.methods.base import Context, Method, Phase, cross_entropy, register
 from engine.methods.gs_lora import LORA_LR_PER_WIDTH
-from engine.models.checkpoint import set_folder, spec_of, weights_sha256
+from engine.models.checkpoint import set_folder, weights_sha256
+from engine.models.spec import spec_of
 from engine.sliced import Stages, classifier_weights, places_of, slices_of, stages_of, tokens_of, untouched
 from engine.trainable import LowRank, low_ranks, restrict
 

@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 
 from engine.errors import UserError
-from engine.models.checkpoint import set_spec, spec_of
 from engine.models.info import num_classes_of
+from engine.models.spec import set_spec, spec_of
 
 _PLACEHOLDER = re.compile(r"LABEL_\d+")  # what transformers writes where nobody gave names
 _WORDNET = re.compile(r"n\d{8}")

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 
 from engine.errors import UserError, nearest
-from engine.models.checkpoint import ModelSpec, set_spec, spec_of
 from engine.models.image_processor import preprocessing_keys, unknown_preprocessing
 from engine.models.info import configuration, configured_model, model_info
+from engine.models.spec import ModelSpec, set_spec, spec_of
 
 logger = logging.getLogger(__name__)
 

@@ -25,8 +25,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from engine.models.attention import attention_as, capture_queries_keys
 from engine.models.capture import attention_calls
-from engine.models.checkpoint import ModelSpec
 from engine.models.info import ModelInfo, black_image
+from engine.models.spec import ModelSpec
 from engine.models.vit import ViTInfo, attention_modules, checkpoint_blocks, describe, plain_attention
 from engine.trainable import restrict
 

@@ -11,7 +11,7 @@ from engine.config import RunConfig, require, split_options
 from engine.errors import UserError
 from engine.methods import Method, get_method
 from engine.methods.base import refuse_unfit
-from engine.models.checkpoint import ModelSpec
+from engine.models.spec import ModelSpec
 from engine.plan.cost import Cost, count_cost, count_parameters, on_meta
 from engine.plan.host import ask
 from engine.plan.memory import Memory, Run, Zero, count_memory

@@ -16,8 +16,8 @@ from engine.data import from_dataset
 from engine.device import autocast, resolve_device, resolve_precision
 from engine.loop import unlearn
 from engine.methods import get_method
-from engine.models.checkpoint import ModelSpec
 from engine.models.info import model_info
+from engine.models.spec import ModelSpec
 
 # Steps of the two runs whose difference is timed, so that what starts and warms up a run does not count.
 _STEPS = (1, 4)

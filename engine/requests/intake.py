@@ -19,7 +19,8 @@ from engine.job import Task
 from engine.jobs.opening import current
 from engine.jobs.opening import open_model as load_checkpoint
 from engine.methods import get_method
-from engine.models.checkpoint import CheckpointSource, save_checkpoint
+from engine.models.checkpoint import save_checkpoint
+from engine.models.checkpoint_source import CheckpointSource
 from engine.models.info import model_info
 from engine.requests.store import Request, Store, is_store, moment, place_of, utc_now
 from engine.sliced import copy_stages

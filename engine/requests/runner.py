@@ -37,7 +37,8 @@ from engine.job import Task, run_job
 from engine.jobs.opening import Opening, current
 from engine.jobs.opening import open_model as load_checkpoint
 from engine.methods import get_method
-from engine.models.checkpoint import CheckpointSource, save_checkpoint
+from engine.models.checkpoint import save_checkpoint
+from engine.models.checkpoint_source import CheckpointSource
 from engine.report.run_record import origin
 from engine.requests.intake import absolute, load_fitting, open_data
 from engine.requests.store import Run, Store, locked

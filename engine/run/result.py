@@ -12,8 +12,9 @@ from typing import Any
 from torch import nn
 
 from engine.data import Samples
-from engine.models.checkpoint import save_checkpoint, spec_of
+from engine.models.checkpoint import save_checkpoint
 from engine.models.huggingface import as_classifier
+from engine.models.spec import spec_of
 from engine.runfolder import RunFolder
 
 

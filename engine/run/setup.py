@@ -39,8 +39,8 @@ from engine.last_block import only_tokens_of_the_head
 from engine.methods import Context, Method, Phase, get_method
 from engine.methods.base import refuse_unfit
 from engine.models.attention import attention_as
-from engine.models.checkpoint import spec_of
 from engine.models.info import num_classes_of
+from engine.models.spec import spec_of
 from engine.models.vit import checkpoint_blocks, describe
 from engine.pruning import check_pruning, pruned_phases
 from engine.retained import choose_retained

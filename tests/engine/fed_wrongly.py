@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from engine.models.checkpoint import ModelSpec, set_spec, spec_of
 from engine.models.preprocessing import Preprocessing
+from engine.models.spec import ModelSpec, set_spec, spec_of
 
 NAMES = [f"class {word}" for word in ["a", "b", "c", "d", "e", "f", "g", "h", "i", "j"]]
 STATISTICS = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}  # not timm's default, which is 0.5

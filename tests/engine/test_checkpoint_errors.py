@@ -15,8 +15,9 @@ from typer.testing import CliRunner
 from engine.cli import app
 from engine.commands.options import checkpoint_sources
 from engine.errors import UserError
-from engine.models.checkpoint import ModelSpec, imported, load_checkpoint, save_checkpoint, spec_of, weights_sha256
+from engine.models.checkpoint import imported, load_checkpoint, save_checkpoint, weights_sha256
 from engine.models.preprocessing import Preprocessing
+from engine.models.spec import ModelSpec, spec_of
 
 ARCH = "vit_tiny_patch16_224"
 SIZES = {"embed_dim": 32, "depth": 2, "num_heads": 2}

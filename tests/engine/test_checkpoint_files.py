@@ -22,7 +22,9 @@ from toys import TINY, tiny_vit
 
 import engine
 from engine.errors import UserError
-from engine.models.checkpoint import CheckpointSource, ModelSpec, imported, load_checkpoint, spec_of
+from engine.models.checkpoint import imported, load_checkpoint
+from engine.models.checkpoint_source import CheckpointSource
+from engine.models.spec import ModelSpec, spec_of
 
 ARCH = "vit_tiny_patch16_224"
 GIVEN: dict[str, Any] = {

@@ -225,7 +225,7 @@ def test_wrong_use_is_one_line_with_exit_code_2_and_writes_nothing(
 
 
 def test_a_non_vit_and_labels_outside_the_head(lethe: Lethe, tmp_path: Path) -> None:
-    from engine.models.checkpoint import ModelSpec
+    from engine.models.spec import ModelSpec
 
     resnet = ModelSpec(architecture="resnet10t", num_classes=10, model_args={}, pretrained_cfg={}).build(seed=0)
     code, _, err = lethe(*unlearn_args(save_checkpoint(resnet, tmp_path / "resnet"), tmp_path / "run"))

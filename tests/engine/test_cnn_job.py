@@ -11,8 +11,9 @@ from toys import few
 
 from engine.data import Source, open_source
 from engine.job import Task, evaluate_job, run_job
-from engine.models.checkpoint import ModelSpec, load_checkpoint, save_checkpoint
+from engine.models.checkpoint import load_checkpoint, save_checkpoint
 from engine.models.info import input_size_of
+from engine.models.spec import ModelSpec
 from engine.proof import gather_proof
 from engine.verify import Examiner
 

@@ -33,7 +33,8 @@ from engine.ensemble import (
 from engine.errors import RunStopped, UserError
 from engine.evaluate.predict import predict
 from engine.loop import train
-from engine.models.checkpoint import ModelSpec, load_checkpoint, weights_sha256
+from engine.models.checkpoint import load_checkpoint, weights_sha256
+from engine.models.spec import ModelSpec
 
 MODEL = ModelSpec(
     architecture="vit_tiny_patch16_224",

@@ -22,7 +22,8 @@ from engine.forget_sets.base import highest
 from engine.forget_sets.choose import describe
 from engine.forget_sets.influence import read_scores
 from engine.forget_sets.pool import _measure
-from engine.models.checkpoint import ModelSpec, save_checkpoint
+from engine.models.checkpoint import save_checkpoint
+from engine.models.spec import ModelSpec
 from engine.models.vit import outputs
 
 

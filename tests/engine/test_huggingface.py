@@ -14,8 +14,9 @@ from hf_models import MODELS, NAMES, images, logits, saved, sets, tiny
 import engine
 from engine.errors import UserError
 from engine.masking import scores_and_outputs
-from engine.models.checkpoint import folder_of, load_checkpoint, save_checkpoint, spec_of, weights_sha256
+from engine.models.checkpoint import folder_of, load_checkpoint, save_checkpoint, weights_sha256
 from engine.models.huggingface import as_classifier
+from engine.models.spec import spec_of
 from engine.models.vit import ViTInfo, attention_info, describe, outputs
 
 transformers = pytest.importorskip("transformers")
@@ -326,7 +327,7 @@ def test_weights_are_compared_by_part(name: str, blocks: int) -> None:
 
 @pytest.mark.parametrize("name", ["vit", "timm-wrapper"])
 def test_names_that_are_given_are_written(name: str, tmp_path: Path) -> None:
-    from engine.models.checkpoint import describing, with_label_names
+    from engine.models.spec import describing, with_label_names
     from engine.sliced import with_fresh_head
 
     save_checkpoint(with_label_names(as_classifier(tiny(name)), list("wxyz"), "names"), tmp_path / "a")

@@ -17,8 +17,9 @@ import engine
 from engine.data import Loader, Preprocessing, Samples
 from engine.errors import UserError
 from engine.models import checkpoint as checkpoints
-from engine.models.checkpoint import load_checkpoint, save_checkpoint, spec_of
+from engine.models.checkpoint import load_checkpoint, save_checkpoint
 from engine.models.huggingface import as_classifier
+from engine.models.spec import spec_of
 
 transformers = pytest.importorskip("transformers")
 SQUARE = {"height": 32, "width": 32}

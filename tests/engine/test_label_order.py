@@ -17,8 +17,9 @@ from engine.data import Samples, open_source
 from engine.data.labels import match_names, relabelled
 from engine.errors import UserError
 from engine.jobs.opening import Opening
-from engine.models.checkpoint import load_checkpoint, save_checkpoint, spec_of
+from engine.models.checkpoint import load_checkpoint, save_checkpoint
 from engine.models.labels import imagenet_synsets, imagenet_words, label_names
+from engine.models.spec import spec_of
 
 QUICK = ["--set", "batch_size=20", "--set", "precision=fp32"]
 ORDER = [3, 0, 1, 2, 4, 5, 6, 7, 9, 8]  # label of each of NAMES in the model
@@ -210,7 +211,7 @@ def test_placeholders_are_no_names_and_a_list_of_another_length_is_an_error() ->
 
 
 def test_class_names_of_a_base_do_not_outlive_its_head(tmp_path: Path) -> None:
-    from engine.job import pretrained
+    from engine.jobs.start import pretrained
 
     base = save_checkpoint(with_names(tiny_vit(num_classes=4), list("abcd")), tmp_path / "base")
     model = pretrained(str(base), {}, open_source("digits"))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from engine.last_block import only_tokens_of_the_head, prefix_tokens_read
 from engine.models.attention import attention_as, capture_queries_keys
-from engine.models.checkpoint import ModelSpec
+from engine.models.spec import ModelSpec
 
 SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
 KINDS: dict[str, tuple[str, dict[str, object]]] = {

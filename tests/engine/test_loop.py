@@ -375,7 +375,7 @@ def test_devices_that_are_not_here(samples: Samples) -> None:
 
 
 def test_swin_goes_through_the_whole_loop(tmp_path: Path, samples: Samples) -> None:
-    from engine.models.checkpoint import ModelSpec
+    from engine.models.spec import ModelSpec
 
     spec = ModelSpec(
         architecture="swin_tiny_patch4_window7_224",

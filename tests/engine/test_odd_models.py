@@ -21,9 +21,10 @@ from engine.errors import UserError
 from engine.evaluate.plausibility import is_near_chance
 from engine.loop import unlearn
 from engine.masking import scores_and_outputs
-from engine.models.checkpoint import load_checkpoint, save_checkpoint, spec_of
+from engine.models.checkpoint import load_checkpoint, save_checkpoint
 from engine.models.image_processor import preprocessing_keys
 from engine.models.labels import label_names
+from engine.models.spec import spec_of
 from engine.models.vit import attention_info
 
 QUICK = {"max_steps": 1, "batch_size": 4, "workers": 0, "precision": "fp32", "augment": "none", "collapse_drop": 100.0}

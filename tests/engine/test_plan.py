@@ -21,7 +21,7 @@ from engine.data import open_source
 from engine.errors import UserError
 from engine.loop import unlearn
 from engine.models.attention import attention_as
-from engine.models.checkpoint import ModelSpec
+from engine.models.spec import ModelSpec
 from engine.models.vit import describe
 from engine.plan import Plan, planning, timing
 from engine.plan import cost as cost_module

@@ -14,8 +14,9 @@ from toys import tiny_vit
 
 from engine.data import Preprocessing as FromData
 from engine.errors import UserError
-from engine.models.checkpoint import load_checkpoint, save_checkpoint, spec_of
+from engine.models.checkpoint import load_checkpoint, save_checkpoint
 from engine.models.preprocessing import STATISTICS, Changes, Preprocessing, origins, read_file
+from engine.models.spec import spec_of
 
 
 def colour() -> torch.nn.Module:

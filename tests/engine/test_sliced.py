@@ -21,11 +21,12 @@ from typer.testing import CliRunner, Result
 from engine.cli import app
 from engine.data import Samples, open_source
 from engine.errors import UserError
-from engine.job import pretrained
+from engine.jobs.start import pretrained
 from engine.loop import train, unlearn
 from engine.methods import list_methods
 from engine.methods.s3t import S3T
-from engine.models.checkpoint import load_checkpoint, save_checkpoint, spec_of, weights_sha256
+from engine.models.checkpoint import load_checkpoint, save_checkpoint, weights_sha256
+from engine.models.spec import spec_of
 from engine.report.record import recorded, verify_record
 from engine.run.result import UnlearnResult
 from engine.sliced import STAGES, Stages, slices_of, tokens_of, with_fresh_head

@@ -17,10 +17,12 @@ from engine.config import read_yaml
 from engine.data import Source, open_source
 from engine.distributed.updater import Updater
 from engine.errors import UserError
-from engine.job import Task, init_model, train_job
+from engine.job import Task, train_job
 from engine.jobs.opening import Opening
+from engine.jobs.start import init_model
 from engine.methods.mixing import mixed
-from engine.models.checkpoint import describing, load_checkpoint, save_checkpoint, spec_of, weights_sha256
+from engine.models.checkpoint import load_checkpoint, save_checkpoint, weights_sha256
+from engine.models.spec import describing, spec_of
 from engine.report.record import recorded, verify_record
 from engine.verify import MadeFrom, check_origin, original_of
 

@@ -13,7 +13,8 @@ from engine.data import Batch, Samples, open_source
 from engine.errors import RunStopped, UserError
 from engine.loop import unlearn
 from engine.methods.finetune import Finetune
-from engine.models.checkpoint import ModelSpec, load_checkpoint, weights_sha256
+from engine.models.checkpoint import load_checkpoint, weights_sha256
+from engine.models.spec import ModelSpec
 from engine.plan.planning import plan
 from engine.run.setup import set_up
 from engine.trainable import LowRank, after_blocks, blocks_of, low_ranks, merge, merge_state, refuse_sharding, restrict

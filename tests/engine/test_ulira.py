@@ -21,7 +21,7 @@ from engine.ensemble import EnsembleSpec, draw_parts, memorisation, train_ensemb
 from engine.errors import UserError
 from engine.forget_sets.influence import read_scores
 from engine.loop import unlearn
-from engine.models.checkpoint import ModelSpec
+from engine.models.spec import ModelSpec
 from engine.ulira import attack, attack_procedure, likelihood_ratios, over_pairs, unlearn_ensemble
 
 MODEL = ModelSpec(

@@ -15,14 +15,8 @@ from toys import TINY, tiny_vit
 
 from engine.errors import RunStopped, UserError
 from engine.models.attention import attention_as, capture_queries_keys, still_key_biases
-from engine.models.checkpoint import (
-    ModelSpec,
-    load_checkpoint,
-    remember_model_args,
-    save_checkpoint,
-    spec_of,
-    weights_sha256,
-)
+from engine.models.checkpoint import load_checkpoint, save_checkpoint, weights_sha256
+from engine.models.spec import ModelSpec, remember_model_args, spec_of
 from engine.models.vit import attention_info, describe, outputs
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}

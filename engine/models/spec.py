@@ -1,0 +1,195 @@
+"""How a model is built again: its architecture, arguments and the other keys of its config.json."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models import PretrainedCfg
+from torch import nn
+
+from engine.errors import UserError
+from engine.models.architecture import (
+    unknown_architecture,
+)
+
+# Model attribute that holds the ModelSpec; timm itself does not keep the arguments a model was built with.
+_SPEC = "_lethe_spec"
+
+# Key of config.json, and of `ModelSpec.extra`, that says how a file of another program was read.
+IMPORTED = "lethe_import"
+
+_CFG_FIELDS = {field.name for field in dataclasses.fields(PretrainedCfg)} - {"architecture"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """All that is needed to build the same architecture again: timm's name, and what was passed to it.
+
+    extra: the other keys of config.json, such as `label_names`; kept in every checkpoint that is written.
+    """
+
+    architecture: str
+    num_classes: int
+    model_args: dict[str, Any]
+    pretrained_cfg: dict[str, Any]
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def label_names(self) -> list[str]:
+        """Class names by label, as the checkpoint gives them; empty if it gives none."""
+        names = self.extra.get("label_names") or self.pretrained_cfg.get("label_names") or []
+        return [str(name) for name in names]
+
+    def build(self, seed: int | None = None) -> nn.Module:
+        """A freshly initialised model; with a seed the same weights each time, the global generator untouched."""
+        with torch.random.fork_rng(devices=[], enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(seed)
+            try:
+                model = timm.create_model(
+                    self.architecture,
+                    pretrained=False,
+                    pretrained_cfg_overlay={k: v for k, v in self.pretrained_cfg.items() if k in _CFG_FIELDS},
+                    num_classes=self.num_classes,
+                    **self.model_args,
+                )
+            except RuntimeError as error:
+                if "Unknown model" in str(error):
+                    raise UserError(
+                        f"unknown architecture {self.architecture!r}{unknown_architecture(self.architecture)} "
+                        "(timm.list_models() has all)"
+                    ) from None
+                if isinstance(error, NotImplementedError) or "meta" in str(error):
+                    raise  # of a constructor that needs values: `_on_meta` builds it with memory
+                raise UserError(
+                    f"architecture {self.architecture!r} cannot be built with its model_args {self.model_args}: "
+                    f"{str(error).splitlines()[0][:120]}"
+                ) from None
+            except (TypeError, AssertionError, ValueError, ArithmeticError, AttributeError) as error:
+                raise UserError(
+                    f"architecture {self.architecture!r} refuses its model_args {self.model_args}: {error}; correct "
+                    "--model-arg, or model_args in config.json"
+                ) from None
+        setattr(model, _SPEC, self)
+        return model
+
+    def write(self, model: nn.Module, folder: Path) -> Path | None:
+        """Writes a model in a layout of its own; None where its layout is timm's."""
+        return None
+
+
+def spec_of(model: nn.Module) -> ModelSpec:
+    """The spec of a model built here, or by `timm.create_model`.
+
+    Raises UserError where the architecture cannot be told: then the model cannot be saved in timm's layout or
+    retrained from scratch, though it can be unlearned in memory.
+    """
+    known = getattr(model, _SPEC, None)
+    if known is not None:
+        return known
+    pretrained_cfg = dict(getattr(model, "pretrained_cfg", None) or {})
+    architecture = pretrained_cfg.get("architecture")
+    if not architecture:
+        raise UserError(
+            f"{type(model).__name__} does not say which timm architecture it is; build it with timm.create_model, "
+            "or load it with engine.load_checkpoint, so that it can be saved and built again"
+        )
+    spec = ModelSpec(
+        architecture=architecture,
+        num_classes=int(model.num_classes),  # type: ignore[arg-type]
+        model_args=_recorded_model_args(model),
+        pretrained_cfg=_plain(pretrained_cfg),
+    )
+    with torch.device("meta"):
+        differing = _difference(spec.build().state_dict(), model.state_dict())
+    if differing:
+        raise UserError(
+            f"timm.create_model({architecture!r}) does not give this model ({differing}); "
+            "set the arguments it was built with by engine.remember_model_args(model, **model_args)"
+        )
+    return spec
+
+
+def set_spec(model: nn.Module, spec: ModelSpec) -> None:
+    """Sets what `spec_of` gives."""
+    setattr(model, _SPEC, spec)
+
+
+def remember_model_args(model: nn.Module, **model_args: Any) -> None:
+    """Notes the keyword arguments that `timm.create_model` was given, which older timm releases do not keep."""
+    pretrained_cfg = dict(getattr(model, "pretrained_cfg", None) or {})
+    setattr(
+        model,
+        _SPEC,
+        ModelSpec(
+            architecture=pretrained_cfg["architecture"],
+            num_classes=int(model.num_classes),  # type: ignore[arg-type]
+            model_args=model_args,
+            pretrained_cfg=_plain(pretrained_cfg),
+        ),
+    )
+
+
+def _recorded_model_args(model: nn.Module) -> dict[str, Any]:
+    try:
+        from timm.models._hub import get_model_args  # type: ignore[attr-defined]  # kept since timm 1.0.31
+    except ImportError:
+        return {}
+    return {k: v for k, v in get_model_args(model, {}).items() if k != "num_classes"}
+
+
+def _plain(pretrained_cfg: dict[str, Any]) -> dict[str, Any]:
+    return {
+        k: v
+        for k, v in pretrained_cfg.items()
+        if v is not None and k not in ("state_dict", "file", "source", "architecture") and _is_json(v)
+    }
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _difference(expected: dict[str, Any], found: dict[str, Any]) -> str:
+    """The first way in which two state dicts do not fit, in words; empty where they do."""
+    for key in expected:
+        if key not in found:
+            return f"{key} is missing"
+        if expected[key].shape != found[key].shape:
+            return f"{key} has shape {tuple(found[key].shape)}, expected {tuple(expected[key].shape)}"
+    extra = sorted(set(found) - set(expected))
+    return f"{extra[0]} is not in the model" if extra else ""
+
+
+def describing(model: nn.Module, names: Sequence[str]) -> nn.Module:
+    """Sets what config.json will say of a model that is trained anew, in place: its class names, and no others'."""
+    spec = spec_of(model)
+    old = (IMPORTED, "label_names", "label_descriptions")
+    extra = {key: value for key, value in spec.extra.items() if key not in old}
+    if len(names) == spec.num_classes:
+        extra["label_names"] = [str(name) for name in names]
+    cfg = {key: value for key, value in spec.pretrained_cfg.items() if key not in old}
+    setattr(model, _SPEC, dataclasses.replace(spec, extra=extra, pretrained_cfg=cfg))
+    return model
+
+
+def with_label_names(model: nn.Module, names: Sequence[str], said_by: str) -> nn.Module:
+    """Sets the class names of a model, in place.
+
+    Raises UserError for another number of names than the model has classes.
+    """
+    spec = spec_of(model)
+    if len(names) != spec.num_classes:
+        raise UserError(f"{said_by}: {len(names)} names for the {spec.num_classes} classes of the model; give one each")
+    setattr(model, _SPEC, dataclasses.replace(spec, extra={**spec.extra, "label_names": [str(n) for n in names]}))
+    return model
