@@ -394,7 +394,11 @@ MUTANTS = [
             "projection.stride == tuple(embed.patch_size)",
         ),
         ("padding-accepted", "        and projection.padding == (0, 0)\n", ""),
-        ("swin-accepted", "info.windowed or type(embed) is not PatchEmbed", "type(embed) is not PatchEmbed"),
+        (
+            "swin-accepted",
+            "        info.windowed\n        or not attention_modules(model)",
+            "        not attention_modules(model)",
+        ),
     ),
     *group(
         "tokens",

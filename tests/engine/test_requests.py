@@ -298,11 +298,12 @@ def test_init_copies_the_checkpoint_and_refuses_what_cannot_work(
     with pytest.raises(UserError, match="holds no store of requests"):
         status(new)
     gates.write_text("membership_auc: 0.05")
-    init_store(new, copy, "digits", method="finetune", config=QUICK, gates=gates, references=[copy])
+    reference = save_checkpoint(tiny_vit(1), tmp_path / "reference")
+    init_store(new, copy, "digits", method="finetune", config=QUICK, gates=gates, references=[str(reference)])
     gates.unlink()
     add_request(new, ids=["1"])
     with Store.open(new) as opened:
-        assert opened.settings["references"] == [str(Path(copy).resolve())]
+        assert opened.settings["references"] == [str(reference.resolve())]
     seen = []
 
     def judge(*arguments: Any, gates: Path, config: Any) -> Verdict:

@@ -61,11 +61,16 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def finished(task: Task, original: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(tiny_vit(1), tmp_path_factory.mktemp("reference"))
+
+
+@pytest.fixture(scope="module")
+def finished(task: Task, original: Path, reference: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run, not to be changed."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     known = RecordOptions(request={"received": "2026-01-02T03:04:05Z", "source": "form 7"})
-    run_job(task, str(original), folder, method="finetune", config=QUICK, references=[original], record=known)
+    run_job(task, str(original), folder, method="finetune", config=QUICK, references=[reference], record=known)
     return folder
 
 
@@ -80,7 +85,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_keys(tmp_path_factory.mktemp("keys"))
 
 
-def test_the_record_of_a_run_holds_what_it_should(finished: Path, task: Task, original: Path) -> None:
+def test_the_record_of_a_run_holds_what_it_should(finished: Path, task: Task, original: Path, reference: Path) -> None:
     document = read(finished)
     assert verify_record(finished) == []
     content = {entry["kind"]: entry["content"] for entry in document["entries"]}
@@ -104,7 +109,11 @@ def test_the_record_of_a_run_holds_what_it_should(finished: Path, task: Task, or
     assert content["config"]["checkpoint"] == str(original)
     before = weights_sha256(load_checkpoint(original))
     after = weights_sha256(load_checkpoint(finished))
-    assert content["weights"] == {"before": before, "after": after, "references": [before]}
+    assert content["weights"] == {
+        "before": before,
+        "after": after,
+        "references": [weights_sha256(load_checkpoint(reference))],
+    }
     assert before != after
     assert content["metrics"] == json.loads((finished / "metrics.json").read_text())
     history = [json.loads(line) for line in (finished / "history.jsonl").read_text().splitlines()]
