@@ -181,7 +181,7 @@ def killing(monkeypatch: pytest.MonkeyPatch, after: int, at_step: int) -> None:
             if step >= at_step:
                 raise Killed
 
-        return train(model, samples, progress=progress if next(count) == after else None, **options)
+        return train(model, samples, **{**options, "progress": progress if next(count) == after else False})
 
     monkeypatch.setattr(module, "train", wrapped)
 
@@ -206,7 +206,8 @@ def test_a_killed_training_goes_on_and_ends_as_if_undisturbed(
 
     def spy(model: Any, samples: Any, **options: Any) -> Any:
         calls.append(options)
-        return train(model, samples, progress=lambda phase, step, total, numbers: steps.append(step), **options)
+        noting = {**options, "progress": lambda phase, step, total, numbers: steps.append(step)}
+        return train(model, samples, **noting)
 
     monkeypatch.setattr(module, "train", spy)
     module._member(jobs[1])

@@ -76,8 +76,8 @@ def test_code_comes_from_the_checkout_that_is_on_the_path(tmp_path: Path) -> Non
 def test_an_installed_namesake_is_what_kernels_is_in_a_checkout(first: str, theirs: Path) -> None:
     code = f"""{first}
 import json
-import lethe_kernels, kernels.layer, kernels.mask, kernels.rollout, lethe_kernels
-from lethe_kernels import Device, LayerRepository, info_nce, resolve_backend
+import kernels, kernels.layer, kernels.mask, kernels.rollout, lethe_kernels
+from kernels import Device, LayerRepository, info_nce, resolve_backend
 print(json.dumps({{
     "file": kernels.__file__, "version": kernels.__version__, "layer": kernels.layer.__file__,
     "mask": kernels.mask.WHOSE, "ours": info_nce is lethe_kernels.info_nce,
