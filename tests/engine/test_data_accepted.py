@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from refusals import refused
 from typer.testing import CliRunner
 
 from engine.data import Samples, open_source, read_forget_request, rowgroups
@@ -40,13 +41,6 @@ def write(path: Path, **columns: Any) -> None:
 
 def greys(samples: Samples) -> list[int]:
     return [int(np.asarray(samples.image(i))[0, 0]) for i in range(len(samples))]
-
-
-def refused(spec: str, *parts: str) -> None:
-    with pytest.raises(UserError) as error:
-        open_source(spec)
-    assert "\n" not in str(error.value)
-    assert all(part in str(error.value) for part in parts), str(error.value)
 
 
 # Parquet

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from refusals import refused
 from timm.data.readers.reader_image_folder import find_images_and_targets
 from torch.utils.data import Dataset, TensorDataset
 
@@ -42,13 +43,6 @@ def shard(path: Path, *members: tuple[str, bytes]) -> None:
             facts = tarfile.TarInfo(name)
             facts.size = len(content)
             archive.addfile(facts, io.BytesIO(content))
-
-
-def refused(spec: str, *parts: str) -> None:
-    with pytest.raises(UserError) as error:
-        open_source(spec)
-    assert "\n" not in str(error.value)
-    assert all(part in str(error.value) for part in parts), str(error.value)
 
 
 # Folders

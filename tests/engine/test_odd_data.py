@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from refusals import refused
 
 from engine.data import open_source
 from engine.data.forget import ForgetRequest, read_forget_request
@@ -46,14 +47,6 @@ def parquet(folder: Path, train: pa.Table, test: pa.Table | None = None) -> str:
     pq.write_table(train, folder / "train.parquet")
     pq.write_table(train if test is None else test, folder / "test.parquet")
     return f"parquet:{folder}"
-
-
-def refused(spec: str, *parts: str) -> None:
-    with pytest.raises(UserError) as error:
-        open_source(spec)
-    assert "\n" not in str(error.value)
-    assert len(str(error.value)) < 600
-    assert all(part in str(error.value) for part in parts), str(error.value)
 
 
 # Parquet
