@@ -33,7 +33,7 @@ from engine.models.image_processor import (
     read_preprocessing,
     resolved_preprocessing,
 )
-from engine.models.info import ModelInfo
+from engine.models.info import ModelInfo, pair
 from engine.models.spec import _SPEC, ModelSpec
 from engine.models.vit import ViTInfo
 
@@ -251,8 +251,8 @@ class HuggingFaceClassifier(nn.Module):
         """Geometry of the patches. Raises UserError for an input size that the model does not take."""
         config = vision_config(self.model.config)
         input_size = self.pretrained_cfg.get("input_size")
-        height, width = _pair(input_size[1:] if input_size else config.image_size)
-        own, patch = _pair(config.image_size), _pair(config.patch_size)
+        height, width = pair(input_size[1:] if input_size else config.image_size)
+        own, patch = pair(config.image_size), pair(config.patch_size)
         name = type(self.model).__name__
         if (height, width) != own and not self.family.any_size:
             raise UserError(
@@ -287,10 +287,6 @@ class HuggingFaceClassifier(nn.Module):
 def vision_config(config: Any) -> Any:
     """The part of a configuration that is about images: `vision_config` of CLIP and SigLIP, else all of it."""
     return getattr(config, "vision_config", config)
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    return (int(value), int(value)) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
 
 def require_transformers() -> Any:
@@ -475,7 +471,7 @@ def _spec(name: str, config: dict[str, Any], processor: Any, text: str) -> Huggi
     else:
         vision = vision_of(config)
         channels = int(vision.get("num_channels", 3))
-        pretrained_cfg = {"input_size": (channels, *_pair(vision["image_size"]))}
+        pretrained_cfg = {"input_size": (channels, *pair(vision["image_size"]))}
         pretrained_cfg |= read_preprocessing(processor, channels)
         if processor is not None and not text:
             text = processor.to_json_string()
