@@ -77,6 +77,7 @@ _SMALLER: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("beit", "deit", "eva", "vision_transformer", "vision_transformer_relpos"), _TINY),
     "naflexvit": _FLEX,
     **dict.fromkeys(("cait", "convit", "vision_transformer_hybrid", "xcit"), _DEEP),
+    **{module: {"img_size": 96, **_DEEP} for module in ("deepseek_vit", "gemma4_vit", "qwen3_vit")},
     "vision_transformer_sam": {"img_size": 64, "embed_dim": 48, "depth": 2, "num_heads": 3},
 }
 # Words for sizes in timm's names, smallest first.
@@ -276,7 +277,7 @@ def supported(case: tuple[str, str, str, dict[str, Any]]) -> dict[str, Any]:
     module, kind, name, arguments = case
     row: dict[str, Any] = {"module": module, "kind": kind, "name": name, "attention": module in ATTENTION}
     began = time.perf_counter()
-    config = {} if module in (*ATTENTION, *_OF_ONE_SIZE) else _IMAGE
+    config = _IMAGE if module == "mobilenetv5" or module not in (*ATTENTION, *_OF_ONE_SIZE) else {}
     spec, problem = _spec(name, arguments, config)
     if spec is None:
         return {**row, "opens": problem, "seconds": time.perf_counter() - began}

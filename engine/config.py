@@ -87,6 +87,9 @@ class RunConfig:
         samples.
     stop_tolerance: accuracy [0, 1) by which it may be better, and held-out samples worse, than asked.
     weight_decay, grad_clip: AdamW's decoupled decay; the largest global gradient norm (0: no clipping).
+    expect_accuracy: accuracy (0, 1] that the original is known to have on the watched samples; a run whose original is
+        far below it (5 points, and more than the sample explains) stops before its first step. null: not checked; an
+        accuracy near chance is a warning. `lethe unlearn` checks retained samples too (--expect-accuracy).
     collapse_drop: points of accuracy on the watched samples (validation, or retain where there is none) that a
         forget phase may lose before it is stopped and taken back to its last good weights. 100 switches it off.
     """
@@ -117,6 +120,7 @@ class RunConfig:
     stop_tolerance: float = 0.0
     weight_decay: float = 0.05
     grad_clip: float = 1.0
+    expect_accuracy: float | None = None
     collapse_drop: float = 35.0
     kernels: KernelConfig = KernelConfig()
 
@@ -132,6 +136,8 @@ class RunConfig:
         require(self.timeout > 0, "timeout", self.timeout, "above 0 seconds")
         require(self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "at least 1, or null")
         require(self.workers is None or self.workers >= 0, "workers", self.workers, "0 or more, or null")
+        expected = self.expect_accuracy
+        require(expected is None or 0 < expected <= 1, "expect_accuracy", expected, "in (0, 1], or null")
         require(0 <= self.max_bad_share <= 1, "max_bad_share", self.max_bad_share, "in [0, 1]")
         require(
             re.fullmatch(r"all|head|last:[1-9]\d*|lora:[1-9]\d*", self.trainable) is not None,

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,8 +20,8 @@ from engine.config import RunConfig
 from engine.data import Batch, Loader, Samples
 from engine.distributed.updater import Updater
 from engine.early_stop import HeldOutStop
-from engine.errors import RunStopped
-from engine.evaluate.plausibility import chance_of, is_near_chance
+from engine.errors import RunStopped, UserError
+from engine.evaluate.plausibility import chance_of, is_far_below, is_near_chance
 from engine.evaluate.predict import predict
 from engine.guard import Guard
 from engine.methods import Method, Phase
@@ -84,7 +85,7 @@ class Trainer:
         loaded = self.folder.load_state() if self.folder else None
         if loaded is None:
             self.watched["before"] = self.watch(self.method.context.original)
-            self._warn_of_chance()
+            self._check_accuracy()
             if self.early_stop:
                 began = time.perf_counter()
                 self.early_stop.prepare()
@@ -107,16 +108,22 @@ class Trainer:
         """Accuracy [0, 1] on the watched samples."""
         return predict(model, self.watch_loader, self.run.precision).accuracy
 
-    def _warn_of_chance(self) -> None:
-        """Warns of a model to be unlearned that is near chance: it is not the trained one, or is fed wrongly."""
+    def _check_accuracy(self) -> None:
+        """Checks that a model to be unlearned is the trained one, fed as in its training.
+
+        Raises:
+            UserError: its accuracy on the watched samples is far below the option `expect_accuracy`.
+        """
+        if not len(self.method.context.forget):
+            return
         labels, share = self.watch_loader.samples.labels, self.watched["before"]
-        if len(self.method.context.forget) and is_near_chance(round(share * len(labels)), labels):
-            logger.warning(
-                "accuracy of the original on the watched samples is %.1f%%, near chance (%.1f%%): check the order of "
-                "labels, mean and std (model.pretrained_cfg), the input size and the weights",
-                100 * share,
-                100 * chance_of(labels),
-            )
+        correct, expected = round(share * len(labels)), self.run.expect_accuracy
+        found = f"accuracy of the original on {len(labels)} watched samples is {100 * share:.1f}%"
+        remedy = "check the order of labels, mean and std (model.pretrained_cfg), the input size and the weights"
+        if expected is not None and is_far_below(np.arange(len(labels)) < correct, expected):
+            raise UserError(f"{found}, far below the {100 * expected:.1f}% of option expect_accuracy: {remedy}")
+        if is_near_chance(correct, labels):
+            logger.warning("%s, near chance (%.1f%%): %s", found, 100 * chance_of(labels), remedy)
 
     def run_phase(
         self,

@@ -7,11 +7,16 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from timm.models.swin_transformer import WindowAttention
+from timm.models.vision_transformer import Attention
+from timm.models.vision_transformer_relpos import RelPosAttention
 from torch import Tensor, nn
 
 from engine.errors import UserError
 from engine.memory_efficient import through_xformers
 from engine.models.vit import attention_modules, is_swin, plain_attention
+
+_UNCHANGED = (nn.Identity, type(None))
 
 
 @contextlib.contextmanager
@@ -98,13 +103,15 @@ def still_key_biases(model: nn.Module) -> list[Any]:
 
     A key bias adds the same number to all logits of a query, and softmax does not see it. Adam divides what rounding
     leaves of its gradient by its own size, so the bias would wander at full rate, elsewhere on every number of ranks.
-    Not where keys are normalised after the bias.
+    Only in classes whose `qkv` is known to be queries, keys and values in that order, with a softmax over the keys as
+    they are: DaViT's channels, TinyViT's and MaxViT's order by heads, and rotated or normalised keys feel the bias.
     """
     handles = []
     for module in model.modules():
-        qkv = getattr(module, "qkv", None)
-        plain = isinstance(getattr(module, "k_norm", None), (nn.Identity, type(None)))
-        if isinstance(qkv, nn.Linear) and qkv.bias is not None and qkv.bias.requires_grad and plain:
+        if type(module) not in (Attention, RelPosAttention, WindowAttention):
+            continue
+        qkv: Any = module.qkv
+        if qkv.bias is not None and qkv.bias.requires_grad and isinstance(getattr(module, "k_norm", None), _UNCHANGED):
             handles.append(qkv.bias.register_hook(_without_key_part))
     return handles
 

@@ -40,6 +40,7 @@ from engine.models.checkpoint_source import CheckpointSource
 from engine.models.hub import fetching
 from engine.models.spec import (
     _SPEC,
+    CROP_FITTING,
     IMPORTED,
     ModelSpec,
     _difference,
@@ -204,6 +205,8 @@ def _open_described(file: WeightFile, source: CheckpointSource, headless: bool) 
         "inferred": {**inferred, "num_classes": spec.num_classes},
     }
     extra: dict[str, Any] = {IMPORTED: note}
+    if "crop_pct" in says.preprocessing:
+        extra[CROP_FITTING] = True
     if len(says.label_names) == spec.num_classes:
         extra["label_names"] = says.label_names
     elif says.label_names:

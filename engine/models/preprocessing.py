@@ -22,7 +22,7 @@ from torchvision.transforms import InterpolationMode
 from engine.errors import UserError, nearest
 from engine.models.image_processor import preprocessing_keys, unknown_preprocessing
 from engine.models.info import configuration, configured_model, model_info
-from engine.models.spec import ModelSpec, set_spec, spec_of
+from engine.models.spec import CROP_FITTING, ModelSpec, set_spec, spec_of
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +56,8 @@ class Preprocessing:
     size: (height, width) in pixels. mean, std: a value a channel, of pixels scaled to [0, 1]. crop_pct: size of the
     centre crop by that of the resized image. crop_mode: see `CROP_MODES`. crop_rounds_down: the place of the crop is
     rounded down, as Hugging Face's processors do, not to the nearest even number of pixels as torchvision does.
+    crop_fitting: uint8 images of exactly `size` are resized and cropped too, as timm and Hugging Face do; False leaves
+    them as they are, since crop_pct is then timm's default and was not chosen for such images.
     """
 
     size: tuple[int, int]
@@ -66,6 +68,7 @@ class Preprocessing:
     crop_mode: str = "center"
     unknown: str = ""  # why mean and std are not known; then only images that are already normalised are taken
     crop_rounds_down: bool = False
+    crop_fitting: bool = False
 
     @classmethod
     def of(cls, model: nn.Module) -> Preprocessing:
@@ -76,6 +79,7 @@ class Preprocessing:
             mean, std = (float(np.mean(mean)),) * info.in_chans, (float(np.mean(std)),) * info.in_chans
         crop_pct = _crop_pct(config.get("crop_pct") or 1.0)
         mode = INTERPOLATIONS[_interpolation(config.get("interpolation") or "bicubic")]
+        hugging_face, kept = getattr(configured_model(model), "crop_rounds_down", False), _spec(model)
         return cls(
             info.input_size,
             mean,
@@ -84,7 +88,8 @@ class Preprocessing:
             mode,
             _crop_mode(config.get("crop_mode") or "center"),
             unknown_preprocessing(model),
-            getattr(configured_model(model), "crop_rounds_down", False),
+            hugging_face,
+            hugging_face or (kept is not None and bool(kept.extra.get(CROP_FITTING))),
         )
 
     def check(self, samples: Any) -> None:
@@ -120,8 +125,8 @@ class Preprocessing:
         return (least, greatest) if 0 <= least <= greatest and (greatest <= 1 or greatest > 20) else None
 
     def resize(self, image: Tensor) -> Tensor:
-        """timm's evaluation transform: resized as `crop_mode` says, then the centre. An image that fits is left."""
-        if tuple(image.shape[-2:]) == self.size:
+        """timm's evaluation transform: resized by `crop_mode`, then the centre. Exception: see `crop_fitting`."""
+        if tuple(image.shape[-2:]) == self.size and not (self.crop_fitting and image.dtype == torch.uint8):
             return image
         target = self._target(*image.shape[-2:])
         resized = TF.resize(image, target, self.interpolation, antialias=True)
@@ -168,10 +173,11 @@ class Preprocessing:
     def line(self) -> str:
         """In words, on one line."""
         named = self.to_dict()
-        return (
-            f"{self.size[0]} x {self.size[1]} pixels, mean {_short(self.mean)}, std {_short(self.std)}, "
-            f"crop {self.crop_pct:g}{' (squash)' if self.crop_mode == 'squash' else ''}, {named['interpolation']}"
-        )
+        size = f"{self.size[0]} x {self.size[1]}"
+        crop = f"crop {self.crop_pct:g}{' (squash)' if self.crop_mode == 'squash' else ''}"
+        if self.crop_pct < 1 and not self.crop_fitting:
+            crop += f" (not of images of {size}; --crop-pct {self.crop_pct:g} crops them too)"
+        return f"{size} pixels, mean {_short(self.mean)}, std {_short(self.std)}, {crop}, {named['interpolation']}"
 
 
 def origins(model: nn.Module, changes: Changes) -> dict[str, str]:
@@ -272,7 +278,8 @@ def _update(model: nn.Module, values: Mapping[str, Any], **model_args: Any) -> N
     if known is not None:
         changed = {**known.pretrained_cfg, **values}
         arguments = {**known.model_args, **model_args}
-        set_spec(model, dataclasses.replace(known, pretrained_cfg=changed, model_args=arguments))
+        extra = {**known.extra, CROP_FITTING: True} if "crop_pct" in values else known.extra
+        set_spec(model, dataclasses.replace(known, pretrained_cfg=changed, model_args=arguments, extra=extra))
 
 
 def _spec(model: nn.Module) -> ModelSpec | None:

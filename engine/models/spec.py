@@ -23,6 +23,8 @@ _SPEC = "_lethe_spec"
 
 # Key of config.json, and of `ModelSpec.extra`, that says how a file of another program was read.
 IMPORTED = "lethe_import"
+# Likewise, where crop_pct was chosen for this model, by the command or by its training script (`Preprocessing`).
+CROP_FITTING = "lethe_crop_fitting"
 
 _CFG_FIELDS = {field.name for field in dataclasses.fields(PretrainedCfg)} - {"architecture"}
 

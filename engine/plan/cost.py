@@ -189,7 +189,7 @@ def _flops(spec: ModelSpec, info: ModelInfo, checkpointing: bool, trainable: str
         restrict(model, trainable, 0)
     if checkpointing:
         checkpoint_blocks(model)
-    images = torch.empty(1, info.in_chans, *info.input_size, device="meta")
+    images = torch.empty(2, info.in_chans, *info.input_size, device="meta")  # BatchNorm takes no single image
     counts = []
     with attention_as(model.train(), "eager"):
         with FlopCounterMode(display=False) as counter:
@@ -198,7 +198,7 @@ def _flops(spec: ModelSpec, info: ModelInfo, checkpointing: bool, trainable: str
         with FlopCounterMode(display=False) as counter:
             output.sum().backward()
         counts.append(counter.get_total_flops())
-    return counts[0], counts[1]
+    return counts[0] // 2, counts[1] // 2
 
 
 def _as_fake(model: nn.Module, dtype: torch.dtype) -> None:

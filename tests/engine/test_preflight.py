@@ -16,6 +16,7 @@ from toys import tiny_vit
 
 from engine import unlearn
 from engine.data import open_source
+from engine.errors import UserError
 from engine.evaluate.plausibility import (
     can_tell,
     chance_of,
@@ -87,7 +88,11 @@ def test_the_named_mean_and_std_are_taken_and_written_into_the_checkpoint(
     statistics = ["--mean", "unit", "--std", "unit"]
     code, out, err = lethe(*arguments("unlearn", wrong, data, "--out", tmp_path / "run"), *QUICK, *statistics)
     assert code == 0, err
-    assert "preprocessing: 8 x 8 pixels, mean 0, std 1, crop 0.9, bicubic (mean, std as given;" in out
+    assert (
+        "preprocessing: 8 x 8 pixels, mean 0, std 1, crop 0.9 (not of images of 8 x 8; --crop-pct 0.9 crops them too), "
+        in out
+    )
+    assert "bicubic (mean, std as given;" in out
     assert "accuracy of the untouched model: 100.0% of 400 retained samples (chance " in out
     config = json.loads((tmp_path / "run" / "config.json").read_text())["pretrained_cfg"]
     assert (config["mean"], config["std"]) == ([0.0] * 3, [1.0] * 3)
@@ -220,6 +225,19 @@ def test_unlearning_in_memory_warns_of_chance(
     assert "near chance" not in caplog.text
     unlearn(tiny_vit(in_chans=3), forget, retain, method="finetune", config=config)
     assert "near chance" in caplog.text
+
+
+def test_unlearning_in_memory_stops_far_below_the_expected_accuracy(good: torch.nn.Module, data: Path) -> None:
+    source = open_source(f"imagefolder:{data}")
+    forget, retain = source.train.subset(range(50)), source.train.subset(range(50, 600))
+    config = {"max_steps": 1, "batch_size": 20, "precision": "fp32", "device": "cpu", "expect_accuracy": 0.9}
+    assert unlearn(good, forget, retain, method="finetune", config=config).history
+    wrong = copy.deepcopy(good)
+    wrong.pretrained_cfg = {**wrong.pretrained_cfg, "mean": (0.9,) * 3, "std": (0.1,) * 3}
+    with pytest.raises(UserError, match=r"watched samples is .*%, far below the 90.0% of option expect_accuracy"):
+        unlearn(wrong, forget, retain, method="finetune", config=config)
+    with pytest.raises(UserError, match=r"expect_accuracy"):
+        unlearn(good, forget, retain, method="finetune", config={**config, "expect_accuracy": 90})
 
 
 # --- the tests behind it ----------------------------------------------------------------------------------------------

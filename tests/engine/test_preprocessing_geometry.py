@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from timm.data import create_transform
 from torchvision.transforms import InterpolationMode
+from toys import tiny_vit
 
-from engine.models.preprocessing import Preprocessing
+from engine.models.checkpoint import load_checkpoint, save_checkpoint
+from engine.models.preprocessing import Changes, Preprocessing
 
 SHAPES = [(40, 70), (500, 375), (333, 517)]
 
@@ -55,3 +59,26 @@ def test_an_image_that_is_decoded_smaller_is_not_enlarged(size: tuple[int, int],
             assert all(t <= s for t, s in zip(used._target(*smaller), smaller, strict=True)), (height, width, by)
             larger = [height / (by + 1), width / (by + 1)]
             assert any(t > s for t, s in zip(used._target(height, width), larger, strict=True)), (height, width, by)
+
+
+def test_an_image_of_the_input_size_is_cropped_where_crop_pct_was_chosen(tmp_path: Path) -> None:
+    image = torch.from_numpy(picture(32, 32)).permute(2, 0, 1)
+    options = {"crop_pct": 0.75, "normalize": False, "interpolation": "bicubic"}
+    transform = create_transform((3, 32, 32), is_training=False, **options)
+    expected = transform(Image.fromarray(picture(32, 32))).int()
+    model = tiny_vit(img_size=32, in_chans=3)
+    assert torch.equal(Preprocessing.of(model).resize(image), image)  # timm's default crop_pct was chosen by nobody
+    assert "not of images of 32 x 32" in Preprocessing.of(model).line()
+    Changes.read(crop_pct=0.75).apply(model)
+    used = Preprocessing.of(load_checkpoint(save_checkpoint(model, tmp_path)))
+    assert (used.resize(image).int() - expected).abs().max() <= 2
+    assert (expected - image.int()).abs().max() > 50  # the crop is seen
+    assert "not of images" not in used.line()
+    assert torch.equal(used.resize(image.float()), image.float())  # the dataset's own transform made it
+
+
+def test_crop_pct_of_a_training_script_is_chosen(tmp_path: Path) -> None:
+    model = timm.create_model("test_vit", num_classes=10)
+    settings = {"model": "test_vit", "crop_pct": 0.75}
+    torch.save({"state_dict": model.state_dict(), "args": settings}, tmp_path / "x.pth")
+    assert Preprocessing.of(load_checkpoint(tmp_path / "x.pth")).crop_fitting

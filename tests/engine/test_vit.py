@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -16,6 +18,7 @@ from toys import TINY, tiny_vit
 from engine.errors import RunStopped, UserError
 from engine.models.attention import attention_as, capture_queries_keys, still_key_biases
 from engine.models.checkpoint import load_checkpoint, save_checkpoint, weights_sha256
+from engine.models.info import model_info
 from engine.models.spec import ModelSpec, remember_model_args, spec_of
 from engine.models.vit import attention_info, describe, outputs
 
@@ -220,6 +223,36 @@ def test_still_key_biases_zero_what_softmax_does_not_see_and_nothing_else() -> N
     for handle in handles:
         handle.remove()
     assert not still_key_biases(tiny_vit(qk_norm=True)), "a normalised key feels its bias"
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "still"),
+    [
+        ("test_vit", {}, 6),
+        ("test_vit_relpos", {"qkv_bias": True}, 9),
+        ("swin_tiny_patch4_window7_224", {"img_size": 56, "depths": (1, 1, 1, 1), "embed_dim": 24}, 4),
+        ("davit_tiny", {"depths": (1, 1, 1, 1), "embed_dims": (24, 48, 48, 48)}, 0),
+        ("tiny_vit_5m_224", {}, 0),
+        ("test_maxvit", {}, 0),
+        ("vit_small_patch16_rope_224", {"embed_dim": 48, "depth": 2, "num_heads": 3, "img_size": 32}, 0),
+    ],
+)
+def test_only_biases_without_influence_are_still(name: str, arguments: dict[str, Any], still: int) -> None:
+    model = timm.create_model(name, num_classes=4, **arguments).double().eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    size = model_info(model).input_size
+    images = torch.randn((2, 3, *size), generator=generator, dtype=torch.float64)
+    other = copy.deepcopy(model)
+    other(images).square().sum().backward()
+    before = {key: p.grad for key, p in other.named_parameters()}
+    handles = still_key_biases(model)
+    assert len(handles) == still
+    model(images).square().sum().backward()
+    for key, parameter in model.named_parameters():
+        assert (parameter.grad - before[key]).norm() <= 1e-10 * max(1e-3, before[key].norm()), key
 
 
 @pytest.mark.parametrize("name", ["tiny", "deit"])
