@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from bench.ablation import run_ablation
-from bench.kernels import run_kernels
-from engine.cli import run_app
+from bench.kernel_speed.kernels import run_kernels
+from bench.quality.ablation import run_ablation
+from engine.cli.app import run_app
 from engine.errors import UserError
 
 app = typer.Typer(help="Tables that one command makes.", no_args_is_help=True, add_completion=False)
@@ -86,7 +86,7 @@ def train(
 
     Prints each target with PASS or MISSED. It measures and does not judge: the exit code is 0 when a target is missed.
     """
-    from bench.train import run_train
+    from bench.training_cost.train import run_train
 
     run_train(json, quick, device, only, threads, minutes)
 
@@ -99,7 +99,7 @@ def compile_(
     json: Annotated[Path | None, typer.Option("--json", help="Results.")] = None,
 ) -> None:
     """The Triton kernels compiled for GPUs that are not here: registers, spills, occupancy; exit 1 for a problem."""
-    from bench.compile import run_compile
+    from bench.kernel_speed.compile import run_compile
 
     if run_compile(target or [], only or [], match, json):
         raise typer.Exit(1)
@@ -123,7 +123,7 @@ def data(
 
     Prints each target with PASS or MISSED. It measures and does not judge: the exit code is 0 when a target is missed.
     """
-    from bench.data import run_data
+    from bench.training_cost.data import run_data
 
     run_data(images, real, scratch, rounds, json, quick)
 
@@ -136,7 +136,7 @@ def chaos(
     json: Annotated[Path | None, typer.Option("--json", help="Results, with every kill.")] = None,
 ) -> None:
     """Runs killed with SIGKILL and resumed: identical to an undisturbed one, or exit 1. Also a full disk, as root."""
-    from bench.chaos import run_chaos
+    from bench.reliability.chaos import run_chaos
 
     if not run_chaos(runs, [int(stage) if stage.isdecimal() else -1 for stage in stages.split(",")], seed, json)[
         "passed"
@@ -147,7 +147,7 @@ def chaos(
 @app.command("two-hosts")
 def two_hosts(json: Annotated[Path | None, typer.Option("--json", help="Results.")] = None) -> None:
     """One job on two network namespaces: the result of one host, and a link that is cut. Needs root; exit 1 if not."""
-    from bench.two_hosts import run_two_hosts
+    from bench.reliability.two_hosts import run_two_hosts
 
     if not run_two_hosts(json)["passed"]:
         raise typer.Exit(1)
@@ -164,7 +164,7 @@ def equality(
     json: Annotated[Path | None, typer.Option("--json", help="Results.")] = None,
 ) -> None:
     """DeepSpeed and two ranks at ZeRO 0 to 3 against one process, on the CPU; exit 1 beyond 1e-5 in fp32."""
-    from bench.scale import run_equality
+    from bench.training_cost.scale import run_equality
 
     if not run_equality(checkpoint, data, forget, steps, batch_size, precision or ["fp32", "bf16"], json):
         raise typer.Exit(1)
@@ -182,7 +182,7 @@ def memory(
     json: Annotated[Path | None, typer.Option("--json", help="Results.")] = None,
 ) -> None:
     """Real steps on two CPU ranks: peak memory of each beside what `lethe plan` says; exit 1 beyond 20%."""
-    from bench.scale import run_memory
+    from bench.training_cost.scale import run_memory
 
     cases = case or ["zero2:fp32", "zero3_offload:fp32", "zero0:fp32", "zero2:bf16"]
     if not run_memory(arch, images, cases, batch_size, steps, json):
@@ -211,7 +211,7 @@ def retrain_cost(
     json: Annotated[Path | None, typer.Option("--json", help="Results; goes on where the file ends.")] = None,
 ) -> None:
     """Every method beside a retrain of the same seed: all that the user waits for, and the quality, in one row."""
-    from bench.retrain_cost import run_retrain_cost
+    from bench.quality.retrain_cost import run_retrain_cost
 
     subjects = _subjects(checkpoint, data, forget, reference or [], name, retrain_epochs, digits)
     if not subjects and not projection:
@@ -245,7 +245,7 @@ def leaderboard(
     json: Annotated[Path | None, typer.Option("--json", help="Results; goes on where the file ends.")] = None,
 ) -> None:
     """Every method on a random tenth and on a class, best gap first, with the ranks' stability over seeds."""
-    from bench.retrain_cost import class_of, run_retrain_cost
+    from bench.quality.retrain_cost import class_of, run_retrain_cost
 
     subjects = _subjects(checkpoint, data, forget, reference or [], name, retrain_epochs, digits)
     classes = [(subject, "3" if subject.checkpoint is None else class_name) for subject in subjects]
@@ -262,8 +262,8 @@ def plot(
     picture: Annotated[Path, typer.Argument(help="PNG; with several tasks each has its name in the file's.")],
 ) -> None:
     """What --plot of `leaderboard` and of `retrain-cost` draws, from their results alone: nothing is run."""
-    from bench.retrain_cost import plot as draw
-    from bench.tables import fitted, load
+    from bench.publish.tables import fitted, load
+    from bench.quality.retrain_cost import plot as draw
 
     fitted([results.name], lambda report: draw(report, picture), load(results))
 
@@ -290,7 +290,7 @@ def peers(
     json: Annotated[Path | None, typer.Option("--json", help="Results; goes on where the file ends.")] = None,
 ) -> None:
     """Four methods beside supreme-unlearning's and torchunlearn's, on equal settings and each at its defaults."""
-    from bench.method_peers import run_method_peers
+    from bench.quality.method_peers import run_method_peers
 
     subjects = _subjects(checkpoint, data, forget, reference or [], name, retrain_epochs, digits)
     run_method_peers(subjects, 1 if quick else seeds, settings or [], method or [], json, quick, terms=setting or [])
@@ -306,7 +306,7 @@ def _subjects(
     digits: bool,
 ) -> list[Any]:
     """Digits, and the user's model where one is given."""
-    from bench.retrain_cost import DIGITS, Subject
+    from bench.quality.retrain_cost import DIGITS, Subject
 
     subjects = [DIGITS] if digits else []
     given = {"--checkpoint": checkpoint, "--data": data, "--forget": forget}
@@ -339,7 +339,7 @@ def models(
     json: Annotated[Path | None, typer.Option("--json", help="Results; a run goes on where it broke off.")] = None,
 ) -> None:
     """Which of timm's classifiers open, and what runs on them: all by their shapes, one of each module for a step."""
-    from bench.models import run_models
+    from bench.quality.models import run_models
 
     run_models(json, only, jobs, part)
 
@@ -369,7 +369,7 @@ def verdicts(
     json: Annotated[Path | None, typer.Option("--json", help="Results.")] = None,
 ) -> None:
     """Does `lethe verify` fail where it must? Models whose verdict is known, and the methods, at one setting."""
-    from bench.verdict_matrix import run_verdict_matrix
+    from bench.quality.verdict_matrix import run_verdict_matrix
 
     subjects = _subjects(checkpoint, data, forget, reference or [], name, retrain_epochs, digits)
     run_verdict_matrix(subjects, retrained or [], method or [], settings or [], gates, json)
@@ -390,7 +390,7 @@ def unlearn(
 
     Prints each curve with PASS or LOOK. It measures and does not judge: the exit code is 0 when one reads LOOK.
     """
-    from bench.unlearn import run_unlearn
+    from bench.training_cost.unlearn import run_unlearn
 
     run_unlearn(json, device, quick, only or [], plot)
 
@@ -402,7 +402,7 @@ def tables(
     ] = False,
 ) -> None:
     """The tables and figures of README.md and docs/results.md made from bench/results/; exit 1 where one cannot be."""
-    from bench.tables import run_tables
+    from bench.publish.tables import run_tables
 
     if not run_tables(check):
         raise typer.Exit(1)
@@ -421,7 +421,7 @@ def ulira(
     json: Annotated[Path | None, typer.Option("--json", help="Results, with every sample's score.")] = None,
 ) -> None:
     """U-LiRA on digits: can models that unlearned be told from models that never saw the samples? Stages timed."""
-    from bench.ulira import run_ulira
+    from bench.quality.ulira import run_ulira
 
     run_ulira(models, method or ["lethe"], cache, workers, quick, json)
 
@@ -432,8 +432,8 @@ def page(
     results: Annotated[Path | None, typer.Option(help="Folder of result files.", show_default="bench/results")] = None,
 ) -> None:
     """Every result file as a section of one HTML page that loads nothing: commands, machines, tables, plots."""
-    from bench.page import run_page
-    from bench.tables import RESULTS
+    from bench.publish.page import run_page
+    from bench.publish.tables import RESULTS
 
     run_page(out, results or RESULTS)
 
@@ -447,7 +447,7 @@ def all_(
     ] = None,
 ) -> None:
     """kernels, train, unlearn, retrain-cost, data, then the page; goes on after one that fails, exits 1 naming it."""
-    from bench.run_all import run_all
+    from bench.publish.run_all import run_all
 
     if run_all(out, quick, real):
         raise typer.Exit(1)

@@ -46,4 +46,4 @@ part unlearn 60 unlearn --device "$device" --only forget --only retain --only re
     "${dry[@]}"
 part retrain-cost 50 retrain-cost --no-digits --set "device=$device" "${dry[@]}"
 
-"$PYTHON" -m bench.gpu_summary "$OUT"
+"$PYTHON" -m bench.kernel_speed.gpu_summary "$OUT"

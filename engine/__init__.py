@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from engine import evaluate
     from engine.config import RunConfig
+    from engine.core.result import UnlearnResult
     from engine.errors import BadResult, RunStopped, UserError
-    from engine.loop import train, unlearn
     from engine.methods import list_methods
     from engine.models.checkpoint import load_checkpoint, save_checkpoint
     from engine.models.spec import remember_model_args
-    from engine.run.result import UnlearnResult
+    from engine.run.unlearn import train, unlearn
     from engine.tuning import tune
 
 __version__ = "0.1.0"
@@ -25,10 +25,10 @@ _HOME = {
     "RunConfig": "engine.config",
     "RunStopped": "engine.errors",
     "UserError": "engine.errors",
-    "UnlearnResult": "engine.run.result",
-    "train": "engine.loop",
+    "UnlearnResult": "engine.core.result",
+    "train": "engine.run.unlearn",
     "tune": "engine.tuning",
-    "unlearn": "engine.loop",
+    "unlearn": "engine.run.unlearn",
     "list_methods": "engine.methods",
     "load_checkpoint": "engine.models.checkpoint",
     "remember_model_args": "engine.models.spec",

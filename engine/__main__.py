@@ -1,5 +1,5 @@
 """`python -m engine` and `deepspeed --module engine`: the `lethe` command."""
 
-from engine.cli import main
+from engine.cli.app import main
 
 main()

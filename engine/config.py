@@ -29,7 +29,7 @@ class KernelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SetaConfig:
-    """Options of `retain_pruning=seta`, see engine/pruning.py.
+    """Options of `retain_pruning=seta`, see engine/run/seta.py.
 
     keep: share (0, 1] of the retained samples that an epoch draws at random. groups: of about the same loss, easiest
     first, that k-means makes of those. window: share (0, 1] of the groups that an epoch takes; 1: all that are drawn.
@@ -79,11 +79,11 @@ class RunConfig:
         the linear layers of attention and MLP, merged at the end). The other weights stay as they are, bit for bit.
     retain_share: share (0, 1] of the retained samples that the run works with, chosen once before it.
     retain_choice: random (within each class) | hard (highest loss of the original) | near (to forget samples, in the
-        original's features), see engine/retained.py. The last two read all retained samples once.
+        original's features), see engine/run/retain_subset.py. The last two read all retained samples once.
     retain_pruning: none | seta: every epoch on the retained samples takes a part of them, by their last losses (SeTa).
         What a step takes beside them grows, so that an epoch has as much of it in fewer steps. seta: its options.
     stop_when: never | held_out: the run ends after an epoch of its last stage when the forget samples are known no
-        better than held-out samples of their classes were to the original, see engine/early_stop.py. Needs validation
+        better than held-out samples of their classes were to the original, see engine/run/early_stopping.py. Needs validation
         samples.
     stop_tolerance: accuracy [0, 1) by which it may be better, and held-out samples worse, than asked.
     weight_decay, grad_clip: AdamW's decoupled decay; the largest global gradient norm (0: no clipping).

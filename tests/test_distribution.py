@@ -85,8 +85,8 @@ def test_the_wheel_has_the_engine_and_the_kernels_and_their_data(built: Path) ->
 @pytest.mark.slow
 def test_the_sdist_has_a_checkout(built: Path) -> None:
     (source,) = (built / "unpacked").iterdir()
-    for name in ("lethe_kernels.py", "setup.py", "bench/plugin.py", "bench/baseline.json", "bench/gpu.sh",
-                 "tests/conftest.py", "tests/kernels/layers.py", "kernels/py.typed", "configs"):  # fmt: skip
+    for name in ("lethe_kernels.py", "setup.py", "bench/regression/plugin.py", "bench/regression/baseline.json", "bench/gpu.sh",
+                 "tests/conftest.py", "tests/support/layers.py", "kernels/py.typed", "configs"):  # fmt: skip
         assert (source / name).exists(), name
     assert not (source / "tests" / "typing").exists()  # a link, of which an archive would have a copy
 
@@ -97,12 +97,12 @@ import kernels
 import lethe_kernels
 from kernels import LayerRepository
 from lethe_kernels import info_nce, attention_rollout
-import engine, engine.cli, engine.masking
+import engine, engine.cli.app, engine.models.attention_masking
 from transformers import AutoModelForImageClassification, ViTConfig
 from transformers.utils.import_utils import is_kernels_available
 config = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=16)
 AutoModelForImageClassification.from_config(config)
-from engine.environment import kernels_problem
+from engine.runtime.environment import kernels_problem
 assert kernels_problem() is None
 for module in (kernels, lethe_kernels, engine):
     assert module.__file__.startswith(sys.prefix), module.__file__

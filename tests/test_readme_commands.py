@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 from typer.testing import CliRunner
 
-from engine.cli import app
+from engine.cli.app import app
 
 README = Path(__file__).parent.parent / "README.md"
 ARCHITECTURE = "vit_tiny_patch16_224"

@@ -15,8 +15,8 @@ from engine.data.classes import natural_order
 from engine.data.folders import existing_folder, is_hidden, is_image, note_left_out, note_not_read
 from engine.data.ids import Ids
 from engine.data.samples import IdKind, Samples
-from engine.data.shards import SPLIT_WORDS, by_split
 from engine.data.spec import DataOptions
+from engine.data.webdataset.shards import SPLIT_WORDS, by_split
 from engine.errors import UserError
 
 

@@ -23,9 +23,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from engine.data.samples import BadImageError, Reduce, Samples
 from engine.data.sampling import Epochs, Sampler, epoch_order
-from engine.distributed.world import World
 from engine.errors import RunStopped, UserError
 from engine.models.preprocessing import Preprocessing
+from engine.runtime.process_group import World
 
 logger = logging.getLogger(__name__)
 

@@ -24,8 +24,8 @@ from engine.data.columns import Columns, Labels, find_columns, one_numbering, re
 from engine.data.folders import existing_folder, is_hidden, note_not_read
 from engine.data.rowgroups import ParquetImages
 from engine.data.samples import IdKind, Samples
-from engine.data.shards import SPLIT_WORDS, add_folders, by_split, check_sequence, split_word
 from engine.data.spec import DataOptions
+from engine.data.webdataset.shards import SPLIT_WORDS, add_folders, by_split, check_sequence, split_word
 from engine.errors import UserError
 
 

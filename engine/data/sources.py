@@ -16,7 +16,7 @@ from engine.data.imagefolder import open_imagefolder
 from engine.data.parquet import open_parquet
 from engine.data.samples import IdKind, Samples
 from engine.data.spec import DataOptions, parse_spec, refuse_columns
-from engine.data.webdataset import open_webdataset
+from engine.data.webdataset.samples import open_webdataset
 from engine.errors import UserError, nearest
 
 VALIDATION_SHARE = 0.2

@@ -54,7 +54,7 @@ class _Evaluate(types.ModuleType):
         Example:
             >>> engine.evaluate(result.model, forget, retain, test, original=model)["accuracy"]["test"]
         """
-        evaluate_samples = importlib.import_module("engine.job").evaluate_samples
+        evaluate_samples = importlib.import_module("engine.jobs.task").evaluate_samples
         metrics: dict[str, Any] = evaluate_samples(
             {"forget": forget, "retain": retain, "test": test}, model, original, references, config
         )

@@ -15,7 +15,7 @@ import numpy as np
 from engine.errors import UserError
 from engine.evaluate.intervals import Interval, bootstrap, bootstrap_means, percentiles, proportion, stated
 from engine.evaluate.membership import non_member_calls
-from engine.evaluate.predict import Predictions
+from engine.models.predict import Predictions
 
 SETS = ("forget", "retain", "test")
 

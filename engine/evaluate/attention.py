@@ -7,7 +7,7 @@ retrained model says of x more than f_o(x) does; and if it is the attention that
 patches masked at random does. On test images, which neither model has seen, masking takes away the same evidence and no
 memory: what it does there as well is not forgetting.
 
-Scores are those of `engine.masking`, in its terms: attention rollout, or Swin's rule. Masked pixels are black.
+Scores are those of `engine.models.attention_masking`, in its terms: attention rollout, or Swin's rule. Masked pixels are black.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from torch import Tensor, nn
 from engine.config import require
 from engine.data import Batch, Loader, Preprocessing, Samples
 from engine.data.samples import spread
-from engine.device import autocast, resolve_device, resolve_precision
 from engine.errors import UserError
 from engine.evaluate.intervals import bootstrap_means, percentiles, proportion
-from engine.evaluate.predict import Predictions
-from engine.masking import count_masked, random_masks, scores_and_outputs, top_mask
+from engine.models.attention_masking import count_masked, random_masks, scores_and_outputs, top_mask
 from engine.models.info import num_classes_of
+from engine.models.predict import Predictions
 from engine.models.vit import ViTInfo, attention_info, outputs
+from engine.runtime.device import autocast, resolve_device, resolve_precision
 from lethe_kernels import mask_patches
 
 MOST_SAMPLES = 1_000

@@ -45,7 +45,7 @@ import numpy as np
 
 from engine.errors import UserError
 from engine.evaluate.membership import non_member_calls
-from engine.evaluate.predict import Predictions
+from engine.models.predict import Predictions
 
 PARTS = ("forget", "membership", "validation", "retain")
 

@@ -23,7 +23,7 @@ from sklearn.svm import SVC
 
 from engine.errors import UserError
 from engine.evaluate.intervals import Interval, percentiles, stated
-from engine.evaluate.predict import Predictions
+from engine.models.predict import Predictions
 
 # Fitting the SVC takes time with the square of the samples: 3 s for 8,000 + 8,000 on one core.
 MOST_SAMPLES = 10_000

@@ -11,14 +11,14 @@ from torch import nn
 
 from engine.data import Loader, Preprocessing, Samples
 from engine.data.samples import spread
-from engine.device import resolve_device, resolve_precision
-from engine.distributed.world import World
 from engine.errors import UserError
 from engine.evaluate.agreement import SETS, agreement_report, mean_kl, top1_agreement
 from engine.evaluate.membership import DIRECTION, attack_report, loss_auc, non_member_calls
-from engine.evaluate.predict import Predictions, predict
 from engine.models.huggingface import as_classifier
 from engine.models.info import num_classes_of
+from engine.models.predict import Predictions, predict
+from engine.runtime.device import resolve_device, resolve_precision
+from engine.runtime.process_group import World
 
 GAPS = ("forget", "retain", "test", "mia")
 

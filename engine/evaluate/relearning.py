@@ -41,18 +41,18 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from engine.config import RunConfig, require
+from engine.core.method import cross_entropy
 from engine.data import Batch, Loader, Preprocessing, Samples
 from engine.data.samples import spread
-from engine.device import autocast, resolve_device, resolve_precision
-from engine.distributed.updater import Updater
 from engine.errors import RunStopped, UserError, nearest
 from engine.evaluate.intervals import Interval, bootstrap, percentiles
 from engine.evaluate.membership import auc_interval, calibrated_scores
-from engine.evaluate.predict import Predictions, predict
 from engine.evaluate.representation import head_features
-from engine.methods.base import cross_entropy
 from engine.methods.finetune import RETAIN_LR_PER_WIDTH
 from engine.models.info import model_info
+from engine.models.predict import Predictions, predict
+from engine.run.updater import Updater
+from engine.runtime.device import autocast, resolve_device, resolve_precision
 
 STEPS = (0, 1, 2, 4, 8, 16, 32, 64)
 BATCH_SIZE = 50

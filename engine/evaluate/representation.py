@@ -31,11 +31,11 @@ from torch import Tensor, nn
 
 from engine.data import Batch, Loader, Preprocessing, Samples
 from engine.data.samples import spread
-from engine.device import autocast, resolve_device, resolve_precision
 from engine.errors import UserError, nearest
 from engine.evaluate.intervals import Interval, bootstrap, proportion
 from engine.models.info import ModelInfo, classifiers
 from engine.models.vit import ViTInfo, describe, outputs
+from engine.runtime.device import autocast, resolve_device, resolve_precision
 
 MOST_SAMPLES = 1_000
 NEIGHBOURS = 5

@@ -33,7 +33,7 @@ from engine.errors import UserError
 from engine.evaluate.agreement import kl, margins
 from engine.evaluate.intervals import Interval, bootstrap_means, percentiles
 from engine.evaluate.membership import auc_interval, tpr_interval
-from engine.evaluate.predict import Predictions
+from engine.models.predict import Predictions
 
 Status = Literal["PASS", "FAIL", "INSUFFICIENT EVIDENCE"]
 PASS: Status = "PASS"

@@ -40,13 +40,13 @@ from torch import Tensor, nn
 from engine.config import positive_or_null, require
 from engine.data import Batch
 from engine.data.sampling import Sampler, epoch_order
-from engine.device import autocast
 from engine.errors import RunStopped
 from engine.forget_sets.base import Selection, Strategy, highest, register, require_candidates
 from engine.forget_sets.pool import Pool
 from engine.forget_sets.projection import project
 from engine.models.info import model_info
 from engine.models.vit import outputs
+from engine.runtime.device import autocast
 
 # Samples of a forward pass of the last layer: all features lie in memory, all logits need not.
 _ROWS = 4096

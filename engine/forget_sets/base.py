@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from engine.core.registry import Registry
 from engine.errors import UserError
 from engine.forget_sets.pool import Pool
-from engine.registry import Registry
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from engine.config import RunConfig, build
 from engine.data import Batch, Loader, Preprocessing, Samples
-from engine.device import autocast, resolve_device, resolve_precision
 from engine.errors import UserError
 from engine.models.huggingface import as_classifier
 from engine.models.info import classifiers, num_classes_of
 from engine.models.vit import outputs
-from engine.trainer import Progress
+from engine.run.trainer import Progress
+from engine.runtime.device import autocast, resolve_device, resolve_precision
 
 # Options of a run that the choice of a forget set has too.
 READING_KEYS = ("batch_size", "precision", "device", "workers", "decode", "on_bad_image", "max_bad_share")

@@ -22,7 +22,7 @@ from engine.models.preprocessing import Changes, Preprocessing, origins_line
 
 if TYPE_CHECKING:
     from engine.data import Samples, Source
-    from engine.job import Task
+    from engine.jobs.task import Task
 
 LabelOrder = Literal["auto", "data"]
 _current: contextvars.ContextVar[Opening | None] = contextvars.ContextVar("opening", default=None)

@@ -21,8 +21,6 @@ from torch import Tensor, nn
 
 from engine.config import read_yaml
 from engine.data import Loader, Samples
-from engine.device import autocast, resolve_device, resolve_precision
-from engine.distributed.world import World
 from engine.errors import UserError
 from engine.evaluate.plausibility import (
     MARGIN,
@@ -39,6 +37,8 @@ from engine.models.preprocessing import STATISTICS, Preprocessing
 from engine.models.spec import spec_of
 from engine.models.unwrap import Kind
 from engine.models.vit import outputs
+from engine.runtime.device import autocast, resolve_device, resolve_precision
+from engine.runtime.process_group import World
 
 SAMPLES = 400
 _BATCH = 50

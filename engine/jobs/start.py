@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from engine.audit.run_record import Origin, origin
 from engine.config import read_yaml
 from engine.data import (
     Source,
@@ -19,12 +20,11 @@ from engine.jobs.opening import open_model as load_checkpoint
 from engine.models.checkpoint import imported, weights_sha256
 from engine.models.checkpoint_source import CheckpointSource
 from engine.models.labels import label_names
+from engine.models.slice_stages import with_fresh_head
 from engine.models.spec import ModelSpec, describing, spec_of
-from engine.report.run_record import Origin, origin
-from engine.sliced import with_fresh_head
 
 if TYPE_CHECKING:
-    from engine.job import Task
+    from engine.jobs.task import Task
 
 
 def architecture(name: str, model_args: Mapping[str, Any], source: Source) -> nn.Module:

@@ -1,5 +1,6 @@
 """The methods, one file each; importing this package registers all of them."""
 
+from engine.core.method import Context, Method, Phase, get_method, list_methods, register
 from engine.methods import (
     bad_teacher,
     finetune,
@@ -25,7 +26,6 @@ from engine.methods import (
     ssd,
     three_stage,
 )
-from engine.methods.base import Context, Method, Phase, get_method, list_methods, register
 
 __all__ = [
     "Context",

@@ -25,10 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from engine.config import positive_or_null, require
+from engine.core.method import Context, Phase, register
+from engine.core.search_space import Range, rate, tunable
 from engine.data import Batch
-from engine.methods.base import Context, Phase, register
-from engine.methods.distillation import Distillation, divergence
-from engine.methods.spaces import Range, rate, tunable
+from engine.methods.common.distillation import Distillation, divergence
 from engine.models.spec import spec_of
 from engine.models.vit import outputs
 

@@ -12,7 +12,7 @@ Ours, because the published numbers belong to CosFace losses of scale 64 and to 
   should have: the original's cross-entropy on held-out samples, where retained samples have the same class, and
   2 ln(classes), twice that of a uniform guess, where none has.
 - alpha, beta, the rate, a forget batch that is a fraction of the retained one, and epochs over all retained samples.
-- LoRA's scale is 1 (engine.trainable), and there is no moving average of the weights.
+- LoRA's scale is 1 (engine.models.trainable), and there is no moving average of the weights.
 On several ranks, and with accumulation, ReLU is taken of each micro-batch's mean.
 """
 
@@ -27,12 +27,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.config import positive_or_null, require
+from engine.core.heldout import predictions_of
+from engine.core.method import Context, Method, Passes, Phase, Taken, cross_entropy, phase_of_both, register
+from engine.core.search_space import Range, rate, tunable
 from engine.data import Batch, Samples
 from engine.errors import UserError
-from engine.methods.base import Context, Method, Passes, Phase, Taken, cross_entropy, phase_of_both, register
-from engine.methods.calibration import predictions_of
-from engine.methods.spaces import Range, rate, tunable
-from engine.trainable import LowRank, low_ranks, restrict
+from engine.models.trainable import LowRank, low_ranks, restrict
 
 # Peak rate of the low-rank updates times the width of the model.
 LORA_LR_PER_WIDTH = 0.64

@@ -22,12 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.config import positive_or_null, require
+from engine.core.method import Context, Passes, Phase, Taken, register
+from engine.core.search_space import Range, tunable
 from engine.data import Batch
 from engine.errors import UserError
-from engine.methods.base import Context, Passes, Phase, Taken, register
-from engine.methods.distillation import divergence
+from engine.methods.common.distillation import divergence
 from engine.methods.gs_lora import GSLoRA, GSLoRAConfig
-from engine.methods.spaces import Range, tunable
 from engine.models.info import classifiers
 from engine.models.vit import outputs
 

@@ -21,9 +21,9 @@ import dataclasses
 from torch import nn
 
 from engine.config import positive_or_null
-from engine.methods.base import Context, Method, Passes, Phase, Taken, cross_entropy, register
-from engine.methods.gradients import mean_gradient
-from engine.methods.line_search import LineSearch, SearchConfig, go, looks
+from engine.core.method import Context, Method, Passes, Phase, Taken, cross_entropy, register
+from engine.methods.common.gradients import mean_gradient
+from engine.methods.common.line_search import LineSearch, SearchConfig, go, looks
 
 # The largest step that is looked at, times the width of the model.
 MOST_PER_WIDTH = 0.256

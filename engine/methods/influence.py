@@ -31,12 +31,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.config import positive_or_null, require
+from engine.core.method import Context, Passes, Phase, Taken, cross_entropy, register
 from engine.data import Loader
 from engine.errors import UserError
-from engine.methods.base import Context, Passes, Phase, Taken, cross_entropy, register
-from engine.methods.edits import Edit, EditConfig
-from engine.methods.gradients import dot, gradient, mean_gradient, norm, trainable
-from engine.methods.line_search import LineSearch, SearchConfig, go, looks
+from engine.methods.common.edits import Edit, EditConfig
+from engine.methods.common.gradients import dot, gradient, mean_gradient, norm, trainable
+from engine.methods.common.line_search import LineSearch, SearchConfig, go, looks
 from engine.models.attention import attention_as
 
 # The largest alpha that is looked at.

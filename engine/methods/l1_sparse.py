@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from engine.config import require
+from engine.core.method import Context, Phase, register
+from engine.core.search_space import Range, tunable
 from engine.data import Batch
-from engine.methods.base import Context, Phase, register
 from engine.methods.finetune import Finetune, FinetuneConfig
-from engine.methods.spaces import Range, tunable
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

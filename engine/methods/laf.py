@@ -27,12 +27,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.config import positive_or_null, require
+from engine.core.method import Context, Passes, Phase, Taken, cross_entropy, register
+from engine.core.search_space import Range, rate, tunable
 from engine.data import Batch
 from engine.data.samples import spread
-from engine.methods.base import Context, Passes, Phase, Taken, cross_entropy, register
-from engine.methods.distillation import Distillation
+from engine.methods.common.distillation import Distillation
 from engine.methods.finetune import RETAIN_LR_PER_WIDTH
-from engine.methods.spaces import Range, rate, tunable
 from engine.models.vit import outputs
 
 # Rate of the forget phase times the width of the model.

@@ -14,7 +14,7 @@ defaults were chosen.
 
 f_o runs once for each forget image and its masked copy: forget images are not augmented by default, so both of its
 outputs are cached before the stage (2 x forget samples x classes floats, in host memory). Where the model allows it,
-the masked copy is never made: its patch tokens are those of the image but for the masked ones (`engine.tokens`).
+the masked copy is never made: its patch tokens are those of the image but for the masked ones (`engine.models.masked_tokens`).
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ import torch
 from torch import Tensor, nn
 
 from engine.config import positive_or_null, require
+from engine.core.method import Context, Method, Passes, Phase, Taken, cross_entropy, register
+from engine.core.search_space import Range, rate, tunable
 from engine.data import Batch
 from engine.errors import UserError
-from engine.masking import HeadFusion, MaskSource, count_masked, mask_and_outputs, random_masks
-from engine.methods.base import Context, Method, Passes, Phase, Taken, cross_entropy, register
 from engine.methods.finetune import RETAIN_LR_PER_WIDTH
-from engine.methods.spaces import Range, rate, tunable
+from engine.models.attention_masking import HeadFusion, MaskSource, count_masked, mask_and_outputs, random_masks
+from engine.models.masked_tokens import capture_patch_tokens, masked_outputs, masked_patch_token, supports_tokens
 from engine.models.vit import outputs
-from engine.tokens import capture_patch_tokens, masked_outputs, masked_patch_token, supports_tokens
 from lethe_kernels import info_nce, mask_patches
 
 # Rate of the forget stage times the width of the model: 3e-5 at width 128. See docs/notes.md.

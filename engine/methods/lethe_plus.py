@@ -38,9 +38,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.config import positive_or_null, require
+from engine.core.method import Context, Method, Passes, Phase, Taken, cross_entropy, phase_of_both, register
+from engine.core.search_space import Range, rate, tunable
 from engine.data import Batch
-from engine.methods.base import Context, Method, Passes, Phase, Taken, cross_entropy, phase_of_both, register
-from engine.methods.spaces import Range, rate, tunable
 from engine.models.vit import outputs
 
 # Peak rate times the width of the model; see docs/notes-lethe-plus.md.

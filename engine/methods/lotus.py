@@ -31,11 +31,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.config import positive_or_null, require
+from engine.core.heldout import LOOKS, predictions_of, said, unseen_accuracy
+from engine.core.method import Context, Passes, Phase, Taken, register
+from engine.core.search_space import Range, rate, tunable
 from engine.data import Batch
-from engine.methods.base import Context, Passes, Phase, Taken, register
-from engine.methods.calibration import LOOKS, predictions_of, said, unseen_accuracy
-from engine.methods.distillation import Distillation
-from engine.methods.spaces import Range, rate, tunable
+from engine.methods.common.distillation import Distillation
 from engine.models.vit import outputs
 
 # Rate times the width of the model.

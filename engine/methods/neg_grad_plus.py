@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.config import positive_or_null, require
+from engine.core.method import Phase, register
+from engine.core.search_space import Range, tunable
 from engine.data import Batch
-from engine.methods.base import Phase, register
 from engine.methods.finetune import Finetune, FinetuneConfig
-from engine.methods.spaces import Range, tunable
 from engine.models.vit import outputs
 
 

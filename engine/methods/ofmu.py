@@ -30,11 +30,11 @@ import torch
 from torch import Tensor, nn
 
 from engine.config import positive_or_null, require
+from engine.core.method import Context, Method, Passes, Phase, Taken, cross_entropy, phase_of_both, register
+from engine.core.search_space import Range, rate, tunable
 from engine.data import Batch
 from engine.errors import UserError
-from engine.methods.base import Context, Method, Passes, Phase, Taken, cross_entropy, phase_of_both, register
-from engine.methods.gradients import dot, norm, trainable
-from engine.methods.spaces import Range, rate, tunable
+from engine.methods.common.gradients import dot, norm, trainable
 from engine.models.attention import attention_as
 from engine.models.vit import forwarding
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from engine.config import positive_or_null, require
+from engine.core.method import Context, Method, Phase, cross_entropy, register
+from engine.core.search_space import Range, rate, tunable
 from engine.data import Batch
 from engine.errors import UserError
-from engine.methods.base import Context, Method, Phase, cross_entropy, register
 from engine.methods.finetune import RETAIN_LR_PER_WIDTH
-from engine.methods.spaces import Range, rate, tunable
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

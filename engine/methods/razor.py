@@ -33,14 +33,14 @@ import torch
 from torch import Tensor, nn
 
 from engine.config import require
+from engine.core.heldout import LOOKS
+from engine.core.method import Context, Passes, Phase, Taken, cross_entropy, register
+from engine.core.search_space import Range, tunable
 from engine.data import Batch, Samples
 from engine.errors import UserError
-from engine.methods.base import Context, Passes, Phase, Taken, cross_entropy, register
-from engine.methods.calibration import LOOKS
-from engine.methods.edits import Edit, EditConfig
-from engine.methods.gradients import mean_gradient
-from engine.methods.line_search import LineSearch, SearchConfig, looks
-from engine.methods.spaces import Range, tunable
+from engine.methods.common.edits import Edit, EditConfig
+from engine.methods.common.gradients import mean_gradient
+from engine.methods.common.line_search import LineSearch, SearchConfig, looks
 
 _EPS = 1e-8
 

@@ -3,7 +3,7 @@ Parameter-Efficient Fine-Tuning, ICLR 2025, arXiv 2406.16257): exact, for models
 
 Training (`lethe train --sliced`; here: nothing to forget). The samples are dealt into slices S_1 .. S_L and the blocks
 into L groups, the top group first. Stage m = 1 .. L trains low-rank updates of group m and the head on S_1 to S_m; all
-other weights are still. What stage m leaves, its updates and its head, is kept (engine/sliced.py).
+other weights are still. What stage m leaves, its updates and its head, is kept (engine/models/slice_stages.py).
 
     model of stage m = base + updates of stages 1 .. m, with the head of stage m
 
@@ -35,7 +35,7 @@ Departures from the paper and its public code:
   hashed, epochs fixed, and each stage keeps a head of its own, which starts from the one of the stage before.
 - One shard: the paper trains several models on parts of the data, which vote, and a checkpoint here is one model.
 - At most L sequences: more than the rotations, or sequences for slices that are not alike in risk, are not there.
-- Low-rank updates of all linear layers of a block without scale and dropout (engine.trainable), not of q and v alone.
+- Low-rank updates of all linear layers of a block without scale and dropout (engine.models.trainable), not of q and v alone.
 - `base=fresh`: the paper's base is always pretrained.
 """
 
@@ -51,17 +51,17 @@ import torch
 from torch import Tensor, nn
 
 from engine.config import RunConfig, positive_or_null, require, to_dict
+from engine.core.method import Context, Method, Phase, cross_entropy, register
 from engine.data import Batch, Samples
 from engine.errors import UserError
-from engine.methods.base import Context, Method, Phase, cross_entropy, register
 from engine.methods.gs_lora import LORA_LR_PER_WIDTH
 from engine.models.checkpoint import set_folder, weights_sha256
+from engine.models.slice_stages import Stages, classifier_weights, places_of, slices_of, stages_of, tokens_of, untouched
 from engine.models.spec import spec_of
-from engine.sliced import Stages, classifier_weights, places_of, slices_of, stages_of, tokens_of, untouched
-from engine.trainable import LowRank, low_ranks, restrict
+from engine.models.trainable import LowRank, low_ranks, restrict
 
 if TYPE_CHECKING:
-    from engine.run.result import UnlearnResult
+    from engine.core.result import UnlearnResult
 
 # Options that the bits of a stage depend on: the method's, and the run's.
 _OURS = ("slices", "sequences", "epochs", "lr", "rank", "base", "base_epochs", "base_lr")

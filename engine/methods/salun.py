@@ -24,11 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.config import require
+from engine.core.method import Context, Passes, Phase, Taken, register
+from engine.core.search_space import Range, rate, tunable
 from engine.data import Loader
 from engine.errors import UserError
-from engine.methods.base import Context, Passes, Phase, Taken, register
 from engine.methods.random_labels import RandomLabels, RandomLabelsConfig
-from engine.methods.spaces import Range, rate, tunable
 
 # Peak rate times the width of the model: 5e-4 at width 128.
 LR_PER_WIDTH = 0.064

@@ -27,12 +27,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.config import positive_or_null, require
+from engine.core.heldout import LOOKS, matched_accuracy, predictions_of
+from engine.core.method import Context, Passes, Phase, Taken, register
+from engine.core.search_space import rate, tunable
 from engine.data import Batch
-from engine.methods.base import Context, Passes, Phase, Taken, register
-from engine.methods.calibration import LOOKS, matched_accuracy, predictions_of
-from engine.methods.distillation import Distillation, divergence
+from engine.methods.common.distillation import Distillation, divergence
 from engine.methods.finetune import RETAIN_LR_PER_WIDTH
-from engine.methods.spaces import rate, tunable
 from engine.models.vit import outputs
 
 logger = logging.getLogger(__name__)

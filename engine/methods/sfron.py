@@ -28,10 +28,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.config import positive_or_null, require
+from engine.core.method import Context, Method, Passes, Phase, Taken, cross_entropy, phase_of_both, register
+from engine.core.search_space import Range, rate, tunable
 from engine.data import Batch
-from engine.methods.base import Context, Method, Passes, Phase, Taken, cross_entropy, phase_of_both, register
-from engine.methods.gradients import mean_importance
-from engine.methods.spaces import Range, rate, tunable
+from engine.methods.common.gradients import mean_importance
 from engine.models.vit import outputs
 
 LR_PER_WIDTH = 0.064

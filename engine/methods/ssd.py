@@ -29,13 +29,13 @@ import torch
 from torch import Tensor, nn
 
 from engine.config import positive_or_null, require
+from engine.core.method import Context, Passes, Phase, Taken, cross_entropy, register
+from engine.core.search_space import Range, tunable
 from engine.data import Batch, Samples
 from engine.data.samples import concatenate
 from engine.errors import UserError
-from engine.methods.base import Context, Passes, Phase, Taken, cross_entropy, register
-from engine.methods.edits import Edit, EditConfig
-from engine.methods.gradients import mean_importance, trainable
-from engine.methods.spaces import Range, tunable
+from engine.methods.common.edits import Edit, EditConfig
+from engine.methods.common.gradients import mean_importance, trainable
 from engine.models.vit import outputs
 
 

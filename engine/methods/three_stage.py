@@ -31,11 +31,11 @@ import torch
 from torch import Tensor, nn
 
 from engine.config import positive_or_null, require
+from engine.core.method import Context, Method, Phase, cross_entropy, phase_of_both, register
+from engine.core.search_space import Range, rate, tunable
 from engine.data import Batch
 from engine.errors import UserError
-from engine.methods.base import Context, Method, Phase, cross_entropy, phase_of_both, register
-from engine.methods.gradients import dot, norm
-from engine.methods.spaces import Range, rate, tunable
+from engine.methods.common.gradients import dot, norm
 from engine.models.vit import outputs
 
 LR_PER_WIDTH = 3.84e-3

@@ -13,8 +13,8 @@ from timm.models.vision_transformer_relpos import RelPosAttention
 from torch import Tensor, nn
 
 from engine.errors import UserError
-from engine.memory_efficient import through_xformers
 from engine.models.vit import attention_modules, is_swin, plain_attention
+from engine.models.xformers_attention import through_xformers
 
 _UNCHANGED = (nn.Identity, type(None))
 

@@ -24,7 +24,6 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import UserError
-from engine.files import replacing
 from engine.models.architecture import (
     Described,
     advice,
@@ -51,6 +50,7 @@ from engine.models.spec import (
 )
 from engine.models.unwrap import Kind, StateDict, choose, fit
 from engine.models.weight_files import WeightFile, read_weights
+from engine.runtime.files import replacing
 
 logger = logging.getLogger(__name__)
 

@@ -27,8 +27,8 @@ from engine.models.attention import attention_as, capture_queries_keys
 from engine.models.capture import attention_calls
 from engine.models.info import ModelInfo, black_image
 from engine.models.spec import ModelSpec
+from engine.models.trainable import restrict
 from engine.models.vit import ViTInfo, attention_modules, checkpoint_blocks, describe, plain_attention
-from engine.trainable import restrict
 
 # Batches at which a pass is counted; bytes are a line through both.
 _BATCHES = (2, 4)

@@ -37,7 +37,7 @@ def estimates():
                              cpu_offload_params=asked["offload_param"], zero_init=False, **shape)
     return {"host": host, "gpu": gpu}
 if asked["baseline"]:
-    import torch, timm, engine.job
+    import torch, timm, engine.jobs.task
     if asked["deepspeed"]:
         try:
             import deepspeed

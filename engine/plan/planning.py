@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from engine.config import RunConfig, require, split_options
+from engine.core.method import refuse_unfit
 from engine.errors import UserError
 from engine.methods import Method, get_method
-from engine.methods.base import refuse_unfit
 from engine.models.spec import ModelSpec
 from engine.plan.cost import Cost, count_cost, count_parameters, on_meta
 from engine.plan.host import ask

@@ -13,11 +13,11 @@ from torch.utils.data import Dataset
 
 from engine.config import RunConfig, split_options
 from engine.data import from_dataset
-from engine.device import autocast, resolve_device, resolve_precision
-from engine.loop import unlearn
 from engine.methods import get_method
 from engine.models.info import model_info
 from engine.models.spec import ModelSpec
+from engine.run.unlearn import unlearn
+from engine.runtime.device import autocast, resolve_device, resolve_precision
 
 # Steps of the two runs whose difference is timed, so that what starts and warms up a run does not count.
 _STEPS = (1, 4)

@@ -13,16 +13,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from engine.config import RunConfig
+from engine.core.method import Taken
 from engine.data.sampling import Epochs
-from engine.early_stop import last_stage
 from engine.errors import UserError
 from engine.evaluate.metrics import MOST_RETAINED
-from engine.guard import CHECKS
 from engine.methods import Method, Phase, get_method
-from engine.methods.base import Taken
 from engine.plan.cost import Cost
 from engine.plan.memory import Zero
-from engine.pruning import PrunedPhase, pruned_phases
+from engine.run.collapse_guard import CHECKS
+from engine.run.early_stopping import last_stage
+from engine.run.seta import PrunedPhase, pruned_phases
 from engine.run.setup import WATCHED
 
 # Epochs of the recipes a ViT may have been trained by on ImageNet, and whose they are.
@@ -111,7 +111,7 @@ def _choosing(cost: Cost, sizes: Sizes, run: RunConfig) -> list[Work]:
 
 
 def _taken(phase: Phase, sizes: Sizes, retain: int, run: RunConfig, pruned: PrunedPhase | None) -> Taken:
-    """What the steps of a phase take, as `engine.trainer` counts it."""
+    """What the steps of a phase take, as `engine.run.trainer` counts it."""
     whole = phase.retained(retain) + (0 if phase.samples == "retain" else sizes.forget)
     epochs = Epochs(pruned.counts if pruned else (whole,), sizes.batch)
     steps = epochs.steps(phase.epochs)

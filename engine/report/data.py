@@ -33,7 +33,7 @@ class ReportData:
     request: spec, forget, retain, duplicates (counts), data (spec). metrics: as in metrics.json. history: rows of
     history.jsonl. evaluations: by model, "original", "unlearned", "retrained 1", ... retrain_seconds: measured on
     this machine in the same run, None where no retrain was timed. environment: versions. hashes: SHA-256 by name.
-    proof: the verdict with its evidence, see `engine.report.proof`; None where it was not asked for.
+    proof: the verdict with its evidence, see `engine.report.proof.page`; None where it was not asked for.
     """
 
     title: str

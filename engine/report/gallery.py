@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from engine.data import Loader, Preprocessing, Samples
-from engine.masking import HeadFusion, MaskSource, count_masked, random_masks, scores_and_outputs, top_mask
+from engine.models.attention_masking import (
+    HeadFusion,
+    MaskSource,
+    count_masked,
+    random_masks,
+    scores_and_outputs,
+    top_mask,
+)
 from engine.models.vit import ViTInfo, describe, outputs
 from engine.report.data import GalleryItem
 

@@ -24,7 +24,7 @@ from engine.report.page import (
     value_text,
     write_page,
 )
-from engine.report.proof import proof_view, tables_view
+from engine.report.proof.page import proof_view, tables_view
 
 MEASURES = {
     "forget": Measure(

@@ -13,7 +13,7 @@ from typing import Any
 
 import jinja2
 
-from engine.files import replacing
+from engine.runtime.files import replacing
 
 MISSING = "\N{EN DASH}"  # not measured, or not to be measured
 

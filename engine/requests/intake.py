@@ -15,15 +15,15 @@ from engine.config import split_options
 from engine.data import Source, open_source, read_forget_request
 from engine.errors import UserError
 from engine.evaluate.verdict import Gates
-from engine.job import Task
 from engine.jobs.opening import current
 from engine.jobs.opening import open_model as load_checkpoint
+from engine.jobs.task import Task
 from engine.methods import get_method
 from engine.models.checkpoint import save_checkpoint
 from engine.models.checkpoint_source import CheckpointSource
 from engine.models.info import model_info
+from engine.models.slice_stages import copy_stages
 from engine.requests.store import Request, Store, is_store, moment, place_of, utc_now
-from engine.sliced import copy_stages
 
 DAYS = 30  # from receipt to the deadline, where a request names neither
 MAX_SHARE = 0.2

@@ -24,29 +24,29 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from engine.audit.run_record import origin
 from engine.config import RunConfig, split_options, to_dict
 from engine.data import Loader, Preprocessing, Samples, Source
-from engine.device import resolve_device, resolve_precision
-from engine.distributed.world import launched
 from engine.errors import RunStopped, UserError
 from engine.evaluate.agreement import mean_kl
-from engine.evaluate.predict import Predictions, predict
 from engine.evaluate.representation import compare_weights
 from engine.evaluate.verdict import FAIL, PASS, Gates, Verdict
-from engine.job import Task, run_job
 from engine.jobs.opening import Opening, current
 from engine.jobs.opening import open_model as load_checkpoint
+from engine.jobs.task import Task, run_job
 from engine.methods import get_method
 from engine.models.checkpoint import save_checkpoint
 from engine.models.checkpoint_source import CheckpointSource
-from engine.report.run_record import origin
+from engine.models.predict import Predictions, predict
 from engine.requests.intake import absolute, load_fitting, open_data
 from engine.requests.store import Run, Store, locked
-from engine.trainer import Progress
+from engine.run.trainer import Progress
+from engine.runtime.device import resolve_device, resolve_precision
+from engine.runtime.process_group import launched
 
 
 class Verify(Protocol):
-    """`engine.verify.verify_job`."""
+    """`engine.jobs.verify.verify_job`."""
 
     def __call__(
         self,
@@ -123,7 +123,7 @@ def run_requests(
 
     limit: requests to take at most. method, config, references, gates: in place of the store's; config is laid over
     it, references [] are none. A run that goes on keeps its method and config. verify, record: by default
-    `engine.verify.verify_job` and `record_verdict`. say: is told what is about to happen, a line at a time.
+    `engine.jobs.verify.verify_job` and `record_verdict`. say: is told what is about to happen, a line at a time.
 
     Raises UserError where another process runs this store, the data has changed, or the verdict refuses a reference:
     the run then waits for the next call. RunStopped as of `engine.unlearn`.
@@ -425,7 +425,7 @@ def _judge(
     store: Store, verify: Verify | None, whole: Task, batch: Task | None, place: Path, options: Options
 ) -> Verdict:
     """The verdict on all that was forgotten, or that on the batch alone where it fails. None: the batch is all."""
-    from engine.verify import verify_job
+    from engine.jobs.verify import verify_job
 
     gates = Path(options.gates) if options.gates else None
 
@@ -441,7 +441,7 @@ def _judge(
 
 
 def _record(record: Record | None, place: Path, verdict: Verdict) -> None:
-    from engine.verify import record_verdict
+    from engine.jobs.verify import record_verdict
 
     (record or record_verdict)(place, verdict)
 

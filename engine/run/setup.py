@@ -15,16 +15,26 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from engine import runfolder
-from engine.allocator import keeping_freed_memory
 from engine.config import RunConfig, split_options, to_dict
+from engine.core.method import refuse_unfit
 from engine.data import Loader, Preprocessing, Samples, from_dataset
 from engine.data.readable import bad_images, same_random_numbers, without
 from engine.data.samples import spread
-from engine.device import autocast, resolve_attention, resolve_device, resolve_precision
-from engine.distributed.updater import Updater
-from engine.distributed.world import World, join
-from engine.distributed.zero import (
+from engine.errors import UserError
+from engine.methods import Context, Method, Phase, get_method
+from engine.models.attention import attention_as
+from engine.models.info import num_classes_of
+from engine.models.last_block import only_tokens_of_the_head
+from engine.models.spec import spec_of
+from engine.models.trainable import refuse_sharding, restrict
+from engine.models.vit import checkpoint_blocks, describe
+from engine.run import folder as runfolder
+from engine.run.early_stopping import HeldOutStop, check_stop
+from engine.run.retain_subset import choose_retained
+from engine.run.seta import check_pruning, pruned_phases
+from engine.run.trainer import AfterPhase, Progress, Trainer
+from engine.run.updater import Updater
+from engine.run.zero import (
     ZeroUpdater,
     half_weights,
     read_deepspeed,
@@ -33,19 +43,9 @@ from engine.distributed.zero import (
     resolve_deepspeed,
     shard_frozen,
 )
-from engine.early_stop import HeldOutStop, check_stop
-from engine.errors import UserError
-from engine.last_block import only_tokens_of_the_head
-from engine.methods import Context, Method, Phase, get_method
-from engine.methods.base import refuse_unfit
-from engine.models.attention import attention_as
-from engine.models.info import num_classes_of
-from engine.models.spec import spec_of
-from engine.models.vit import checkpoint_blocks, describe
-from engine.pruning import check_pruning, pruned_phases
-from engine.retained import choose_retained
-from engine.trainable import refuse_sharding, restrict
-from engine.trainer import AfterPhase, Progress, Trainer
+from engine.runtime.allocator import keeping_freed_memory
+from engine.runtime.device import autocast, resolve_attention, resolve_device, resolve_precision
+from engine.runtime.process_group import World, join
 from lethe_kernels import resolve_backend
 
 logger = logging.getLogger(__name__)

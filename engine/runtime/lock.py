@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import UserError
-from engine.files import full_disk
+from engine.runtime.files import full_disk
 
 FILE = "lock.json"
 

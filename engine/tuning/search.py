@@ -16,19 +16,19 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from engine.config import require, split_options, to_dict
+from engine.core.search_space import defaults, spaces
 from engine.data import Preprocessing, Samples, from_dataset
 from engine.data.readable import bad_images, without
-from engine.distributed.world import World, launched
 from engine.errors import RunStopped, UserError
-from engine.files import replacing
-from engine.loop import unlearn
 from engine.methods import Method, get_method
-from engine.methods.spaces import defaults, spaces
 from engine.models.checkpoint import load_checkpoint, weights_sha256
 from engine.models.huggingface import as_classifier
 from engine.models.info import model_info
+from engine.run.trainer import Progress
+from engine.run.unlearn import unlearn
 from engine.runtime import lock
-from engine.trainer import Progress
+from engine.runtime.files import replacing
+from engine.runtime.process_group import World, launched
 from engine.tuning.objective import Objective
 from engine.tuning.study import BEST, Study, Trial, check_folder, require_optuna
 
@@ -95,7 +95,7 @@ def tune(
     trials: how many, with those of the search that is resumed; 20 where neither is given. The first tries the
         defaults. seconds: how long the search may take in all. A trial that is not likely to end in time is not begun;
         one that runs when it is over is cut, within ten steps.
-    config: options that are fixed. Those of the method that have a space (`engine.methods.spaces`) and are not fixed
+    config: options that are fixed. Those of the method that have a space (`engine.core.search_space`) and are not fixed
         are searched. The seed of every trial, and that of the search, is `seed`.
     output_dir: folder of the study and of best.yaml; None: in memory. resume, overwrite: the study in it.
     progress: as of `engine.unlearn`. on_trial: called with each finished trial. notes: what a resumed search has to

@@ -11,8 +11,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from engine.core.search_space import Choice, Range, Space
 from engine.errors import UserError
-from engine.methods.spaces import Choice, Range, Space
 from engine.runtime import lock
 
 FILE, BEST = "study.db", "best.yaml"

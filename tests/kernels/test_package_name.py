@@ -40,7 +40,7 @@ def python(code: str, *path: Path, cwd: Path = ROOT) -> str:
 @pytest.mark.parametrize(
     "code",
     [
-        "import engine.masking\n" + SAME,
+        "import engine.models.attention_masking\n" + SAME,
         SAME + "import kernels.rollout, lethe_kernels.rollout\nassert kernels.rollout is lethe_kernels.rollout\n"
         "from kernels.mask import mask_patches\nassert mask_patches is lethe_kernels.mask_patches\n"
         # Submodules that are not loaded with the package, and a package among them.
@@ -72,7 +72,7 @@ def test_code_comes_from_the_checkout_that_is_on_the_path(tmp_path: Path) -> Non
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("first", ["", "import engine.masking\n"])
+@pytest.mark.parametrize("first", ["", "import engine.models.attention_masking\n"])
 def test_an_installed_namesake_is_what_kernels_is_in_a_checkout(first: str, theirs: Path) -> None:
     code = f"""{first}
 import json
@@ -117,7 +117,7 @@ print(type(AutoModelForImageClassification.from_config(config)).__name__, is_ker
 
 def test_lethe_env_is_content_beside_the_namesake(theirs: Path, tmp_path: Path) -> None:
     code = f"import sys; sys.argv = ['lethe', 'env', '--json', {str(tmp_path / 'env.json')!r}]\n"
-    code += "from engine.cli import main\ntry:\n    main()\nexcept SystemExit as end:\n    assert not end.code"
+    code += "from engine.cli.app import main\ntry:\n    main()\nexcept SystemExit as end:\n    assert not end.code"
     python(code, theirs)
     assert json.loads((tmp_path / "env.json").read_text())["kernels"] == "ours"
 
@@ -126,6 +126,6 @@ def test_pytest_as_a_script_finds_the_packages() -> None:
     """The script `pytest` does not put the current folder on the path, but the folder tests/, which has a `kernels`."""
     code = (
         "import sys; sys.path.remove(''); import pytest\n"
-        "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '--collect-only', 'tests/engine/test_masking.py']))"
+        "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '--collect-only', 'tests/engine/models/test_attention_masking.py']))"
     )
-    assert "tests/engine/test_masking.py" in python(code)
+    assert "tests/engine/models/test_attention_masking.py" in python(code)

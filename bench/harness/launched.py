@@ -1,0 +1,179 @@
+"""Runs of the engine as its users start them: through a launcher, in processes that can be killed.
+
+The job is a tiny ViT that forgets a tenth of scikit-learn's digits, on the CPU in float32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from engine.errors import RunStopped
+
+MODEL = {"img_size": 8, "patch_size": 2, "embed_dim": 32, "depth": 2, "num_heads": 2, "in_chans": 1}
+SAMPLES_A_STEP = 50
+OPTIONS = {"device": "cpu", "precision": "fp32", "checkpoint_every": 2, "max_steps": 30}
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+# Seconds that a run may take until it ends, and its processes once they are killed.
+PATIENCE, END_WITHIN = 300.0, 60.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One way to start the run. launcher: deepspeed | torchrun | none (one process). stage: ZeRO's, or None."""
+
+    stage: int | None
+    launcher: str
+
+    @property
+    def ranks(self) -> int:
+        return 1 if self.launcher == "none" else 2
+
+    @property
+    def name(self) -> str:
+        """What the result depends on: the launcher is not in it."""
+        return "one process" if self.stage is None else f"2 ranks, ZeRO-{self.stage}"
+
+    def arguments(self, original: Path, out: Path, resume: bool) -> list[str]:
+        """`python -m` these."""
+        run = unlearn_arguments(original, out, SAMPLES_A_STEP // self.ranks, self.stage, resume=resume)
+        if self.launcher == "deepspeed":
+            options = ["--num_gpus", "2", "--master_addr", "127.0.0.1", "--master_port", str(deepspeed_port())]
+            return ["deepspeed.launcher.runner", *options, "--module", *run]
+        if self.launcher == "torchrun":
+            return ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", *run]
+        return run
+
+
+def unlearn_arguments(
+    original: Path, out: Path, batch_size: int, stage: int | None, resume: bool = False, **options: object
+) -> list[str]:
+    """`engine unlearn ...` of the job that all of these runs do; `options` are further settings."""
+    settings = {**OPTIONS, "batch_size": batch_size, **options}
+    return [
+        *("engine", "unlearn", "--checkpoint", str(original), "--data", "digits", "--forget", "random:0.1@0"),
+        *("--out", str(out)),
+        *_settings(settings),
+        *(("--deepspeed", str(CONFIGS / f"zero{stage}.json")) if stage is not None else ()),
+        *(("--resume",) if resume else ()),
+    ]
+
+
+class Launched:
+    """A launcher with its ranks, in a session of their own; what they print goes to a file."""
+
+    def __init__(self, arguments: Sequence[str], log: Path, prefix: Sequence[str] = ()) -> None:
+        self.log, self.began = log, time.perf_counter()
+        with open(log, "wb") as output:
+            self.process = subprocess.Popen(
+                [*prefix, sys.executable, "-m", *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env={**_outside(), "OMP_NUM_THREADS": "1", "COLUMNS": "300"},
+            )
+
+    def running(self) -> bool:
+        return self.process.poll() is None
+
+    def elapsed(self) -> float:
+        return time.perf_counter() - self.began
+
+    def wait(self, seconds: float = PATIENCE) -> int | None:
+        """The exit code, or None where it had to be killed for taking longer."""
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            return None
+
+    def kill(self, rank: int | None = None) -> bool:
+        """SIGKILL to one rank, or to the launcher and everything below it; False where that was over already."""
+        import psutil  # type: ignore[import-untyped]  # deepspeed depends on it
+
+        if not self.running():
+            return False
+        launcher = psutil.Process(self.process.pid)
+        below = launcher.children(recursive=True)
+        victims = [launcher, *below] if rank is None else [process for process in below if rank_of(process) == rank]
+        for process in victims:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        if rank is None:
+            self.process.wait()
+            psutil.wait_procs(below, timeout=END_WITHIN)
+        return bool(victims)
+
+    def said(self) -> str:
+        """Our own error lines of what was printed."""
+        text = self.log.read_text(encoding="utf-8", errors="replace")
+        lines = [line.strip() for line in text.splitlines()]
+        return " | ".join(line for line in lines if line.startswith(("stopped:", "stopped (", "error:", "error (")))
+
+    def tail(self) -> str:
+        text = self.log.read_text(encoding="utf-8", errors="replace")
+        return " / ".join(line.strip() for line in text.splitlines()[-12:] if line.strip())
+
+
+def rank_of(process: Any) -> int | None:
+    """The rank of a psutil.Process that a launcher started as one; None for the launcher and for others."""
+    import psutil
+
+    try:
+        own, above = process.environ(), process.parent().environ()
+    except (psutil.Error, AttributeError):
+        return None
+    return int(own["RANK"]) if "RANK" in own and "RANK" not in above else None
+
+
+def _outside() -> dict[str, str]:
+    """The environment without what a launcher around this process may have put there."""
+    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return {key: value for key, value in os.environ.items() if key not in launcher}
+
+
+@functools.cache
+def deepspeed_port() -> int:
+    """The port of all runs under DeepSpeed's launcher: for each port it leaves 66 MiB a rank in shared memory."""
+    return free_port()
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def require_good(launched: Launched) -> None:
+    """Waits for a run that nobody disturbs."""
+    code = launched.wait()
+    if code != 0:
+        raise RunStopped(f"a run that nobody disturbed ended with exit code {code}: {launched.tail()}")
+
+
+def train_arguments(out: Path) -> list[str]:
+    """`python -m` these make the original, on two ranks: the first run also compiles what DeepSpeed wants compiled."""
+    settings = {**OPTIONS, "batch_size": SAMPLES_A_STEP // 2, "lr": 2e-3, "checkpoint_every": None, "max_steps": None}
+    return [
+        *("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"),
+        *("engine", "train", "--data", "digits", "--arch", "vit_tiny_patch16_224", "--epochs", "5", "--out", str(out)),
+        *itertools.chain.from_iterable(("--model-arg", f"{key}={value}") for key, value in MODEL.items()),
+        *_settings(settings),
+        *("--deepspeed", str(CONFIGS / "zero1.json")),
+    ]
+
+
+def _settings(values: dict[str, Any]) -> list[str]:
+    return [part for key, value in values.items() for part in ("--set", f"{key}={'null' if value is None else value}")]

@@ -1,0 +1,177 @@
+"""`python -m bench page`: every result file as a section of one HTML file that loads nothing.
+
+A section has the command, machine, date, commit and load of its file, its tables, and plots where there is something
+to see. Tables are those of README.md and docs/results.md where there are some, else all that is plain in the file.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import importlib.resources
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from bench.harness import plots
+from bench.publish.pictures import PICTURES
+from bench.publish.readme import Report, Sheet
+from bench.publish.tables import RESULTS, fitted, kind_of, load, sheets_of
+from engine.cli.console import console
+from engine.errors import UserError
+from engine.runtime.files import replacing
+
+TITLES = {
+    "train": "Training steps",
+    "retrain-cost": "Unlearning beside retraining",
+    "leaderboard-yardstick": "Every method on the yardstick",
+    "leaderboard-yardstick-alone": "LetheViT and lethe_plus alone on the machine",
+    "leaderboard-yardstick-class": "Every method on the yardstick, a class forgotten",
+    "leaderboard-digits": "Every method on digits",
+    "peers-digits": "Methods beside other libraries' on digits",
+    "peers-yardstick": "Methods beside other libraries' on the yardstick",
+    "yardstick-ablation": "The choices of LetheViT",
+    "yardstick-ablation-plus": "The pieces of lethe_plus",
+    "yardstick-accelerators": "Ways to train less",
+    "scaling": "How cost grows",
+    "kernels": "Kernels beside their peers",
+    "kernels-compile": "Kernels compiled for GPUs",
+    "data": "The data path",
+    "equality": "Ranks against one process",
+    "memory-fp32": "Memory of ViT-L, float32",
+    "memory-bf16": "Memory of ViT-L, bf16",
+    "chaos": "Runs that are killed and resumed",
+    "two-hosts": "Two hosts and a link that is cut",
+    "mutation": "Planted bugs that the tests notice",
+    "verdicts": "Verdicts on models whose answer is known",
+    "ulira-digits": "U-LiRA on digits",
+}
+# What the head of a section says, and what only helps to go on with a file.
+_HEADING = {"command", "finished", "commit", "environment", "load_average", "setting"}
+_MOST_ROWS = 60
+_MISSING = "not recorded"
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """One plot as data URIs, for light pages and for dark ones. alt: what it shows, in words."""
+
+    light: str
+    dark: str
+    alt: str
+
+
+def run_page(out: Path = Path("bench.html"), results: Path = RESULTS) -> Path:
+    """Writes the page of all result files in a folder. Raises UserError where there are none."""
+    files = sorted(results.glob("*.json"), key=lambda file: _place(file.stem))
+    if not files:
+        raise UserError(f"--results {results}: holds no result file; `python -m bench all --out {results}` makes some")
+    text = render({file.stem: load(file) for file in files})
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(out) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    console.print(f"{out}: {len(files)} results, {len(text) / 2**20:.1f} MiB", highlight=False)
+    return out
+
+
+def _place(name: str) -> tuple[int, str]:
+    """In the order of TITLES, others by name after them."""
+    kind = kind_of(name)
+    return (list(TITLES).index(kind) if kind in TITLES else len(TITLES)), name
+
+
+def render(reports: Mapping[str, Report]) -> str:
+    """The page of results by name (of their files, without .json)."""
+    # Names come from files that others may have written: everything is escaped, nothing in the template is `safe`.
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    source = importlib.resources.files("bench").joinpath("page.html").read_text(encoding="utf-8")
+    return environment.from_string(source).render(sections=[_section(name, report) for name, report in reports.items()])
+
+
+def _section(name: str, report: Report) -> dict[str, Any]:
+    kind = kind_of(name)
+    made = sheets_of(name, report)
+    fallback = made[0][0].command if made else ""
+    sheets = [("", sheet) for _, sheet in made] or list(plain_sheets(report))
+    if made and report.get("targets"):
+        sheets.append(("targets", _records(report["targets"])))
+    return {
+        "id": name,
+        "title": TITLES.get(kind, name),
+        "command": report.get("command") or fallback or _MISSING,
+        "facts": list(facts(report).items()),
+        "quick": bool(report.get("settings", {}).get("quick")),
+        "sheets": sheets,
+        "pictures": fitted([f"{name}.json"], lambda: list(_pictures(kind, report))),
+    }
+
+
+def facts(report: Report) -> dict[str, str]:
+    """Machine, date, commit and load in words; what the file does not say is `not recorded`."""
+    machine, commit, load = (report.get(key) or {} for key in ("environment", "commit", "load_average"))
+    parts = [*machine.get("cuda_devices", []), machine.get("cpu", ""), machine.get("platform", "")]
+    if "threads" in machine:
+        parts.append(f"{machine['threads']} threads")
+    packages = machine.get("packages", {})
+    parts += [f"{name} {packages[name]}" for name in ("torch", "triton", "timm") if name in packages]
+    changed = ", with changes" if commit.get("modified") else ""
+    return {
+        "machine": ", ".join(part for part in parts if part) or _MISSING,
+        "finished": (report.get("finished") or _MISSING).replace("T", " ").replace("Z", " UTC"),
+        "commit": f"{commit['hash'][:12]}{changed}" if commit else _MISSING,
+        "load average": f"{load['before'][0]:.2f} before, {load['after'][0]:.2f} after" if load else _MISSING,
+    }
+
+
+def plain_sheets(report: Report) -> Iterator[tuple[str, Sheet]]:
+    """(title, table) of what is plain in a file: its single values, and every list of records at its top."""
+    single: dict[str, Any] = {}
+    for key, value in report.items():
+        if key not in _HEADING and key != "settings":
+            single |= {key: value} if _is_plain(value) else {}
+    single |= {key: value for key, value in report.get("settings", {}).items() if _is_plain(value)}
+    if single:
+        rows = [[key.replace("_", " "), _text(value)] for key, value in single.items()]
+        yield "", Sheet(columns=["", "value"], rows=rows)
+    for key, value in report.items():
+        if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
+            yield key.replace("_", " "), _records(value)
+
+
+def _records(records: Sequence[Mapping[str, Any]]) -> Sheet:
+    """What is plain in the records, a row each."""
+    columns = list(dict.fromkeys(key for row in records for key, value in row.items() if _is_plain(value)))
+    rows = [[_text(row.get(key)) for key in columns] for row in records[:_MOST_ROWS]]
+    if len(records) > _MOST_ROWS:
+        rows.append([f"and {len(records) - _MOST_ROWS:,} more", *[""] * (len(columns) - 1)])
+    return Sheet(columns=[column.replace("_", " ") for column in columns], rows=rows)
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, str | int | float)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float) and math.isfinite(value):
+        return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return "-" if value is None else str(value)
+
+
+def _pictures(kind: str, report: Report) -> Iterator[Picture]:
+    if kind in PICTURES:
+        drawn = zip(*(PICTURES[kind](report, style) for style in (plots.LIGHT, plots.DARK)), strict=True)
+        for (light, alt), (dark, _) in drawn:
+            yield Picture(_uri(plots.png(light)), _uri(plots.png(dark)), alt)
+
+
+def _uri(content: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(content).decode('ascii')}"

@@ -1,0 +1,480 @@
+"""The tables of README.md and docs/results.md, each made from a file of bench/results/.
+
+`bench.publish.readme_figures` has the figures in sentences; `python -m bench tables` puts both in their places. A new table is
+a function, an entry of TABLES and its two marker lines in the document.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from bench.harness.measure import middle, size
+from bench.kernel_speed.kernel_peers import INFO_NCE_PYTORCH
+from bench.kernel_speed.kernel_targets import CONTRAST, MASKING
+from bench.kernel_speed.rollout_peers import FAST_VIT_ROLLOUT, HOOKED, PLAIN
+from bench.quality import ablation
+from bench.quality.retrain_summary import OWN, PLACES, over_seeds
+from bench.training_cost.train import BEST_BF16, BEST_FP32, OURS_COMPILED
+
+Report = dict[str, Any]
+MIB = 2**20
+# The documents, from the repository's root: what to know first, and every table in full.
+README = "README.md"
+IN_FULL = "docs/results.md"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sheet:
+    """A table of text. The first column names the rows; `marked` are the numbers of the rows that stand out."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    marked: frozenset[int] = frozenset()
+
+    def markdown(self) -> str:
+        lines = [self.columns, ["---"] * len(self.columns)]
+        for number, (name, *cells) in enumerate(self.rows):
+            lines.append([f"**{name}**" if number in self.marked else name, *cells])
+        return "\n".join(_line(cells) for cells in lines)
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generator:
+    """A table of a document. make: from the contents of `files`, in their order.
+
+    command: where a file does not say what made it. expected: without it, the files need not be there yet, and the
+    document says so in the table's place. document: None is on the page of `python -m bench page` alone.
+    """
+
+    name: str
+    files: tuple[str, ...]
+    make: Callable[..., Sheet]
+    command: str = ""
+    expected: bool = True
+    document: str | None = README
+
+
+# --- unlearning -------------------------------------------------------------------------------------------------------
+
+
+def ablation_table(report: Report) -> Sheet:
+    found = ablation.table_rows(report)
+    last = found[-1][1]  # stages before the last are of interest in the default's run alone
+    rows = [[name, *cells] for name, stage, _, cells in found if stage == last or name == ablation.ALONE]
+    rows.sort(key=lambda row: row[0] not in ("retain stage alone", ablation.ALONE))
+    return Sheet(columns=["variant", *ablation.columns(report)], rows=rows, marked=_starting(rows, "default"))
+
+
+# Heading: what an entry of a summary has it under, digits, factor, unit.
+_COLUMNS = {
+    "seconds": ("seconds", 1, 1, ""),
+    "of retrain": ("share", 1, 100, "%"),
+    "average gap": ("gap", 2, 1, ""),
+    "gap / noise floor": ("gap_to_floor", 1, 1, ""),
+    "agreement": ("agreement", 1, 100, ""),
+    "forget": ("forget", 1, 100, ""),
+    "retain": ("retain", 1, 100, ""),
+    "test": ("test", 1, 100, ""),
+    "MIA efficacy": ("efficacy", 1, 100, ""),
+    "score": ("score", 2, 1, ""),
+}
+
+
+def retrain_cost_table(report: Report) -> Sheet:
+    return _comparison({task: _standing(entry) for task, entry in report["tasks"].items()})
+
+
+def leaderboard_table(report: Report) -> Sheet:
+    """The same, the smallest gap first in each task."""
+    return _comparison({task: sorted(_standing(entry), key=_gap) for task, entry in report["tasks"].items()})
+
+
+def _comparison(tasks: Mapping[str, Sequence[Report]]) -> Sheet:
+    every = [(task, found) for task, entries in tasks.items() for found in entries]
+    # Early files have no score.
+    headings = [heading for heading, (key, *_) in _COLUMNS.items() if any(found.get(key) for _, found in every)]
+    return Sheet(
+        columns=["task, method", "seeds", *headings, "collapsed"],
+        rows=[
+            [f"{task}, {found['method']}", _count(found["seeds"]), *_cells(found, headings), _count(found["collapsed"])]
+            for task, found in every
+        ],
+        marked=frozenset(number for number, (_, found) in enumerate(every) if found["method"] in OWN),
+    )
+
+
+def overview_table(report: Report) -> Sheet:
+    """A leaderboard of one task, for those who read one table: quality first, then what it takes."""
+    (entry,) = report["tasks"].values()
+    entries = sorted(_standing(entry), key=_gap)
+    headings = [*(heading for heading in _COLUMNS if heading not in ("seconds", "of retrain")), "of retrain"]
+    return Sheet(
+        columns=["method", *headings, "seeds"],
+        rows=[[found["method"], *_cells(found, headings), _count(found["seeds"])] for found in entries],
+        marked=frozenset(number for number, found in enumerate(entries) if found["method"] in OWN),
+    )
+
+
+def _standing(entry: Report) -> list[Report]:
+    """A task's summary, and the untouched model as an entry of it."""
+    numbers = {key: over_seeds([entry["untouched"]], path) for key, path in PLACES.items()}
+    return [*entry["summary"], {"method": "untouched", "seeds": None, "collapsed": None, **numbers}]
+
+
+def _gap(found: Report) -> float:
+    return found["gap"]["mean"] if found["gap"] else math.inf
+
+
+def _cells(found: Report, headings: Iterable[str]) -> list[str]:
+    chosen = [_COLUMNS[heading] for heading in headings]
+    return [_either(found.get(key), digits, factor, unit, found["seeds"]) for key, digits, factor, unit in chosen]
+
+
+def _count(number: int | None) -> str:
+    return "-" if number is None else str(number)
+
+
+def peers_table(report: Report) -> Sheet:
+    """A row a method and setting: ours / theirs."""
+    rows = []
+    for task, entry in report["tasks"].items():
+        for found in entry["comparisons"]:
+            sides = (found["ours"], found["theirs"])
+            pairs = [("forget", 100), ("test", 100), ("efficacy", 100), ("agreement", 100), ("seconds", 1)]
+            rows.append([
+                f"{task}, {found['method']}, {found['setting']}", found["library"], str(found["seeds"]),
+                *(_either(side["gap"], 2, seeds=found["seeds"]) for side in sides), found["verdict"],
+                *(" / ".join(f"{factor * side[key]['mean']:.1f}" for side in sides) for key, factor in pairs),
+                _either(found["times"], 2, seeds=found["seeds"]),
+            ])  # fmt: skip
+    columns = ["ours / theirs", "library", "seeds", "gap, ours", "gap, theirs", "ours is", "forget", "test"]
+    return Sheet(columns=[*columns, "MIA efficacy", "agreement", "seconds", "their time over ours"], rows=rows)
+
+
+def projection_table(report: Report) -> Sheet:
+    rows = []
+    for found in report["projection"]:
+        for each in found["hours"]:
+            shares = [f"{100 * share:.1f}% of {recipe}" for recipe, share in (each.get("share") or {}).items()]
+            rows.append([
+                f"{found['model']}, {each['work']}" + (f": {each['recipe']}" if each["recipe"] else ""),
+                found["precision"], f"{each['device_hours']:,.1f}", ", ".join(shares) or "-",
+                *("-" if each[key] is None else f"{each[key]:,.1f}" for key in ("kwh", "money")),
+            ])  # fmt: skip
+    columns = ["ImageNet-1k, projected from measured steps", "precision", "device-hours", "share", "kWh", "money"]
+    return Sheet(columns=columns, rows=rows)
+
+
+def scaling_table(report: Report) -> Sheet:
+    rows = []
+    for curve in report["curves"]:
+        labels = curve["labels"]
+        rows.append([
+            f"{curve['name']}: {curve['quantity']} by {curve['variable']}", f"{labels[0]} to {labels[-1]}",
+            f"{curve['exponent']:.2f} ± {curve['uncertainty']:.2f}", f"{curve['exponent_of_largest_two']:.2f}",
+            f"{curve['expected']:.2f} ± {curve['tolerance']:g}", "PASS" if curve["within"] else "LOOK",
+        ])  # fmt: skip
+    columns = ["cost", "sizes", "exponent", "of the two largest", "expected", "verdict"]
+    return Sheet(columns=columns, rows=rows)
+
+
+# --- ranks ------------------------------------------------------------------------------------------------------------
+
+_STAGES = {
+    "zero0": "plain data parallel (stage 0)",
+    "zero1": "ZeRO-1",
+    "zero2": "ZeRO-2",
+    "zero3": "ZeRO-3",
+    "zero3_offload": "ZeRO-3 + offload",
+}
+
+
+def equality_table(report: Report) -> Sheet:
+    """Rows that are alike in every figure are one row."""
+    names: dict[tuple[str, ...], list[str]] = {}
+    for row in report["rows"]:
+        if row["precision"] == "fp32" and row["case"] != "one process":
+            cells = [_power(row[key]) for key in ("tensor", "weight", "loss")]
+            cells.append("equal" if row["points"] == 0 else f"{row['points']:.2f} points")
+            ranks, _, stage = row["case"].rpartition(", ")
+            named = _STAGES.get(stage, row["case"])
+            alike = names.setdefault(tuple(cells), [])
+            alike.append(named if alike or named == row["case"] else f"{ranks}, {named}")
+    rows = [[" and ".join(alike), *cells] for cells, alike in names.items()]
+    columns = ["run", "worst tensor, by norm", "worst single weight", "largest difference of a loss", "accuracies"]
+    return Sheet(columns=columns, rows=rows)
+
+
+def memory_table(*reports: Report) -> Sheet:
+    rows = [row for report in reports for row in report["rows"]]
+    rows.sort(key=lambda row: (row["case"], row["precision"] != "fp32"))
+    return Sheet(
+        columns=["run", "precision", "peak", "planned"],
+        rows=[
+            [
+                _STAGES[row["case"]],
+                row["precision"],
+                *(f"{n / MIB:,.0f} MiB" for n in (row["peaks"]["0"], row["planned"])),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def _power(value: float) -> str:
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+_GROUPS = (BEST_FP32, BEST_BF16)
+_PEERS = ("SalUn's loop", "supreme's loop")
+
+
+def train_table(report: Report) -> Sheet:
+    """A row a case: images a second, and how many times as fast ours is; a forget step with its share of `prepare`."""
+    rows = []
+    for case in report["cases"]:
+        named = {row["contender"]: row for row in case["rows"]}
+        ours = case["rows"][0]
+        best = [case["best"].get(group, "") for group in _GROUPS]
+        shown = [ours, *(named.get(name, {}) for name in (OURS_COMPILED, *best, *_PEERS))]
+        times = ours.get("times_with_prepare", {})
+        rows.append([
+            case["case"], *(_speed(row) for row in shown),
+            *(f"{middle(times[group]):.2f}" if group in times else "-" for group in _GROUPS),
+            f"{100 * ours['mfu']:.0f}%" if "mfu" in ours else "-",
+        ])  # fmt: skip
+    columns = ["images a second", "ours", OURS_COMPILED, *_GROUPS, *_PEERS, *(f"x {group}" for group in _GROUPS), "MFU"]
+    return Sheet(columns=columns, rows=rows)
+
+
+def _speed(row: dict[str, Any]) -> str:
+    if row.get("status") != "measured":
+        return row.get("status", "-")
+    return f"{row['batch'] / (row['median'] + row['prepare_a_step']):.1f}"
+
+
+# --- proof ------------------------------------------------------------------------------------------------------------
+
+
+def verdicts_table(report: Report) -> Sheet:
+    """A row a model, with the verdict on each subject and the gates that decided it."""
+    subjects = report["subjects"]
+    models = dict.fromkeys(model for found in subjects.values() for model in found["models"])
+    rows = []
+    for model in models:
+        cells = []
+        for found in subjects.values():
+            row = found["models"].get(model)
+            if row is None:
+                cells += ["-", "-", ""]
+                continue
+            verdict = row["verdict"]
+            cells += [f"{100 * row['accuracy']['forget']:.1f}", verdict["status"], ", ".join(verdict["decided_by"])]
+        expected = next(found["models"][model]["expected"] for found in subjects.values() if model in found["models"])
+        rows.append([model, expected or "", *cells])
+    columns = [
+        "model",
+        "must be",
+        *(text for name in subjects for text in (f"{name}: forget %", "verdict", "decided by")),
+    ]
+    return Sheet(columns=columns, rows=rows, marked=_starting(rows, "retrained"))
+
+
+def models_table(report: Report) -> Sheet:
+    """A row a model of timm: yes, - for a refusal in words, crash, or nothing where it was not tried; without steps, a
+    row a module: how many classifiers methods that read logits accept, and how many of the columnar ViTs lethe does."""
+    if "table" not in report:
+        count = report["count"]
+        names = ("classifiers", "logits", "lethe")
+        modules = [[name, *(str(row[key]) for key in names)] for name, row in count["by_module"].items()]
+        modules.append(["all", *(str(count[key]) for key in names)])
+        marked = frozenset({len(modules) - 1})
+        return Sheet(columns=["module of timm", "classifiers", "logits", "lethe"], rows=modules, marked=marked)
+    columns = ("opens", "lethe", "lethe_plus", "verify", "plan")
+    rows = [
+        [row["module"], row["kind"], row["name"], *(_support(row.get(key, "")) for key in columns)]
+        for row in report["table"]
+    ]
+    return Sheet(columns=["module of timm", "kind", "model", *columns], rows=rows)
+
+
+def _support(said: str) -> str:
+    return {"refused": "-"}.get(said.partition(":")[0], said.partition(":")[0])
+
+
+def ulira_table(report: Report) -> Sheet:
+    """A row a procedure, and what the attack finds where nothing was unlearned."""
+    rows: list[list[str]] = []
+    for found in report["rows"]:
+        pairs = found["models"]["with_each_target"]
+        for name, attack in ((f"unlearned by {found['method']}", found["ulira"]), ("untouched", found["untouched"])):
+            auc, rate = attack["auc"], attack["tpr_at_fpr"]["0.01"]
+            row = [
+                f"{name}, {pairs} + {pairs} models",
+                f"{auc['value']:.3f} ({auc['low']:.3f} to {auc['high']:.3f})",
+                f"{100 * rate['value']:.1f}% ({100 * rate['low']:.1f} to {100 * rate['high']:.1f})",
+            ]
+            rows += [row] if row not in rows else []  # the untouched models are the same for every procedure
+    return Sheet(columns=["U-LiRA on digits", "AUC", "TPR at 1% FPR"], rows=rows)
+
+
+# --- kernels ----------------------------------------------------------------------------------------------------------
+
+# Launch, case of bench.kernel_speed.compile, its forward and backward kernels (None: the only one), targets.
+_LAUNCHES: tuple[tuple[str, str, tuple[str | None, ...], tuple[str, ...]], ...] = (
+    (
+        "rollout and mask, ViT-B/16 224, B = 256", "rollout B=256 N=197 H=12 d=64 mean rollout", (None,),
+        ("sm_80", "sm_90", "sm_100", "gfx942"),
+    ),
+    ("rollout and mask, ViT-B/16 384, B = 256", "rollout B=256 N=577 H=12 d=64 mean rollout", (None,), ("sm_90",)),
+    (
+        "InfoNCE, B = 65,536, D = 128: forward / backward", "info_nce in-batch B=65536 D=128",
+        ("_shared_forward_kernel", "_push_kernel"), ("sm_90",),
+    ),
+)  # fmt: skip
+
+
+def compile_table(report: Report) -> Sheet:
+    """Of several launches of a kernel the one with the most registers."""
+    rows = []
+    for launch, case, kernels, targets in _LAUNCHES:
+        for target in targets:
+            found = [
+                one for one in report["kernels"] if (one["case"], one["dtype"], one["target"]) == (case, "bf16", target)
+            ]
+            chosen = [
+                max((one for one in found if kernel in (None, one["kernel"])), key=lambda one: one["registers"])
+                for kernel in kernels
+            ]
+            columns = [
+                " / ".join(f"{one[key]:,}" for one in chosen)
+                for key in ("registers", "shared_bytes", "matrix_instructions")
+            ]
+            times: dict[str, list[str]] = {}
+            for card, seconds in chosen[0]["predicted"].items():
+                times.setdefault(f"{1e6 * seconds:,.0f} us", []).append(card.split()[1][:4])
+            best = ", ".join(f"{', '.join(cards)} {time}" for time, cards in times.items())
+            rows.append([launch if target == targets[0] else "", target, *columns, best])
+    columns = ["launch, bf16", "target", "registers", "shared memory", "matrix instructions", "time at best"]
+    return Sheet(columns=columns, rows=rows)
+
+
+def masks_table(report: Report) -> Sheet:
+    labels = {
+        PLAIN: "forward pass alone, fused attention",
+        HOOKED: f"{HOOKED} (vit-explain's algorithm, batched)",
+        FAST_VIT_ROLLOUT: f"{_versioned(report, FAST_VIT_ROLLOUT)} as it ships",
+    }
+    return _contenders(report, MASKING, "images to masked images", labels, "extra_bytes")
+
+
+def info_nce_table(report: Report) -> Sheet:
+    labels = {
+        INFO_NCE_PYTORCH: _versioned(report, INFO_NCE_PYTORCH),
+        "open_clip ClipLoss": "open_clip's ClipLoss (both directions)",
+    }
+    return _contenders(report, CONTRAST, "InfoNCE, forward and backward", labels, "peak_bytes")
+
+
+def _contenders(report: Report, work: str, head: str, labels: dict[str, str], memory: str) -> Sheet:
+    """Two columns a case: median and memory of ours and of the contenders with a label."""
+    cases = [case for case in report["cases"] if case["work"] == work and "negatives" not in case["shape"]]
+    names = dict.fromkeys(row["contender"] for case in cases for row in case["rows"])
+    rows = []
+    for name in names:
+        if name not in labels and not name.startswith("ours"):
+            continue
+        cells = [labels.get(name, name)]
+        for case in cases:
+            missing: dict[str, Any] = {"status": "not measured"}
+            row = next((row for row in case["rows"] if row["contender"] == name), missing)
+            if row["status"] == "measured":
+                # The plain forward pass is what the others' memory is above.
+                cells += [_seconds(row["median"]), "" if name == PLAIN else size(row[memory])]
+            else:
+                cells += [row.get("reason", row["status"]).split(" (")[0], ""]
+        rows.append(cells)
+    columns = [head, *(text for case in cases for text in (case["case"], "memory"))]
+    return Sheet(columns=columns, rows=rows, marked=_starting(rows, "ours"))
+
+
+def _versioned(report: Report, distribution: str) -> str:
+    """With its version, where the result has it."""
+    return f"{distribution} {report['environment'].get('peers', {}).get(distribution, '')}".strip()
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds >= 10 else f"{seconds:.2f} s"
+
+
+def _starting(rows: Sequence[Sequence[str]], text: str) -> frozenset[int]:
+    return frozenset(number for number, row in enumerate(rows) if row[0].startswith(text))
+
+
+def _either(
+    found: dict[str, float] | None, digits: int, factor: float = 1.0, unit: str = "", seeds: int | None = None
+) -> str:
+    """Mean ± half of the range, the mean alone of one seed, or a dash where there is none."""
+    if found is None:
+        return "-"
+    half = f" ± {factor * found['half_range']:.{digits}f}" if seeds and seeds > 1 else ""
+    return f"{factor * found['mean']:.{digits}f}{half}{unit}"
+
+
+TABLES = (
+    Generator(name="overview", files=("leaderboard-yardstick.json",), make=overview_table),
+    Generator(name="verdicts", files=("verdicts.json",), make=verdicts_table),
+    Generator(
+        name="leaderboard-yardstick", files=("leaderboard-yardstick.json",), make=leaderboard_table, document=IN_FULL
+    ),
+    Generator(
+        name="leaderboard-yardstick-alone", files=("leaderboard-yardstick-alone.json",), make=leaderboard_table,
+        document=IN_FULL,
+    ),
+    Generator(
+        name="leaderboard-yardstick-class", files=("leaderboard-yardstick-class.json",), make=leaderboard_table,
+        document=IN_FULL,
+    ),
+    Generator(name="leaderboard-digits", files=("leaderboard-digits.json",), make=leaderboard_table, document=IN_FULL),
+    Generator(name="yardstick-ablation", files=("yardstick-ablation.json",), make=ablation_table, document=IN_FULL),
+    Generator(
+        name="yardstick-ablation-plus", files=("yardstick-ablation-plus.json",), make=ablation_table, document=IN_FULL
+    ),
+    Generator(
+        name="yardstick-accelerators", files=("yardstick-accelerators.json",), make=ablation_table,
+        document=IN_FULL,
+    ),
+    Generator(name="peers-digits", files=("peers-digits.json",), make=peers_table, document=IN_FULL),
+    Generator(name="peers-yardstick", files=("peers-yardstick.json",), make=peers_table, document=IN_FULL),
+    Generator(name="retrain-projection", files=("retrain-cost.json",), make=projection_table, document=IN_FULL),
+    Generator(name="train", files=("train-cpu.json",), make=train_table, document=IN_FULL),
+    Generator(name="scaling", files=("scaling-cpu.json",), make=scaling_table, document=IN_FULL),
+    Generator(name="models", files=("models.json",), make=models_table, document=IN_FULL, expected=False),
+    Generator(name="ulira", files=("ulira-digits.json",), make=ulira_table, document=IN_FULL),
+    Generator(
+        name="equality", files=("equality.json",), make=equality_table, document=IN_FULL,
+        command="python -m bench equality --checkpoint ORIGINAL --data parquet:DATA --forget IDS",
+    ),
+    Generator(
+        name="memory", files=("memory-fp32.json", "memory-bf16.json"), make=memory_table, document=IN_FULL,
+        command="python -m bench memory --images FOLDER --case ...",
+    ),
+    Generator(
+        name="kernels-compile", files=("kernels-compile.json",), make=compile_table, document=IN_FULL,
+        command="python -m bench compile",
+    ),
+    Generator(name="kernels-masks", files=("kernels-cpu.json",), make=masks_table, document=IN_FULL),
+    Generator(name="kernels-info-nce", files=("kernels-cpu.json",), make=info_nce_table, document=IN_FULL),
+    # The leaderboards say the same of more methods; what `bench all` measured is to be seen on its page.
+    Generator(name="retrain-cost", files=("retrain-cost.json",), make=retrain_cost_table, document=None),
+)  # fmt: skip

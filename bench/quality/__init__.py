@@ -1,0 +1,1 @@
+"""What unlearning is worth: compared with retrained models and with peers."""

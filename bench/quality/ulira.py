@@ -1,0 +1,48 @@
+"""U-LiRA on digits: the demo's model and recipe, K models with each target and K without it, the stages timed.
+
+Beside every method the originals that unlearned nothing (what the attack can find here). `retrain` as a method is the
+other end: a retrain with another seed, which must come out at 0.5 within its interval.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.harness.report import Report
+from engine.attack.ensemble import EnsembleSpec
+from engine.attack.ulira import attack_procedure
+from engine.cli.attack import print_attack, state_needs
+from engine.cli.console import console, progress_bars
+from engine.cli.demo import MODEL_ARGS, RECIPE, RUN
+from engine.data import open_source
+from engine.jobs.start import architecture
+from engine.models.spec import spec_of
+
+TARGETS = "random:0.1@0"
+
+
+def run_ulira(
+    models: int, methods: Sequence[str], cache: Path, workers: int, quick: bool, json_file: Path | None
+) -> dict[str, Any]:
+    """Attacks each method on one ensemble; quick: three pairs, three steps each, which shows that it runs."""
+    report = Report()
+    steps = {"max_steps": 3} if quick else {}
+    recipe = {**RECIPE, **steps}
+    spec = EnsembleSpec(
+        data="digits",
+        targets=TARGETS,
+        model=spec_of(architecture("vit_tiny_patch16_224", MODEL_ARGS, open_source("digits"))),
+        recipe=recipe,
+        pairs=3 if quick else models,
+    )
+    rows: list[dict[str, Any]] = []
+    for method in methods:
+        options = recipe if method == "retrain" else {**RUN, **steps}
+        state_needs(spec, method, options, cache, workers)
+        with progress_bars() as progress:
+            rows.append(attack_procedure(spec, method, options, cache, workers=workers, progress=progress))
+        print_attack(rows[-1])
+    console.print(f"models in {cache}")
+    return report.write({"quick": quick, "rows": rows}, json_file)

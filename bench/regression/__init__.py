@@ -1,0 +1,1 @@
+"""`pytest --benchmark`: performance regression tests."""

@@ -1,0 +1,1 @@
+"""Runs that are interrupted, and runs on two hosts."""

@@ -1,0 +1,1 @@
+"""Time of training and unlearning steps, and of reading data."""

@@ -1,0 +1,1 @@
+"""U-LiRA: attacks by an ensemble of models."""

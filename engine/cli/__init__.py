@@ -1,0 +1,1 @@
+"""The `lethe` command: one file a command."""

@@ -1,0 +1,391 @@
+"""The `lethe` command; `engine.errors.EXIT_CODES` lists its exit codes."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+from engine import __version__
+from engine.cli import exits
+from engine.cli.attack import attack
+from engine.cli.forget_set import forget_set
+from engine.cli.import_checkpoint import import_checkpoint
+from engine.cli.opening import named_references, takes_models
+from engine.cli.options import (
+    RANK,
+    Architecture,
+    Checkpoint,
+    ConfigFile,
+    Data,
+    DeepSpeed,
+    Forget,
+    Json,
+    ModelArgs,
+    OnBadImage,
+    Out,
+    Overwrite,
+    Reference,
+    Resume,
+    Settings,
+    Sign,
+    Weights,
+    check_free,
+    checkpoint_sources,
+    join_ranks,
+    run_options,
+    takes_data,
+    write_json_file,
+)
+from engine.cli.plan import plan
+from engine.cli.request import request_app
+from engine.cli.train_start import Start
+from engine.cli.tune import tune
+from engine.cli.verify import verify
+from engine.cli.verify_record import verify_record
+from engine.errors import EXIT_CODES, BadResult, UserError
+
+if TYPE_CHECKING:
+    from engine.jobs.opening import Opening
+
+app = typer.Typer(
+    name="lethe",
+    help="Makes a trained Vision Transformer forget chosen training samples, and sets the result beside a retrain.\n\n"
+    "Start with `lethe demo`. Then: `lethe unlearn --checkpoint DIR --data SPEC --forget FILE --out DIR`.",
+    no_args_is_help=True,
+    add_completion=True,
+    epilog="**Exit codes.** " + " ".join(f"**{int(code)}**: {meaning}." for code, meaning in EXIT_CODES.items()),
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"lethe {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Print the whole traceback of an unexpected error; as LETHE_DEBUG=1 does.")
+    ] = False,
+    local_rank: Annotated[int, typer.Option("--local_rank", hidden=True, help="Passed by launchers.")] = 0,
+) -> None:
+    """Options of every command, given before its name. LOCAL_RANK in the environment stands for --local_rank."""
+    if debug:
+        os.environ[exits.DEBUG] = "1"
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the models and report.html; replaced.")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(help="Seed of every model and draw.")] = 0,
+    json_file: Json = None,
+) -> None:
+    """The main job on scikit-learn's digits: train, forget a tenth, retrain twice without it, compare."""
+    from engine.cli.demo import run_demo
+
+    metrics = run_demo(out, seed)
+    write_json_file(json_file, metrics)
+
+
+@app.command()
+@takes_data
+@takes_models("preprocessing")
+def train(
+    data: Data,
+    out: Out,
+    arch: Annotated[
+        str | None,
+        typer.Option(
+            help="timm architecture, such as vit_tiny_patch16_224, or a checkpoint folder: its architecture, "
+            "from fresh weights. With --sliced --set base=given: the checkpoint (or timm:NAME, hf-hub:ID) whose "
+            "weights are the base. With --init: of a file that does not say its own.",
+            show_default=False,
+        ),
+    ] = None,
+    init: Annotated[
+        str | None,
+        typer.Option(
+            "--init",
+            metavar="CHECKPOINT",
+            help="Fine-tune from these weights: a folder, a file, timm:NAME or hf-hub:ID; the head is fresh where "
+            "classes differ. The references of a model that was made so are made from the same base.",
+            show_default=False,
+        ),
+    ] = None,
+    forget: Annotated[
+        str | None,
+        typer.Option(
+            help="Leave these samples out: the retrain reference. As for `lethe unlearn`.", show_default=False
+        ),
+    ] = None,
+    sliced: Annotated[
+        bool,
+        typer.Option(
+            "--sliced",
+            help="Train in stages that `lethe unlearn --method s3t` can drop; `lethe methods s3t` lists the options. "
+            "--epochs are those of each stage.",
+        ),
+    ] = False,
+    epochs: Annotated[float, typer.Option(help="Passes over the training samples.")] = 30.0,
+    seed: Annotated[int, typer.Option(help="Of the initial weights and the order of samples.")] = 0,
+    model_arg: ModelArgs = None,
+    weights: Weights = None,
+    settings: Settings = None,
+    deepspeed: DeepSpeed = None,
+    sign: Sign = None,
+    on_bad_image: OnBadImage = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    json_file: Json = None,
+    *,
+    opening: Opening,
+) -> None:
+    """Trains a model, from fresh weights or from --init; with --forget, the retrained reference for those samples."""
+    check_free(out)
+    from engine.audit.run_record import RecordOptions
+    from engine.cli.console import console, print_seconds, progress_bars
+    from engine.data import open_source
+    from engine.jobs.task import Task, train_job
+    from engine.run.folder import check_apart
+
+    options = {**run_options(settings, on_bad_image), "epochs": epochs, "seed": seed}
+    join_ranks(options)
+    check_apart(out, [init] if init else [])
+    start = Start(init, arch, model_arg, weights, sliced)
+    start.check(options)
+    source = open_source(data)
+    task = None if forget is None else Task.open(data, forget)
+    model, notes = start.model(source, task, options)
+    source, task, facts = opening.prepare_training(source, task, model)
+    with progress_bars() as progress:
+        result = train_job(
+            source,
+            model,
+            out,
+            task=task,
+            method="s3t" if sliced else "retrain",
+            config=options,
+            resume=resume,
+            overwrite=overwrite,
+            progress=progress,
+            deepspeed=deepspeed,
+            notes={**notes, **facts},
+            record=RecordOptions(key=sign),
+        )
+    samples = task.retain if task else source.train
+    accuracy = {"train": result.accuracy(samples), "test": result.accuracy(source.test)}
+    console.print(
+        f"accuracy: {', '.join(f'{name} {100 * value:.1f}%' for name, value in accuracy.items())}; checkpoint in {out}"
+    )
+    print_seconds(result.seconds)
+    write_json_file(json_file, {"accuracy": accuracy, "seconds": result.seconds, "samples_seen": result.samples_seen})
+
+
+@app.command()
+@takes_data
+@takes_models()
+def unlearn(
+    checkpoint: Checkpoint,
+    data: Data,
+    forget: Forget,
+    out: Out,
+    method: Annotated[str, typer.Option(help="One of `lethe methods`.")] = "lethe",
+    settings: Settings = None,
+    config: ConfigFile = None,
+    reference: Reference = None,
+    arch: Architecture = None,
+    model_arg: ModelArgs = None,
+    weights: Weights = None,
+    deepspeed: DeepSpeed = None,
+    sign: Sign = None,
+    on_bad_image: OnBadImage = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    json_file: Json = None,
+    *,
+    opening: Opening,
+) -> None:
+    """Makes a trained model forget samples; writes the new checkpoint, metrics.json, record.json and report.html.
+
+    The original is never changed. Test samples are looked at only after the model is final.
+    """
+    check_free(out)
+    from engine.audit.run_record import RecordOptions
+    from engine.cli.console import console, print_metrics, print_seconds, progress_bars
+    from engine.config import read_yaml, split_options
+    from engine.jobs.task import Task, run_job
+    from engine.methods import get_method
+
+    options = {**(read_yaml(config) if config else {}), **run_options(settings, on_bad_image)}
+    split_options(options, get_method(method).Config)  # an unknown option is an error now
+    join_ranks(options)
+    sources = checkpoint_sources([checkpoint, *(reference or [])], arch, model_arg, weights)
+    source, references = sources[0] or checkpoint, [each for each in sources[1:] if each]
+    task = Task.open(data, forget)
+    if task.request.duplicates:
+        console.print(f"{task.request.duplicates} ids were named more than once and merged")
+    task, looked = opening.prepare(task, source, named_references(references), options)
+    console.print(f"forgetting {len(task.forget)} of {len(task.source.train)} samples of {data} by {method}")
+    with progress_bars() as progress:
+        outcome = run_job(
+            task,
+            source,
+            out,
+            method=method,
+            config=options,
+            references=references,
+            resume=resume,
+            overwrite=overwrite,
+            progress=progress,
+            deepspeed=deepspeed,
+            record=RecordOptions(key=sign, request=looked.entry() if looked else {}),
+        )
+    print_metrics(outcome.metrics)
+    print_seconds(outcome.metrics["seconds"])
+    console.print(f"checkpoint and report.html in {out}")
+    write_json_file(json_file, outcome.metrics)
+    if outcome.result.collapsed:
+        raise BadResult(
+            "COLLAPSED: accuracy on the watched samples fell by more than 10 points; do not use this model. "
+            + get_method(method).after_collapse
+        )
+
+
+@app.command()
+@takes_data
+@takes_models()
+def evaluate(
+    checkpoint: Checkpoint,
+    data: Data,
+    forget: Forget,
+    original: Annotated[
+        str | None, typer.Option(help="The model before unlearning, for its row.", show_default=False)
+    ] = None,
+    reference: Reference = None,
+    arch: Architecture = None,
+    model_arg: ModelArgs = None,
+    weights: Weights = None,
+    settings: Settings = None,
+    on_bad_image: OnBadImage = None,
+    json_file: Json = None,
+    *,
+    opening: Opening,
+) -> None:
+    """Forget, retain and test accuracy, membership inference, and the gap to retrained models."""
+    from engine.cli.console import print_metrics
+    from engine.jobs.task import Task, evaluate_job
+
+    sources = checkpoint_sources([checkpoint, original, *(reference or [])], arch, model_arg, weights)
+    source, before = sources[0] or checkpoint, sources[1]
+    references = [each for each in sources[2:] if each]
+    options = run_options(settings, on_bad_image)
+    others = {**({"--checkpoint": source} if before else {}), **named_references(references)}
+    task, _ = opening.prepare(Task.open(data, forget), before or source, others, options)
+    metrics = evaluate_job(task, source, before, references, options)
+    print_metrics(metrics, name="checkpoint")
+    write_json_file(json_file, metrics)
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="A method, to list its options.", show_default=False)] = None,
+    json_file: Json = None,
+) -> None:
+    """The registered methods, or the options of one with their defaults."""
+    import inspect
+
+    from rich.table import Table
+
+    from engine.cli.console import console
+    from engine.config import RunConfig, build, to_dict
+    from engine.methods import get_method, list_methods
+
+    chosen = {name: get_method(name)} if name else list_methods()
+    table = Table("method", "what it does", "options and defaults", header_style="bold")
+    for key, cls in chosen.items():
+        defaults = to_dict(build(cls.Config, {}))
+        what = f"{cls.summary} [dim](one process)[/dim]" if cls.one_process else cls.summary
+        table.add_row(key, what, ", ".join(f"{k}={'auto' if v is None else v}" for k, v in defaults.items()))
+    console.print(table)
+    if name:
+        cls = chosen[name]
+        console.print(inspect.getdoc(cls.Config) or "")
+        if cls.one_process:
+            console.print(f"\nRuns on one process: {cls.one_process}.")
+        if cls.needs_checkpoint:
+            console.print(f"\nTakes checkpoints of {cls.needs_checkpoint} alone.")
+        console.print(f"\nOptions of every method:\n{inspect.getdoc(RunConfig)}")
+    write_json_file(
+        json_file,
+        {
+            key: {
+                "summary": cls.summary,
+                "options": to_dict(build(cls.Config, {})),
+                "one_process": cls.one_process,
+                "needs_checkpoint": cls.needs_checkpoint,
+            }
+            for key, cls in chosen.items()
+        },
+    )
+
+
+@app.command()
+def env(json_file: Json = None) -> None:
+    """Versions, devices, optional packages, and whether the installation is sound."""
+    from engine.runtime.environment import environment, extras, kernel_backends, kernels_problem, rollout_launches
+
+    console = Console()
+    facts: dict[str, Any] = {**environment(), "extras": extras(), "kernels": kernels_problem() or "ours"}
+    if facts["kernels"] == "ours":
+        facts |= {"backends": kernel_backends(), "rollout": rollout_launches()}
+    for key, value in facts.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{k} {v}" for k, v in value.items())
+        console.print(
+            f"{key:>13}  {value if value not in ([], '') else 'none'}", soft_wrap=True, markup=False, highlight=False
+        )
+    write_json_file(json_file, facts)
+    if facts["kernels"] != "ours":
+        raise UserError(facts["kernels"])
+
+
+app.command()(attack)
+app.command("forget-set")(forget_set)
+app.command("import")(import_checkpoint)
+app.command()(plan)
+app.command()(tune)
+app.command()(verify)
+app.command("verify-record")(verify_record)
+app.add_typer(request_app, name="request")
+
+
+def main() -> None:
+    """The console script."""
+    run_app(app)
+
+
+def run_app(command: typer.Typer) -> None:
+    """Runs a command, and ends the process with its exit code (`engine.errors.EXIT_CODES`)."""
+    stderr = Console(stderr=True)
+    handler = RichHandler(show_time=False, show_path=False, console=stderr)
+    logging.basicConfig(level=logging.WARNING if RANK == 0 else logging.ERROR, format="%(message)s", handlers=[handler])
+    if RANK == 0:  # how a file of weights was read, and what auto came to, are for everybody to see
+        for name in ("engine.models.checkpoint", "engine.run.setup"):
+            logging.getLogger(name).setLevel(logging.INFO)
+    exits.run(command, stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""What the command prints: tables and progress bars."""
+
+from __future__ import annotations
+
+import contextlib
+import html
+import importlib
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from engine.evaluate.membership import DIRECTION
+from engine.run.trainer import Progress as Report
+
+# Of several ranks the first one speaks.
+_SILENT = int(os.environ.get("RANK", "0")) > 0
+
+# A file or a pipe has no width: wide enough there for every table.
+console = Console(width=None if sys.stdout.isatty() else 150, quiet=_SILENT)
+
+
+# Seconds between two updates of a bar in a notebook.
+_EVERY_S = 0.2
+
+_COLOURS = {"PASS": "green", "FAIL": "red", "INSUFFICIENT EVIDENCE": "yellow"}
+
+
+def coloured(status: str) -> str:
+    """The status of a verdict or a gate, as rich markup."""
+    return f"[{_COLOURS[status]}]{status}[/]"
+
+
+@contextlib.contextmanager
+def progress_bars() -> Iterator[Report]:
+    """Yields the callback of `engine.unlearn`: one bar a phase."""
+    columns = (
+        TextColumn("{task.description:>8}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[numbers]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True, quiet=_SILENT), transient=False) as bars:
+        tasks: dict[str, Any] = {}
+
+        def report(phase: str, step: int, total: int, numbers: dict[str, float]) -> None:
+            if phase not in tasks:
+                tasks[phase] = bars.add_task(phase, total=total, numbers="")
+            shown = "  ".join(f"{key} {value:.3g}" for key, value in numbers.items() if key != "grad_norm")
+            bars.update(tasks[phase], completed=step, numbers=shown)
+
+        yield report
+
+
+class NotebookBar:
+    """One line of HTML a phase, rewritten in place; needs IPython alone."""
+
+    def __init__(self) -> None:
+        display = importlib.import_module("IPython.display").display
+        self._handle: Any = display({"text/plain": "", "text/html": ""}, raw=True, display_id=True)
+        self._shown = 0.0
+        self._lines: dict[str, str] = {}
+
+    def __call__(self, phase: str, step: int, total: int, numbers: dict[str, float]) -> None:
+        shown = "  ".join(f"{key} {value:.3g}" for key, value in numbers.items() if key != "grad_norm")
+        name = html.escape(phase)
+        self._lines[phase] = (
+            f"{name} <progress value={step} max={total}></progress> {step}/{total} {html.escape(shown)}"
+        )
+        now = time.monotonic()
+        if self._handle is not None and (now - self._shown > _EVERY_S or step >= total):
+            self._shown = now
+            page = {"text/plain": f"{phase} {step}/{total}", "text/html": "<br>".join(self._lines.values())}
+            self._handle.update(page, raw=True)
+
+
+def in_notebook() -> bool:
+    """Whether this process is the kernel of a notebook."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return type(shell).__name__ == "ZMQInteractiveShell"
+
+
+@contextlib.contextmanager
+def automatic_progress(wanted: bool = False) -> Iterator[Report | None]:
+    """A bar in a notebook or a terminal; None elsewhere (files, pipes, tests), unless it is wanted."""
+    if in_notebook():
+        yield NotebookBar()
+    elif wanted or ("PYTEST_CURRENT_TEST" not in os.environ and sys.stderr.isatty()):
+        with progress_bars() as report:
+            yield report
+    else:
+        yield None
+
+
+def print_metrics(metrics: Mapping[str, Any], name: str = "unlearned") -> None:
+    """The table original / unlearned / retrained of one metrics.json."""
+    table = Table(header_style="bold")
+    table.add_column("model", no_wrap=True)
+    for column in ("forget", "retain", "test", "MIA", "AUC", "gap", "agree"):
+        table.add_column(column, justify="right")
+    if "original" in metrics:
+        _row(table, "untouched", metrics["original"])
+    _row(table, name, metrics)
+    reference = metrics.get("reference")
+    if reference:
+        count = reference["count"]
+        floor = metrics.get("noise_floor")
+        table.add_row(
+            f"retrained, {count}" if count > 1 else "retrained",
+            *_four(reference),
+            f"{floor['average']:.2f}" if floor else "-",
+            f"{100 * floor['agreement']['top1']:.1f}" if floor else "-",
+        )
+    console.print(table)
+    console.print(
+        f"[dim]forget, retain, test: accuracy in percent. MIA, percent: {DIRECTION['efficacy']}. "
+        f"AUC: {DIRECTION['auc']}.[/dim]",
+        soft_wrap=True,
+    )
+    if reference:
+        console.print(
+            "[dim]gap: mean absolute difference to the retrained model in forget, retain and test accuracy and MIA, in "
+            "points; in the last row, between retrained models: the noise floor. agree: percent of the forget "
+            "samples on "
+            "which both give the same class.[/dim]",
+            soft_wrap=True,
+        )
+    else:
+        console.print(
+            "[dim]No retrained model was given (--reference DIR): the numbers above have nothing to be "
+            "compared with.[/dim]",
+            soft_wrap=True,
+        )
+
+
+def print_seconds(seconds: Mapping[str, float]) -> None:
+    shown = ", ".join(f"{key.replace('_', ' ')} {value:.1f} s" for key, value in seconds.items() if key != "data")
+    share = (
+        f"; unlearning took {100 * seconds['unlearn'] / seconds['retrain']:.0f}% of the retrain"
+        if seconds.get("retrain")
+        else ""
+    )
+    phases = sum(value for key, value in seconds.items() if key.endswith("_phase"))
+    waiting = f"; {100 * seconds['data'] / phases:.0f}% of the phases was waiting for data" if phases else ""
+    console.print(f"time: {shown}{share}{waiting}", soft_wrap=True)
+
+
+def _row(table: Table, name: str, numbers: Mapping[str, Any]) -> None:
+    gap = f"{numbers['gap']['average']:.2f}" if "gap" in numbers else "-"
+    agreement = f"{100 * numbers['reference']['agreement']['top1']:.1f}" if "reference" in numbers else "-"
+    table.add_row(name, *_four(numbers), gap, agreement)
+
+
+def _four(numbers: Mapping[str, Any]) -> list[str]:
+    accuracy, mia = numbers["accuracy"], numbers["mia"]
+    return [
+        *(f"{100 * accuracy[key]:.1f}" for key in ("forget", "retain", "test")),
+        f"{100 * mia['efficacy']:.1f}",
+        f"{mia['auc']:.3f}",
+    ]

@@ -1,0 +1,90 @@
+"""How a command ends: its exit code, the line on standard error, and where the traceback of a crash is kept."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import tempfile
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from engine.cli.options import RANK
+from engine.errors import ExitCode, RunStopped, UserError
+
+# Set to anything but 0: the traceback of a crash goes to standard error. `lethe --debug` sets it.
+DEBUG = "LETHE_DEBUG"
+
+
+def run(command: Callable[[], Any], stderr: Console) -> None:
+    """Runs a command, and ends the process with its exit code."""
+    with _terminated_in_order():
+        try:
+            command()
+        except (UserError, RunStopped) as error:
+            if not error.shared:
+                rank = f" (rank {RANK})" if RANK > 0 else ""
+                label = "error" if isinstance(error, UserError) else "stopped"
+                _say(stderr, f"{label}{rank}", str(error))
+            sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            sys.exit(ExitCode.INTERRUPTED)
+        except Exception as error:
+            _report_crash(error, stderr)
+            sys.exit(ExitCode.CRASH)
+
+
+def _say(stderr: Console, label: str, text: str) -> None:
+    stderr.print(f"[bold red]{label}:[/] {escape(text)}", soft_wrap=True, highlight=False)
+
+
+def _report_crash(error: Exception, stderr: Console) -> None:
+    """One line on what happened and where its traceback is; it is never lost."""
+    text = "".join(traceback.format_exception(error))
+    first = next(iter(str(error).strip().splitlines()), "")
+    what = f"{type(error).__name__}: {first}" if first else type(error).__name__
+    if os.environ.get(DEBUG, "0") not in ("", "0"):
+        sys.stderr.write(text)
+        _say(stderr, "crash", what)
+        return
+    for folder in filter(None, (getattr(error, "run_folder", None), tempfile.gettempdir())):
+        name = f"crash-{os.getpid()}.txt"
+        with contextlib.suppress(OSError):
+            path = Path(folder) / (name if folder != tempfile.gettempdir() else f"lethe-{name}")
+            path.write_text(f"{' '.join(sys.argv)}\n\n{text}", encoding="utf-8", errors="backslashreplace")
+            _say(
+                stderr,
+                "crash",
+                f"{what}; this is no wrong use but a fault of lethe, of a package or of the machine. The traceback is "
+                f"in {path}; LETHE_DEBUG=1 prints it",
+            )
+            return
+    sys.stderr.write(text)
+    _say(stderr, "crash", what)
+
+
+@contextlib.contextmanager
+def _terminated_in_order() -> Iterator[None]:
+    """A SIGTERM (of a scheduler, of `kill`) ends the process as an exception does, so that locks are given back."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    started = os.getpid()
+
+    def end(number: int, frame: Any) -> None:
+        if os.getpid() != started:  # a worker that decodes images
+            os._exit(ExitCode.TERMINATED)
+        sys.exit(ExitCode.TERMINATED)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

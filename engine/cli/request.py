@@ -1,0 +1,418 @@
+"""`lethe request`: deletion requests and the lineage of models that they make."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from engine.cli.opening import takes_models
+from engine.cli.options import (
+    Architecture,
+    Checkpoint,
+    Data,
+    Json,
+    ModelArgs,
+    Reference,
+    Settings,
+    Weights,
+    checkpoint_sources,
+    takes_data,
+    write_json_file,
+)
+from engine.cli.verify import EXIT
+from engine.errors import UserError
+
+if TYPE_CHECKING:
+    from engine.jobs.opening import Opening
+
+request_app = typer.Typer(
+    help="Deletion requests: kept with their deadlines, run as batches, each run a new version of the model that is "
+    "accepted only if its verdict does not fail.",
+    no_args_is_help=True,
+)
+
+StoreFolder = Annotated[
+    Path,
+    typer.Option(
+        "--store",
+        help="Folder of the store: requests.sqlite and versions/0000, 0001, ... It holds the ids of the requests in "
+        "plain text: guard it as the training data.",
+        show_default=False,
+    ),
+]
+GatesFile = Annotated[
+    Path | None,
+    typer.Option("--gates", help="YAML file of verdict gates that are tighter than the defaults.", show_default=False),
+]
+MaxShare = Annotated[
+    float | None,
+    typer.Option(
+        help="Share of the training samples that may be forgotten since the last full retrain before `status` warns.",
+        show_default=False,
+    ),
+]
+
+
+@request_app.command("init")
+@takes_data
+@takes_models()
+def init(
+    store: StoreFolder,
+    checkpoint: Checkpoint,
+    data: Data,
+    method: Annotated[str, typer.Option(help="One of `lethe methods`; of every run that names no other.")] = "lethe",
+    settings: Settings = None,
+    gates: GatesFile = None,
+    reference: Reference = None,
+    arch: Architecture = None,
+    model_arg: ModelArgs = None,
+    weights: Weights = None,
+    max_share: MaxShare = None,
+    *,
+    opening: Opening,
+) -> None:
+    """Makes a store. Version 0 is a copy of the checkpoint, so that the lineage is whole whatever becomes of it."""
+    from engine.cli.console import console
+    from engine.config import parse_assignments
+    from engine.requests.intake import MAX_SHARE, init_store
+
+    sources = checkpoint_sources([checkpoint, *(reference or [])], arch, model_arg, weights)
+    checkpoint, *references = [each for each in sources if each is not None]
+    init_store(
+        store,
+        checkpoint,
+        data,
+        method=method,
+        config=parse_assignments(settings or []),
+        references=references,
+        gates=gates,
+        max_share=MAX_SHARE if max_share is None else max_share,
+    )
+    console.print(f"store in {store}; version 0000 is a copy of {checkpoint}", soft_wrap=True)
+
+
+@request_app.command("add")
+def add(
+    store: StoreFolder,
+    ids: Annotated[
+        Path | None,
+        typer.Option(help="File of sample ids: text, CSV with an `id` column, JSON lines.", show_default=False),
+    ] = None,
+    sample: Annotated[
+        list[str] | None, typer.Option("--id", help="A sample id; repeat for more.", show_default=False)
+    ] = None,
+    received: Annotated[
+        str | None, typer.Option(help="When the request came, ISO 8601, UTC.", show_default="now")
+    ] = None,
+    deadline: Annotated[
+        str | None, typer.Option(help="ISO 8601, UTC; of a date alone, the end of that day.", show_default=False)
+    ] = None,
+    days: Annotated[float | None, typer.Option(help="Or days from receipt to deadline.", show_default="30")] = None,
+    source: Annotated[str, typer.Option(help="Who asked, or where it is filed.", show_default=False)] = "",
+    skip_known: Annotated[
+        bool, typer.Option("--skip-known", help="Leave out ids that another request names, instead of refusing.")
+    ] = False,
+    json_file: Json = None,
+) -> None:
+    """Adds a request. Ids are checked against the data now; an id that it does not hold adds nothing."""
+    from engine.cli.console import console
+    from engine.requests.intake import add_request
+    from engine.requests.status import describe_request
+    from engine.requests.store import utc_now
+
+    request, left_out = add_request(
+        store,
+        file=ids,
+        ids=sample or [],
+        received=received,
+        deadline=deadline,
+        days=days,
+        source=source,
+        skip_known=skip_known,
+    )
+    told = "".join(
+        f"; {count} {what}"
+        for what, count in (
+            ("ids named more than once, merged", left_out["duplicates"]),
+            ("ids of other requests, left out", left_out["skipped"]),
+        )
+        if count
+    )
+    if request is None:
+        console.print(f"nothing was added{told}", soft_wrap=True)
+    else:
+        console.print(
+            f"request {request.number}: {request.count} samples, deadline {request.deadline}{told}", soft_wrap=True
+        )
+    added = None if request is None else describe_request(request, utc_now())
+    write_json_file(json_file, {"added": added, **left_out})
+
+
+@request_app.command("list")
+def list_requests(
+    store: StoreFolder,
+    everything: Annotated[bool, typer.Option("--all/--open", help="Those that are done too.")] = False,
+    ids: Annotated[
+        Path | None,
+        typer.Option(help="Write the ids of the listed requests to this file, for --forget.", show_default=False),
+    ] = None,
+    json_file: Json = None,
+) -> None:
+    """The open requests, the nearest deadline first, or all."""
+    from engine.cli.console import console
+    from engine.requests.status import describe_request
+    from engine.requests.store import Store, utc_now
+
+    with Store.open(store) as opened:
+        chosen = [each for each in opened.requests() if everything or each.state == "open"]
+        listed = opened.ids_of([each.number for each in chosen])
+    rows = [describe_request(each, utc_now()) for each in chosen]
+    if rows:
+        console.print(_requests_table(rows))
+    else:
+        console.print("no requests" if everything else "no open requests")
+    if ids is not None:
+        try:
+            ids.write_text("".join(f"{each}\n" for each in listed), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--ids {ids}: cannot be written ({error.strerror})") from None
+        console.print(f"{len(listed)} ids in {ids}", soft_wrap=True)
+    write_json_file(json_file, {"requests": rows})
+
+
+@request_app.command("status")
+def show_status(store: StoreFolder, max_share: MaxShare = None, json_file: Json = None) -> None:
+    """Open requests with the days that are left, the versions, and the drift from the last full retrain."""
+    from engine.cli.console import console
+    from engine.requests.status import status
+
+    found = status(store, max_share=max_share)
+    counts = found["requests"]
+    console.print(
+        f"{found['data']}: {found['train']} training samples, {found['forgotten']} forgotten; current version "
+        f"{found['current']['version']:04d} in {found['current']['folder']}",
+        soft_wrap=True,
+    )
+    console.print(f"requests: {counts['open']} open, {counts['unproven']} unproven, {counts['done']} done")
+    if found["pending"]:
+        console.print(_requests_table(found["pending"]))
+    console.print(_versions_table(found["versions"], found["current"]["version"]))
+    console.print(
+        "[dim]forgotten: share of the training samples, since the last full retrain (root or rebase). test: accuracy "
+        "in percent. change: to that retrain, in points. KL: of the test answers, that retrain against this version, "
+        "nats; 0 = the same answers.[/dim]",
+        soft_wrap=True,
+    )
+    if found["unfinished"]:
+        console.print(
+            f"[yellow]the run of version {found['unfinished']['version']:04d}, begun {found['unfinished']['started']}, "
+            "has not ended: lethe request run goes on with it[/]",
+            soft_wrap=True,
+        )
+    _warn(found["warnings"])
+    write_json_file(json_file, found)
+
+
+@request_app.command("run")
+def run(
+    store: StoreFolder,
+    limit: Annotated[
+        int | None, typer.Option(help="Take at most so many requests, the nearest deadlines first.", show_default=False)
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="In place of the store's: one of `lethe methods`.", show_default=False)
+    ] = None,
+    settings: Settings = None,
+    reference: Reference = None,
+    no_reference: Annotated[
+        bool, typer.Option("--no-reference", help="A verdict without the references that init was given.")
+    ] = False,
+    gates: GatesFile = None,
+    require_proof: Annotated[
+        bool, typer.Option("--require-proof", help="Treat INSUFFICIENT EVIDENCE as a FAIL.")
+    ] = False,
+    abandon: Annotated[
+        bool, typer.Option("--abandon", help="Give up the run that has not ended; nothing else is done.")
+    ] = False,
+    json_file: Json = None,
+) -> None:
+    """Unlearns the open requests as one batch and judges the new version. Exit 0: done; 1: FAIL; 3: unproven.
+
+    Samples that were forgotten earlier are never trained on again, and the verdict is on all of them. After a FAIL the
+    version before stays the current one and the requests stay open; INSUFFICIENT EVIDENCE leaves them unproven until
+    a later verdict passes. A run that was killed goes on where it was.
+    """
+    from engine.cli.console import console, print_metrics, progress_bars
+    from engine.config import parse_assignments, to_dict
+    from engine.requests.runner import abandon_run, run_requests
+    from engine.requests.status import status
+
+    if abandon:
+        given_up = abandon_run(store)
+        console.print(f"the run of version {given_up.number:04d} was given up; its requests stay open")
+        return
+    if no_reference and reference:
+        raise UserError("give --reference or --no-reference, not both")
+    with progress_bars() as progress:
+        finished = run_requests(
+            store,
+            limit=limit,
+            method=method,
+            config=parse_assignments(settings or []),
+            references=[] if no_reference else reference,
+            gates=gates,
+            require_proof=require_proof,
+            progress=progress,
+            say=lambda line: console.print(line, soft_wrap=True),
+        )
+    warnings = status(store)["warnings"]
+    if finished is None:
+        console.print("no open requests: nothing to do")
+        write_json_file(json_file, {"run": None, "warnings": warnings})
+        return
+    print_metrics(finished.metrics, name=f"version {finished.version:04d}")
+    _print_status(finished.status, finished.reason)
+    listed = ", ".join(map(str, finished.requests))
+    what = {
+        "done": f"version {finished.version:04d} is the current one; requests {listed} are done",
+        "unproven": f"version {finished.version:04d} is the current one; requests {listed} are unproven, not done; "
+        "lethe request judge --reference RETRAINED looks again, without another run",
+        "open": f"version {finished.version:04d} is rejected; version {finished.parent:04d} stays the current one and "
+        f"requests {listed} stay open: run again with another --method or --set",
+    }[finished.state]
+    console.print(what, soft_wrap=True)
+    _warn(warnings)
+    write_json_file(json_file, {"run": to_dict(finished), "warnings": warnings})
+    raise typer.Exit(EXIT["FAIL" if finished.state == "open" else finished.status])
+
+
+@request_app.command("judge")
+def judge(
+    store: StoreFolder,
+    settings: Settings = None,
+    reference: Reference = None,
+    gates: GatesFile = None,
+    json_file: Json = None,
+) -> None:
+    """Judges the current version again, with retrained models above all. Exit 0: done; 1: FAIL; 3: still unproven.
+
+    PASS makes all unproven requests done, without another run. After a FAIL the version before is the current one and
+    the requests of this one are open again.
+    """
+    from engine.cli.console import console
+    from engine.config import parse_assignments, to_dict
+    from engine.requests.runner import judge_again
+    from engine.requests.status import status
+
+    found = judge_again(
+        store,
+        config=parse_assignments(settings or []),
+        references=reference,
+        gates=gates,
+        say=lambda line: console.print(line, soft_wrap=True),
+    )
+    warnings = status(store)["warnings"]
+    write_json_file(json_file, {"judged": None if found is None else to_dict(found), "warnings": warnings})
+    if found is None:
+        console.print("no unproven requests: nothing to judge")
+        return
+    _print_status(found.status, found.reason)
+    if found.status == "FAIL":
+        console.print(f"version {found.version:04d} is rejected; the version before is the current one again")
+    for state in ("done", "unproven", "open"):
+        listed = ", ".join(str(number) for number, each in found.requests.items() if each == state)
+        if listed:
+            console.print(f"requests {listed} are {state}", soft_wrap=True)
+    _warn(warnings)
+    raise typer.Exit(EXIT[found.status])
+
+
+@request_app.command("rebase")
+def rebase(
+    store: StoreFolder,
+    checkpoint: Checkpoint,
+    arch: Architecture = None,
+    model_arg: ModelArgs = None,
+    weights: Weights = None,
+) -> None:
+    """Makes a full retrain without the forgotten samples the current version, from which drift is counted anew."""
+    from engine.cli.console import console
+    from engine.requests.runner import rebase as add_rebase
+
+    (place,) = checkpoint_sources([checkpoint], arch, model_arg, weights)
+    number, proven = add_rebase(store, place or checkpoint)
+    shown = (
+        "by its run folder it was trained on exactly the samples that are left"
+        if proven
+        else "that none of the forgotten samples was in its training is taken as stated"
+    )
+    console.print(f"version {number:04d} is a copy of {checkpoint}; {shown}", soft_wrap=True)
+
+
+def _print_status(status: str, reason: str) -> None:
+    from rich.markup import escape
+
+    from engine.cli.console import coloured, console
+
+    console.print(f"{coloured(status)}{escape(f': {reason}') if reason else ''}", soft_wrap=True)
+
+
+def _requests_table(rows: list[dict[str, Any]]) -> Any:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("request", "state", "samples", "received", "deadline", "days left", "tries", "source", "last reason")
+    for row in rows:
+        days = "-" if row["days_left"] is None else f"{row['days_left']:.1f}"
+        state = f"version {row['version']:04d}, {row['state']}" if row["version"] else row["state"]
+        table.add_row(
+            str(row["request"]),
+            f"in run {row['running']:04d}" if row["running"] else state,
+            str(row["samples"]),
+            row["received"],
+            row["deadline"],
+            f"[bold red]{days} OVERDUE[/]" if row["overdue"] else days,
+            str(row["attempts"]),
+            escape(row["source"]),
+            escape(row["reason"]),
+        )
+    return table
+
+
+def _versions_table(rows: list[dict[str, Any]], current: int) -> Any:
+    from rich.table import Table
+
+    from engine.cli.console import coloured
+
+    table = Table("version", "from", "kind", "samples", "verdict", "state", "forgotten", "test", "change", "KL")
+    for row in rows:
+        verdict, drift = row["verdict"], row["drift"]
+        figures = ["-"] * 4
+        if drift:
+            figures = [
+                f"{100 * drift['share']:.1f}%",
+                f"{100 * drift['test_accuracy']:.1f}",
+                f"{drift['test_accuracy_change']:+.1f}",
+                f"{drift['test_kl']:.3f}",
+            ]
+        table.add_row(
+            f"{row['version']:04d}",
+            "-" if row["parent"] is None else f"{row['parent']:04d}",
+            row["kind"],
+            str(row["samples"]),
+            coloured(verdict) if verdict else "-",
+            "[bold]current[/]" if row["version"] == current else row["state"],
+            *figures,
+        )
+    return table
+
+
+def _warn(warnings: list[str]) -> None:
+    from rich.markup import escape
+
+    from engine.cli.console import console
+
+    for line in warnings:
+        console.print(f"[bold red]warning:[/] {escape(line)}", soft_wrap=True)

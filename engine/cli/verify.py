@@ -1,0 +1,142 @@
+"""`lethe verify`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from engine.cli.opening import named_references, takes_models
+from engine.cli.options import (
+    Architecture,
+    Checkpoint,
+    Data,
+    Forget,
+    ModelArgs,
+    OnBadImage,
+    Reference,
+    Settings,
+    Sign,
+    Weights,
+    checkpoint_sources,
+    run_options,
+    takes_data,
+    write_json_file,
+)
+from engine.errors import ExitCode, UserError
+
+if TYPE_CHECKING:
+    from engine.jobs.opening import Opening
+
+# What scripts and queues read; 2 is wrong use, as everywhere.
+EXIT = {
+    "PASS": ExitCode.GOOD,
+    "FAIL": ExitCode.FAILED,
+    "INSUFFICIENT EVIDENCE": ExitCode.INSUFFICIENT_EVIDENCE,
+}
+
+
+@takes_data
+@takes_models()
+def verify(
+    checkpoint: Checkpoint,
+    data: Data,
+    forget: Forget,
+    original: Annotated[str, typer.Option(help="The model before unlearning.", show_default=False)],
+    reference: Reference = None,
+    arch: Architecture = None,
+    model_arg: ModelArgs = None,
+    weights: Weights = None,
+    gates: Annotated[
+        Path | None,
+        typer.Option(help="YAML file of gates that are tighter than the defaults.", show_default=False),
+    ] = None,
+    record: Annotated[
+        bool, typer.Option("--record", help="Write verdict.json into the checkpoint's run folder, and its record.")
+    ] = False,
+    sign: Sign = None,
+    settings: Settings = None,
+    on_bad_image: OnBadImage = None,
+    json_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--json", help="Write the verdict to this file too; with --html its evidence as well.", show_default=False
+        ),
+    ] = None,
+    html_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--html",
+            help="Write a page of the verdict and its evidence to this file; takes longer.",
+            show_default=False,
+        ),
+    ] = None,
+    *,
+    opening: Opening,
+) -> None:
+    """Is it forgotten? PASS (exit 0), FAIL (1) or INSUFFICIENT EVIDENCE (3), with the reason of each gate."""
+    from engine.audit.run_record import RecordOptions
+    from engine.cli.console import console
+    from engine.jobs.evidence import prove_job
+    from engine.jobs.task import Task
+    from engine.jobs.verify import check_recorded, print_verdict, record_verdict, verify_job
+    from engine.models.checkpoint_source import CheckpointSource
+
+    run_folder = CheckpointSource.parse(checkpoint).folder
+    if record:
+        check_recorded(run_folder)
+        RecordOptions(key=sign).check()
+    elif sign:
+        raise UserError(f"--sign {sign}: what is signed is the record; give --record too")
+    _make_room({"--json": json_file, "--html": html_file})
+    sources = checkpoint_sources([checkpoint, original, *(reference or [])], arch, model_arg, weights)
+    checkpoint, original, *references = [each for each in sources if each is not None]
+    task = Task.open(data, forget)
+    options: dict[str, Any] = {"gates": gates, "config": run_options(settings, on_bad_image)}
+    others = {"--checkpoint": checkpoint, **named_references(references)}
+    task, _ = opening.prepare(task, original, others, options["config"])
+    if html_file:
+        verdict, proof = prove_job(task, checkpoint, original, references, **options)
+    else:
+        verdict, proof = verify_job(task, checkpoint, original, references, **options), {}
+    print_verdict(verdict)
+    evidence = {key: value for key, value in proof.items() if key != "verdict"}
+    write_json_file(json_file, {**verdict.to_dict(), **({"evidence": evidence} if evidence else {})})
+    if html_file:
+        facts = {
+            "checkpoint": checkpoint,
+            "original": original,
+            "references": references,
+            "data": data,
+            "forget": forget,
+        }
+        _write_html(html_file, proof, facts)
+        console.print(f"evidence in {html_file}")
+    if record:
+        record_verdict(run_folder, verdict, sign)
+        console.print(f"verdict.json and record.json in {run_folder}")
+    raise typer.Exit(EXIT[verdict.status])
+
+
+def _make_room(files: dict[str, Path | None]) -> None:
+    """Before the work begins: a wrong name shall not cost minutes."""
+    for option, path in files.items():
+        if path is None:
+            continue
+        if path.is_dir():
+            raise UserError(f"{option} {path}: is a folder; give the name of a file")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{option} {path}: cannot be written ({error.strerror})") from None
+
+
+def _write_html(path: Path, proof: dict[str, Any], facts: dict[str, Any]) -> None:
+    from engine.report.proof.page import write_proof
+    from engine.runtime.environment import environment
+
+    try:
+        write_proof(path, proof, title="Proof of forgetting", facts={**facts, "versions": environment()})
+    except OSError as error:
+        raise UserError(f"--html {path}: cannot be written ({error.strerror})") from None

@@ -1,0 +1,98 @@
+"""What stands behind a verdict: attacks, agreement, relearning, features and attention, for `engine.report.proof.page`.
+
+A verdict needs few numbers; who doubts it, or has to explain it, wants to see more. None of this decides anything.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from engine.errors import RunStopped, UserError
+from engine.evaluate.agreement import agreement_report
+from engine.evaluate.attention import attention_report
+from engine.evaluate.membership import attack_report
+from engine.evaluate.relearning import relearning_report, steps_of
+from engine.evaluate.representation import compare_features
+from engine.evaluate.verdict import Evidence, Verdict
+from engine.jobs.task import Task
+from engine.jobs.verify import Examiner, prepare
+
+
+def prove_job(
+    task: Task,
+    checkpoint: str | Path,
+    original: str | Path,
+    references: Sequence[str | Path] = (),
+    *,
+    gates: Path | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> tuple[Verdict, dict[str, Any]]:
+    """`engine.jobs.verify.verify_job`, and the proof (`gather_proof`) with it."""
+    model, examiner = prepare(task, checkpoint, original, references, gates=gates, config=config)
+    evidence = examiner.evidence(model)
+    verdict = examiner.judge(evidence)
+    return verdict, gather_proof(examiner, evidence, model, verdict)
+
+
+def gather_proof(examiner: Examiner, evidence: Evidence, model: nn.Module, verdict: Verdict) -> dict[str, Any]:
+    """A proof as `engine.report.proof.page` shows it, JSON-ready, with the seconds that each part took.
+
+    examiner, evidence: those that the verdict came from. model: the one that was judged; left as it is. All models are
+    held at once. A part that cannot be measured (too few samples, a model without attention to be read) is not there;
+    `unmeasured` says why.
+    """
+    references = {f"retrained {number}": each for number, each in enumerate(examiner.load_references(), 1)}
+    models = {"original": examiner.before, "model": model, **references}
+    task, evaluator, gates = examiner.task, examiner.evaluator, examiner.gates
+    forget, test = task.forget, evaluator.sets["test"]
+    options: dict[str, Any] = {
+        **examiner.loading,
+        "device": str(evaluator.device),
+        "precision": evaluator.precision,
+        "seed": examiner.seed,
+    }
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
+        "attacks": lambda: attack_report(
+            evidence.model.predictions,
+            evidence.original.predictions,
+            [each.predictions for each in evidence.references],
+        ),
+        "agreement": lambda: agreement_report(
+            evidence.model.predictions,
+            evidence.original.predictions,
+            [each.predictions for each in evidence.references],
+        ),
+        "relearning": lambda: relearning_report(
+            models,
+            forget,
+            test,
+            references=list(references),
+            retain=task.retain,
+            unrelated=task.source.validation,
+            share=gates.relearning_share,
+            steps=steps_of(round(gates.relearning_share * len(forget)), gates.relearning_epochs),
+            **options,
+        ),
+        "representation": lambda: compare_features(models, evaluator.sets, references=list(references), **options),
+        "attention": lambda: attention_report(examiner.before, {"model": model}, references, forget, test, **options),
+    }
+    proof: dict[str, Any] = {
+        "verdict": verdict.to_dict(),
+        "gates": dataclasses.asdict(gates),
+        "seconds": {},
+        "unmeasured": {},
+    }
+    for name, gather in parts.items():
+        began = time.perf_counter()
+        try:
+            proof[name] = gather()
+        except (UserError, RunStopped) as error:
+            proof["unmeasured"][name] = str(error)
+        proof["seconds"][name] = time.perf_counter() - began
+    return proof

@@ -1,0 +1,304 @@
+"""The verdict on a checkpoint: references checked, evidence gathered, gates judged (`engine.evaluate.verdict`)."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+from torch import nn
+
+from engine.audit.record import append_to_record, recorded
+from engine.audit.run_record import origin
+from engine.cli.console import coloured, console
+from engine.errors import UserError
+from engine.evaluate.relearning import relearning_curve, steps_of
+from engine.evaluate.representation import compare_weights
+from engine.evaluate.verdict import DOES_NOT_PROVE, Evidence, Gates, Verdict, Witness, attack_power, judge
+from engine.jobs.opening import open_model as load_checkpoint
+from engine.jobs.task import Task
+from engine.models.checkpoint import weights_sha256
+from engine.models.checkpoint_source import CheckpointSource
+from engine.models.huggingface import as_classifier
+from engine.runtime import lock
+from engine.runtime.files import write_json
+
+# A model of other data gives itself away by its accuracy: this many points below the original's on the test samples.
+_STRANGER = 20.0
+# AUC at which the original knows the retained samples better than a reference does, beside test samples: a reference
+# that was trained on them is at 0.5, give or take what seeds and a tenth fewer samples make of it.
+_UNTRAINED = 0.6
+
+
+class Examiner:
+    """Judges models for one forget request: references and original are looked at once, then any number of models.
+
+    original, references: models, or checkpoints. gates: limits. config: options of the evaluation
+    (precision, device, ...). Raises UserError for a reference that is none, see `check_reference`.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        original: nn.Module | str | Path,
+        references: Sequence[nn.Module | str | Path],
+        *,
+        gates: Gates | None = None,
+        config: Mapping[str, Any] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.gates, self.seed = gates or Gates.read(), seed
+        self.before = _model(original)
+        self.task = task.readable(self.before, config)
+        self.evaluator = self.task.evaluator(config)
+        self.original = self.look(self.before)
+        made = original_of(original, self.before)
+        self.references = []
+        self._sources = list(references)
+        checked = check_references(task, references, {"the original": self.before}, made)
+        for (name, proven), reference in zip(checked, references, strict=True):
+            witness = self.look(_model(reference))
+            check_reference(name, witness, self.original, proven=proven, level=self.gates.level)
+            self.references.append(witness)
+
+    def load_references(self) -> list[nn.Module]:
+        """The reference models, which are not kept: only what they said is."""
+        return [_model(source) for source in self._sources]
+
+    def look(self, model: nn.Module) -> Witness:
+        """What a model says, as it is and after the relearning attack on a copy of it."""
+        predictions = self.evaluator.all_predictions(model)
+        share, epochs = self.gates.relearning_share, self.gates.relearning_epochs
+        if round((1 - share) * len(self.task.forget)) < self.gates.minimum_samples // 2:
+            return Witness(predictions, {})
+        curve = relearning_curve(
+            model,
+            self.task.forget,
+            self.evaluator.sets["test"],
+            share=share,
+            steps=(0, steps_of(round(share * len(self.task.forget)), epochs)[-1]),
+            seed=self.seed,
+            device=str(self.evaluator.device),
+            precision=self.evaluator.precision,
+            **self.loading,
+        )
+        return Witness(predictions, curve.predictions[-1])
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """How images are read, as options of `engine.data.Loader`."""
+        return {key: value for key, value in self.evaluator.loading.items() if key != "batch_size"}
+
+    def evidence(self, model: nn.Module) -> Evidence:
+        witness = self.look(model)
+        return Evidence(
+            model=witness,
+            original=self.original,
+            references=self.references,
+            repeated=self.evaluator.predictions(model, "forget"),
+            changed=_changed(model, self.before),
+        )
+
+    def judge(self, evidence: Evidence) -> Verdict:
+        verdict = judge(evidence, self.gates)
+        if not self.task.unreadable:
+            return verdict
+        samples = {**verdict.samples, "forget_unreadable": self.task.unreadable}
+        return dataclasses.replace(verdict, samples=samples)
+
+    def __call__(self, model: nn.Module) -> Verdict:
+        return self.judge(self.evidence(model))
+
+
+def verify_job(
+    task: Task,
+    checkpoint: str | Path,
+    original: str | Path,
+    references: Sequence[str | Path] = (),
+    *,
+    gates: Path | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> Verdict:
+    """`lethe verify`. Everything that is drawn is drawn from seed 0: the same call gives the same verdict."""
+    model, examiner = prepare(task, checkpoint, original, references, gates=gates, config=config)
+    return examiner(model)
+
+
+def prepare(
+    task: Task,
+    checkpoint: str | Path,
+    original: str | Path,
+    references: Sequence[str | Path],
+    *,
+    gates: Path | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> tuple[nn.Module, Examiner]:
+    """The model to judge, and the examiner for it; arguments as of `verify_job`."""
+    limits = Gates.read(gates)
+    model = load_checkpoint(checkpoint)  # before the work begins: a wrong name shall not cost minutes
+    return model, Examiner(task, original, references, gates=limits, config=config)
+
+
+def check_references(
+    task: Task,
+    references: Sequence[nn.Module | str | Path],
+    others: Mapping[str, nn.Module | None],
+    made: MadeFrom | None = None,
+) -> list[tuple[str, bool]]:
+    """(name, whether a record proves it) of each reference. others: what none of them may be, by name.
+    made: what is known of the original.
+
+    Raises UserError for a reference that is none by its record, and for one with the weights of another model: a model
+    compared with itself has no gap, and two equal references have no noise floor.
+    """
+    owners = {weights_sha256(model): name for name, model in others.items() if model is not None}
+    found = []
+    for number, reference in enumerate(references, 1):
+        path = Path(CheckpointSource.parse(reference).place) if isinstance(reference, (str, Path)) else None
+        name = f"reference {number}" if path is None else str(reference)
+        proven = path is not None and check_origin(CheckpointSource.parse(path).folder, task, made)
+        digest = weights_sha256(_model(reference))
+        if digest in owners:
+            raise UserError(
+                f"--reference {name}: its weights are those of {owners[digest]}; a reference is a model of its own, "
+                "trained without the forget samples: lethe train --forget, with another --seed for each"
+            )
+        owners[digest] = f"--reference {name}"
+        found.append((name, proven))
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class MadeFrom:
+    """What is known of an original. weights_sha256: of its weights. init_sha256: of those it was fine-tuned from."""
+
+    weights_sha256: str
+    init_sha256: str | None = None
+
+
+def original_of(original: nn.Module | str | Path, model: nn.Module) -> MadeFrom:
+    """What an original's weights, and its run folder if it has one, say of it. model: the original, loaded."""
+    found = None
+    if isinstance(original, (str, Path)):
+        with contextlib.suppress(UserError):  # a folder that was changed says nothing of the references
+            found = origin(CheckpointSource.parse(original).folder)
+    return MadeFrom(weights_sha256(model), found.init.get("weights_sha256") if found and found.init else None)
+
+
+def check_origin(folder: Path, task: Task, original: MadeFrom | None = None) -> bool:
+    """Whether a reference's run folder says that it was trained on exactly the retained samples.
+
+    A reference that was fine-tuned (`lethe train --init`) is proven if its base is one of timm's, or the one that the
+    original was made from. False where it says nothing (a checkpoint that another program trained), or where what it
+    says leaves it open. Raises UserError where it says otherwise.
+    """
+    found = origin(folder)
+    if found is None:
+        return False
+    name, remedy = f"--reference {folder}: by its {found.said_by}", "retrain with `lethe train --forget`"
+    if not found.is_training:
+        elsewhere = original and found.before_sha256 not in (None, original.weights_sha256)
+        if not (found.method == "finetune" and elsewhere and found.samples_sha256 == task.retain.fingerprint()):
+            raise UserError(f"{name} it comes of {found.method}, not of a retrain; {remedy}")
+        return False  # fine-tuned on what is retained, from a model that is not the original
+    if found.samples_sha256 == task.source.train.fingerprint():
+        raise UserError(f"{name} it was trained on all samples, those to forget among them; {remedy}")
+    if found.samples_sha256 != task.retain.fingerprint():
+        raise UserError(
+            f"{name} it was trained on other samples than this request retains; {remedy} and the same data and request"
+        )
+    if not found.init:
+        return True
+    base, seen = found.init.get("weights_sha256"), found.init.get("trained_on")
+    if (original and base == original.weights_sha256) or seen == task.source.train.fingerprint():
+        raise UserError(
+            f"{name} it was trained from {found.init.get('checkpoint')}, which saw the samples to forget; train it "
+            "from the base of the original: lethe train --init BASE --forget FILE"
+        )
+    same = original is not None and original.init_sha256 is not None and base == original.init_sha256
+    return same or str(found.init.get("checkpoint")).startswith("timm:")
+
+
+def check_reference(name: str, reference: Witness, original: Witness, *, proven: bool, level: float) -> None:
+    """Raises UserError for a reference whose answers say that it was trained on other data or with the forget samples.
+
+    A reference that was trained without the forget samples knows them less than the original does, beside retained
+    ones; one that was trained on the retained samples knows those as well as the original, beside test samples. An
+    original that never memorised anything cannot show the first: then a record has to (proven).
+    """
+    mine, theirs = (_accuracy(witness) for witness in (reference, original))
+    if theirs - mine > _STRANGER:
+        raise UserError(
+            f"--reference {name}: its test accuracy is {mine:.1f}%, the original's {theirs:.1f}%; it was trained on "
+            "other data or not to its end"
+        )
+    stranger = attack_power(original, [reference], ("retain", "test"), level)
+    if stranger.low > _UNTRAINED:
+        raise UserError(
+            f"--reference {name}: the original knows the retained samples better than it does (AUC "
+            f"{stranger.value:.3f} beside test samples; 0.5 for a model trained on them); it was trained on other data"
+        )
+    lacking = attack_power(original, [reference], ("forget", "retain"), level)
+    if not proven and lacking.low <= 0.5:
+        raise UserError(
+            f"--reference {name}: it knows the forget samples as well as the original does (AUC {lacking.value:.3f} "
+            "beside retained samples; above 0.5 for a model trained without them); it was trained with them, or the "
+            "original shows no trace of them. A run folder of `lethe train --forget` is taken by its record; one of "
+            "`lethe train --init` if the original's own record names the same base"
+        )
+
+
+def _accuracy(witness: Witness) -> float:
+    return 100 * witness.predictions["test"].accuracy
+
+
+def _changed(model: nn.Module, original: nn.Module) -> float | None:
+    if [(key, value.shape) for key, value in model.state_dict().items()] != [
+        (key, value.shape) for key, value in original.state_dict().items()
+    ]:
+        return None
+    return float(compare_weights(model, original)["changed"])
+
+
+def _model(model: nn.Module | str | Path) -> nn.Module:
+    return load_checkpoint(model) if isinstance(model, (str, Path)) else as_classifier(model)
+
+
+def record_verdict(folder: Path, verdict: Verdict, key: Path | None = None) -> None:
+    """verdict.json in a run folder, and the verdict as a further entry of its record, signed where there is a key.
+
+    Raises UserError where the folder has no record.
+    """
+    check_recorded(folder)
+    with lock.held(folder):
+        write_json(folder / "verdict.json", verdict.to_dict())
+        append_to_record(folder, "verdict", verdict.to_dict(), files=["verdict.json"], key=key)
+
+
+def check_recorded(folder: Path) -> None:
+    """Raises UserError where a folder has no record that a verdict could be added to, or a run is at work in it."""
+    lock.check(folder)
+    if recorded(folder, "data") is None:
+        raise UserError(f"--record: {folder} has no record.json; it is written by `lethe unlearn` and `lethe train`")
+
+
+def print_verdict(verdict: Verdict) -> None:
+    table = Table("gate", "", "limit", "found", header_style="bold")
+    for gate in verdict.gates:
+        table.add_row(gate.name, coloured(gate.status), escape(gate.limit), escape(gate.reason))
+    console.print(table)
+    console.print(
+        f"{coloured(verdict.status)} on {verdict.samples['forget']} forget and {verdict.samples['test']} test "
+        f"samples, {verdict.references} references"
+        + (f"; decided by {', '.join(verdict.decided_by)}" if verdict.decided_by else ""),
+        soft_wrap=True,
+    )
+    if not verdict.references:
+        console.print("Without retrained references it rests on held-out data alone.", soft_wrap=True)
+    console.print("[dim]It does not prove:[/dim]")
+    for line in DOES_NOT_PROVE:
+        console.print(f"[dim]  {line}[/dim]", soft_wrap=True)

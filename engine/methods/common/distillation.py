@@ -1,0 +1,89 @@
+"""Distillation from frozen teachers: the divergence between outputs, and teachers that run once an image if they can.
+
+    KL_t(p || q) = t^2 sum_c p_c (log p_c - log q_c),  p = softmax(teacher / t),  q = softmax(student / t)
+
+t^2 keeps the size of the gradient from falling with the temperature (Hinton et al. 2015, arXiv 1503.02531).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.core.method import Context, Method, Passes, Phase, Taken
+from engine.data import Batch
+
+
+def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL_t [B] of the student's logits [B, C] from the teacher's, in nats."""
+    p, q = (F.log_softmax(logits.float() / temperature, 1) for logits in (teacher, student))
+    return temperature**2 * F.kl_div(q, p, reduction="none", log_target=True).sum(1)
+
+
+class Distillation(Method):
+    """Base of methods that compare a model's outputs with `taught` ones.
+
+    Where a phase does not augment, teachers see the same image in every epoch: what they say of the phase's samples is
+    then computed once, before the phase, and kept in host memory (samples x outputs floats).
+    """
+
+    teachers = 1.0  # passes of teachers that `taught` takes
+
+    def __init__(self, config: Any, context: Context) -> None:
+        super().__init__(config, context)
+        self._rows: dict[str, Tensor] = {}
+
+    def taught(self, batch: Batch, phase: Phase) -> Tensor:
+        """What the teachers say [B, D] of the images of a batch; runs without gradients, under the run's autocast."""
+        raise NotImplementedError
+
+    def teachers_run(self, phase: Phase) -> bool:
+        """Whether a phase has teachers at all."""
+        return True
+
+    def passes(self, phases: list[Phase], number: int, taken: Taken) -> list[Passes]:
+        phase = phases[number]
+        if not self.teachers_run(phase):
+            return []
+        known = [each.samples for each in phases[:number] if self.teachers_run(each) and not each.augment]
+        if phase.augment:
+            images = taken.images
+        elif phase.samples in known:
+            images = 0
+        else:
+            images = phase.retained(len(self.context.retain))
+            images += 0 if phase.samples == "retain" else len(self.context.forget)
+        return [Passes(name="teacher outputs", images=images, forward=self.teachers)]
+
+    def prepare(self, phase: Phase) -> None:
+        if self.teachers_run(phase) and not phase.augment and phase.samples not in self._rows:
+            loader = self.context.loader(self.context.samples_of(phase), "none")
+            (self._rows[phase.samples],) = loader.rows(lambda batch: (self._ask(batch, phase),))
+
+    def prepared(self, phase: Phase) -> dict[str, Tensor]:
+        # Every phase keeps what it reads: a resumed run restores those alone that it still goes through.
+        return {"rows": self._rows[phase.samples]} if self._cached(phase) else {}
+
+    def restore(self, phase: Phase, prepared: dict[str, Tensor]) -> None:
+        if "rows" in prepared:
+            self._rows[phase.samples] = prepared["rows"]
+
+    def needs_original(self, phase: Phase, prepared: bool) -> bool:
+        return self.teachers_run(phase) and not self._cached(phase)
+
+    def teacher(self, batch: Batch, phase: Phase) -> Tensor:
+        """`taught` of a batch of `phase.samples`, float32: looked up, or computed where images are augmented."""
+        if self._cached(phase):
+            return self._rows[phase.samples][batch.index].to(batch.images.device)
+        return self._ask(batch, phase)
+
+    def _cached(self, phase: Phase) -> bool:
+        return self.teachers_run(phase) and not phase.augment and phase.samples in self._rows
+
+    @torch.no_grad()
+    def _ask(self, batch: Batch, phase: Phase) -> Tensor:
+        with self.context.autocast():
+            return self.taught(batch, phase).float()

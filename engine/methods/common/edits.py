@@ -1,0 +1,64 @@
+"""What the methods that edit weights at once share: one edit, then, where it is asked for, a repair."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import Tensor, nn
+
+from engine.config import positive_or_null, require
+from engine.core.method import Context, Method, Phase, cross_entropy
+from engine.core.search_space import Range, rate, tunable
+from engine.data import Batch
+from engine.errors import UserError
+from engine.methods.finetune import RETAIN_LR_PER_WIDTH
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EditConfig:
+    """Options of every edit.
+
+    retain_epochs: passes over the retained samples after the edit, to repair it; 0: none, as published.
+    lr: peak rate of that repair; null: 0.192 / width.
+    """
+
+    retain_epochs: float = tunable(0.0, Range(0, 8, step=1))
+    lr: float | None = tunable(None, rate(RETAIN_LR_PER_WIDTH))
+
+    def __post_init__(self) -> None:
+        require(self.retain_epochs >= 0, "retain_epochs", self.retain_epochs, "0 or more")
+        positive_or_null(self, "lr")
+
+
+class Edit(Method):
+    """A method that gives `change` in place of `phases` and `loss`."""
+
+    one_process = "it edits weights by hand, which needs each of them and its gradient whole"
+
+    def __init__(self, config: EditConfig, context: Context) -> None:
+        super().__init__(config, context)
+        if context.run.trainable.startswith("lora"):
+            raise UserError(
+                f"option trainable={context.run.trainable!r}: {self.name} edits the weights that are there, and "
+                "low-rank updates begin at zero; use trainable=all, head or last:N"
+            )
+
+    def phases(self) -> list[Phase]:
+        edit = Phase(name="edit", samples="forget", epochs=0, lr=0.0, schedule="constant", augment=False, guarded=True)
+        lr = self.learning_rate(self.config.lr, RETAIN_LR_PER_WIDTH)
+        retain = Phase(name="retain", samples="retain", epochs=self.config.retain_epochs, lr=lr)
+        return [edit, retain] if retain.epochs > 0 else [edit]
+
+    def needs_original(self, phase: Phase, prepared: bool) -> bool:
+        return False
+
+    def edit(self, model: nn.Module, phase: Phase) -> None:
+        if phase.name == "edit":
+            self.change(model)
+
+    def change(self, model: nn.Module) -> None:
+        """Edits the weights that require a gradient; called once, with the weights of the original."""
+        raise NotImplementedError
+
+    def loss(self, model: nn.Module, batch: Batch, phase: Phase) -> dict[str, Tensor]:
+        return {"retain_ce": cross_entropy(model, batch)}

@@ -1,0 +1,309 @@
+"""The folder of a run: config.yaml, history.jsonl, resume/ while it runs, and what it ends with.
+
+resume/TAG/ holds one checkpoint: state.pt (where the run is) and the files of the updater, of every rank. It counts
+from the moment that resume/current.json names it; that file is replaced in one step, after everything in the folder
+has reached the disk, and older checkpoints are removed after that. So a process that dies at any moment leaves one
+checkpoint that is whole. Several hosts need one file system that all of them see.
+
+One process works in a run folder at a time: the main rank holds its lock (`engine.runtime.lock`) until the run is
+finished, or has failed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import json
+import os
+import pickle
+import shutil
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.config import read_yaml, write_yaml
+from engine.errors import RunStopped, UserError
+from engine.runtime import lock
+from engine.runtime.files import full_disk, replacing, sync, write_json
+from engine.runtime.process_group import World
+
+# What a run folder may hold; --overwrite removes these and nothing else.
+_FILES = (
+    "config.yaml",
+    "history.jsonl",
+    "config.json",
+    "preprocessor_config.json",
+    "model.safetensors",
+    "stages.safetensors",
+    "metrics.json",
+    "record.json",
+    "record.salt",
+    "record.ids",
+    "report.html",
+    "verdict.json",
+)
+# Of them those that say of a run that it is done: of one that goes on they would be a lie.
+_SEALS = ("record.json", "record.salt", "record.ids", "verdict.json")
+_FOLDERS = ("resume", "last_good")
+# Tracebacks of earlier runs, see `engine.cli.exits`; removed when a run starts.
+CRASHES = "crash*.txt"
+
+# The folders that were opened since `closing` began.
+_opened: contextvars.ContextVar[list[RunFolder] | None] = contextvars.ContextVar("opened", default=None)
+
+
+@contextlib.contextmanager
+def closing() -> Iterator[None]:
+    """Gives back, at the end of the block, the run folders that were opened in it.
+
+    An exception that ends the block gets the attribute `run_folder`, so that its traceback can be kept there.
+    """
+    folders: list[RunFolder] = []
+    token = _opened.set(folders)
+    try:
+        yield
+    except Exception as error:
+        if folders:
+            error.run_folder = folders[-1].path  # type: ignore[attr-defined]
+        raise
+    finally:
+        _opened.reset(token)
+        for folder in folders:
+            folder.close()
+
+
+def check_free(folder: str | os.PathLike[str]) -> None:
+    """Raises UserError where another process works in a run folder: before the work, which `RunFolder` comes after."""
+    if World.current().is_main:
+        lock.check(Path(folder))
+
+
+def check_apart(folder: str | os.PathLike[str], checkpoints: Iterable[str | os.PathLike[str]]) -> None:
+    """Raises UserError where the folder of a run is that of a checkpoint that the run reads: it would be replaced."""
+    for checkpoint in checkpoints:
+        place = Path(os.fspath(checkpoint).partition("?")[0])
+        home = place.parent if place.is_file() else place
+        if home.is_dir() and Path(folder).is_dir() and os.path.samefile(home, folder):
+            raise UserError(
+                f"output folder {folder} is that of the checkpoint {checkpoint}, which is never changed; name another "
+                "folder"
+            )
+
+
+class RunFolder:
+    """Opens a folder for one run.
+
+    An empty or new folder is taken. A folder that holds a run is an error, unless `overwrite` (its files are
+    removed when the new run starts) or `resume` (the same configuration goes on where the last epoch ended).
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        config: dict[str, Any],
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        world: World | None = None,
+    ) -> None:
+        self.path, self.world = Path(folder), world or World()
+        if resume and overwrite:
+            raise UserError("give --resume or --overwrite, not both")
+        self._lock: lock.FolderLock | None = None
+        self.world.on_main(lambda: self._take(config, resume, overwrite))
+        if not self.path.is_dir():
+            raise UserError(
+                f"rank {self.world.rank} does not see the output folder {self.path}; all hosts need one file system"
+            )
+        if (opened := _opened.get()) is not None:
+            opened.append(self)
+
+    def close(self) -> None:
+        """Lets other processes use the folder."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def _take(self, config: dict[str, Any], resume: bool, overwrite: bool) -> None:
+        """Locks the folder, and opens it."""
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"output folder {self.path} is a file; name a folder")
+        if resume and not self.path.is_dir():
+            self._check_same(config, [])
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"output folder {self.path} cannot be made ({error.strerror}); name another") from None
+        self._lock = lock.take(self.path)
+        weakref.finalize(self, self._lock.release)  # at the end of the process at the latest
+        try:
+            self._open(config, resume, overwrite)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, config: dict[str, Any], resume: bool, overwrite: bool) -> None:
+        held = [name for name in (*_FILES, *_FOLDERS) if (self.path / name).exists()]
+        if resume:
+            self._check_same(config, held)
+        elif held and not overwrite:
+            raise UserError(
+                f"output folder {self.path} holds another run ({', '.join(held[:3])}, ...); "
+                "go on with it by --resume, replace it by --overwrite, or name another folder"
+            )
+        elif not held and any(not _passed_over(path) for path in self.path.glob("*")):
+            raise UserError(f"output folder {self.path} holds files that are not a run's; name another folder")
+        for pattern in (".*.tmp", CRASHES):  # of processes that were killed or failed
+            for leftover in self.path.glob(pattern):
+                leftover.unlink(missing_ok=True)
+        if resume:
+            for name in _SEALS:
+                (self.path / name).unlink(missing_ok=True)
+        else:
+            for name in held:
+                shutil.rmtree(self.path / name) if name in _FOLDERS else (self.path / name).unlink()
+            with replacing(self.path / "config.yaml") as temporary:
+                write_yaml(temporary, config)
+        (self.path / "history.jsonl").touch()
+
+    def _check_same(self, config: dict[str, Any], held: list[str]) -> None:
+        if "config.yaml" not in held:
+            raise UserError(f"output folder {self.path} holds no run to resume; leave --resume out")
+        if "model.safetensors" in held and not (self.path / "resume" / "current.json").exists():
+            shutil.rmtree(self.path / "resume", ignore_errors=True)  # of a process that was killed in `finished`
+            raise UserError(f"output folder {self.path} holds a finished run; there is nothing to resume")
+        before = _flat(read_yaml(self.path / "config.yaml"))
+        now = _flat(config)
+        differing = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+        if differing:
+            listed = "; ".join(f"{key}: {before.get(key)!r} before, {now.get(key)!r} now" for key in differing[:5])
+            raise UserError(
+                f"output folder {self.path} holds a run of another configuration ({listed}); use its own, or "
+                "another folder"
+            )
+
+    def append(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Adds rows to history.jsonl; on the main rank alone."""
+        if not self.world.is_main:
+            return
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        try:
+            with open(self.path / "history.jsonl", "a", encoding="utf-8") as handle:
+                handle.write(text)
+        except OSError as error:
+            raise RunStopped(
+                f"cannot write {self.path / 'history.jsonl'} ({error.strerror}); free space and --resume"
+            ) from error
+
+    def history(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.path / "history.jsonl").read_text(encoding="utf-8").splitlines()]
+
+    def save(self, state: dict[str, Any], write: Callable[[Path], None]) -> None:
+        """Keeps a checkpoint: `state` (tensors and plain values, the main rank's) and what `write` puts in its folder.
+
+        Every rank calls it. Raises RunStopped where there is no space left; the checkpoint before is intact then.
+        """
+        place = self.path / "resume" / f"{state['phase']}-{state['step']:08d}"
+        intact = f"{self.path / 'resume'} holds the checkpoint before, intact; free space and --resume"
+
+        @full_disk(place, intact)
+        def begin() -> None:
+            shutil.rmtree(place, ignore_errors=True)  # of an earlier attempt that was not finished
+            place.mkdir(parents=True)
+
+        @full_disk(place, intact)
+        def commit() -> None:
+            torch.save({**state, "history_bytes": (self.path / "history.jsonl").stat().st_size}, place / "state.pt")
+            files = sorted(path for path in place.iterdir() if path.is_file())
+            for path in [*files, place, self.path / "history.jsonl"]:
+                sync(path)
+            write_json(
+                self.path / "resume" / "current.json",
+                {"tag": place.name, "files": {path.name: path.stat().st_size for path in files}},
+            )
+            for other in (self.path / "resume").iterdir():
+                if other.is_dir() and other != place:
+                    shutil.rmtree(other, ignore_errors=True)
+
+        self.world.on_main(begin)
+        with full_disk(place, intact):
+            write(place)
+        self.world.barrier()
+        self.world.on_main(commit)
+
+    def keep(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
+        """Keeps tensors beside the checkpoints, for as long as there are any."""
+        if not tensors:
+            return
+
+        def write() -> None:
+            (self.path / "resume").mkdir(exist_ok=True)
+            with replacing(self.path / "resume" / f"{name}.pt") as temporary:
+                torch.save(tensors, temporary)
+
+        self.world.on_main(write)
+
+    def kept(self, name: str) -> dict[str, torch.Tensor] | None:
+        path = self.path / "resume" / f"{name}.pt"
+        return torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else None
+
+    def checkpoint(self) -> Path | None:
+        """The folder of the checkpoint that counts, checked to be whole; None where there is none yet."""
+        current = self.path / "resume" / "current.json"
+        if not current.is_file():
+            return None
+        again = "start again with --overwrite"
+        try:
+            listed = json.loads(current.read_text(encoding="utf-8"))
+            place, files = current.parent / listed["tag"], listed["files"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{current} is damaged; {again}") from None
+        for name, size in files.items():
+            path = place / name
+            if not path.is_file() or path.stat().st_size != size:
+                raise UserError(f"{path} is missing or damaged; {again}")
+        return place
+
+    def load_state(self) -> tuple[dict[str, Any], Path] | None:
+        """(state, folder) of the checkpoint that counts, the history cut back to it; None where there is none yet."""
+        place = self.checkpoint()
+        size = 0
+        loaded = None
+        if place is not None:
+            try:
+                state = torch.load(place / "state.pt", map_location="cpu", weights_only=True)
+            except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+                raise UserError(
+                    f"{place / 'state.pt'} is damaged ({str(error).splitlines()[0][:80]}); start again with --overwrite"
+                ) from None
+            size, loaded = state["history_bytes"], (state, place)
+
+        def cut() -> None:
+            with open(self.path / "history.jsonl", "ab") as handle:
+                handle.truncate(size)
+
+        self.world.on_main(cut)
+        return loaded
+
+    def finished(self) -> None:
+        """The run is done: nothing is left to resume."""
+        self.world.barrier()
+        if self.world.is_main:
+            (self.path / "resume" / "current.json").unlink(missing_ok=True)  # first: half a checkpoint must not count
+            shutil.rmtree(self.path / "resume", ignore_errors=True)
+        self.close()
+
+
+def _passed_over(path: Path) -> bool:
+    """Whether a file tells nothing about whose folder it is in."""
+    return path.name == lock.FILE or path.name.endswith(".tmp") or path.match(CRASHES)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return flat

@@ -1,0 +1,215 @@
+"""SeTa (Zhou, Gao and Wang, "Scale Efficient Training for Large Datasets", CVPR 2025, arXiv 2503.13385): every epoch on
+the retained samples takes a part of them, chosen by the losses they had when they were last trained on.
+
+With n samples, r = keep, k = groups, w = round(window k) and E epochs in all, epoch t = 0, 1, ... takes
+
+    t = 0, the last ceil(anneal E)      m = round(r n) samples at random
+    the others                          of m at random, in k groups by k-means of their losses, easiest group first:
+                                        round(m w / k) samples from where group s begins,  s = (t - 1) mod (k - w + 1)
+
+so easy samples come first, then harder ones, and again; no pass is made for the losses, which are those of the batches
+as they are trained. Ours, and why: the paper's window holds w groups whatever their size, and how many samples that is
+comes out in the run. Here it holds the share w / k of the samples, in random order within a group, and is moved back
+where they would not suffice: so steps, schedule, progress and `lethe plan` know every epoch's size beforehand. Losses
+are skewed, though, so the first group often holds most samples, and every window but the first then ends at the
+hardest. A sample that was not trained on yet counts with the mean of the others. The losses are the cross-entropy to
+the labels, whatever the method's own loss is. What phases there are is counted through: a method of many short ones
+slides on.
+
+Defaults: groups and window of the authors' ImageNet script, anneal as theirs, keep as in their CIFAR example.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.config import RunConfig, SetaConfig
+from engine.data import Batch
+from engine.errors import UserError
+from engine.methods import Phase
+from engine.models.info import num_classes_of
+from engine.runtime.process_group import World
+
+# Told apart from the other draws of a run's seed.
+_DRAWS = 2503
+# Of k-means; on sorted numbers it settles long before.
+_ROUNDS = 100
+
+
+class Seta:
+    """Losses and choices for one set of retained samples, over all epochs of the run that go through it."""
+
+    def __init__(self, config: SetaConfig, count: int, epochs: int, seed: int) -> None:
+        self.config, self.count, self.epochs, self.seed = config, count, epochs, seed
+        self.losses = np.full(count, np.nan)
+        self.epoch, self.chosen = -1, np.arange(0)
+        self.width = max(1, round(config.window * config.groups))
+
+    @property
+    def kept(self) -> int:
+        """m."""
+        return max(1, round(self.config.keep * self.count))
+
+    def size(self, epoch: int) -> int:
+        """Samples that an epoch takes."""
+        return max(1, round(self.kept * self.width / self.config.groups)) if self._slides(epoch) else self.kept
+
+    def _slides(self, epoch: int) -> bool:
+        return 0 < epoch < self.epochs - math.ceil(round(self.config.anneal * self.epochs, 6))
+
+    def positions(self, epoch: int) -> np.ndarray:
+        """Positions [size] that an epoch takes, ascending; chosen when it is first asked, by the losses of then."""
+        if epoch != self.epoch:
+            self.epoch, self.chosen = epoch, np.sort(self._choose(epoch))
+        return self.chosen
+
+    def _choose(self, epoch: int) -> np.ndarray:
+        rng = np.random.default_rng([self.seed, _DRAWS, self.count, epoch])
+        drawn = rng.permutation(self.count)[: self.kept]
+        if not self._slides(epoch):
+            return drawn
+        known = ~np.isnan(self.losses)
+        mean = self.losses[known].mean() if known.any() else 0.0
+        groups = grouped(np.where(known, self.losses, mean)[drawn], self.config.groups)
+        order = np.argsort(groups, kind="stable")  # random within a group, as drawn
+        start = (epoch - 1) % (self.config.groups - self.width + 1)
+        size = self.size(epoch)
+        first = min(int((groups < start).sum()), len(drawn) - size)
+        return drawn[order[first : first + size]]
+
+
+def grouped(values: np.ndarray, groups: int) -> np.ndarray:
+    """The group [n] of each value [n], 0 for that of the lowest: k-means (Lloyd), begun at quantiles.
+
+    Equal values are dealt out to the groups in turn, as there is nothing to tell them by.
+    """
+    values = values.astype(np.float64)
+    ordered = np.sort(values)
+    if ordered[0] == ordered[-1]:
+        return np.arange(len(values)) % groups
+    sums = np.concatenate([[0.0], np.cumsum(ordered)])
+    centres = np.quantile(ordered, (np.arange(groups) + 0.5) / groups)
+    for _ in range(_ROUNDS):
+        ends = np.searchsorted(ordered, (centres[1:] + centres[:-1]) / 2, side="right")
+        edges = np.concatenate([[0], ends, [len(ordered)]])
+        sizes = np.diff(edges)
+        means = np.where(sizes > 0, np.diff(sums[edges]) / np.maximum(sizes, 1), centres)  # an empty group stays
+        if (means == centres).all():
+            break
+        centres = means
+    return np.searchsorted((centres[1:] + centres[:-1]) / 2, values, side="left")
+
+
+class PrunedPhase:
+    """What a phase takes of its samples, and the losses that it sees on the way.
+
+    first: the epochs that earlier phases took of the same retained samples. before: forget samples that come before
+    these in the phase's own; all of them are always taken. epochs: of the phase.
+    counts: samples of each epoch. grown: how many times more a batch beside holds, so that there are as many samples
+    beside an epoch as without pruning.
+    """
+
+    def __init__(self, seta: Seta, first: int, before: int, epochs: float) -> None:
+        self.seta, self.first, self.before = seta, first, before
+        self.counts = tuple(before + seta.size(first + epoch) for epoch in range(math.ceil(epochs)))
+        whole = int(epochs)
+        taken = sum(self.counts[:whole]) + (self.counts[whole] * (epochs - whole) if epochs > whole else 0)
+        self.grown = epochs * (before + seta.count) / taken
+        self._seen: list[tuple[Tensor, Tensor]] = []
+
+    def positions(self, epoch: int) -> np.ndarray:
+        """Positions [counts[epoch]] in the phase's samples, ascending."""
+        return np.concatenate([np.arange(self.before), self.before + self.seta.positions(self.first + epoch)])
+
+    @contextlib.contextmanager
+    def watching(self, model: nn.Module, batch: Batch) -> Iterator[None]:
+        """Within it, the first logits that the model gives for a batch of this size are those of the batch."""
+        seen = len(self._seen)
+
+        def look(module: nn.Module, inputs: Any, output: Any) -> None:
+            fits = isinstance(output, Tensor) and output.shape == (len(batch), num_classes_of(module))
+            if fits and batch.weight and len(self._seen) == seen:
+                losses = F.cross_entropy(output.detach().float(), batch.labels, reduction="none")
+                self._seen.append((batch.index, losses))
+
+        hook = model.register_forward_hook(look)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def settle(self, world: World) -> None:
+        """Keeps the losses that were seen, of all ranks; every rank calls it."""
+        index = torch.cat([index for index, _ in self._seen] or [torch.zeros(0, dtype=torch.int64)])
+        losses = torch.cat([losses for _, losses in self._seen] or [torch.zeros(0)])
+        self._seen.clear()
+        places = world.gather_rows(index).numpy() - self.before
+        values = world.gather_rows(losses).double().numpy()
+        self.seta.losses[places[places >= 0]] = values[places >= 0]
+
+
+def pruned_phases(run: RunConfig, phases: Sequence[Phase], forget: int, retain: int) -> dict[int, PrunedPhase]:
+    """The phases that go through retained samples, by number; none where the run does not prune.
+
+    forget, retain: samples of each kind.
+    """
+    if run.retain_pruning == "none":
+        return {}
+    counts = {number: phase.retained(retain) for number, phase in enumerate(phases) if phase.epochs > 0}
+    counts = {number: count for number, count in counts.items() if count}
+    epochs: dict[int, int] = {}  # of each number of samples: the same number is the same samples
+    firsts = {}
+    for number, count in counts.items():
+        firsts[number] = epochs.get(count, 0)
+        epochs[count] = firsts[number] + math.ceil(phases[number].epochs)
+    setas = {count: Seta(run.seta, count, total, run.seed) for count, total in epochs.items()}
+    return {
+        number: PrunedPhase(
+            setas[count], firsts[number], forget if phases[number].samples == "all" else 0, phases[number].epochs
+        )
+        for number, count in counts.items()
+    }
+
+
+def check_pruning(run: RunConfig, method: str, pruned: dict[int, PrunedPhase]) -> None:
+    """Raises UserError where there is nothing to prune, or no way to see the losses."""
+    if run.retain_pruning == "none":
+        return
+    if not pruned:
+        raise UserError(
+            f"option retain_pruning={run.retain_pruning!r}: {method} makes no passes over retained samples with these "
+            "options, so there is nothing to prune; leave it out"
+        )
+    if run.compile:
+        raise UserError(
+            f"option retain_pruning={run.retain_pruning!r} reads losses on the way, which compile=true compiles away; "
+            "leave out one of the two"
+        )
+
+
+def state_of(pruned: dict[int, PrunedPhase]) -> dict[int, dict[str, Any]]:
+    """What a resumed run needs, by number of samples."""
+    return {
+        each.seta.count: {
+            "losses": torch.from_numpy(each.seta.losses.copy()),
+            "epoch": each.seta.epoch,
+            "chosen": torch.from_numpy(each.seta.chosen.copy()),
+        }
+        for each in pruned.values()
+    }
+
+
+def load_state(pruned: dict[int, PrunedPhase], state: dict[int, dict[str, Any]]) -> None:
+    """Takes what `state_of` gave."""
+    for each in pruned.values():
+        kept = state[each.seta.count]
+        each.seta.losses, each.seta.epoch = kept["losses"].numpy().copy(), kept["epoch"]
+        each.seta.chosen = kept["chosen"].numpy().copy()

@@ -1,0 +1,461 @@
+"""Phases of optimizer steps: run, watched, kept, resumed."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import math
+import operator
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from engine.config import RunConfig
+from engine.core.result import UnlearnResult
+from engine.data import Batch, Loader, Samples
+from engine.errors import RunStopped, UserError
+from engine.evaluate.plausibility import chance_of, is_far_below, is_near_chance
+from engine.methods import Method, Phase
+from engine.models.attention import attention_as
+from engine.models.checkpoint import save_checkpoint
+from engine.models.predict import predict
+from engine.models.spec import ModelSpec
+from engine.models.trainable import merge, merge_state
+from engine.run.collapse_guard import Guard
+from engine.run.early_stopping import HeldOutStop
+from engine.run.folder import RunFolder
+from engine.run.seta import PrunedPhase, load_state, state_of
+from engine.run.updater import Updater
+
+logger = logging.getLogger(__name__)
+
+# Steps between reads of the losses: a read waits for the device.
+_FLUSH = 10
+# Points of watched accuracy lost at the end of a run that are reported as a collapse.
+_LOST = 10.0
+
+# What a checkpoint keeps of the trainer itself.
+_KEPT = ("samples_seen", "watched", "seconds", "bad_images")
+
+Progress = Callable[[str, int, int, dict[str, float]], None]
+AfterPhase = Callable[[str, nn.Module], None]
+
+
+class Trainer:
+    """Runs phases of optimizer steps, watches them, keeps their history and what is needed to resume."""
+
+    def __init__(
+        self,
+        updater: Updater,
+        method: Method,
+        run: RunConfig,
+        folder: RunFolder | None,
+        progress: Progress | None,
+        after_phase: AfterPhase | None,
+        watched: Samples,
+        loader: Callable[[Samples, str], Loader],
+        release: Callable[[], None],
+        spec: ModelSpec | None,
+        pruned: dict[int, PrunedPhase] | None = None,
+        stop: HeldOutStop | None = None,
+    ) -> None:
+        self.updater, self.method, self.run, self.folder, self.progress = updater, method, run, folder, progress
+        self.after_phase, self.loader, self.release, self.spec = after_phase, loader, release, spec
+        self.pruned, self.early_stop = pruned or {}, stop
+        self.world = method.context.world
+        self.watch_loader = loader(watched, "none")
+        self.history: list[dict[str, Any]] = []
+        self.state: dict[str, Any] | None = None
+        self.phase_number, self.seconds, self.samples_seen = 0, {"prepare": 0.0, "data": 0.0}, {}  # type: ignore[var-annotated]
+        self.bad_images: dict[str, str] = {}
+        self.watched: dict[str, float] = {}
+
+    @property
+    def model(self) -> nn.Module:
+        return self.updater.model
+
+    def begin(self, started: float) -> None:
+        self.started = started
+        loaded = self.folder.load_state() if self.folder else None
+        if loaded is None:
+            self.watched["before"] = self.watch(self.method.context.original)
+            self._check_accuracy()
+            if self.early_stop:
+                began = time.perf_counter()
+                self.early_stop.prepare()
+                self.seconds["prepare"] += time.perf_counter() - began
+            return
+        self.state, place = loaded
+        self.history = self.folder.history() if self.folder else []
+        self.updater.load(place)
+        self.phase_number = self.state["phase"]
+        for key in _KEPT:
+            setattr(self, key, self.state[key])
+        self.method.load_state(self.state["method"])
+        load_state(self.pruned, self.state["pruned"])
+        if self.early_stop:
+            self.early_stop.load_state(self.state["early_stop"])
+        self.started -= self.seconds["unlearn"]
+        logger.info("resumed at phase %d, step %d", self.phase_number, self.state["step"])
+
+    def watch(self, model: nn.Module) -> float:
+        """Accuracy [0, 1] on the watched samples."""
+        return predict(model, self.watch_loader, self.run.precision).accuracy
+
+    def _check_accuracy(self) -> None:
+        """Checks that a model to be unlearned is the trained one, fed as in its training.
+
+        Raises:
+            UserError: its accuracy on the watched samples is far below the option `expect_accuracy`.
+        """
+        if not len(self.method.context.forget):
+            return
+        labels, share = self.watch_loader.samples.labels, self.watched["before"]
+        correct, expected = round(share * len(labels)), self.run.expect_accuracy
+        found = f"accuracy of the original on {len(labels)} watched samples is {100 * share:.1f}%"
+        remedy = "check the order of labels, mean and std (model.pretrained_cfg), the input size and the weights"
+        if expected is not None and is_far_below(np.arange(len(labels)) < correct, expected):
+            raise UserError(f"{found}, far below the {100 * expected:.1f}% of option expect_accuracy: {remedy}")
+        if is_near_chance(correct, labels):
+            logger.warning("%s, near chance (%.1f%%): %s", found, 100 * chance_of(labels), remedy)
+
+    def run_phase(
+        self,
+        number: int,
+        phase: Phase,
+        loader: Loader,
+        beside: Loader | None,
+        original_needed: bool,
+    ) -> None:
+        """Runs a phase, or what a resumed run has left of it.
+
+        beside: of the samples beside those of the phase, where it has any. original_needed: by a phase that comes
+        later.
+        """
+        if self.early_stop and self.early_stop.stopped and number in self.early_stop.stage:
+            return
+        began = time.perf_counter()
+        self._prepare(number, phase)
+        if not original_needed and not self.method.needs_original(phase, prepared=True):
+            self.release()
+        self.seconds["prepare"] += time.perf_counter() - began
+        total = loader.epochs.steps(phase.epochs)
+        total = min(total, self.run.max_steps) if self.run.max_steps else total
+        self.method.total_steps = total
+        step, stopped = self._step_of(number), False
+        guard = Guard(self, phase, total) if phase.guarded else None
+        if step == 0:
+            self.updater.begin_phase(phase.lr)
+            stopped = self._edit(phase, guard, total)
+        scheduler = schedule(phase, self.updater.optimizer, total)
+        if step and self.state is not None:
+            scheduler.load_state_dict(self.state["scheduler"])
+            self.updater.set_groups(self.state["groups"])
+            if guard:
+                guard.load_state(self.state["guard"])
+        self.state = None
+        while step < total and not stopped:
+            stop = self._next_checkpoint(step, total, loader)
+            stopped = self._run_steps(number, phase, loader, beside, step, stop, total, scheduler, guard)
+            step = stop
+            epoch, _, end = loader.epochs.place(step - 1)
+            if not stopped and step in (end, total):
+                stopped = self._ended(number, phase, epoch, step, total)
+            for each in filter(None, (loader, beside)):
+                self.seconds["data"] += each.waited
+                each.waited = 0.0
+                if self.run.on_bad_image == "skip":
+                    for found in self.world.gather(each.bad_ids):
+                        self.bad_images.update(found)
+            self._keep(
+                phase,
+                {"phase": number, "step": step, "scheduler": scheduler.state_dict(), "groups": self.updater.groups()}
+                | ({"guard": guard.state()} if guard else {}),
+                done=stopped or step == total,
+                seconds=time.perf_counter() - began,
+            )
+            began = time.perf_counter()
+        if total == 0:  # an edit alone
+            self._keep(phase, {"phase": number}, done=True, seconds=time.perf_counter() - began)
+            began = time.perf_counter()
+        if self.after_phase:
+            self.after_phase(phase.name, self.model.eval())
+            self.started += time.perf_counter() - began
+
+    def _edit(self, phase: Phase, guard: Guard | None, total: int) -> bool:
+        """Lets the method change weights before the first step; True where that ended the phase."""
+        self.method.edit(self.updater.module, phase)
+        return bool(guard and total == 0 and guard.collapsed(0))
+
+    def _ended(self, number: int, phase: Phase, epoch: int, step: int, total: int) -> bool:
+        """Whether the method, or `stop_when`, ends the phase after an epoch."""
+        reason = self.method.ended(self.model, phase, epoch) if step < total else None
+        if reason is not None:
+            self._record([{"phase": phase.name, "step": step - 1, "ended": reason}])
+        stop = self.early_stop
+        # After the last step of all there is nothing left to stop.
+        if stop is None or number not in stop.stage or (step == total and number == max(stop.stage)):
+            return reason is not None
+        self._record([stop.look(self.model, phase, number, epoch, step - 1)])
+        if stop.stopped:
+            logger.info("stopped after epoch %d of phase %s: %s", epoch, phase.name, stop.stopped["ended"])
+        return reason is not None or stop.stopped is not None
+
+    def _step_of(self, number: int) -> int:
+        """Where a phase begins: at its start, or where a resumed run left it."""
+        return self.state["step"] if self.state is not None and self.state["phase"] == number else 0
+
+    def _prepare(self, number: int, phase: Phase) -> None:
+        name = f"prepared-{number}"
+        kept = self.folder.kept(name) if self.folder and self.state is not None else None
+        if kept is not None:
+            self.method.restore(phase, kept)
+            return
+        self.method.prepare(phase)
+        if self.folder:
+            self.folder.keep(name, self.method.prepared(phase))
+
+    def _next_checkpoint(self, step: int, total: int, loader: Loader) -> int:
+        """The end of the epoch or of the phase, or `checkpoint_every` steps on."""
+        ends = [total, loader.epochs.place(step)[2]]
+        return min(*ends, step + self.run.checkpoint_every if self.run.checkpoint_every else total)
+
+    def _run_steps(
+        self,
+        number: int,
+        phase: Phase,
+        loader: Loader,
+        beside: Loader | None,
+        step: int,
+        stop: int,
+        total: int,
+        scheduler: Any,
+        guard: Guard | None,
+    ) -> bool:
+        """The steps [step, stop) of a phase, all of one epoch; True where the guard ended the phase."""
+        pending: list[Row] = []
+        epoch, first, _ = loader.epochs.place(step)
+        pruned = self.pruned.get(number)
+        self.model.train()
+        batches = loader.epoch(epoch, step - first, stop - first, lambda step: phase.takes(first + step)[0])
+        others = beside.steps_of(step, stop, lambda step: phase.takes(step)[1]) if beside else None
+        while step < stop:
+            pending.append(self.step(phase, batches, loader.seed, step, scheduler, others, pruned))
+            step += 1
+            if len(pending) == _FLUSH or step == stop or (guard and step in guard.steps):
+                self._flush(phase, epoch, total, pending)
+                if guard and step in guard.steps and guard.collapsed(step):
+                    return True
+                self.model.train()
+        if pruned:
+            pruned.settle(self.world)
+        return False
+
+    def step(
+        self,
+        phase: Phase,
+        batches: Iterator[Batch],
+        seed: int,
+        step: int,
+        scheduler: Any,
+        others: Iterator[Batch] | None = None,
+        pruned: PrunedPhase | None = None,
+    ) -> Row:
+        """One optimizer step over its micro-batches, of a model in training mode; nothing of it is read yet.
+
+        batches, others: of the steps that take one of the phase's samples, and of those that take one of
+        `phase.beside`. pruned: sees the losses on the way.
+        """
+        device, self.method.step = self.method.context.device, step
+        # Dropout is a function of seed, step and rank, so that a run can go on from any step.
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed((seed * 1_000_003 + step) * 8_191 + self.world.rank)
+            return self._step(phase, batches, step, scheduler, others, pruned)
+
+    def _step(
+        self,
+        phase: Phase,
+        batches: Iterator[Batch],
+        step: int,
+        scheduler: Any,
+        others: Iterator[Batch] | None,
+        pruned: PrunedPhase | None,
+    ) -> Row:
+        method = self.method
+        sums: dict[str, Tensor] = {}
+        seen = 0
+        takes_main, takes_beside = phase.takes(step)
+        for _ in range(self.run.accumulation_steps):
+            losses, seen = [], 0
+            if takes_main:
+                batch = next(batches)
+                watching = pruned.watching(self.updater.module, batch) if pruned else contextlib.nullcontext()
+                with watching:
+                    losses.append(self._weighted(method.loss, batch, phase, sums))
+                seen += batch.total
+            if takes_beside and others is not None:
+                other = next(others)
+                losses.append(self._weighted(method.loss_beside, other, phase, sums))
+                seen += other.total
+            if phase.combined:
+                self.updater.keep_gradients(*losses)
+            else:
+                self.updater.backward(functools.reduce(operator.add, losses))
+        if phase.combined:
+            self.updater.set_gradients(lambda main, beside: method.combine(self.model, main, beside, phase))
+        lr = scheduler.get_last_lr()[0]
+        method.before_step(self.model, phase)
+        norm = self.updater.step()
+        method.after_step(self.model, phase)
+        scheduler.step()
+        self.samples_seen[phase.name] = self.samples_seen.get(phase.name, 0) + seen
+        return Row(step, lr, sums, norm)
+
+    def _weighted(
+        self,
+        loss: Callable[[nn.Module, Batch, Phase], dict[str, Tensor]],
+        batch: Batch,
+        phase: Phase,
+        sums: dict[str, Tensor],
+    ) -> Tensor:
+        """The loss of a batch as it counts in the mean over the step; its terms are added to `sums`."""
+        with self.method.context.autocast():
+            terms = loss(self.model, batch, phase)
+        for name, value in terms.items():
+            sums[name] = sums.get(name, 0) + value.detach() * (batch.weight / self.run.accumulation_steps)
+        total: Tensor = sum(terms.values())  # type: ignore[assignment]
+        return total * batch.weight if batch.weight != 1 else total
+
+    def _flush(self, phase: Phase, epoch: int, total: int, pending: list[Row]) -> None:
+        """Reads the losses of the last steps: into the history, and stops the run where one is not finite."""
+        rows: list[dict[str, Any]] = []
+        names = list(dict.fromkeys(name for row in pending for name in row.terms))  # steps that take turns have others
+        # The mean over ranks of what each has weighted: the mean over the samples of the step.
+        none = next(iter(pending[0].terms.values())).new_zeros(())
+        values = torch.stack([torch.stack([row.terms.get(name, none) for name in names]).float() for row in pending])
+        values = (self.world.sum(values) / self.world.size).cpu()
+        for row, terms in zip(pending, values.tolist(), strict=True):
+            numbers = dict(zip(names, terms, strict=True))
+            numbers = {name: numbers[name] for name in row.terms} | {"grad_norm": float(row.norm)}
+            bad = [name for name, value in numbers.items() if not math.isfinite(value)]
+            if bad:
+                self._record(rows)
+                self._stop(phase, row.step, "gradient norm" if bad[0] == "grad_norm" else bad[0])
+            rows.append({"phase": phase.name, "epoch": epoch, "step": row.step, **numbers, "lr": row.lr})
+        self._record(rows)
+        if rows and self.progress and self.world.is_main:
+            self.progress(
+                phase.name, rows[-1]["step"] + 1, total, {k: v for k, v in rows[-1].items() if isinstance(v, float)}
+            )
+        pending.clear()
+
+    def _record(self, rows: list[dict[str, Any]]) -> None:
+        self.history.extend(rows)
+        if self.folder and rows:
+            self.folder.append(rows)
+
+    def event(self, row: dict[str, Any]) -> None:
+        self._record([row])
+
+    def _stop(self, phase: Phase, step: int, term: str) -> None:
+        where = "start again with a lower rate"
+        place = self.folder.checkpoint() if self.folder else None
+        if self.folder and place is not None:
+            last_good = self.folder.path / "last_good"
+
+            def save() -> None:
+                assert self.spec is not None  # there is a folder
+                model = self.spec.build()
+                model.load_state_dict(merge_state(self.updater.read_weights(place)))
+                save_checkpoint(model, last_good)
+
+            self.world.on_main(save)
+            where = f"the last good weights are in {last_good}; lower the rate"
+        raise RunStopped(
+            f"phase {phase.name}, step {step}: {term} is not finite; {where} (--set lr=... or forget_lr=...) "
+            "or the precision (--set precision=fp32)"
+        )
+
+    def _keep(self, phase: Phase, state: dict[str, Any], done: bool, seconds: float) -> None:
+        key = f"{phase.name}_phase"
+        self.seconds[key] = self.seconds.get(key, 0.0) + seconds
+        self.seconds["unlearn"] = time.perf_counter() - self.started
+        if self.folder is None:
+            return
+        if done:
+            state = {"phase": state["phase"] + 1, "step": 0}
+        kept = {key: dict(getattr(self, key)) for key in _KEPT}
+        kept |= {"method": self.method.state(), "pruned": state_of(self.pruned)}
+        if self.early_stop:
+            kept["early_stop"] = self.early_stop.state()
+        self.folder.save({**state, **kept}, self.updater.save)
+
+    def finish(self, resolved: dict[str, Any], finalize: Callable[[UnlearnResult], None] | None) -> UnlearnResult:
+        model = merge(self.updater.finish()).eval()
+        model._compiled_call_impl = None  # torch offers no way back from Module.compile; the caller gets a plain model
+        if self.run.gradient_checkpointing:
+            model.set_grad_checkpointing(False)  # type: ignore[operator]
+        with attention_as(model, self.run.attention):  # DeepSpeed's is not the model that was trained
+            return self._finish(model, resolved, finalize)
+
+    def _finish(
+        self, model: nn.Module, resolved: dict[str, Any], finalize: Callable[[UnlearnResult], None] | None
+    ) -> UnlearnResult:
+        self.watched["after"] = self.watch(model)
+        lost = 100 * (self.watched["before"] - self.watched["after"])
+        training = self.method.is_training or not len(self.method.context.forget)
+        collapsed = lost > _LOST and not training
+        if collapsed:
+            self.event({"event": "collapse", "at": "end", "points_lost": round(lost, 2)})
+            logger.warning(
+                "collapse: accuracy on the watched samples fell by %.1f points, from %.1f%% to %.1f%%",
+                lost,
+                100 * self.watched["before"],
+                100 * self.watched["after"],
+            )
+        if self.folder:
+            path = self.folder.path
+            self.world.on_main(lambda: save_checkpoint(model, path) and None)
+        self.seconds["unlearn"] = time.perf_counter() - self.started
+        result = UnlearnResult(
+            model,
+            resolved,
+            self.seconds,
+            self.samples_seen,
+            self.history,
+            self.watched,
+            collapsed,
+            self.folder.path if self.folder else None,
+            lambda samples: predict(model, self.loader(samples, "none"), self.run.precision).accuracy,
+            self.bad_images,
+            self.early_stop.stopped if self.early_stop else None,
+        )
+        if finalize:
+            finalize(result)
+        if self.folder:
+            self.folder.finished()
+        return result
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A step before its numbers are read: the rank's weighted loss terms, and the gradient's norm."""
+
+    step: int
+    lr: float
+    terms: dict[str, Tensor]
+    norm: Tensor | float
+
+
+def schedule(phase: Phase, optimizer: torch.optim.Optimizer, total: int) -> Any:
+    if phase.schedule == "constant":
+        return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    # One step more than is taken: the scheduler refuses to be asked past its end.
+    rates = [phase.lr * group.get("lr_scale", 1.0) for group in optimizer.param_groups]
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=total + 1, pct_start=0.15)

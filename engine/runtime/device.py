@@ -1,0 +1,59 @@
+"""Where a run computes, and in what precision."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+
+from engine.errors import UserError
+from engine.models.xformers_attention import check_xformers
+
+
+def resolve_device(name: str) -> torch.device:
+    """auto is CUDA where there is one, else the CPU. Raises UserError for a device that is not here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"option device={name!r}: expected auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise UserError(f"option device={name!r}: {torch.cuda.device_count()} CUDA devices are here; use device=cpu")
+    return device
+
+
+def resolve_precision(name: Literal["auto", "fp32", "bf16"], device: torch.device) -> Literal["fp32", "bf16"]:
+    """auto is bf16 where the device multiplies it natively, else fp32."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if _cpu_has_bf16() else "fp32"
+
+
+def resolve_attention(
+    name: Literal["auto", "sdpa", "eager", "xformers"], device: torch.device, precision: str = "fp32"
+) -> Literal["sdpa", "eager", "xformers"]:
+    """auto is fused attention on an accelerator and explicit attention on the CPU.
+
+    Raises UserError for xformers where it is not installed, or does not run on this device in this precision.
+    """
+    if name == "xformers":
+        check_xformers(device, precision)
+    if name != "auto":
+        return name
+    return "eager" if device.type == "cpu" else "sdpa"
+
+
+def _cpu_has_bf16() -> bool:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as handle:
+            flags = next((line for line in handle if line.startswith("flags")), "")
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def autocast(device: torch.device, precision: str) -> Any:
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")

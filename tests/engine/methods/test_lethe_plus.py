@@ -1,0 +1,250 @@
+"""LetheViT+: its target by hand, what a step takes, and what it does to a model that has memorised its samples."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from methods_kit import batch_of, make
+from toys import few, tiny_vit
+
+from engine.data import Samples, open_source
+from engine.data.samples import concatenate
+from engine.errors import UserError
+from engine.methods.lethe_plus import log_odds, shifts, with_log_odds_of
+from engine.models.checkpoint import weights_sha256
+from engine.models.vit import outputs
+from engine.run.unlearn import unlearn
+
+
+@pytest.fixture(scope="module")
+def train() -> Samples:
+    return open_source("digits").train
+
+
+def made(train: Samples, model: torch.nn.Module | None = None, **options: Any) -> Any:
+    method: Any = make("lethe_plus", train, model, **options)
+    method.context = dataclasses.replace(method.context, held_out=train.subset(range(60, 110)))
+    return method
+
+
+def test_shifts_are_the_image_moved_with_mirrored_edges() -> None:
+    image = torch.arange(32.0 * 32).view(1, 1, 32, 32)
+    views = [view[0, 0] for view in shifts(image)]
+    assert len(views) == 12
+    assert len({tuple(view.flatten().tolist()) for view in views}) == 12
+    row, column = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
+
+    def moved(down: int, across: int) -> torch.Tensor:
+        def mirrored(index: torch.Tensor) -> torch.Tensor:
+            index = index.abs()
+            return torch.where(index > 31, 62 - index, index)
+
+        return image[0, 0][mirrored(row + down), mirrored(column + across)]
+
+    wanted = [(2, 0), (-2, 0), (0, 2), (0, -2), (4, 0), (-4, 0), (0, 4), (0, -4), (3, 3), (3, -3), (-3, 3), (-3, -3)]
+    for view, step in zip(views, wanted, strict=True):
+        assert torch.equal(view, moved(*step)), step
+    assert len(list(shifts(torch.rand(1, 1, 8, 8)))) == 8, "steps that are the same pixel count once"
+
+
+def test_log_odds_are_those_of_the_probability() -> None:
+    logits = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 1, 2, 3, 0, 1])
+    p = logits.double().softmax(1).gather(1, labels[:, None])[:, 0]
+    torch.testing.assert_close(log_odds(logits, labels), (p / (1 - p)).log())
+
+
+def test_true_classes_take_the_quantiles_of_others_in_their_own_order() -> None:
+    """By hand: two samples of class 0 get the quartiles of {-2, 0, 2, 4}; class 1 has none of its own and takes all."""
+    logits = torch.tensor([[3.0, 0.0, 1.0], [1.0, 0.5, 0.0], [0.0, 2.0, 1.0]])
+    labels, odds, classes = (
+        torch.tensor([0, 0, 1]),
+        torch.tensor([4.0, -2.0, 2.0, 0.0, 9.0]),
+        torch.tensor([0, 0, 0, 0, 2]),
+    )
+    changed = with_log_odds_of(logits, labels, odds.double(), classes)
+    found = log_odds(changed, labels)
+    torch.testing.assert_close(found, torch.tensor([2.5, -0.5, 2.0], dtype=torch.float64))
+    for row, label in enumerate(labels.tolist()):
+        others = [c for c in range(3) if c != label]
+        assert torch.equal(changed[row, others], logits[row, others])
+
+
+def test_targets_are_the_mean_of_views_at_held_out_odds(train: Samples) -> None:
+    """From the equations: nothing is shared with the method but the shifts and the quantiles, tested above."""
+    method = made(train)
+    method.prepare(method.phases()[0])
+    original, context = method.context.original, method.context
+    with torch.no_grad():
+        rows = list(context.loader(context.forget, "none").ordered())
+        images, labels = torch.cat([b.images for b in rows]), torch.cat([b.labels for b in rows])
+        mean = torch.stack([original(view).softmax(1) for view in shifts(images)]).mean(0)
+        held = list(context.loader(context.held_out, "none").ordered())
+        said, true = torch.cat([original(b.images) for b in held]), torch.cat([b.labels for b in held])
+    expected = with_log_odds_of(mean.log(), labels, log_odds(said, true), true).softmax(1)
+    torch.testing.assert_close(method.targets, expected, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(method.targets.sum(1), torch.ones(20))
+
+
+def test_parts_can_be_left_out(train: Samples) -> None:
+    plain = made(train, views=False, calibrate=False)
+    plain.prepare(plain.phases()[0])
+    batch = batch_of(plain)
+    with torch.no_grad():
+        expected = plain.context.original(batch.images).softmax(1)
+    torch.testing.assert_close(plain.targets[batch.index], expected, atol=1e-6, rtol=1e-4)
+
+
+def test_a_class_of_which_nothing_is_retained_gets_nothing(train: Samples) -> None:
+    method = made(train)
+    retain = method.context.retain
+    method.context = dataclasses.replace(method.context, retain=retain.subset(np.flatnonzero(retain.labels != 3)))
+    method.prepare(method.phases()[0])
+    assert (method.targets[:, 3] == 0).all()
+    torch.testing.assert_close(method.targets.sum(1), torch.ones(20))
+    terms = method.loss_beside(tiny_vit(seed=5), batch_of(method), method.phases()[0])
+    assert torch.isfinite(terms["forget_kl"])
+
+
+def test_the_losses_are_those_of_the_equation(train: Samples) -> None:
+    method = made(train, forget_weight=3.0)
+    phase = method.phases()[0]
+    method.prepare(phase)
+    student, forget, retain = tiny_vit(seed=5), batch_of(method), batch_of(method, "retain")
+    q, f = method.targets[forget.index], outputs(student, forget.images).softmax(1)
+    expected = 3.0 * (q * (q / f).log()).sum(1).mean()
+    torch.testing.assert_close(method.loss_beside(student, forget, phase)["forget_kl"], expected)
+    expected = F.cross_entropy(student(retain.images), retain.labels)
+    torch.testing.assert_close(method.loss(student, retain, phase)["retain_ce"], expected)
+
+
+def test_the_aim_follows_what_is_left_of_the_memory(train: Samples) -> None:
+    """Four steps from the equations, the log-odds of probabilities in place of those of logits."""
+    method = made(train, correction=100.0)
+    phase = method.phases()[0]
+    method.prepare(phase)
+    student, forget = tiny_vit(seed=5), batch_of(method)
+    student.head.weight.data.mul_(40)  # sure of some
+    row = torch.arange(len(forget))
+    said = outputs(student, forget.images).detach().double().softmax(1)
+    q = method.targets[forget.index].double()
+
+    def odds(p: torch.Tensor) -> torch.Tensor:
+        return (p[row, forget.labels] / (1 - p[row, forget.labels])).log().clamp(-5, 5)
+
+    assert 0 < (odds(said).abs() == 5).sum() < len(forget)
+    s = 0.0
+    method.total_steps = 20
+    for step in range(4):
+        method.step = step
+        raised = q.clone()
+        raised[row, forget.labels] *= math.exp(s)
+        raised /= raised.sum(1, keepdim=True)
+        expected = (raised * (raised / said).log()).sum(1).mean()
+        torch.testing.assert_close(method.loss_beside(student, forget, phase)["forget_kl"].double(), expected)
+        # A batch that keeps a rank in step counts nothing.
+        method.loss_beside(student, dataclasses.replace(forget, weight=0.0), phase)
+        method.after_step(student, phase)
+        if step >= 2:  # a tenth of the steps is over
+            s -= 100.0 / 20 * float((odds(said) - odds(q)).mean())
+        assert float(method.shift) == pytest.approx(s, rel=1e-5)
+    assert abs(s) > 0.1
+    other = made(train, correction=100.0)
+    other.load_state(method.state())
+    assert float(other.shift) == float(method.shift)
+    still = made(train, correction=0.0)
+    still.prepare(phase)
+    still.loss_beside(student, forget, phase)
+    still.after_step(student, phase)
+    assert float(still.shift) == 0
+
+
+def test_steps_hold_as_many_forget_samples_as_their_passes_need(train: Samples) -> None:
+    """20 forget and 40 retained samples: 1 pass of the former is half a pass of the latter."""
+    (phase,) = make("lethe_plus", train, epochs=4.0, forget_passes=2.0).phases()
+    assert (phase.epochs, phase.beside_share) == (4.0, 0.25)
+    (phase,) = make("lethe_plus", train, epochs=1.0, forget_passes=6.0).phases()
+    assert (phase.epochs, phase.beside_share) == (3.0, 1.0)
+
+
+def wrong(start: int, count: int) -> Samples:
+    """Samples with wrong labels, which nothing but memory can know."""
+    shift = np.random.default_rng(start).integers(1, 10, count)
+    part = open_source("digits").train.subset(range(start, start + count))
+    return Samples("wrong", part.ids[:], (part.labels + shift) % 10, part.image, natural=False)
+
+
+@pytest.fixture(scope="module")
+def memorised(train: Samples) -> tuple[torch.nn.Module, Samples]:
+    """A model, and what it was trained on: 20 samples with wrong labels, then 80 with right ones."""
+    samples = concatenate(wrong(0, 20), train.subset(range(20, 100)))
+    config = {"precision": "fp32", "batch_size": 20, "epochs": 100, "lr": 3e-3}
+    result = unlearn(tiny_vit(), few(train, 2), samples, method="retrain", config=config)
+    assert result.accuracy(samples.subset(range(20))) > 0.8
+    return result.model, samples
+
+
+def test_what_was_memorised_comes_to_look_like_what_was_not(memorised: tuple[torch.nn.Module, Samples]) -> None:
+    model, samples = memorised
+    forget, retain = samples.subset(range(20)), samples.subset(range(20, 100))
+    config = {"precision": "fp32", "batch_size": 20, "lr": 2e-3, "epochs": 4.0, "forget_passes": 40.0}
+    result = unlearn(model, forget, retain, method="lethe_plus", validation=wrong(300, 100), config=config)
+    assert result.accuracy(forget) < 0.3
+    assert result.accuracy(retain) > 0.85
+
+
+def test_the_correction_takes_away_what_is_left(memorised: tuple[torch.nn.Module, Samples], train: Samples) -> None:
+    model, samples = memorised
+    held_out = train.subset(range(300, 400))
+    method: Any = make("lethe_plus", samples, model, batch_size=20)
+    method.context = dataclasses.replace(method.context, held_out=held_out)
+    method.prepare(method.phases()[0])
+    forget, retain = method.context.forget, method.context.retain
+    (batch,) = method.context.loader(forget, "none").ordered()
+    wanted = method.targets.gather(1, batch.labels[:, None])
+
+    def left(correction: float) -> float:
+        config = {"precision": "fp32", "batch_size": 20, "lr": 5e-4, "forget_passes": 20.0}
+        config |= {"correction": correction}
+        changed = unlearn(model, forget, retain, method="lethe_plus", validation=held_out, config=config).model
+        with torch.no_grad():
+            return float((changed(batch.images).softmax(1).gather(1, batch.labels[:, None]) - wanted).mean())
+
+    without, corrected = left(0.0), left(12.0)
+    assert without > 0.1
+    assert abs(corrected) < 0.5 * without
+
+
+def test_it_needs_held_out_samples_and_resumes_to_the_same_bits(train: Samples, tmp_path: Path) -> None:
+    forget, retain, held_out = few(train, 20), train.subset(range(20, 60)), train.subset(range(60, 110))
+    config = {"precision": "fp32", "batch_size": 10, "checkpoint_every": 2}
+    with pytest.raises(UserError, match="lethe_plus: needs samples that the model was not trained on"):
+        unlearn(tiny_vit(), forget, retain, method="lethe_plus", config=config)
+    whole = unlearn(tiny_vit(), forget, retain, method="lethe_plus", validation=held_out, config=config)
+
+    def stop(phase: str, step: int, steps: int, numbers: dict[str, float]) -> None:
+        if step > 2:
+            raise KeyboardInterrupt
+
+    for options in ({"progress": stop}, {"resume": True}):
+        try:
+            resumed = unlearn(
+                tiny_vit(),
+                forget,
+                retain,
+                method="lethe_plus",
+                validation=held_out,
+                config=config,
+                output_dir=tmp_path / "run",
+                **options,  # type: ignore[arg-type]
+            )
+        except KeyboardInterrupt:
+            assert "progress" in options
+    assert weights_sha256(resumed.model) == weights_sha256(whole.model)
