@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from engine._version import __version__
+
 if TYPE_CHECKING:
     from engine import evaluate
     from engine.config import RunConfig
@@ -16,7 +18,6 @@ if TYPE_CHECKING:
     from engine.run.unlearn import train, unlearn
     from engine.tuning import tune
 
-__version__ = "0.1.0"
 
 # Loaded when first asked for, so that `lethe --help` is quick and `lethe env` can report an installation in which
 # the models or kernels cannot be imported.
@@ -25,6 +26,7 @@ _HOME = {
     "RunConfig": "engine.config",
     "RunStopped": "engine.errors",
     "UserError": "engine.errors",
+    "evaluate_samples": "engine.jobs.evaluate",
     "UnlearnResult": "engine.core.result",
     "train": "engine.run.unlearn",
     "tune": "engine.tuning",
@@ -41,6 +43,7 @@ __all__ = [
     "RunStopped",
     "UnlearnResult",
     "UserError",
+    "__version__",
     "evaluate",
     "list_methods",
     "load_checkpoint",

@@ -83,8 +83,8 @@ class RunConfig:
     retain_pruning: none | seta: every epoch on the retained samples takes a part of them, by their last losses (SeTa).
         What a step takes beside them grows, so that an epoch has as much of it in fewer steps. seta: its options.
     stop_when: never | held_out: the run ends after an epoch of its last stage when the forget samples are known no
-        better than held-out samples of their classes were to the original, see engine/run/early_stopping.py. Needs validation
-        samples.
+        better than held-out samples of their classes were to the original, see engine/run/early_stopping.py. Needs
+        validation samples.
     stop_tolerance: accuracy [0, 1) by which it may be better, and held-out samples worse, than asked.
     weight_decay, grad_clip: AdamW's decoupled decay; the largest global gradient norm (0: no clipping).
     expect_accuracy: accuracy (0, 1] that the original is known to have on the watched samples; a run whose original is

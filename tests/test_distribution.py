@@ -85,7 +85,8 @@ def test_the_wheel_has_the_engine_and_the_kernels_and_their_data(built: Path) ->
 @pytest.mark.slow
 def test_the_sdist_has_a_checkout(built: Path) -> None:
     (source,) = (built / "unpacked").iterdir()
-    for name in ("lethe_kernels.py", "setup.py", "bench/regression/plugin.py", "bench/regression/baseline.json", "bench/gpu.sh",
+    for name in ("lethe_kernels.py", "setup.py", "bench/regression/plugin.py", "bench/regression/baseline.json",
+    "bench/gpu.sh",
                  "tests/conftest.py", "tests/support/layers.py", "kernels/py.typed", "configs"):  # fmt: skip
         assert (source / name).exists(), name
     assert not (source / "tests" / "typing").exists()  # a link, of which an archive would have a copy

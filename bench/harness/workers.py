@@ -2,8 +2,8 @@
 
 A process builds one contender and takes steps when it is told to. In between it waits on its pipe, which costs
 nothing. All contenders take their turns in every round, in an order that turns from round to round
-(`bench.harness.measure.turns`), so that ratios can be formed within a round. Each process has compiler caches of its own, empty
-at the start: what the first step takes is what a user waits for.
+(`bench.harness.measure.turns`), so that ratios can be formed within a round. Each process has compiler caches of its
+own, empty at the start: what the first step takes is what a user waits for.
 
 A contender that raises, runs out of memory or is killed is a row that says so; the others go on.
 """

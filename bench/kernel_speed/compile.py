@@ -5,7 +5,8 @@ knows one thing: the target. So what is compiled is what would be launched there
 specialisation for aligned pointers and unit strides, and its number of launches.
 
 Registers, stack (spills) and matrix instructions are read from the machine code with the tools that Triton brings
-along; occupancy follows from registers, shared memory and threads; the predicted time is `bench.harness.roofline`'s bound.
+along; occupancy follows from registers, shared memory and threads; the predicted time is `bench.harness.roofline`'s
+bound.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""`python -m bench.kernel_speed.gpu_summary FOLDER`: what came of the parts of bench/gpu.sh, on the terminal and in summary.json."""
+"""`python -m bench.kernel_speed.gpu_summary FOLDER`: what came of the parts of bench/gpu.sh, on the terminal and in
+summary.json."""
 
 from __future__ import annotations
 

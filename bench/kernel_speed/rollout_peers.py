@@ -21,7 +21,7 @@ from bench.kernel_speed.kernel_peers import EXTRA, TOLERANCE, close, compiled
 from engine.models.attention import capture_queries_keys
 from engine.models.attention_masking import scores_and_outputs, top_mask
 from engine.models.vit import ViTInfo, attention_modules
-from engine.runtime.device import resolve_attention
+from engine.models.xformers_attention import resolve_attention
 from lethe_kernels import mask_patches, rollout_topk_mask
 from lethe_kernels.mask import mask_patches_reference
 from lethe_kernels.rollout import attention_rollout_reference

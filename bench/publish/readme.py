@@ -1,7 +1,7 @@
 """The tables of README.md and docs/results.md, each made from a file of bench/results/.
 
-`bench.publish.readme_figures` has the figures in sentences; `python -m bench tables` puts both in their places. A new table is
-a function, an entry of TABLES and its two marker lines in the document.
+`bench.publish.readme_figures` has the figures in sentences; `python -m bench tables` puts both in their places. A new
+table is a function, an entry of TABLES and its two marker lines in the document.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Our methods beside other libraries' versions of them: same model, same request, same images, same evaluation.
 
-For every seed, method and setting (`bench.quality.peer_libraries`) ours and the peer's run one after the other, each seed
-beginning with another. Seconds are those of the whole call with images decoded in it: of ours `engine.unlearn` without
-a run folder, of the peer's a copy of the model, its loaders and its function. Evaluation is not in them. Times are
-compared by the seconds of the CPU, which other work on the machine changes less than the wall clock's.
+For every seed, method and setting (`bench.quality.peer_libraries`) ours and the peer's run one after the other, each
+seed beginning with another. Seconds are those of the whole call with images decoded in it: of ours `engine.unlearn`
+without a run folder, of the peer's a copy of the model, its loaders and its function. Evaluation is not in them. Times
+are compared by the seconds of the CPU, which other work on the machine changes less than the wall clock's.
 
 A peer that is not installed is reported with the reason, and its method is left out.
 

@@ -71,7 +71,7 @@ from bench.training_cost.recipes import Timed, print_projection, project
 from engine.cli.console import console, progress_bars
 from engine.cli.demo import MODEL_ARGS, RECIPE, RUN
 from engine.config import parse_assignments, split_options
-from engine.data import Loader, Preprocessing
+from engine.data import Loader
 from engine.errors import UserError
 from engine.evaluate import Evaluation
 from engine.evaluate.indistinguishable import Views, indistinguishability
@@ -81,6 +81,7 @@ from engine.jobs.task import Task
 from engine.methods import get_method, list_methods
 from engine.models.checkpoint import load_checkpoint, weights_sha256
 from engine.models.predict import predict
+from engine.models.preprocessing import preprocessing_of
 from engine.run.unlearn import train, unlearn
 from engine.runtime.device import resolve_device, resolve_precision
 
@@ -334,7 +335,7 @@ def _quality(evaluation: Evaluation, model: nn.Module) -> Row:
 
 
 def _views(task: Task, evaluation: Evaluation, model: nn.Module) -> Views:
-    held_out = predict(model, Loader(task.source.validation, Preprocessing.of(model), batch_size=_LOOKED_AT_ONCE))
+    held_out = predict(model, Loader(task.source.validation, preprocessing_of(model), batch_size=_LOOKED_AT_ONCE))
     return Views(evaluation.predictions["forget"], evaluation.predictions["retain"], held_out)
 
 

@@ -1,4 +1,5 @@
-"""What the rows of `bench.quality.retrain_cost` come to: means over seeds, how stable the order of methods is, and a table."""
+"""What the rows of `bench.quality.retrain_cost` come to: means over seeds, how stable the order of methods is, and a
+table."""
 
 from __future__ import annotations
 

@@ -30,13 +30,14 @@ from bench.harness.report import Report
 from bench.quality.retrain_cost import DIGITS, RETRAIN_SEED, Subject, original_of
 from engine.cli.console import console, progress_bars
 from engine.config import parse_assignments
-from engine.data import Loader, Preprocessing
+from engine.data import Loader
 from engine.data.samples import spread
 from engine.evaluate.verdict import FAIL, PASS, Gates
 from engine.jobs.task import Task
 from engine.jobs.verify import Examiner
 from engine.methods import get_method
 from engine.models.checkpoint import load_checkpoint
+from engine.models.preprocessing import preprocessing_of
 from engine.models.spec import spec_of
 from engine.models.vit import outputs
 from engine.run.unlearn import train, unlearn
@@ -165,7 +166,7 @@ def with_new_head(original: nn.Module, task: Task) -> nn.Module:
     """A copy whose head is a logistic regression on the original's features of retained samples alone."""
     model: Any = copy.deepcopy(original).eval()
     samples = spread(task.retain, _HEAD_SAMPLES)
-    loader = Loader(samples, Preprocessing.of(model), batch_size=250, device=torch.device("cpu"), workers=0)
+    loader = Loader(samples, preprocessing_of(model), batch_size=250, device=torch.device("cpu"), workers=0)
     with torch.no_grad():
         features, labels = loader.rows(lambda batch: (outputs(model, batch.images, "features"), batch.labels))
     fitted = LogisticRegression(max_iter=300).fit(features.numpy(), labels.numpy())

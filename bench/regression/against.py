@@ -1,8 +1,8 @@
 """`pytest --benchmark --against REV`: the working tree and a git revision, measured in turn in one run.
 
-No stored figure is needed, so this is what runs where `bench/regression/baseline.json` knows neither the machine nor the release
-of PyTorch. Each tree has a process of its own (`bench.regression.against_worker`), both run the cases of the working tree, and
-neither computes while the other does.
+No stored figure is needed, so this is what runs where `bench/regression/baseline.json` knows neither the machine nor
+the release of PyTorch. Each tree has a process of its own (`bench.regression.against_worker`), both run the cases of
+the working tree, and neither computes while the other does.
 
 **Time** is the quotient of the two trees' times. Both are sampled in every round, the order turning from round to
 round, so that a quotient belongs to one moment of the machine. Of the rounds' quotients the tenth at either end is

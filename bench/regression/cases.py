@@ -25,6 +25,7 @@ from bench.harness.measure import Call
 from engine.data import Loader, Preprocessing, Samples, open_source
 from engine.models.attention_masking import count_masked, mask_and_outputs
 from engine.models.predict import predict
+from engine.models.preprocessing import preprocessing_of
 from engine.models.vit import ViTInfo, describe
 from lethe_kernels import attention_rollout, info_nce, mask_patches, mask_tokens, rollout_topk_mask
 
@@ -204,7 +205,7 @@ def _step(device: torch.device, phase: Literal["forget", "retain"], precision: L
 def _batches(device: torch.device) -> Work:
     """One epoch of shuffled, mirrored, normalised batches."""
     samples = open_source("digits").train.subset(range(1_000))
-    preprocessing = Preprocessing.of(_build(TINY, torch.device("cpu")))
+    preprocessing = preprocessing_of(_build(TINY, torch.device("cpu")))
     loader = Loader(samples, preprocessing, batch_size=100, augment="flip", workers=0, device=device)
     pixels, labels = _decoded(samples, preprocessing), torch.from_numpy(samples.labels)
     epochs = iter(range(1_000_000))
@@ -230,7 +231,7 @@ def _predict(device: torch.device) -> Work:
     """Logits and accuracy of a model on some samples."""
     samples = open_source("digits").test.subset(range(250))
     model = _build(TINY, device)
-    preprocessing = Preprocessing.of(model)
+    preprocessing = preprocessing_of(model)
     loader = Loader(samples, preprocessing, batch_size=50, workers=0, device=device)
     pixels, labels = _decoded(samples, preprocessing), torch.from_numpy(samples.labels)
 

@@ -9,9 +9,9 @@ where tensors of 1 MB just miss a cache; lower quartiles of wall times moved by 
 A first ratio beyond the threshold is not believed: the case is built and measured again, over more rounds, and the
 second ratio alone is judged. A real slowdown is there the second time too.
 
-**Memory** is as in `bench.harness.measure`. **Flops** are counted by torch's FlopCounterMode (products of matrices, attention
-and convolution), **bytes** are inputs and outputs of every operation that is not a view; both see inside our custom
-operations.
+**Memory** is as in `bench.harness.measure`. **Flops** are counted by torch's FlopCounterMode (products of matrices,
+attention and convolution), **bytes** are inputs and outputs of every operation that is not a view; both see inside our
+custom operations.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""A pytest plugin: `pytest --benchmark` measures the cases of `bench/regression/test_regression.py` and fails the test of a
-regression.
+"""A pytest plugin: `pytest --benchmark` measures the cases of `bench/regression/test_regression.py` and fails the test
+of a regression.
 
     pytest --benchmark                     compares with the stored baseline, if it has figures of this machine and this
                                            release of PyTorch; otherwise with the merge base with the main branch
@@ -39,7 +39,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--baseline",
         type=Path,
         metavar="FILE",
-        help="--baseline=FILE, in one word; default: bench/regression/baseline.json, if it has figures of this machine.",
+        help="--baseline=FILE, in one word; default: bench/regression/baseline.json, if it knows this machine.",
     )
     group.addoption(
         "--against",

@@ -34,6 +34,7 @@ from torchvision import transforms
 from bench.harness.cases import StepCase
 from bench.training_cost.steps import digits
 from engine.data import Preprocessing, Samples
+from engine.models.preprocessing import preprocessing_of
 
 SALUN_NOTE = {
     "retain": "cross-entropy; SGD, saliency mask, no clipping",
@@ -84,7 +85,7 @@ class _Loop:
         """normalised: the loader normalises, not the model."""
         self.case, self.batch, self.device = case, case.batch, device
         model = case.model.spec().build(seed=0)
-        preprocessing = Preprocessing.of(model)
+        preprocessing = preprocessing_of(model)
         steps = [transforms.RandomHorizontalFlip(), transforms.ToTensor()]
         if normalised:
             steps.append(transforms.Normalize(preprocessing.mean, preprocessing.std))

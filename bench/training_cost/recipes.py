@@ -20,13 +20,14 @@ from bench.harness.measure import EnergyMeter, middle, stopwatch
 from bench.training_cost.steps import EngineStep, digits
 from engine.cli.console import console
 from engine.config import RunConfig
-from engine.data import Loader, Preprocessing
+from engine.data import Loader
 from engine.methods import get_method
 from engine.models.predict import predict
+from engine.models.preprocessing import preprocessing_of
+from engine.models.xformers_attention import resolve_attention
 from engine.plan.cost import count_cost
 from engine.plan.work import RECIPES as PLANNED
 from engine.plan.work import Sizes, phases_of, retraining_work, seconds_of, unlearning_work
-from engine.runtime.device import resolve_attention
 
 # The request that is projected: a tenth of the training images, and the methods beside the retrain.
 FORGET_SHARE = 0.1
@@ -172,7 +173,7 @@ def measure(model: Model, device: torch.device, precision: Literal["fp32", "bf16
 def _forward_rate(case: StepCase, device: torch.device, images: int) -> float:
     """Images a second of an evaluation, the second time, when all images are decoded."""
     samples, model = digits(case, images), case.model.spec().build(seed=0).to(device)
-    loader = Loader(samples, Preprocessing.of(model), batch_size=case.batch, device=device, workers=0)
+    loader = Loader(samples, preprocessing_of(model), batch_size=case.batch, device=device, workers=0)
     predict(model, loader, case.precision)
     began = time.perf_counter()
     predict(model, loader, case.precision)  # its numbers come to the host: nothing is left running on the device

@@ -19,9 +19,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from bench.harness.cases import StepCase
 from engine.config import RunConfig
-from engine.data import Batch, Preprocessing, Samples, open_source
+from engine.data import Batch, Samples, open_source
 from engine.methods.lethe import LetheConfig
 from engine.models.attention_masking import count_masked
+from engine.models.preprocessing import preprocessing_of
 from engine.models.vit import attention_info
 from engine.run.setup import set_up
 
@@ -146,7 +147,7 @@ class PlainStep:
             self.patch, self.masked = info.patch_size, count_masked(info, LetheConfig().mask_share)
         if case.compile:
             self.model.compile()
-        preprocessing = Preprocessing.of(self.model)
+        preprocessing = preprocessing_of(self.model)
         channels = len(preprocessing.mean)
         pixels = torch.stack([preprocessing.resize(samples.tensor(i, channels)) for i in range(len(samples))])
         self.black = preprocessing.normalise(torch.zeros(1, channels, 1, 1, dtype=torch.uint8)).to(device)

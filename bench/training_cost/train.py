@@ -1,8 +1,8 @@
 """`python -m bench train`: optimizer steps of LetheViT beside the loops that one writes, and those of peers.
 
-Every loop runs in a process of its own (`bench.harness.workers`), on the same images with the same batch. Speeds are ratios
-formed within rounds. The time of the forget step that counts is the one with its share of `prepare`: teacher passes and
-masks are computed once for all forget images and used in every forget epoch.
+Every loop runs in a process of its own (`bench.harness.workers`), on the same images with the same batch. Speeds are
+ratios formed within rounds. The time of the forget step that counts is the one with its share of `prepare`: teacher
+passes and masks are computed once for all forget images and used in every forget epoch.
 
 MFU: flops of the products of a step (forward and backward pass of the student, and the forward passes of the original
 that the loop makes in the step), counted by `torch.utils.flop_counter` on the plain model with explicit attention,

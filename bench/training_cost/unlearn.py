@@ -14,7 +14,8 @@ The JSON, below the heading of `bench.harness.report`:
                  "expected": float, "tolerance": float, "why": str, "within": bool}],
      "skipped": [{"section": str, "reason": str}]}
 
-sizes are in units of `variable`; labels say them for people. For uncertainty see `bench.training_cost.unlearn_curves.Fit`.
+sizes are in units of `variable`; labels say them for people. For uncertainty see
+`bench.training_cost.unlearn_curves.Fit`.
 """
 
 from __future__ import annotations

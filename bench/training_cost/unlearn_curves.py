@@ -21,17 +21,18 @@ from bench.harness.launched import Launched, require_good, unlearn_arguments
 from bench.harness.measure import middle, peak_bytes, race, turns
 from bench.kernel_speed.kernels import SHARE, TEMPERATURE, _pairs
 from bench.training_cost.steps import EngineStep, digits
-from engine.data import Preprocessing, Samples, open_source, read_forget_request
+from engine.data import Samples, open_source, read_forget_request
 from engine.data.sampling import Sampler, epoch_order
 from engine.errors import UserError
 from engine.models.attention import capture_queries_keys
 from engine.models.attention_masking import count_masked, mask_and_outputs
 from engine.models.checkpoint import save_checkpoint
+from engine.models.preprocessing import preprocessing_of
 from engine.models.vit import attention_info
+from engine.models.xformers_attention import resolve_attention
 from engine.plan.cost import Cost, count_cost
 from engine.run.unlearn import unlearn
 from engine.run.zero import require_deepspeed
-from engine.runtime.device import resolve_attention
 from lethe_kernels import attention_rollout, info_nce, resolve_backend
 from lethe_kernels.rollout import attention_rollout_reference
 
@@ -257,7 +258,7 @@ def _cycled(images: list[Tensor], index: int) -> Tensor:
 @functools.cache
 def _digits() -> list[Tensor]:
     """uint8 [3, H, W] at the input size of `TINY`: resized once, so that decoding is in no curve."""
-    train, preprocessing = open_source("digits").train, Preprocessing.of(TINY.spec().build(seed=0))
+    train, preprocessing = open_source("digits").train, preprocessing_of(TINY.spec().build(seed=0))
     return [preprocessing.resize(train.tensor(index, 3)) for index in range(len(train))]
 
 
@@ -432,7 +433,7 @@ def _steps(setting: Setting, case: ScalingCase, models: Sequence[Model]) -> tupl
 def _images(model_case: Model, model: nn.Module, count: int) -> Tensor:
     """Normalised digits [count, C, H, W] as the model wants them."""
     samples = digits(StepCase(model=model_case, phase="retain", precision="fp32", batch=count), count)
-    preprocessing, channels = Preprocessing.of(model), attention_info(model).in_chans
+    preprocessing, channels = preprocessing_of(model), attention_info(model).in_chans
     pixels = [preprocessing.resize(samples.tensor(index, channels)) for index in range(count)]
     return preprocessing.normalise(torch.stack(pixels))
 

@@ -38,17 +38,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from engine import __version__
+from engine._version import __version__
 from engine.config import RunConfig, split_options, to_dict
-from engine.data import Loader, Preprocessing, Samples, Source, open_source, read_forget_request
+from engine.core.result import Progress
+from engine.data import Loader, Samples, Source, open_source, read_forget_request
 from engine.data.samples import spread
 from engine.errors import RunStopped, UserError
 from engine.evaluate.agreement import margins
 from engine.methods import get_method
 from engine.models.checkpoint import load_checkpoint, weights_sha256
 from engine.models.predict import predict
+from engine.models.preprocessing import preprocessing_of
 from engine.models.spec import ModelSpec
-from engine.run.trainer import Progress
 from engine.run.unlearn import train
 from engine.runtime import lock
 from engine.runtime.device import resolve_device, resolve_precision
@@ -353,7 +354,7 @@ def read_margins(model: nn.Module, samples: Samples, run: RunConfig) -> np.ndarr
     device = resolve_device(run.device)
     loader = Loader(
         samples,
-        Preprocessing.of(model),
+        preprocessing_of(model),
         batch_size=_READ_AT_ONCE,
         workers=run.workers,
         device=device,

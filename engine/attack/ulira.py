@@ -61,12 +61,12 @@ from engine.attack.ensemble import (
     what_counts,
 )
 from engine.config import split_options
+from engine.core.result import Progress
 from engine.errors import UserError
 from engine.evaluate.intervals import Interval, bootstrap, stated
 from engine.evaluate.membership import RATES, auc, tpr_at_fpr
 from engine.methods import get_method
 from engine.models.checkpoint import load_checkpoint
-from engine.run.trainer import Progress
 from engine.run.unlearn import unlearn
 from engine.runtime.files import write_json
 

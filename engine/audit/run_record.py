@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine import __version__
+from engine._version import __version__
 from engine.audit.record import IDS, SALT, Record, canonical, hashed_ids, recorded, verify_record
 from engine.audit.signature import signer
 from engine.config import read_yaml

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from engine import __version__
+from engine._version import __version__
 from engine.cli import exits
 from engine.cli.attack import attack
 from engine.cli.forget_set import forget_set
@@ -157,7 +157,8 @@ def train(
     from engine.audit.run_record import RecordOptions
     from engine.cli.console import console, print_seconds, progress_bars
     from engine.data import open_source
-    from engine.jobs.task import Task, train_job
+    from engine.jobs.task import Task
+    from engine.jobs.train import train_job
     from engine.run.folder import check_apart
 
     options = {**run_options(settings, on_bad_image), "epochs": epochs, "seed": seed}
@@ -225,7 +226,8 @@ def unlearn(
     from engine.audit.run_record import RecordOptions
     from engine.cli.console import console, print_metrics, print_seconds, progress_bars
     from engine.config import read_yaml, split_options
-    from engine.jobs.task import Task, run_job
+    from engine.jobs.task import Task
+    from engine.jobs.unlearn import run_job
     from engine.methods import get_method
 
     options = {**(read_yaml(config) if config else {}), **run_options(settings, on_bad_image)}
@@ -285,7 +287,8 @@ def evaluate(
 ) -> None:
     """Forget, retain and test accuracy, membership inference, and the gap to retrained models."""
     from engine.cli.console import print_metrics
-    from engine.jobs.task import Task, evaluate_job
+    from engine.jobs.evaluate import evaluate_job
+    from engine.jobs.task import Task
 
     sources = checkpoint_sources([checkpoint, original, *(reference or [])], arch, model_arg, weights)
     source, before = sources[0] or checkpoint, sources[1]

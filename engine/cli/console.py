@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import html
-import importlib
 import os
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -15,8 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from engine.core.result import Progress as Report
 from engine.evaluate.membership import DIRECTION
-from engine.run.trainer import Progress as Report
 
 # Of several ranks the first one speaks.
 _SILENT = int(os.environ.get("RANK", "0")) > 0
@@ -24,9 +21,6 @@ _SILENT = int(os.environ.get("RANK", "0")) > 0
 # A file or a pipe has no width: wide enough there for every table.
 console = Console(width=None if sys.stdout.isatty() else 150, quiet=_SILENT)
 
-
-# Seconds between two updates of a bar in a notebook.
-_EVERY_S = 0.2
 
 _COLOURS = {"PASS": "green", "FAIL": "red", "INSUFFICIENT EVIDENCE": "yellow"}
 
@@ -56,46 +50,6 @@ def progress_bars() -> Iterator[Report]:
             bars.update(tasks[phase], completed=step, numbers=shown)
 
         yield report
-
-
-class NotebookBar:
-    """One line of HTML a phase, rewritten in place; needs IPython alone."""
-
-    def __init__(self) -> None:
-        display = importlib.import_module("IPython.display").display
-        self._handle: Any = display({"text/plain": "", "text/html": ""}, raw=True, display_id=True)
-        self._shown = 0.0
-        self._lines: dict[str, str] = {}
-
-    def __call__(self, phase: str, step: int, total: int, numbers: dict[str, float]) -> None:
-        shown = "  ".join(f"{key} {value:.3g}" for key, value in numbers.items() if key != "grad_norm")
-        name = html.escape(phase)
-        self._lines[phase] = (
-            f"{name} <progress value={step} max={total}></progress> {step}/{total} {html.escape(shown)}"
-        )
-        now = time.monotonic()
-        if self._handle is not None and (now - self._shown > _EVERY_S or step >= total):
-            self._shown = now
-            page = {"text/plain": f"{phase} {step}/{total}", "text/html": "<br>".join(self._lines.values())}
-            self._handle.update(page, raw=True)
-
-
-def in_notebook() -> bool:
-    """Whether this process is the kernel of a notebook."""
-    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
-    return type(shell).__name__ == "ZMQInteractiveShell"
-
-
-@contextlib.contextmanager
-def automatic_progress(wanted: bool = False) -> Iterator[Report | None]:
-    """A bar in a notebook or a terminal; None elsewhere (files, pipes, tests), unless it is wanted."""
-    if in_notebook():
-        yield NotebookBar()
-    elif wanted or ("PYTEST_CURRENT_TEST" not in os.environ and sys.stderr.isatty()):
-        with progress_bars() as report:
-            yield report
-    else:
-        yield None
 
 
 def print_metrics(metrics: Mapping[str, Any], name: str = "unlearned") -> None:

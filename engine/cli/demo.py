@@ -9,7 +9,9 @@ from typing import Any
 from engine.cli.console import console, print_metrics, print_seconds, progress_bars
 from engine.errors import UserError
 from engine.jobs.start import architecture
-from engine.jobs.task import Task, run_job, train_job
+from engine.jobs.task import Task
+from engine.jobs.train import train_job
+from engine.jobs.unlearn import run_job
 from engine.runtime import lock
 
 # A ViT of 4 blocks and 0.2 million weights: 16 patches of 2 x 2 pixels.

@@ -78,9 +78,10 @@ def verify(
     """Is it forgotten? PASS (exit 0), FAIL (1) or INSUFFICIENT EVIDENCE (3), with the reason of each gate."""
     from engine.audit.run_record import RecordOptions
     from engine.cli.console import console
+    from engine.cli.verdict_table import print_verdict
     from engine.jobs.evidence import prove_job
     from engine.jobs.task import Task
-    from engine.jobs.verify import check_recorded, print_verdict, record_verdict, verify_job
+    from engine.jobs.verify import check_recorded, record_verdict, verify_job
     from engine.models.checkpoint_source import CheckpointSource
 
     run_folder = CheckpointSource.parse(checkpoint).folder

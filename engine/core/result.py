@@ -12,10 +12,11 @@ from typing import Any
 from torch import nn
 
 from engine.data import Samples
-from engine.models.checkpoint import save_checkpoint
-from engine.models.huggingface import as_classifier
-from engine.models.spec import spec_of
-from engine.run.folder import RunFolder
+
+# Called with (phase, step, steps, numbers) while a run lasts.
+Progress = Callable[[str, int, int, dict[str, float]], None]
+# Called with (phase, model) at the end of a phase.
+AfterPhase = Callable[[str, nn.Module], None]
 
 
 @dataclasses.dataclass(repr=False)
@@ -31,6 +32,7 @@ class UnlearnResult:
         an unlearning.
     output_dir: the run folder, or None. accuracy: top-1 [0, 1] of the model on any samples.
     bad_images: ids of training images that were left out, and why (on_bad_image=skip).
+    writer: what `save` calls with the result, the folder and `overwrite`.
     stopped: where stop_when ended the run before its epochs did: phase, epoch and step (from 0), the accuracies [0, 1]
         that it compared, and what `ended` it; None where it did not.
     """
@@ -45,6 +47,7 @@ class UnlearnResult:
     output_dir: Path | None
     accuracy: Callable[[Samples], float]
     bad_images: dict[str, str]
+    writer: Callable[[UnlearnResult, str | os.PathLike[str], bool], Path]
     stopped: dict[str, Any] | None = None
 
     def __repr__(self) -> str:
@@ -87,15 +90,7 @@ class UnlearnResult:
         Raises:
             UserError: the folder holds something else, or the model has no timm architecture.
         """
-        model = as_classifier(self.model)
-        spec_of(model)  # a model that cannot be saved is an error before anything is removed
-        opened = RunFolder(folder, self.config, overwrite=overwrite)
-        try:
-            opened.append(self.history)
-            save_checkpoint(model, opened.path)
-        finally:
-            opened.close()
-        return opened.path
+        return self.writer(self, folder, overwrite)
 
     @property
     def events(self) -> list[dict[str, Any]]:

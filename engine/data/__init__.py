@@ -2,10 +2,10 @@
 
 from engine.data.forget import ForgetRequest, read_forget_request
 from engine.data.loading import Batch, Loader
+from engine.data.preprocessing import Preprocessing
 from engine.data.samples import BadImageError, Samples
 from engine.data.sources import Source, open_source
 from engine.data.userset import from_dataset, refuse_overlap
-from engine.models.preprocessing import Preprocessing
 
 __all__ = [
     "BadImageError",

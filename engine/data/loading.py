@@ -21,10 +21,10 @@ import torchvision.transforms.v2.functional as TF
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from engine.data.preprocessing import Preprocessing
 from engine.data.samples import BadImageError, Reduce, Samples
 from engine.data.sampling import Epochs, Sampler, epoch_order
 from engine.errors import RunStopped, UserError
-from engine.models.preprocessing import Preprocessing
 from engine.runtime.process_group import World
 
 logger = logging.getLogger(__name__)

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from engine.data.loading import Loader
+from engine.data.preprocessing import Preprocessing
 from engine.data.samples import BadImageError, Samples
 from engine.errors import RunStopped, UserError
-from engine.models.preprocessing import Preprocessing
 
 
 def bad_images(

@@ -7,7 +7,8 @@ retrained model says of x more than f_o(x) does; and if it is the attention that
 patches masked at random does. On test images, which neither model has seen, masking takes away the same evidence and no
 memory: what it does there as well is not forgetting.
 
-Scores are those of `engine.models.attention_masking`, in its terms: attention rollout, or Swin's rule. Masked pixels are black.
+Scores are those of `engine.models.attention_masking`, in its terms: attention rollout, or Swin's rule. Masked pixels
+are black.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from engine.evaluate.intervals import bootstrap_means, percentiles, proportion
 from engine.models.attention_masking import count_masked, random_masks, scores_and_outputs, top_mask
 from engine.models.info import num_classes_of
 from engine.models.predict import Predictions
+from engine.models.preprocessing import preprocessing_of
 from engine.models.vit import ViTInfo, attention_info, outputs
 from engine.runtime.device import autocast, resolve_device, resolve_precision
 from lethe_kernels import mask_patches
@@ -105,7 +107,7 @@ def attention_report(
         loaders: dict[Preprocessing, Loader] = {}
         for name, model in everyone.items():
             model.to(where).eval()
-            preprocessing = Preprocessing.of(model)
+            preprocessing = preprocessing_of(model)
             if preprocessing not in loaders:  # decoded images are kept between models
                 loaders[preprocessing] = Loader(samples, preprocessing, batch_size=batch_size, device=where, **loading)
             loader = loaders[preprocessing]

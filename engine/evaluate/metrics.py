@@ -17,6 +17,7 @@ from engine.evaluate.membership import DIRECTION, attack_report, loss_auc, non_m
 from engine.models.huggingface import as_classifier
 from engine.models.info import num_classes_of
 from engine.models.predict import Predictions, predict
+from engine.models.preprocessing import preprocessing_of
 from engine.runtime.device import resolve_device, resolve_precision
 from engine.runtime.process_group import World
 
@@ -91,7 +92,7 @@ class Evaluator:
 
     def predictions(self, model: nn.Module, name: str) -> Predictions:
         """What a model says of one set (forget, retain, test), in the order of its samples."""
-        return predict(model.to(self.device), self._loader(Preprocessing.of(model), name), self.precision)
+        return predict(model.to(self.device), self._loader(preprocessing_of(model), name), self.precision)
 
     def all_predictions(self, model: nn.Module) -> dict[str, Predictions]:
         """Those of every set. Raises UserError for labels beyond the head, and for outputs that are not finite."""

@@ -42,7 +42,7 @@ from torch import nn
 
 from engine.config import RunConfig, require
 from engine.core.method import cross_entropy
-from engine.data import Batch, Loader, Preprocessing, Samples
+from engine.data import Batch, Loader, Samples
 from engine.data.samples import spread
 from engine.errors import RunStopped, UserError, nearest
 from engine.evaluate.intervals import Interval, bootstrap, percentiles
@@ -51,6 +51,7 @@ from engine.evaluate.representation import head_features
 from engine.methods.finetune import RETAIN_LR_PER_WIDTH
 from engine.models.info import model_info
 from engine.models.predict import Predictions, predict
+from engine.models.preprocessing import preprocessing_of
 from engine.run.updater import Updater
 from engine.runtime.device import autocast, resolve_device, resolve_precision
 
@@ -147,7 +148,7 @@ def relearning_curve(
         raise UserError(f"relearning: {attacked.name} has no samples to train on")
     where = resolve_device(device)
     precision = resolve_precision(precision, where)
-    preprocessing = Preprocessing.of(model)
+    preprocessing = preprocessing_of(model)
     watched = {"attacked": attacked, "held_back": held_back, "test": of_classes(test, forget)}
     loaders = {
         name: Loader(spread(samples, max_samples, name), preprocessing, batch_size=250, device=where, **loading)
@@ -310,7 +311,7 @@ def linear_probe(
     where = resolve_device(device)
     precision = resolve_precision(precision, where)
     model.to(where)
-    preprocessing = Preprocessing.of(model)
+    preprocessing = preprocessing_of(model)
 
     def read(samples: Samples) -> tuple[np.ndarray, np.ndarray]:
         part = spread(samples, max_samples)

@@ -34,6 +34,7 @@ from engine.data.samples import spread
 from engine.errors import UserError, nearest
 from engine.evaluate.intervals import Interval, bootstrap, proportion
 from engine.models.info import ModelInfo, classifiers
+from engine.models.preprocessing import preprocessing_of
 from engine.models.vit import ViTInfo, describe, outputs
 from engine.runtime.device import autocast, resolve_device, resolve_precision
 
@@ -114,7 +115,7 @@ def compare_features(
         near: dict[str, np.ndarray] = {}
         loaders: dict[Preprocessing, Loader] = {}
         for name, model in models.items():
-            preprocessing = Preprocessing.of(model)
+            preprocessing = preprocessing_of(model)
             if preprocessing not in loaders:  # decoded images are kept between models
                 loaders[preprocessing] = Loader(
                     read[set_name], preprocessing, batch_size=batch_size, device=where, **loading

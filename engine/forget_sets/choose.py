@@ -14,11 +14,11 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from engine.config import RunConfig, build, require, to_dict
+from engine.core.result import Progress
 from engine.data import Samples, from_dataset
 from engine.errors import UserError, nearest
 from engine.forget_sets.base import Selection, get_strategy
 from engine.forget_sets.pool import READING_KEYS, Pool, reading
-from engine.run.trainer import Progress
 from engine.runtime.files import replacing
 
 

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from engine.config import RunConfig, build
-from engine.data import Batch, Loader, Preprocessing, Samples
+from engine.core.result import Progress
+from engine.data import Batch, Loader, Samples
 from engine.errors import UserError
 from engine.models.huggingface import as_classifier
 from engine.models.info import classifiers, num_classes_of
+from engine.models.preprocessing import preprocessing_of
 from engine.models.vit import outputs
-from engine.run.trainer import Progress
 from engine.runtime.device import autocast, resolve_device, resolve_precision
 
 # Options of a run that the choice of a forget set has too.
@@ -99,7 +100,7 @@ class Pool:
     def loader(self) -> Loader:
         return Loader(
             self.samples,
-            Preprocessing.of(self.model),
+            preprocessing_of(self.model),
             seed=self.seed,
             device=self.device,
             **{key: getattr(self._run, key) for key in READING_KEYS if key not in ("precision", "device")},

@@ -18,7 +18,7 @@ from engine.jobs.preflight import Expected, Looked, check_accuracy, look, record
 from engine.models.checkpoint import load_checkpoint
 from engine.models.info import num_classes_of
 from engine.models.labels import label_names, names_for, set_label_names
-from engine.models.preprocessing import Changes, Preprocessing, origins_line
+from engine.models.preprocessing import Changes, origins_line, preprocessing_of
 
 if TYPE_CHECKING:
     from engine.data import Samples, Source
@@ -157,7 +157,7 @@ class Opening:
             source = relabelled_source(source, mapping, names)
             task = task.relabelled(mapping, names) if task else None
         set_label_names(model, names)
-        return source, task, {"preprocessing": Preprocessing.of(model).to_dict()}
+        return source, task, {"preprocessing": preprocessing_of(model).to_dict()}
 
     def check(
         self, model: nn.Module, samples: Samples, checkpoint: str, data: str, config: Mapping[str, Any]
@@ -178,7 +178,7 @@ class Opening:
         return looked
 
     def say_preprocessing(self, model: nn.Module) -> None:
-        self.say(f"preprocessing: {Preprocessing.of(model).line()} ({origins_line(model, self.changes)})")
+        self.say(f"preprocessing: {preprocessing_of(model).line()} ({origins_line(model, self.changes)})")
 
     def in_order_of(self, source: Source, model: nn.Module) -> Source:
         """The data with labels in the model's order of classes."""
@@ -208,7 +208,7 @@ class Opening:
     def facts(self, model: nn.Module) -> dict[str, Any]:
         """What config.yaml and record.json keep of it; the same whenever the command is given again."""
         return {
-            "preprocessing": Preprocessing.of(model).to_dict(),
+            "preprocessing": preprocessing_of(model).to_dict(),
             "label_order": self.label_order,
             **({"expect_accuracy": self.expect} if self.expect is not None else {}),
             **({"accept_accuracy": True} if self.accept else {}),
@@ -220,7 +220,7 @@ class Opening:
             mine, theirs = label_names(model), label_names(original)
             if mine and theirs and not same_names(mine, theirs):
                 raise UserError(f"{name}: {_first_difference(mine, theirs)}; give models of one order of classes")
-        used, first = Preprocessing.of(model), Preprocessing.of(original)
+        used, first = preprocessing_of(model), preprocessing_of(original)
         if used != first:
             self.say(f"{name} has a preprocessing of its own and is fed by it: {used.line()}")
 

@@ -3,7 +3,7 @@
 A model that is fed with another mean and std, another order of labels or other weights than it was trained with still
 runs, and can still be unlearned: the result is worth nothing. So it is an error if the accuracy is near chance, far
 below what is known of the model, or clearly lower than with another usual mean and std, with exchanged labels or with
-the checkpoint's other weights. `engine.evaluate.plausibility` has the tests.
+the checkpoint's other weights. `engine.core.plausibility` has the tests.
 """
 
 from __future__ import annotations
@@ -20,9 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.config import read_yaml
-from engine.data import Loader, Samples
-from engine.errors import UserError
-from engine.evaluate.plausibility import (
+from engine.core.plausibility import (
     MARGIN,
     chance_of,
     is_clearly_better,
@@ -30,10 +28,12 @@ from engine.evaluate.plausibility import (
     is_near_chance,
     permutation,
 )
+from engine.data import Loader, Samples
+from engine.errors import UserError
 from engine.models.checkpoint import load_checkpoint
 from engine.models.checkpoint_source import CheckpointSource
 from engine.models.info import num_classes_of
-from engine.models.preprocessing import STATISTICS, Preprocessing
+from engine.models.preprocessing import STATISTICS, preprocessing_of
 from engine.models.spec import spec_of
 from engine.models.unwrap import Kind
 from engine.models.vit import outputs
@@ -151,7 +151,7 @@ class _Answers:
     """Predictions for a few samples, which are decoded once."""
 
     def __init__(self, model: nn.Module, samples: Samples, device: torch.device, config: Mapping[str, Any]) -> None:
-        self.preprocessing, self.samples = Preprocessing.of(model), samples
+        self.preprocessing, self.samples = preprocessing_of(model), samples
         loading = {key: config[key] for key in _LOADING if key in config}
         self.loader = Loader(samples, self.preprocessing, batch_size=_BATCH, device=device, world=World(), **loading)
         self.device, self.precision = device, resolve_precision(config.get("precision", "auto"), device)
@@ -220,7 +220,7 @@ def _other_weights(model: nn.Module, checkpoint: str) -> tuple[str, nn.Module] |
     except (UserError, AttributeError, KeyError, TypeError):
         return None
     model_cfg = getattr(model, "pretrained_cfg", None)
-    if Preprocessing.of(other).size != Preprocessing.of(model).size:
+    if preprocessing_of(other).size != preprocessing_of(model).size:
         return None
     other.pretrained_cfg = model_cfg  # type: ignore[assignment]
     return f"--weights {kind}", other
@@ -254,7 +254,7 @@ def check_accuracy(
     if accept is not None:
         accept(f"warning: {told} (accepted)")
         return
-    used = Preprocessing.of(model)
+    used = preprocessing_of(model)
     raise UserError(
         f"{told}. Likely reasons: the order of labels (--class-map, --label-order), mean and std (--mean, --std; now "
         f"{used.line()}), the input size (--input-size) or the weights (raw or EMA, --weights). If it is right as it "

@@ -8,17 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
-from rich.table import Table
 from torch import nn
 
 from engine.audit.record import append_to_record, recorded
 from engine.audit.run_record import origin
-from engine.cli.console import coloured, console
 from engine.errors import UserError
 from engine.evaluate.relearning import relearning_curve, steps_of
 from engine.evaluate.representation import compare_weights
-from engine.evaluate.verdict import DOES_NOT_PROVE, Evidence, Gates, Verdict, Witness, attack_power, judge
+from engine.evaluate.verdict import Evidence, Gates, Verdict, Witness, attack_power, judge
 from engine.jobs.opening import open_model as load_checkpoint
 from engine.jobs.task import Task
 from engine.models.checkpoint import weights_sha256
@@ -284,21 +281,3 @@ def check_recorded(folder: Path) -> None:
     lock.check(folder)
     if recorded(folder, "data") is None:
         raise UserError(f"--record: {folder} has no record.json; it is written by `lethe unlearn` and `lethe train`")
-
-
-def print_verdict(verdict: Verdict) -> None:
-    table = Table("gate", "", "limit", "found", header_style="bold")
-    for gate in verdict.gates:
-        table.add_row(gate.name, coloured(gate.status), escape(gate.limit), escape(gate.reason))
-    console.print(table)
-    console.print(
-        f"{coloured(verdict.status)} on {verdict.samples['forget']} forget and {verdict.samples['test']} test "
-        f"samples, {verdict.references} references"
-        + (f"; decided by {', '.join(verdict.decided_by)}" if verdict.decided_by else ""),
-        soft_wrap=True,
-    )
-    if not verdict.references:
-        console.print("Without retrained references it rests on held-out data alone.", soft_wrap=True)
-    console.print("[dim]It does not prove:[/dim]")
-    for line in DOES_NOT_PROVE:
-        console.print(f"[dim]  {line}[/dim]", soft_wrap=True)

@@ -14,7 +14,8 @@ defaults were chosen.
 
 f_o runs once for each forget image and its masked copy: forget images are not augmented by default, so both of its
 outputs are cached before the stage (2 x forget samples x classes floats, in host memory). Where the model allows it,
-the masked copy is never made: its patch tokens are those of the image but for the masked ones (`engine.models.masked_tokens`).
+the masked copy is never made: its patch tokens are those of the image but for the masked ones
+(`engine.models.masked_tokens`).
 """
 
 from __future__ import annotations

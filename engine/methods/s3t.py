@@ -35,7 +35,8 @@ Departures from the paper and its public code:
   hashed, epochs fixed, and each stage keeps a head of its own, which starts from the one of the stage before.
 - One shard: the paper trains several models on parts of the data, which vote, and a checkpoint here is one model.
 - At most L sequences: more than the rotations, or sequences for slices that are not alike in risk, are not there.
-- Low-rank updates of all linear layers of a block without scale and dropout (engine.models.trainable), not of q and v alone.
+- Low-rank updates of all linear layers of a block without scale and dropout (engine.models.trainable), not of q and v
+alone.
 - `base=fresh`: the paper's base is always pretrained.
 """
 
@@ -55,9 +56,9 @@ from engine.core.method import Context, Method, Phase, cross_entropy, register
 from engine.data import Batch, Samples
 from engine.errors import UserError
 from engine.methods.gs_lora import LORA_LR_PER_WIDTH
-from engine.models.checkpoint import set_folder, weights_sha256
+from engine.models.checkpoint import weights_sha256
 from engine.models.slice_stages import Stages, classifier_weights, places_of, slices_of, stages_of, tokens_of, untouched
-from engine.models.spec import spec_of
+from engine.models.spec import set_folder, spec_of
 from engine.models.trainable import LowRank, low_ranks, restrict
 
 if TYPE_CHECKING:

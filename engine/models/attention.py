@@ -7,8 +7,8 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from timm.layers.attention import Attention
 from timm.models.swin_transformer import WindowAttention
-from timm.models.vision_transformer import Attention
 from timm.models.vision_transformer_relpos import RelPosAttention
 from torch import Tensor, nn
 

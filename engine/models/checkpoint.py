@@ -46,6 +46,7 @@ from engine.models.spec import (
     _plain,
     _recorded_model_args,
     remember_model_args,
+    set_folder,
     spec_of,
 )
 from engine.models.unwrap import Kind, StateDict, choose, fit
@@ -55,7 +56,6 @@ from engine.runtime.files import replacing
 logger = logging.getLogger(__name__)
 
 # And the folder that it was loaded from.
-_FOLDER = "_lethe_folder"
 # Keys of config.json that `save_checkpoint` writes itself.
 _CONFIG_KEYS = ("architecture", "num_classes", "num_features", "global_pool", "model_args", "pretrained_cfg")
 # Weights that timm's filters resample where their shape differs.
@@ -395,17 +395,6 @@ def _remapped(found: StateDict, model: nn.Module) -> StateDict:
     return dataclasses.replace(
         found, tensors=renamed, stripped=(*found.stripped, "timm's filter"), passed_over=passed_over
     )
-
-
-def folder_of(model: nn.Module) -> Path | None:
-    """The checkpoint folder that a model, or the one it was copied from, was loaded from; its weights may have changed
-    since."""
-    return getattr(model, _FOLDER, None)
-
-
-def set_folder(model: nn.Module, folder: Path | None) -> None:
-    """Notes what `folder_of` gives."""
-    setattr(model, _FOLDER, folder)
 
 
 def _read_spec(folder: Path) -> ModelSpec:

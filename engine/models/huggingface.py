@@ -24,7 +24,6 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import UserError
-from engine.models.checkpoint import set_folder
 from engine.models.image_processor import (
     PROCESSOR,
     UNKNOWN_PREPROCESSING,
@@ -34,7 +33,7 @@ from engine.models.image_processor import (
     resolved_preprocessing,
 )
 from engine.models.info import ModelInfo, pair
-from engine.models.spec import _SPEC, ModelSpec
+from engine.models.spec import _SPEC, ModelSpec, set_folder
 from engine.models.vit import ViTInfo
 
 logger = logging.getLogger(__name__)

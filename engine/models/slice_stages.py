@@ -35,9 +35,8 @@ from torch import Tensor, nn
 
 from engine.data import Samples
 from engine.errors import UserError
-from engine.models.checkpoint import folder_of
 from engine.models.info import classifiers
-from engine.models.spec import spec_of
+from engine.models.spec import folder_of, spec_of
 from engine.runtime.files import replacing
 
 STAGES = "stages.safetensors"

@@ -20,6 +20,8 @@ from engine.models.architecture import (
 
 # Model attribute that holds the ModelSpec; timm itself does not keep the arguments a model was built with.
 _SPEC = "_lethe_spec"
+# Model attribute that holds the checkpoint folder.
+_FOLDER = "_lethe_folder"
 
 # Key of config.json, and of `ModelSpec.extra`, that says how a file of another program was read.
 IMPORTED = "lethe_import"
@@ -195,3 +197,14 @@ def with_label_names(model: nn.Module, names: Sequence[str], said_by: str) -> nn
         raise UserError(f"{said_by}: {len(names)} names for the {spec.num_classes} classes of the model; give one each")
     setattr(model, _SPEC, dataclasses.replace(spec, extra={**spec.extra, "label_names": [str(n) for n in names]}))
     return model
+
+
+def folder_of(model: nn.Module) -> Path | None:
+    """The checkpoint folder that a model, or the one it was copied from, was loaded from; its weights may have changed
+    since."""
+    return getattr(model, _FOLDER, None)
+
+
+def set_folder(model: nn.Module, folder: Path | None) -> None:
+    """Notes what `folder_of` gives."""
+    setattr(model, _FOLDER, folder)

@@ -34,7 +34,8 @@ class ViTInfo(ModelInfo):
     num_prefix_tokens: class, distillation and register tokens before the patch tokens.
     pool: "token" where the class token is read by the head, "avg" where patch tokens are averaged, "map" where
     attention pooling reads all of them.
-    in_chans, input_size: channels; (height, width) in pixels. windowed: Swin's rule applies (`engine.models.attention_masking`).
+    in_chans, input_size: channels; (height, width) in pixels. windowed: Swin's rule applies
+    (`engine.models.attention_masking`).
     """
 
     patch_size: tuple[int, int]

@@ -12,7 +12,7 @@ import functools
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,20 @@ from torch.overrides import TorchFunctionMode
 from engine.errors import UserError
 
 _OPTION = "option attention='xformers'"
+
+
+def resolve_attention(
+    name: Literal["auto", "sdpa", "eager", "xformers"], device: torch.device, precision: str = "fp32"
+) -> Literal["sdpa", "eager", "xformers"]:
+    """auto is fused attention on an accelerator and explicit attention on the CPU.
+
+    Raises UserError for xformers where it is not installed, or does not run on this device in this precision.
+    """
+    if name == "xformers":
+        check_xformers(device, precision)
+    if name != "auto":
+        return name
+    return "eager" if device.type == "cpu" else "sdpa"
 
 
 def check_xformers(device: torch.device, precision: str = "fp32") -> None:

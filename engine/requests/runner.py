@@ -26,21 +26,23 @@ from typing import Any, Literal, Protocol
 
 from engine.audit.run_record import origin
 from engine.config import RunConfig, split_options, to_dict
-from engine.data import Loader, Preprocessing, Samples, Source
+from engine.core.result import Progress
+from engine.data import Loader, Samples, Source
 from engine.errors import RunStopped, UserError
 from engine.evaluate.agreement import mean_kl
 from engine.evaluate.representation import compare_weights
 from engine.evaluate.verdict import FAIL, PASS, Gates, Verdict
 from engine.jobs.opening import Opening, current
 from engine.jobs.opening import open_model as load_checkpoint
-from engine.jobs.task import Task, run_job
+from engine.jobs.task import Task
+from engine.jobs.unlearn import run_job
 from engine.methods import get_method
 from engine.models.checkpoint import save_checkpoint
 from engine.models.checkpoint_source import CheckpointSource
 from engine.models.predict import Predictions, predict
+from engine.models.preprocessing import preprocessing_of
 from engine.requests.intake import absolute, load_fitting, open_data
 from engine.requests.store import Run, Store, locked
-from engine.run.trainer import Progress
 from engine.runtime.device import resolve_device, resolve_precision
 from engine.runtime.process_group import launched
 
@@ -462,7 +464,7 @@ def _predictions(checkpoint: Path, samples: Samples, run: RunConfig) -> Predicti
     model = load_checkpoint(checkpoint).to(device)
     loader = Loader(
         samples,
-        Preprocessing.of(model),
+        preprocessing_of(model),
         batch_size=250,
         workers=run.workers,
         device=device,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
-from engine.methods import Phase
+from torch import nn
 
-if TYPE_CHECKING:
-    from engine.run.trainer import Trainer
+from engine.run.updater import Updater
 
 logger = logging.getLogger(__name__)
 
@@ -17,33 +17,55 @@ logger = logging.getLogger(__name__)
 CHECKS = 8
 
 
-class Guard:
-    """Looks at the watched accuracy `CHECKS` times in a phase, and keeps the weights of the last look that was good."""
+class CollapseGuard:
+    """Measures the watched accuracy `CHECKS` times in a phase and keeps the weights of the last good measurement.
 
-    def __init__(self, trainer: Trainer, phase: Phase, total: int) -> None:
-        self.trainer, self.phase = trainer, phase
+    Args:
+        phase: Name of the phase.
+        total: Its steps.
+        updater: Holds the model and its weights.
+        watch: Accuracy [0, 1] of a model on the watched samples.
+        before: That accuracy before the run.
+        limit: Points of accuracy that the phase may lose (`RunConfig.collapse_drop`).
+        record: Takes a row of the history.
+        is_main: Whether this rank keeps the weights.
+    """
+
+    def __init__(
+        self,
+        phase: str,
+        total: int,
+        *,
+        updater: Updater,
+        watch: Callable[[nn.Module], float],
+        before: float,
+        limit: float,
+        record: Callable[[dict[str, Any]], None],
+        is_main: bool,
+    ) -> None:
+        self.phase, self.updater, self.watch, self.before = phase, updater, watch, before
+        self.limit, self.record, self.is_main = limit, record, is_main
         self.steps = {math.ceil(total * (i + 1) / CHECKS) for i in range(CHECKS)}
-        self.good_step, self.good = 0, trainer.updater.weights()
+        self.good_step, self.good = 0, updater.weights()
 
     def state(self) -> dict[str, Any]:
         return {"step": self.good_step, "weights": self.good}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.good_step, self.good = state["step"], state["weights"] if self.trainer.world.is_main else None
+        self.good_step, self.good = state["step"], state["weights"] if self.is_main else None
 
     def collapsed(self, step: int) -> bool:
-        trainer = self.trainer
-        before, now = trainer.watched["before"], trainer.watch(trainer.model)
-        trainer.event({"phase": self.phase.name, "step": step - 1, "watched_accuracy": now})
-        if 100 * (before - now) <= trainer.run.collapse_drop:
+        now = self.watch(self.updater.model)
+        self.record({"phase": self.phase, "step": step - 1, "watched_accuracy": now})
+        if 100 * (self.before - now) <= self.limit:
             self.good = None  # before the next copy is made: one is enough to hold
-            self.good_step, self.good = step, trainer.updater.weights()
+            self.good_step, self.good = step, self.updater.weights()
             return False
-        trainer.updater.load_weights(self.good)
-        trainer.event(
+        self.updater.load_weights(self.good)
+        self.record(
             {
                 "event": "collapse",
-                "phase": self.phase.name,
+                "phase": self.phase,
                 "step": step - 1,
                 "watched_accuracy": now,
                 "back_to_step": self.good_step,
@@ -52,10 +74,10 @@ class Guard:
         logger.warning(
             "collapse in phase %s at step %d: accuracy on the watched samples %.1f%%, before the run %.1f%%; "
             "taken back to step %d and the phase ended (raise collapse_drop to go on, or lower the rate)",
-            self.phase.name,
+            self.phase,
             step - 1,
             100 * now,
-            100 * before,
+            100 * self.before,
             self.good_step,
         )
         return True

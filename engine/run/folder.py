@@ -25,7 +25,11 @@ from typing import Any
 import torch
 
 from engine.config import read_yaml, write_yaml
+from engine.core.result import UnlearnResult
 from engine.errors import RunStopped, UserError
+from engine.models.checkpoint import save_checkpoint
+from engine.models.huggingface import as_classifier
+from engine.models.spec import spec_of
 from engine.runtime import lock
 from engine.runtime.files import full_disk, replacing, sync, write_json
 from engine.runtime.process_group import World
@@ -307,3 +311,16 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
     return flat
+
+
+def save_result(result: UnlearnResult, folder: str | os.PathLike[str], overwrite: bool) -> Path:
+    """Writes a result as a run folder; see `UnlearnResult.save`."""
+    model = as_classifier(result.model)
+    spec_of(model)  # a model that cannot be saved is an error before anything is removed
+    opened = RunFolder(folder, result.config, overwrite=overwrite)
+    try:
+        opened.append(result.history)
+        save_checkpoint(model, opened.path)
+    finally:
+        opened.close()
+    return opened.path

@@ -17,7 +17,8 @@ from torch.utils.data import Dataset
 
 from engine.config import RunConfig, split_options, to_dict
 from engine.core.method import refuse_unfit
-from engine.data import Loader, Preprocessing, Samples, from_dataset
+from engine.core.result import AfterPhase, Progress
+from engine.data import Loader, Samples, from_dataset
 from engine.data.readable import bad_images, same_random_numbers, without
 from engine.data.samples import spread
 from engine.errors import UserError
@@ -25,14 +26,16 @@ from engine.methods import Context, Method, Phase, get_method
 from engine.models.attention import attention_as
 from engine.models.info import num_classes_of
 from engine.models.last_block import only_tokens_of_the_head
+from engine.models.preprocessing import preprocessing_of
 from engine.models.spec import spec_of
 from engine.models.trainable import refuse_sharding, restrict
 from engine.models.vit import checkpoint_blocks, describe
+from engine.models.xformers_attention import resolve_attention
 from engine.run import folder as runfolder
 from engine.run.early_stopping import HeldOutStop, check_stop
 from engine.run.retain_subset import choose_retained
 from engine.run.seta import check_pruning, pruned_phases
-from engine.run.trainer import AfterPhase, Progress, Trainer
+from engine.run.trainer import Trainer
 from engine.run.updater import Updater
 from engine.run.zero import (
     ZeroUpdater,
@@ -44,7 +47,7 @@ from engine.run.zero import (
     shard_frozen,
 )
 from engine.runtime.allocator import keeping_freed_memory
-from engine.runtime.device import autocast, resolve_attention, resolve_device, resolve_precision
+from engine.runtime.device import autocast, resolve_device, resolve_precision
 from engine.runtime.process_group import World, join
 from lethe_kernels import resolve_backend
 
@@ -149,7 +152,7 @@ def set_up(
         "max_bad_share": run.max_bad_share,
         "decode": run.decode,
     }
-    preprocessing = Preprocessing.of(original)
+    preprocessing = preprocessing_of(original)
     with same_random_numbers():
         preprocessing.check(forget)
     unreadable = bad_images(forget, preprocessing, out_of=len(forget) + len(retain), **loading)

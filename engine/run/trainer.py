@@ -17,19 +17,19 @@ import torch
 from torch import Tensor, nn
 
 from engine.config import RunConfig
-from engine.core.result import UnlearnResult
+from engine.core.plausibility import chance_of, is_far_below, is_near_chance
+from engine.core.result import AfterPhase, Progress, UnlearnResult
 from engine.data import Batch, Loader, Samples
 from engine.errors import RunStopped, UserError
-from engine.evaluate.plausibility import chance_of, is_far_below, is_near_chance
 from engine.methods import Method, Phase
 from engine.models.attention import attention_as
 from engine.models.checkpoint import save_checkpoint
 from engine.models.predict import predict
 from engine.models.spec import ModelSpec
 from engine.models.trainable import merge, merge_state
-from engine.run.collapse_guard import Guard
+from engine.run.collapse_guard import CollapseGuard
 from engine.run.early_stopping import HeldOutStop
-from engine.run.folder import RunFolder
+from engine.run.folder import RunFolder, save_result
 from engine.run.seta import PrunedPhase, load_state, state_of
 from engine.run.updater import Updater
 
@@ -42,9 +42,6 @@ _LOST = 10.0
 
 # What a checkpoint keeps of the trainer itself.
 _KEPT = ("samples_seen", "watched", "seconds", "bad_images")
-
-Progress = Callable[[str, int, int, dict[str, float]], None]
-AfterPhase = Callable[[str, nn.Module], None]
 
 
 class Trainer:
@@ -149,7 +146,7 @@ class Trainer:
         total = min(total, self.run.max_steps) if self.run.max_steps else total
         self.method.total_steps = total
         step, stopped = self._step_of(number), False
-        guard = Guard(self, phase, total) if phase.guarded else None
+        guard = self._guard(phase, total) if phase.guarded else None
         if step == 0:
             self.updater.begin_phase(phase.lr)
             stopped = self._edit(phase, guard, total)
@@ -188,7 +185,19 @@ class Trainer:
             self.after_phase(phase.name, self.model.eval())
             self.started += time.perf_counter() - began
 
-    def _edit(self, phase: Phase, guard: Guard | None, total: int) -> bool:
+    def _guard(self, phase: Phase, total: int) -> CollapseGuard:
+        return CollapseGuard(
+            phase.name,
+            total,
+            updater=self.updater,
+            watch=self.watch,
+            before=self.watched["before"],
+            limit=self.run.collapse_drop,
+            record=self.event,
+            is_main=self.world.is_main,
+        )
+
+    def _edit(self, phase: Phase, guard: CollapseGuard | None, total: int) -> bool:
         """Lets the method change weights before the first step; True where that ended the phase."""
         self.method.edit(self.updater.module, phase)
         return bool(guard and total == 0 and guard.collapsed(0))
@@ -236,7 +245,7 @@ class Trainer:
         stop: int,
         total: int,
         scheduler: Any,
-        guard: Guard | None,
+        guard: CollapseGuard | None,
     ) -> bool:
         """The steps [step, stop) of a phase, all of one epoch; True where the guard ended the phase."""
         pending: list[Row] = []
@@ -434,6 +443,7 @@ class Trainer:
             self.folder.path if self.folder else None,
             lambda samples: predict(model, self.loader(samples, "none"), self.run.precision).accuracy,
             self.bad_images,
+            save_result,
             self.early_stop.stopped if self.early_stop else None,
         )
         if finalize:

@@ -11,16 +11,16 @@ from typing import Any, Literal
 from torch import nn
 from torch.utils.data import Dataset
 
-from engine.core.result import UnlearnResult
+from engine.core.result import AfterPhase, Progress, UnlearnResult
 from engine.data import Samples, from_dataset, refuse_overlap
 from engine.errors import UserError
 from engine.models.checkpoint import load_checkpoint
 from engine.models.huggingface import as_classifier, as_given
-from engine.models.info import usable
+from engine.models.usable import usable
 from engine.run import folder as runfolder
 from engine.run.setup import Run, set_up
-from engine.run.trainer import AfterPhase, Progress
 from engine.runtime.process_group import World, watching_ranks
+from engine.runtime.progress import automatic_progress
 
 
 def unlearn(
@@ -152,8 +152,6 @@ def shown_progress(progress: Progress | bool | None) -> Iterator[Progress | None
     elif progress is False or World.current().rank > 0:
         yield None
     else:
-        from engine.cli.console import automatic_progress
-
         with automatic_progress(wanted=bool(progress)) as report:
             yield report
 

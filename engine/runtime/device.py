@@ -7,7 +7,6 @@ from typing import Any, Literal
 import torch
 
 from engine.errors import UserError
-from engine.models.xformers_attention import check_xformers
 
 
 def resolve_device(name: str) -> torch.device:
@@ -30,20 +29,6 @@ def resolve_precision(name: Literal["auto", "fp32", "bf16"], device: torch.devic
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     return "bf16" if _cpu_has_bf16() else "fp32"
-
-
-def resolve_attention(
-    name: Literal["auto", "sdpa", "eager", "xformers"], device: torch.device, precision: str = "fp32"
-) -> Literal["sdpa", "eager", "xformers"]:
-    """auto is fused attention on an accelerator and explicit attention on the CPU.
-
-    Raises UserError for xformers where it is not installed, or does not run on this device in this precision.
-    """
-    if name == "xformers":
-        check_xformers(device, precision)
-    if name != "auto":
-        return name
-    return "eager" if device.type == "cpu" else "sdpa"
 
 
 def _cpu_has_bf16() -> bool:

@@ -41,7 +41,7 @@ def environment() -> dict[str, Any]:
     """Versions and hardware, as kept in record.json; none of it names the user or the host."""
     import torch
 
-    from engine import __version__
+    from engine._version import __version__
 
     devices = (
         [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []

@@ -16,15 +16,16 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from engine.config import require, split_options, to_dict
+from engine.core.result import Progress
 from engine.core.search_space import defaults, spaces
-from engine.data import Preprocessing, Samples, from_dataset
+from engine.data import Samples, from_dataset
 from engine.data.readable import bad_images, without
 from engine.errors import RunStopped, UserError
 from engine.methods import Method, get_method
 from engine.models.checkpoint import load_checkpoint, weights_sha256
 from engine.models.huggingface import as_classifier
 from engine.models.info import model_info
-from engine.run.trainer import Progress
+from engine.models.preprocessing import preprocessing_of
 from engine.run.unlearn import unlearn
 from engine.runtime import lock
 from engine.runtime.files import replacing
@@ -128,7 +129,7 @@ def tune(
         forget,
         bad_images(
             forget,
-            Preprocessing.of(original),
+            preprocessing_of(original),
             on_bad_image=run.on_bad_image,
             max_bad_share=run.max_bad_share,
             out_of=len(forget) + len(retain),

@@ -124,8 +124,9 @@ def test_lethe_env_is_content_beside_the_namesake(theirs: Path, tmp_path: Path) 
 
 def test_pytest_as_a_script_finds_the_packages() -> None:
     """The script `pytest` does not put the current folder on the path, but the folder tests/, which has a `kernels`."""
+    file = "tests/engine/models/test_attention_masking.py"
     code = (
         "import sys; sys.path.remove(''); import pytest\n"
-        "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '--collect-only', 'tests/engine/models/test_attention_masking.py']))"
+        f"sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '--collect-only', '{file}']))"
     )
-    assert "tests/engine/models/test_attention_masking.py" in python(code)
+    assert file in python(code)

@@ -1,8 +1,9 @@
-"""Do the tests notice when the code is broken?  python tests/mutation/mutation.py [--only GLOB] [--json FILE] [--timeout S]
+"""Do the tests notice when the code is broken?  python tests/mutation/mutation.py [--only GLOB] [--json FILE]
+[--timeout S]
 
-Breaks a copy of the repository in the ways that `tests/mutation/mutants.py` lists, one at a time, and runs the tests that each
-names. Exit status: 0 all are killed, 1 one or more survive, 2 the table does not fit the code or a run proves nothing
-(the tests fail unbroken, or a mutant does not load).
+Breaks a copy of the repository in the ways that `tests/mutation/mutants.py` lists, one at a time, and runs the tests
+that each names. Exit status: 0 all are killed, 1 one or more survive, 2 the table does not fit the code or a run proves
+nothing (the tests fail unbroken, or a mutant does not load).
 """
 
 from __future__ import annotations

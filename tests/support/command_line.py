@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from engine.cli.app import app as cli
+from engine.cli import app as cli
 from engine.errors import UserError
 
 ARCH = "vit_tiny_patch16_224"
@@ -38,7 +38,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 def invoke(*words: object) -> tuple[int, str]:
     """Exit code and message of a command, errors as `engine.cli.app.run_app` has them."""
-    result = CliRunner().invoke(cli, [str(word) for word in words])
+    result = CliRunner().invoke(cli.app, [str(word) for word in words])
     if isinstance(result.exception, UserError):
         return 2, str(result.exception)
     if result.exception is not None and not isinstance(result.exception, SystemExit):

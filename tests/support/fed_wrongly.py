@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from engine.models.preprocessing import Preprocessing
+from engine.models.preprocessing import preprocessing_of
 from engine.models.spec import ModelSpec, set_spec, spec_of
 
 NAMES = [f"class {word}" for word in ["a", "b", "c", "d", "e", "f", "g", "h", "i", "j"]]
@@ -41,7 +41,7 @@ def trained(train: int = 600, steps: int = 250) -> torch.nn.Module:
         architecture="vit_tiny_patch16_224", num_classes=10, model_args=arguments, pretrained_cfg=STATISTICS
     ).build(seed=0)
     images, labels = pixels()
-    ready = Preprocessing.of(model).normalise(torch.from_numpy(images[:train]).permute(0, 3, 1, 2).contiguous())
+    ready = preprocessing_of(model).normalise(torch.from_numpy(images[:train]).permute(0, 3, 1, 2).contiguous())
     targets = torch.from_numpy(labels[:train])
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     generator = torch.Generator().manual_seed(0)

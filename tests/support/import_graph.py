@@ -87,7 +87,8 @@ def graph(root: Path) -> dict[str, set[str]]:
 
 
 def package_of(module: str) -> str:
-    """The folder of a module: `engine.cli.app` for engine/cli/app.py; a module at the top of a tree stands for itself."""
+    """The folder of a module: `engine.cli.app` for engine/cli/app.py; a module at the top of a tree stands for
+    itself."""
     parts = module.split(".")
     if parts[0] != "engine":
         return parts[0]

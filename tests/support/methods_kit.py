@@ -9,15 +9,16 @@ import torch
 from toys import few, tiny_vit
 
 from engine.config import split_options
-from engine.data import Batch, Loader, Preprocessing, Samples
+from engine.data import Batch, Loader, Samples
 from engine.methods import Context, Method, get_method
+from engine.models.preprocessing import preprocessing_of
 from engine.models.vit import describe
 
 
 def make(name: str, train: Samples, model: torch.nn.Module | None = None, **options: Any) -> Method:
     model = model or tiny_vit()
     run, config = split_options({"batch_size": 8, "precision": "fp32", **options}, get_method(name).Config)
-    preprocessing = Preprocessing.of(model)
+    preprocessing = preprocessing_of(model)
     context = Context(
         run=run,
         original=copy.deepcopy(model).requires_grad_(False),

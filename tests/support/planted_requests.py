@@ -10,7 +10,8 @@ import pytest
 
 from engine.data import Samples, Source
 from engine.evaluate.verdict import Gate, Verdict
-from engine.jobs.task import Outcome, Task
+from engine.jobs.task import Task
+from engine.jobs.unlearn import Outcome
 from engine.requests import intake, runner
 from engine.requests.store import Store
 from engine.runtime.files import write_json

@@ -21,9 +21,10 @@ from bench.quality import method_peers, peer_libraries
 from bench.quality.method_peers import comparisons, contenders_of, run_method_peers, verdict
 from bench.quality.peer_libraries import PEERS, Images, Peer
 from bench.quality.retrain_cost import Subject
-from engine.data import Loader, Preprocessing, open_source
+from engine.data import Loader, open_source
 from engine.errors import UserError
 from engine.models.checkpoint import save_checkpoint, weights_sha256
+from engine.models.preprocessing import preprocessing_of
 from engine.run.setup import Run, set_up
 
 BY_METHOD = {peer.method: peer for peer in PEERS}
@@ -41,7 +42,7 @@ def run_of(method: str, forget: int = 10, retain: int = 40, **options: Any) -> R
 
 def test_images_are_those_of_our_loaders() -> None:
     samples = few(open_source("digits").train, 12)
-    preprocessing = Preprocessing.of(tiny_vit())
+    preprocessing = preprocessing_of(tiny_vit())
     (batch,) = Loader(samples, preprocessing, batch_size=12, workers=0).ordered()
     plain, indexed = Images(samples, preprocessing), Images(samples, preprocessing, indexed=True)
     assert torch.equal(torch.stack([image for image, _ in plain]), batch.images)

@@ -181,7 +181,8 @@ def test_without_paths_the_suite_alone_is_measured(pytester: pytest.Pytester, tm
 
 
 def test_the_plugin_brings_nothing_that_coverage_is_to_see() -> None:
-    code = "import sys, bench.regression.plugin; print(sorted({'torch', 'engine', 'kernels', 'lethe_kernels'} & set(sys.modules)))"
+    names = {"torch", "engine", "kernels", "lethe_kernels"}
+    code = f"import sys, bench.regression.plugin; print(sorted({names} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
 

@@ -29,10 +29,11 @@ from engine.attack.ensemble import (
     read_margins,
     train_ensemble,
 )
-from engine.data import Loader, Preprocessing, open_source
+from engine.data import Loader, open_source
 from engine.errors import RunStopped, UserError
 from engine.models.checkpoint import load_checkpoint, weights_sha256
 from engine.models.predict import predict
+from engine.models.preprocessing import preprocessing_of
 from engine.models.spec import ModelSpec
 from engine.run.unlearn import train
 
@@ -104,7 +105,7 @@ def test_models_are_trained_on_what_the_design_says(small: Ensemble) -> None:
 
 def test_margins_are_the_log_odds_of_the_true_class(small: Ensemble) -> None:
     model = load_checkpoint(small.folders[3])
-    p = predict(model, Loader(small.targets, Preprocessing.of(model), batch_size=8)).confidence
+    p = predict(model, Loader(small.targets, preprocessing_of(model), batch_size=8)).confidence
     np.testing.assert_allclose(small.margins[3], np.log(p / (1 - p)), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(small.confidence[3], p, rtol=1e-4)
     assert (small.train_seconds > 0).all()

@@ -17,7 +17,7 @@ from toys import TINY
 from engine.attack import ulira as module
 from engine.attack.ensemble import EnsembleSpec, draw_parts, memorisation, train_ensemble
 from engine.attack.ulira import attack, attack_procedure, likelihood_ratios, over_pairs, unlearn_ensemble
-from engine.cli.app import app as cli
+from engine.cli import app as cli
 from engine.data import open_source
 from engine.errors import UserError
 from engine.forget_sets.influence import read_scores

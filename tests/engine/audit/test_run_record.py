@@ -32,11 +32,13 @@ from engine.audit.record import (
     verify_record,
 )
 from engine.audit.run_record import RecordOptions, code
-from engine.cli.app import app as cli
+from engine.cli import app as cli
 from engine.data import ForgetRequest, Samples, open_source
 from engine.errors import UserError
 from engine.jobs import task as job
-from engine.jobs.task import Task, run_job, train_job
+from engine.jobs.task import Task
+from engine.jobs.train import train_job
+from engine.jobs.unlearn import run_job
 from engine.models.checkpoint import load_checkpoint, save_checkpoint, weights_sha256
 from engine.run.folder import RunFolder
 from engine.runtime.environment import commit

@@ -13,8 +13,9 @@ from command_line import Lethe, one_line
 from toys import tiny_vit
 
 from engine.audit.record import recorded, verify_record
-from engine.cli.app import app as cli
-from engine.jobs.task import Task, train_job
+from engine.cli import app as cli
+from engine.jobs.task import Task
+from engine.jobs.train import train_job
 from engine.models.checkpoint import load_checkpoint, save_checkpoint, weights_sha256
 
 FORGET = "random:0.02@0"

@@ -17,7 +17,10 @@ from toys import tiny_vit
 import engine
 from engine.cli import exits
 from engine.errors import EXIT_CODES, BadResult, ExitCode, RunStopped, UserError
-from engine.jobs.task import Task, evaluate_job, run_job, train_job
+from engine.jobs.evaluate import evaluate_job
+from engine.jobs.task import Task
+from engine.jobs.train import train_job
+from engine.jobs.unlearn import run_job
 from engine.models.checkpoint import load_checkpoint, save_checkpoint
 
 

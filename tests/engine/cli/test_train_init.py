@@ -19,7 +19,8 @@ from engine.data import Source, open_source
 from engine.errors import UserError
 from engine.jobs.opening import Opening
 from engine.jobs.start import init_model
-from engine.jobs.task import Task, train_job
+from engine.jobs.task import Task
+from engine.jobs.train import train_job
 from engine.jobs.verify import MadeFrom, check_origin, original_of
 from engine.methods.common.mixing import mixed
 from engine.models.checkpoint import load_checkpoint, save_checkpoint, weights_sha256
@@ -205,7 +206,7 @@ def test_a_reference_that_was_fine_tuned_by_unlearn_is_no_worse_than_without_its
     task, short = Task.open("digits", FORGET), {"max_steps": 1, "precision": "fp32"}
     original, base = tiny_vit(seed=1), save_checkpoint(tiny_vit(seed=2), tmp_path / "base")
     made = MadeFrom(weights_sha256(original))
-    from engine.jobs.task import run_job
+    from engine.jobs.unlearn import run_job
 
     for name, start in (("base", base), ("original", save_checkpoint(original, tmp_path / "original"))):
         run_job(task, str(start), tmp_path / f"from {name}", method="finetune", config=short)

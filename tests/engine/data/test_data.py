@@ -16,14 +16,15 @@ from toys import few, tiny_vit
 
 import engine.data.ids as ids_module
 import engine.data.samples as samples_module
-from engine.data import Loader, Preprocessing, Samples, from_dataset, open_source, read_forget_request
+from engine.data import Loader, Samples, from_dataset, open_source, read_forget_request
 from engine.data.ids import Ids
 from engine.data.samples import concatenate
 from engine.errors import UserError
+from engine.models.preprocessing import preprocessing_of
 
 
 def loader(samples: Samples, **options: object) -> Loader:
-    return Loader(samples, Preprocessing.of(tiny_vit()), **{"batch_size": 8, **options})
+    return Loader(samples, preprocessing_of(tiny_vit()), **{"batch_size": 8, **options})
 
 
 def test_digits_have_disjoint_splits_with_stable_ids() -> None:
@@ -286,7 +287,7 @@ def test_preprocessing_is_timms_for_large_images() -> None:
         (3, 32, 32), interpolation="bicubic", crop_pct=0.875, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4)
     )
     samples = Samples("s", ["0"], np.array([0]), lambda i: Image.open(io.BytesIO(stream.getvalue())))
-    ours = next(iter(Loader(samples, Preprocessing.of(vit), batch_size=1).ordered())).images[0]
+    ours = next(iter(Loader(samples, preprocessing_of(vit), batch_size=1).ordered())).images[0]
     expected = transform(image)
     assert ours.shape == expected.shape
     # timm resizes in PIL, this in torch: equal up to rounding of uint8

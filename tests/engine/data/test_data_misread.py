@@ -18,9 +18,10 @@ from refusals import refused
 from timm.data.readers.reader_image_folder import find_images_and_targets
 from torch.utils.data import Dataset, TensorDataset
 
-from engine.data import Loader, Preprocessing, Samples, from_dataset, open_source
+from engine.data import Loader, Samples, from_dataset, open_source
 from engine.data.samples import as_tensor
 from engine.errors import UserError
+from engine.models.preprocessing import preprocessing_of
 
 
 def png(value: int = 0, mode: str = "L") -> bytes:
@@ -233,7 +234,7 @@ def test_nothing_is_mirrored_unless_the_source_is_known_to_allow_it(tmp_path: Pa
     from toys import tiny_vit
 
     for samples in (open_source(f"imagefolder:{tmp_path}").train, Samples("s", ["0"], np.array([0]), lambda i: None)):
-        assert Loader(samples, Preprocessing.of(tiny_vit()), batch_size=1, augment="auto").augment == "none"
+        assert Loader(samples, preprocessing_of(tiny_vit()), batch_size=1, augment="auto").augment == "none"
 
 
 # Pixels

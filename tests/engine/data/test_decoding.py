@@ -14,11 +14,12 @@ from toys import tiny_vit
 from engine.config import RunConfig
 from engine.data import BadImageError, Loader, Preprocessing, Samples
 from engine.errors import RunStopped, UserError
+from engine.models.preprocessing import preprocessing_of
 from engine.runtime.process_group import World
 
 
 def loader(samples: Samples, **options: object) -> Loader:
-    return Loader(samples, Preprocessing.of(tiny_vit()), **{"batch_size": 8, **options})
+    return Loader(samples, preprocessing_of(tiny_vit()), **{"batch_size": 8, **options})
 
 
 # Bad images

@@ -19,8 +19,8 @@ import engine
 from engine.cli.app import app
 from engine.data import from_dataset, open_source, refuse_overlap
 from engine.data.classes import read_class_map
+from engine.data.preprocessing import Preprocessing
 from engine.errors import UserError
-from engine.models.preprocessing import Preprocessing
 from engine.run.folder import check_apart
 
 PIXELS = [np.full((8, 8, 3), 10 * i, dtype=np.uint8) for i in range(20)]

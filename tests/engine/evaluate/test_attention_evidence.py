@@ -12,10 +12,11 @@ import timm
 import torch
 from toys import few, tiny_vit
 
-from engine.data import Loader, Preprocessing, Samples, open_source
+from engine.data import Loader, Samples, open_source
 from engine.errors import UserError
 from engine.evaluate.attention import attention_report, chance_iou, read_masked, spearman, top_iou
 from engine.models.attention_masking import random_masks, scores_and_outputs
+from engine.models.preprocessing import preprocessing_of
 from engine.models.vit import describe
 
 
@@ -59,7 +60,7 @@ def test_rank_correlation_by_hand() -> None:
 
 def test_readings_are_the_originals_answers_to_blackened_images(digits: Samples) -> None:
     model, samples = looking(), few(digits, 9)
-    preprocessing = Preprocessing.of(model)
+    preprocessing = preprocessing_of(model)
     loader = Loader(samples, preprocessing, batch_size=4)
     found = read_masked(model.train(), loader, 3, seed=5)
     assert not model.training
@@ -126,7 +127,7 @@ def test_likeness_is_the_mean_over_references_and_kl_is_from_them(digits: Sample
     original, references = looking(), {"one": looking(1, drop_rate=0.5).train(), "two": looking(2)}
     samples = few(digits, 20)
     report = attention_report(original, {}, references, samples, samples, device="cpu")
-    preprocessing = Preprocessing.of(original)
+    preprocessing = preprocessing_of(original)
     images = preprocessing.normalise(torch.stack([samples.tensor(i, 1) for i in range(20)]))
     with torch.no_grad():
         q = original(images).double().log_softmax(1)

@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from toys import few, tiny_vit
 
-from engine.data import Loader, Preprocessing, Samples, open_source
+from engine.data import Loader, Samples, open_source
 from engine.errors import UserError
 from engine.evaluate import Evaluation, Evaluator, compare
 from engine.evaluate.agreement import mean_kl, top1_agreement
 from engine.evaluate.membership import loss_auc, mia_efficacy
 from engine.models.predict import Predictions, predict
+from engine.models.preprocessing import preprocessing_of
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +33,9 @@ def drawn(count: int, sharpness: float, seed: int, classes: int = 5) -> Predicti
 
 def test_predictions_equal_a_plain_loop_over_the_model(train: Samples) -> None:
     model = tiny_vit().train()
-    predictions = predict(model, Loader(few(train, 25), Preprocessing.of(model), batch_size=7))
+    predictions = predict(model, Loader(few(train, 25), preprocessing_of(model), batch_size=7))
     images = torch.stack([torch.from_numpy(np.array(train.image(i)))[None].float() / 255 for i in range(25)])
-    preprocessing = Preprocessing.of(model)
+    preprocessing = preprocessing_of(model)
     with torch.no_grad():
         expected = model.eval()((images - preprocessing.mean[0]) / preprocessing.std[0])
     torch.testing.assert_close(torch.from_numpy(predictions.logits), expected, rtol=1e-4, atol=1e-5)

@@ -11,7 +11,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from toys import few, tiny_vit
 
-from engine.data import Batch, Loader, Preprocessing, Samples, open_source
+from engine.data import Batch, Loader, Samples, open_source
 from engine.errors import RunStopped, UserError
 from engine.evaluate import relearning
 from engine.evaluate.relearning import (
@@ -29,6 +29,7 @@ from engine.evaluate.relearning import (
 )
 from engine.models.checkpoint import weights_sha256
 from engine.models.predict import Predictions, predict
+from engine.models.preprocessing import preprocessing_of
 
 STEPS = (0, 1, 3)
 
@@ -106,7 +107,7 @@ def test_the_curve_is_read_from_the_sets_that_it_names(digits: Samples) -> None:
     assert curve.steps == [0, 1, 3]
     attacked, held = split_forget(forget, 0.25)
     for name, samples in (("attacked", attacked), ("held_back", held), ("test", test)):
-        expected = predict(model, Loader(samples, Preprocessing.of(model), batch_size=20))
+        expected = predict(model, Loader(samples, preprocessing_of(model), batch_size=20))
         assert getattr(curve, name)[0] == expected.accuracy
         assert curve.losses[name][0] == pytest.approx(float(expected.losses.mean()), rel=1e-5)
         assert [len(each[name]) for each in curve.predictions] == [len(samples)] * 3
@@ -238,7 +239,7 @@ def test_probe_reads_what_the_head_reads_and_ignores_the_head(digits: Samples) -
         reset.head.weight.normal_()
     assert linear_probe(reset, retain, forget, test, device="cpu") == found
     images = {
-        name: Loader(samples, Preprocessing.of(model), batch_size=500)
+        name: Loader(samples, preprocessing_of(model), batch_size=500)
         for name, samples in (("retain", retain), ("forget", forget))
     }
     with torch.no_grad():

@@ -11,7 +11,7 @@ import timm
 import torch
 from toys import few, tiny_vit
 
-from engine.data import Loader, Preprocessing, Samples, open_source
+from engine.data import Loader, Samples, open_source
 from engine.errors import UserError
 from engine.evaluate.representation import (
     cka_interval,
@@ -24,6 +24,7 @@ from engine.evaluate.representation import (
     shared_neighbours,
     vote,
 )
+from engine.models.preprocessing import preprocessing_of
 from engine.models.vit import outputs
 
 
@@ -137,7 +138,7 @@ def test_votes_by_hand() -> None:
 
 def by_hand(model: torch.nn.Module, samples: Samples) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Normalised images, and the tokens behind each block."""
-    preprocessing = Preprocessing.of(model)
+    preprocessing = preprocessing_of(model)
     images = torch.stack([samples.tensor(i, 1) for i in range(len(samples))])
     tokens = [model._pos_embed(model.patch_embed(preprocessing.normalise(images)))]
     for block in model.blocks:
@@ -151,7 +152,7 @@ def test_layers_are_read_as_the_head_reads_them(pool: str, digits: Samples) -> N
     samples = few(digits, 11)
     calls: list[int] = []
     handle = model.register_forward_hook(lambda module, inputs, output: calls.append(len(output)))
-    loader = Loader(samples, Preprocessing.of(model), batch_size=4)
+    loader = Loader(samples, preprocessing_of(model), batch_size=4)
     found, labels = layer_features(model, loader)
     assert calls == [4, 4, 3]  # one pass
     handle.remove()
@@ -175,7 +176,7 @@ def test_layers_of_swin_are_its_blocks_by_stage() -> None:
     rng = np.random.default_rng(0)
     images = [torch.tensor(rng.normal(size=(3, 56, 56)), dtype=torch.float32) for _ in range(4)]
     samples = Samples("random", [str(i) for i in range(4)], np.arange(4), images.__getitem__)
-    found, _ = layer_features(model, Loader(samples, Preprocessing.of(model), batch_size=4))
+    found, _ = layer_features(model, Loader(samples, preprocessing_of(model), batch_size=4))
     assert list(found) == ["patch embedding", "stage 1 block 1", "stage 2 block 1", "stage 2 block 2", "features"]
     assert [each.shape for each in found.values()] == [(4, 24), (4, 24), (4, 48), (4, 48), (4, 48)]
     stage = model.layers[0](model.patch_embed(torch.stack(images)))
@@ -262,7 +263,7 @@ def test_report_tells_who_has_whose_features(digits: Samples) -> None:
     # the k-NN figures by hand: the retained samples' own votes leave each out
     retain = sets["retain"].subset(np.linspace(0, 369, 100).astype(np.int64))
     (bank, votes), (test, labels) = (
-        head_features(original, Loader(samples, Preprocessing.of(original), batch_size=50))
+        head_features(original, Loader(samples, preprocessing_of(original), batch_size=50))
         for samples in (retain, sets["test"])
     )
     bank, test = (each / np.linalg.norm(each, axis=1, keepdims=True) for each in (bank, test))

@@ -11,7 +11,8 @@ from toys import tiny_vit
 
 from engine.errors import UserError
 from engine.evaluate.verdict import DEFAULTS, FAIL, INSUFFICIENT, PASS, Evidence, Gates, Verdict, Witness, judge
-from engine.jobs.task import Task, train_job
+from engine.jobs.task import Task
+from engine.jobs.train import train_job
 from engine.jobs.verify import check_origin, check_reference
 from engine.models.checkpoint import save_checkpoint
 from engine.models.predict import Predictions

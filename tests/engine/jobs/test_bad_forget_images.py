@@ -14,14 +14,17 @@ from command_line import Lethe, one_line
 from toys import few, tiny_vit
 
 from engine.audit.record import recorded, verify_record
-from engine.data import BadImageError, Preprocessing, Samples, open_source
+from engine.data import BadImageError, Samples, open_source
 from engine.data.readable import bad_images
 from engine.errors import RunStopped, UserError
 from engine.evaluate.metrics import Evaluator
+from engine.jobs.evaluate import evaluate_job
 from engine.jobs.evidence import gather_proof
-from engine.jobs.task import Task, evaluate_job, run_job
+from engine.jobs.task import Task
+from engine.jobs.unlearn import run_job
 from engine.jobs.verify import Examiner
 from engine.models.checkpoint import load_checkpoint, save_checkpoint
+from engine.models.preprocessing import preprocessing_of
 from engine.run.unlearn import unlearn
 
 SKIP = {"on_bad_image": "skip", "max_bad_share": 0.2}
@@ -128,7 +131,7 @@ def test_an_exact_method_still_drops_what_cannot_be_read() -> None:
 
 def test_what_cannot_be_a_forget_set(tmp_path: Path) -> None:
     digits = few(open_source("digits").train, 20)
-    wanted = Preprocessing.of(tiny_vit())
+    wanted = preprocessing_of(tiny_vit())
     all_bad = spoiled(few(digits, 3), {str(i) for i in digits.ids})
     with pytest.raises(UserError, match="not one of the 3 images can be read"):
         bad_images(all_bad, wanted, on_bad_image="skip", max_bad_share=1.0, out_of=20)
@@ -150,7 +153,7 @@ def test_the_look_at_the_images_draws_no_random_numbers() -> None:
         np.random.seed(0)
         random.seed(0)
         if look:
-            bad_images(noisy, Preprocessing.of(tiny_vit()))
+            bad_images(noisy, preprocessing_of(tiny_vit()))
         drawn.append((float(torch.rand(1)), np.random.rand(), random.random()))
     assert drawn[0] == drawn[1]
 

@@ -10,8 +10,10 @@ import pytest
 from toys import few
 
 from engine.data import Source, open_source
+from engine.jobs.evaluate import evaluate_job
 from engine.jobs.evidence import gather_proof
-from engine.jobs.task import Task, evaluate_job, run_job
+from engine.jobs.task import Task
+from engine.jobs.unlearn import run_job
 from engine.jobs.verify import Examiner
 from engine.models.checkpoint import load_checkpoint, save_checkpoint
 from engine.models.info import input_size_of

@@ -16,9 +16,7 @@ from toys import tiny_vit
 
 from engine import unlearn
 from engine.audit.record import recorded
-from engine.data import open_source
-from engine.errors import UserError
-from engine.evaluate.plausibility import (
+from engine.core.plausibility import (
     can_tell,
     chance_of,
     is_clearly_better,
@@ -26,6 +24,8 @@ from engine.evaluate.plausibility import (
     is_near_chance,
     permutation,
 )
+from engine.data import open_source
+from engine.errors import UserError
 from engine.jobs import preflight
 from engine.jobs.opening import read_accuracy
 from engine.models.checkpoint import load_checkpoint, save_checkpoint

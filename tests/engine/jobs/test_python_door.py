@@ -13,13 +13,14 @@ from toys import few, tiny_vit
 
 import engine
 from engine.audit.run_record import origin
-from engine.cli import console
 from engine.core.result import UnlearnResult
 from engine.data import open_source
 from engine.errors import UserError
-from engine.jobs.task import Task, evaluate_job
+from engine.jobs.evaluate import evaluate_job
+from engine.jobs.task import Task
 from engine.models.checkpoint import load_checkpoint, save_checkpoint, weights_sha256
 from engine.run.unlearn import unlearn
+from engine.runtime import progress
 
 RUN = {"max_steps": 2, "batch_size": 16, "precision": "fp32"}
 
@@ -141,7 +142,7 @@ def test_a_bar_is_shown_in_a_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
     part.display = display  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "IPython", notebook)
     monkeypatch.setitem(sys.modules, "IPython.display", part)
-    assert console.in_notebook()
+    assert progress.in_notebook()
     run_with()
     assert shown[-1]["text/plain"].endswith("2/2")
     assert "<progress value=2 max=2>" in shown[-1]["text/html"]

@@ -16,12 +16,13 @@ from methods_kit import make
 from toys import few, tiny_vit
 
 from engine.core import method as base
-from engine.data import Batch, Loader, Preprocessing, Samples, open_source
+from engine.data import Batch, Loader, Samples, open_source
 from engine.errors import UserError
 from engine.methods import influence, list_methods, razor, ssd
 from engine.methods.common import line_search
 from engine.methods.common.gradients import mean_gradient, mean_importance
 from engine.models.checkpoint import weights_sha256
+from engine.models.preprocessing import preprocessing_of
 from engine.run.unlearn import unlearn
 
 NAMES = ["influence", "razor", "ssd"]
@@ -43,7 +44,7 @@ def small(seed: int = 3) -> torch.nn.Module:
 
 
 def everything(samples: Samples, model: torch.nn.Module) -> Batch:
-    return next(Loader(samples, Preprocessing.of(model), batch_size=len(samples)).ordered())
+    return next(Loader(samples, preprocessing_of(model), batch_size=len(samples)).ordered())
 
 
 def flat(tensors: Any) -> torch.Tensor:
@@ -77,7 +78,7 @@ def test_the_mean_gradient_is_that_of_the_mean_loss(train: Samples) -> None:
     expected = torch.autograd.grad(
         F.cross_entropy(model(batch.images.double()), batch.labels), list(model.parameters())
     )
-    found = mean_gradient(model.train(), Loader(samples, Preprocessing.of(model), batch_size=8), base.cross_entropy)
+    found = mean_gradient(model.train(), Loader(samples, preprocessing_of(model), batch_size=8), base.cross_entropy)
     torch.testing.assert_close(flat(found), flat(expected), atol=1e-6, rtol=1e-5)
     assert not model.training
     assert all(weight.grad is None for weight in model.parameters())
@@ -86,7 +87,7 @@ def test_the_mean_gradient_is_that_of_the_mean_loss(train: Samples) -> None:
 @pytest.mark.parametrize(("size", "groups"), [(1, [1] * 10), (3, [3, 3, 2, 2]), (8, [8, 2])])
 def test_importances_are_means_over_groups_of_samples(train: Samples, size: int, groups: list[int]) -> None:
     model, samples = small(), few(train, 10)
-    loader = Loader(samples, Preprocessing.of(model), batch_size=8, seed=5)
+    loader = Loader(samples, preprocessing_of(model), batch_size=8, seed=5)
     order = torch.cat([batch.index for batch in loader.epoch(0)])
     rows = per_sample(model, everything(samples, model))[order]
     means = torch.stack([part.mean(0) for part in rows.split(groups)])
@@ -163,7 +164,7 @@ def test_the_fisher_product_and_its_inverse_are_those_of_the_explicit_matrix(tra
 
     generator = torch.Generator().manual_seed(0)
     v = torch.randn(rows.shape[1], generator=generator, dtype=torch.float64)
-    loader = Loader(samples, Preprocessing.of(model), batch_size=5)
+    loader = Loader(samples, preprocessing_of(model), batch_size=5)
 
     def product(u: Any) -> list[torch.Tensor]:
         return influence.fisher_product(model, loader, u, 0.02)

@@ -17,10 +17,11 @@ from methods_kit import make
 from toys import few, tiny_vit
 
 from engine.core import method as base
-from engine.data import Batch, Loader, Preprocessing, Samples, open_source
+from engine.data import Batch, Loader, Samples, open_source
 from engine.errors import UserError
 from engine.methods import Method, Phase, register
 from engine.models.checkpoint import weights_sha256
+from engine.models.preprocessing import preprocessing_of
 from engine.models.vit import outputs
 from engine.run.setup import set_up
 from engine.run.unlearn import unlearn
@@ -79,7 +80,7 @@ def run(train: Samples, **options: Any) -> Any:
 
 
 def test_steps_of_walks_through_epochs(train: Samples) -> None:
-    loader = Loader(few(train, 12), Preprocessing.of(tiny_vit()), batch_size=5, seed=3)
+    loader = Loader(few(train, 12), preprocessing_of(tiny_vit()), batch_size=5, seed=3)
     walked = [batch.index.tolist() for batch in loader.steps_of(2, 8)]
     epochs = [batch.index.tolist() for epoch in range(3) for batch in loader.epoch(epoch)]
     assert walked == epochs[2:8]

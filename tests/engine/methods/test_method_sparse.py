@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from methods_kit import batch_of, make
 from toys import few, tiny_vit
 
-from engine.data import Loader, Preprocessing, Samples, open_source
+from engine.data import Loader, Samples, open_source
 from engine.errors import UserError
 from engine.methods.salun import largest
 from engine.models.checkpoint import weights_sha256
+from engine.models.preprocessing import preprocessing_of
 from engine.run.trainer import Trainer
 from engine.run.unlearn import train as train_model
 from engine.run.unlearn import unlearn
@@ -45,7 +46,7 @@ def run(model: torch.nn.Module, train: Samples, method: str, folder: Path | None
 
 def whole(samples: Samples) -> tuple[torch.Tensor, torch.Tensor]:
     """All images and labels of a set at once."""
-    batch = next(Loader(samples, Preprocessing.of(tiny_vit()), batch_size=len(samples)).ordered())
+    batch = next(Loader(samples, preprocessing_of(tiny_vit()), batch_size=len(samples)).ordered())
     return batch.images, batch.labels
 
 

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from toys import few, tiny_vit
 
 from engine.core.method import refuse_unfit
-from engine.data import Preprocessing, Samples, open_source
+from engine.data import Samples, open_source
 from engine.errors import UserError
 from engine.evaluate import Evaluator
 from engine.methods import get_method, list_methods
 from engine.models.info import ModelInfo, classifiers, input_size_of, model_info, num_classes_of
+from engine.models.preprocessing import preprocessing_of
 from engine.models.vit import ViTInfo, attention_info, describe, outputs
 from engine.run.unlearn import unlearn
 
@@ -101,7 +102,7 @@ def test_a_module_declares_its_input_size(attributes: dict[str, Any]) -> None:
     model = Plain(**attributes)
     assert describe(model) == ModelInfo(in_chans=1, input_size=(8, 8), width=6)
     assert num_classes_of(model) == 10
-    assert Preprocessing.of(model).size == (8, 8)
+    assert preprocessing_of(model).size == (8, 8)
     assert classifiers(model) == [model.head]
 
 
@@ -143,7 +144,7 @@ def test_a_wrapped_model_gives_its_configuration() -> None:
     inner = resnet()
     holder = Holder(inner)
     assert input_size_of(holder) == (64, 64)
-    assert Preprocessing.of(holder) == Preprocessing.of(inner)
+    assert preprocessing_of(holder) == preprocessing_of(inner)
     assert num_classes_of(holder) == 10
 
 
@@ -286,7 +287,7 @@ def test_the_input_is_the_image_not_the_feature_grid(
     assert isinstance(info, ViTInfo)
     assert (info.input_size, info.patch_size) == (size, patch)
     assert (info.grid[0] * patch[0], info.grid[1] * patch[1]) == size
-    assert Preprocessing.of(model).size == size
+    assert preprocessing_of(model).size == size
 
 
 def test_a_changed_configuration_sets_the_size_of_a_model_that_takes_any() -> None:

@@ -17,7 +17,7 @@ from engine.config import RunConfig, build
 from engine.errors import UserError
 from engine.models.attention import attention_as, capture_queries_keys, stream_attention
 from engine.models.vit import attention_modules
-from engine.runtime.device import resolve_attention
+from engine.models.xformers_attention import resolve_attention
 
 CPU = torch.device("cpu")
 

@@ -16,7 +16,7 @@ from toys import tiny_vit
 from engine.cli.options import checkpoint_sources
 from engine.errors import UserError
 from engine.models.checkpoint import imported, load_checkpoint, save_checkpoint, weights_sha256
-from engine.models.preprocessing import Preprocessing
+from engine.models.preprocessing import preprocessing_of
 from engine.models.spec import ModelSpec, spec_of
 
 SIZES = {"embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -163,7 +163,7 @@ def test_import_keeps_the_preprocessing_that_it_is_given(tmp_path: Path) -> None
     words = ["--mean", "0.25", "--std", "0.5", "--crop-pct", "1"]
     code, output = lethe("import", path, "--arch", ARCH, *args, *words, "--out", tmp_path / "c")
     assert code == 0, output
-    preprocessing = Preprocessing.of(load_checkpoint(tmp_path / "c"))
+    preprocessing = preprocessing_of(load_checkpoint(tmp_path / "c"))
     assert (preprocessing.mean, preprocessing.std, preprocessing.crop_pct) == ((0.25,), (0.5,), 1.0)
 
 

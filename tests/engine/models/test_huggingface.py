@@ -14,9 +14,9 @@ from hf_models import MODELS, NAMES, images, logits, saved, sets, tiny
 import engine
 from engine.errors import UserError
 from engine.models.attention_masking import scores_and_outputs
-from engine.models.checkpoint import folder_of, load_checkpoint, save_checkpoint, weights_sha256
+from engine.models.checkpoint import load_checkpoint, save_checkpoint, weights_sha256
 from engine.models.huggingface import as_classifier
-from engine.models.spec import spec_of
+from engine.models.spec import folder_of, spec_of
 from engine.models.vit import ViTInfo, attention_info, describe, outputs
 
 transformers = pytest.importorskip("transformers")

@@ -14,11 +14,12 @@ from hf_models import processor, saved, sets, tiny
 from PIL import Image
 
 import engine
-from engine.data import Loader, Preprocessing, Samples
+from engine.data import Loader, Samples
 from engine.errors import UserError
 from engine.models import checkpoint as checkpoints
 from engine.models.checkpoint import load_checkpoint, save_checkpoint
 from engine.models.huggingface import as_classifier
+from engine.models.preprocessing import preprocessing_of
 from engine.models.spec import spec_of
 
 transformers = pytest.importorskip("transformers")
@@ -41,7 +42,7 @@ def folder_with(image_processor: Any, folder: Path, name: str = "vit") -> Path:
 def read(model: Any, image: Image.Image) -> torch.Tensor:
     """The image as the engine gives it to the model."""
     samples = Samples("one", ["0"], np.zeros(1, dtype=np.int64), lambda _i: image)
-    loader = Loader(samples, Preprocessing.of(model), batch_size=1, workers=0)
+    loader = Loader(samples, preprocessing_of(model), batch_size=1, workers=0)
     return next(iter(loader.ordered())).images
 
 
@@ -74,7 +75,7 @@ def test_the_size_is_the_processors_where_the_model_takes_any(tmp_path: Path) ->
     """DINOv2's checkpoints say image_size 518 and are used with 224."""
     image_processor = transformers.BitImageProcessor(size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48})
     model = load_checkpoint(folder_with(image_processor, tmp_path / "model", "dinov2"))
-    assert Preprocessing.of(model).size == (48, 48)
+    assert preprocessing_of(model).size == (48, 48)
     assert model(read(model, picture(60, 60))).shape == (1, 4)
 
 
@@ -91,7 +92,7 @@ def test_the_size_is_the_processors_where_the_model_takes_any(tmp_path: Path) ->
 def test_what_cannot_be_expressed_is_refused(kind: str, options: dict[str, Any], words: str, tmp_path: Path) -> None:
     folder = folder_with(getattr(transformers, kind)(**options), tmp_path / "model")
     with pytest.raises(UserError, match=words):
-        Preprocessing.of(load_checkpoint(folder))
+        preprocessing_of(load_checkpoint(folder))
 
 
 def test_without_a_processor_pixels_are_refused_and_normalised_images_taken(tmp_path: Path) -> None:
@@ -109,15 +110,15 @@ def test_without_a_processor_pixels_are_refused_and_normalised_images_taken(tmp_
 
 def test_a_processor_may_be_given_with_the_module() -> None:
     model = as_classifier(tiny("vit"), processor(image_mean=[0.1, 0.2, 0.3], image_std=[0.5, 0.6, 0.7]))
-    assert Preprocessing.of(model).mean == (0.1, 0.2, 0.3)
-    assert Preprocessing.of(model).std == (0.5, 0.6, 0.7)
+    assert preprocessing_of(model).mean == (0.1, 0.2, 0.3)
+    assert preprocessing_of(model).std == (0.5, 0.6, 0.7)
 
 
 def test_timm_wrapper_takes_its_configuration(tmp_path: Path) -> None:
     tiny("timm-wrapper").save_pretrained(tmp_path / "model")
     model = load_checkpoint(tmp_path / "model")
-    assert Preprocessing.of(model).mean == (0.1, 0.2, 0.3)
-    assert Preprocessing.of(model).std == (0.4, 0.5, 0.6)
+    assert preprocessing_of(model).mean == (0.1, 0.2, 0.3)
+    assert preprocessing_of(model).std == (0.4, 0.5, 0.6)
     bare = tiny("timm-wrapper", pretrained_cfg=None)
     with pytest.raises(UserError, match="mean and std"):
         read(as_classifier(bare), picture())

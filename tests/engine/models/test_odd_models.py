@@ -16,9 +16,9 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from toys import TINY, few, tiny_vit
 
+from engine.core.plausibility import is_near_chance
 from engine.data import Samples, open_source
 from engine.errors import UserError
-from engine.evaluate.plausibility import is_near_chance
 from engine.models.attention_masking import scores_and_outputs
 from engine.models.checkpoint import load_checkpoint, save_checkpoint
 from engine.models.image_processor import preprocessing_keys

@@ -14,8 +14,9 @@ from timm.data import create_transform
 from torchvision.transforms import InterpolationMode
 from toys import tiny_vit
 
+from engine.data.preprocessing import Preprocessing
 from engine.models.checkpoint import load_checkpoint, save_checkpoint
-from engine.models.preprocessing import Changes, Preprocessing
+from engine.models.preprocessing import Changes, preprocessing_of
 
 SHAPES = [(40, 70), (500, 375), (333, 517)]
 
@@ -67,10 +68,10 @@ def test_an_image_of_the_input_size_is_cropped_where_crop_pct_was_chosen(tmp_pat
     transform = create_transform((3, 32, 32), is_training=False, **options)
     expected = transform(Image.fromarray(picture(32, 32))).int()
     model = tiny_vit(img_size=32, in_chans=3)
-    assert torch.equal(Preprocessing.of(model).resize(image), image)  # timm's default crop_pct was chosen by nobody
-    assert "not of images of 32 x 32" in Preprocessing.of(model).line()
+    assert torch.equal(preprocessing_of(model).resize(image), image)  # timm's default crop_pct was chosen by nobody
+    assert "not of images of 32 x 32" in preprocessing_of(model).line()
     Changes.read(crop_pct=0.75).apply(model)
-    used = Preprocessing.of(load_checkpoint(save_checkpoint(model, tmp_path)))
+    used = preprocessing_of(load_checkpoint(save_checkpoint(model, tmp_path)))
     assert (used.resize(image).int() - expected).abs().max() <= 2
     assert (expected - image.int()).abs().max() > 50  # the crop is seen
     assert "not of images" not in used.line()
@@ -81,4 +82,4 @@ def test_crop_pct_of_a_training_script_is_chosen(tmp_path: Path) -> None:
     model = timm.create_model("test_vit", num_classes=10)
     settings = {"model": "test_vit", "crop_pct": 0.75}
     torch.save({"state_dict": model.state_dict(), "args": settings}, tmp_path / "x.pth")
-    assert Preprocessing.of(load_checkpoint(tmp_path / "x.pth")).crop_fitting
+    assert preprocessing_of(load_checkpoint(tmp_path / "x.pth")).crop_fitting

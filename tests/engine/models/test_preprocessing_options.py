@@ -13,9 +13,10 @@ from torchvision.transforms import InterpolationMode
 from toys import tiny_vit
 
 from engine.data import Preprocessing as FromData
+from engine.data.preprocessing import Preprocessing
 from engine.errors import UserError
 from engine.models.checkpoint import load_checkpoint, save_checkpoint
-from engine.models.preprocessing import STATISTICS, Changes, Preprocessing, origins, read_file
+from engine.models.preprocessing import STATISTICS, Changes, origins, preprocessing_of, read_file
 from engine.models.spec import spec_of
 
 
@@ -171,7 +172,7 @@ def test_changes_go_with_the_checkpoint(tmp_path: Path) -> None:
     changes = Changes.read(mean="imagenet", std="imagenet", crop_pct=0.8, interpolation="bilinear")
     assert origins(model, changes)["crop_pct"] == "given"
     changes.apply(model)
-    used = Preprocessing.of(load_checkpoint(save_checkpoint(model, tmp_path / "after")))
+    used = preprocessing_of(load_checkpoint(save_checkpoint(model, tmp_path / "after")))
     assert (used.mean, used.std) == STATISTICS["imagenet"]
     assert (used.crop_pct, used.interpolation) == (0.8, InterpolationMode.BILINEAR)
     opened = timm.create_model(f"local-dir:{tmp_path / 'after'}", pretrained=True)
@@ -199,12 +200,12 @@ def test_where_values_come_from(tmp_path: Path) -> None:
 def test_names_suit_any_number_of_channels_and_numbers_only_theirs() -> None:
     grey = tiny_vit()
     Changes.read(mean="imagenet", std="imagenet").apply(grey)
-    assert Preprocessing.of(grey).mean == pytest.approx((0.449,))
+    assert preprocessing_of(grey).mean == pytest.approx((0.449,))
     with pytest.raises(UserError, match="3 numbers for a model of 1 channels"):
         Changes.read(mean="0.1,0.2,0.3", std="0.5").apply(grey)
     model = colour()
     Changes.read(mean="0.3", std="0.2").apply(model)
-    assert Preprocessing.of(model).std == (0.2,) * 3
+    assert preprocessing_of(model).std == (0.2,) * 3
 
 
 @pytest.mark.parametrize(
@@ -220,7 +221,7 @@ def test_a_checkpoint_that_says_what_cannot_be(key: str, value: object, message:
     model = colour()
     model.pretrained_cfg = {**model.pretrained_cfg, key: value}
     with pytest.raises(UserError, match=message):
-        Preprocessing.of(model)
+        preprocessing_of(model)
 
 
 def test_squash_shows_the_whole_image_and_center_its_middle() -> None:
@@ -228,22 +229,22 @@ def test_squash_shows_the_whole_image_and_center_its_middle() -> None:
     image = torch.zeros(3, 16, 32, dtype=torch.uint8)
     image[:, :, :4] = 255  # the left eighth
     model.pretrained_cfg = {**model.pretrained_cfg, "crop_pct": 1.0, "interpolation": "bilinear"}
-    assert Preprocessing.of(model).resize(image).float().mean() == 0
+    assert preprocessing_of(model).resize(image).float().mean() == 0
     model.pretrained_cfg = {**model.pretrained_cfg, "crop_mode": "squash"}
-    squashed = Preprocessing.of(model).resize(image)
+    squashed = preprocessing_of(model).resize(image)
     assert squashed.shape == (3, 8, 8)
     assert squashed.float().mean() == pytest.approx(255 / 8, rel=0.05)
-    assert Preprocessing.of(model).reduction(16, 32) == 2
+    assert preprocessing_of(model).reduction(16, 32) == 2
 
 
 def test_another_input_size_resamples_the_position_embedding(tmp_path: Path) -> None:
     model = colour()
     before = model.pos_embed.shape
     Changes.read(input_size="12x8").apply(model)
-    assert Preprocessing.of(model).size == (12, 8)
+    assert preprocessing_of(model).size == (12, 8)
     assert model.pos_embed.shape[1] == 6 * 4 + 1 != before[1]
     opened = load_checkpoint(save_checkpoint(model, tmp_path))
-    assert Preprocessing.of(opened).size == (12, 8)
+    assert preprocessing_of(opened).size == (12, 8)
     assert spec_of(opened).model_args["img_size"] == [12, 8]
     images = torch.rand(2, 3, 12, 8)
     assert torch.equal(opened(images), model(images))

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from toys import TINY, few, tiny_vit
 
 from engine import plan as plan_package
-from engine.cli.app import app as cli
+from engine.cli import app as cli
 from engine.config import RunConfig
 from engine.data import open_source
 from engine.errors import UserError

@@ -16,11 +16,12 @@ from pages import HOSTILE, Page
 from PIL import Image
 from toys import few, tiny_vit
 
-from engine.data import Loader, Preprocessing, Samples, open_source
+from engine.data import Loader, Samples, open_source
 from engine.errors import RunStopped
 from engine.evaluate import Evaluation, compare
 from engine.models.attention_masking import count_masked, random_masks, scores_and_outputs, top_mask
 from engine.models.predict import Predictions, predict
+from engine.models.preprocessing import preprocessing_of
 from engine.models.vit import describe
 from engine.report import GalleryItem, ReportData, build_gallery, write_report
 from engine.report.html import duration
@@ -76,7 +77,7 @@ def made(forget: Samples, references: int = 2, **changed: Any) -> ReportData:
         metrics=compare(evaluations["unlearned"], retrained, evaluations["original"], seconds, seen),
         history=[*steps, {"phase": "forget", "step": 1, "watched_accuracy": 0.9}],
         evaluations=evaluations,
-        gallery=build_gallery(models, forget, Preprocessing.of(model), count=4),
+        gallery=build_gallery(models, forget, preprocessing_of(model), count=4),
         retrain_seconds=250.0 if references else None,
         environment={"lethe": "0.1.0", "packages": {"torch": "2.8"}, "cuda_devices": []},
         hashes={"weights after": "ab" * 32},
@@ -228,7 +229,7 @@ def test_a_model_that_is_no_closer_than_before_is_warned_of(brief: ReportData, t
 @pytest.mark.parametrize("source", ["rollout", "lowest", "random"])
 def test_gallery_masks_are_those_of_the_run(forget: Samples, source: Any) -> None:
     model, other = tiny_vit(), tiny_vit(1)
-    info, preprocessing = describe(model), Preprocessing.of(model)
+    info, preprocessing = describe(model), preprocessing_of(model)
     gallery = build_gallery(
         {"original": model, "unlearned": other}, forget, preprocessing, count=5, share=0.2, source=source, seed=3
     )

@@ -92,7 +92,7 @@ def test_ten_requests_with_a_kill_in_one_and_a_verdict_that_fails_in_another(
 KILLS = {
     "begin": "engine.requests.runner.run_job",
     "step": "",
-    "evidence": "engine.jobs.task._write_evidence",
+    "evidence": "engine.jobs.unlearn._write_evidence",
     "clearing": "engine.run.folder.shutil.rmtree",
     "verdict": "verify",
     "record": "record",

@@ -17,7 +17,8 @@ from planted_requests import COUNT, SOURCE, Crash, make_store, plant, unlearned,
 
 from engine.errors import RunStopped, UserError
 from engine.evaluate.verdict import Verdict
-from engine.jobs.task import Outcome, Task
+from engine.jobs.task import Task
+from engine.jobs.unlearn import Outcome
 from engine.requests import runner
 from engine.requests.intake import add_request
 from engine.requests.runner import judge_again, rebase, run_requests

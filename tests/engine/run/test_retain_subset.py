@@ -12,9 +12,10 @@ import torch
 from toys import few, tiny_vit
 
 from engine.config import RunConfig, read_yaml
-from engine.data import Batch, Loader, Preprocessing, Samples, open_source
+from engine.data import Batch, Loader, Samples, open_source
 from engine.errors import UserError
 from engine.methods.finetune import Finetune
+from engine.models.preprocessing import preprocessing_of
 from engine.models.vit import outputs
 from engine.run.retain_subset import choose_retained
 from engine.run.setup import set_up
@@ -39,7 +40,7 @@ def picked(model: torch.nn.Module, forget: Samples, retain: Samples, **options: 
 
 def answers(model: torch.nn.Module, samples: Samples, what: str) -> torch.Tensor:
     """One image after the other, without the engine's loader."""
-    preprocessing = Preprocessing.of(model)
+    preprocessing = preprocessing_of(model)
     with torch.no_grad():
         rows = [
             outputs(model, preprocessing.normalise(samples.tensor(i, 1)[None]), what)[0] for i in range(len(samples))

@@ -17,6 +17,7 @@ from engine.data import Samples, open_source
 from engine.errors import RunStopped, UserError
 from engine.methods.lethe import Lethe
 from engine.models.checkpoint import load_checkpoint, save_checkpoint, weights_sha256
+from engine.models.preprocessing import preprocessing_of
 from engine.run.trainer import Trainer
 from engine.run.unlearn import train, unlearn
 
@@ -397,10 +398,10 @@ def test_training_learns_digits(samples: Samples, good_model: torch.nn.Module, t
     save_checkpoint(good_model, tmp_path / "c")
     result = train(load_checkpoint(tmp_path / "c"), few(samples, 100), config={"max_steps": 1})
     assert result.accuracy(few(samples, 50)) <= 1
-    from engine.data import Loader, Preprocessing
+    from engine.data import Loader
     from engine.models.predict import predict
 
-    held_out = Loader(samples.subset(range(400, 700)), Preprocessing.of(good_model), batch_size=100)
+    held_out = Loader(samples.subset(range(400, 700)), preprocessing_of(good_model), batch_size=100)
     assert predict(good_model, held_out).accuracy > 0.5  # chance is 0.1
 
 

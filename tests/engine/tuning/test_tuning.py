@@ -18,11 +18,11 @@ from sklearn.metrics import roc_auc_score
 from toys import few, tiny_vit
 
 import engine
-from engine.cli.app import app as cli
+from engine.cli import app as cli
 from engine.config import RunConfig, build, read_yaml, split_options
 from engine.core.result import UnlearnResult
 from engine.core.search_space import Choice, Range, defaults, rate, spaces, tunable
-from engine.data import Loader, Preprocessing, Samples, open_source
+from engine.data import Loader, Samples, open_source
 from engine.errors import RunStopped, UserError
 from engine.evaluate.indistinguishable import (
     Score,
@@ -36,6 +36,7 @@ from engine.evaluate.membership import non_member_calls
 from engine.methods import list_methods
 from engine.models.checkpoint import save_checkpoint
 from engine.models.predict import Predictions, predict
+from engine.models.preprocessing import preprocessing_of
 from engine.tuning import Tuned, tune
 from engine.tuning.objective import Objective, halves
 from engine.tuning.study import FILE
@@ -181,7 +182,7 @@ def test_the_objective_looks_at_each_set_and_each_half(train: Samples) -> None:
     assert found is not None
 
     def accuracy(of: torch.nn.Module, samples: Samples) -> float:
-        loader = Loader(samples, Preprocessing.of(of), batch_size=50)
+        loader = Loader(samples, preprocessing_of(of), batch_size=50)
         return predict(of, loader).accuracy
 
     halves_of = halves(validation)

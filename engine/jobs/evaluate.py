@@ -1,0 +1,119 @@
+"""Measure a model that is already there, compared with its original and with reference models."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+from torch.utils.data import Dataset
+
+from engine.data import (
+    ForgetRequest,
+    Samples,
+    Source,
+    from_dataset,
+    refuse_overlap,
+)
+from engine.data.samples import concatenate
+from engine.errors import UserError, nearest
+from engine.evaluate import compare
+from engine.evaluate.verdict import Gates, Witness
+from engine.jobs.opening import open_model as load_checkpoint
+from engine.jobs.task import EVALUATION_OPTIONS, Task
+from engine.jobs.verify import check_reference, check_references, original_of
+from engine.models.huggingface import as_classifier
+
+
+def evaluate_job(
+    task: Task, checkpoint: str, original: str | None, references: Sequence[str], config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """metrics.json of a checkpoint that is already there; arguments and errors as of `evaluate_models`."""
+    return evaluate_models(task, checkpoint, original, references, config)
+
+
+def evaluate_models(
+    task: Task,
+    model: nn.Module | str | Path,
+    original: nn.Module | str | Path | None = None,
+    references: Sequence[nn.Module | str | Path] = (),
+    config: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Measures a model; see `engine.evaluate`.
+
+    Raises:
+        UserError: an unknown option, or a reference that is none: by its record (`engine.jobs.verify.check_origin`), by
+        its
+            weights (those of the model, of the original or of another reference), or, if there is an original, by its
+            predictions (`engine.jobs.verify.check_reference`).
+    """
+    config = config or {}
+    unknown = [key for key in config if key not in EVALUATION_OPTIONS]
+    if unknown:
+        raise UserError(f"unknown option {unknown[0]!r} of evaluate{nearest(unknown[0], EVALUATION_OPTIONS)}")
+    began = time.perf_counter()
+    opened = _opened(model)
+    before = None if original is None else _opened(original)
+    made = None if original is None or before is None else original_of(original, before)
+    checked = check_references(task, references, {"the model that is evaluated": opened, "the original": before}, made)
+    measured = task.readable(opened, config)
+    evaluator = measured.evaluator(config)
+    evaluation = evaluator(opened)
+    evaluation_before = None if before is None else evaluator(before)
+    evaluations = []
+    for (name, proven), reference in zip(checked, references, strict=True):
+        evaluations.append(evaluator(_opened(reference)))
+        if evaluation_before is not None:
+            mine, theirs = (Witness(each.predictions, {}) for each in (evaluations[-1], evaluation_before))
+            check_reference(name, mine, theirs, proven=proven, level=Gates.read().level)
+    metrics = compare(evaluation, evaluations, evaluation_before)
+    if measured.unreadable:
+        metrics["unreadable"] = {"forget": measured.unreadable}
+    metrics["seconds"]["evaluate"] = time.perf_counter() - began
+    return metrics
+
+
+def evaluate_samples(
+    sets: Mapping[str, Samples | Dataset[Any]],
+    model: nn.Module | str | Path,
+    original: nn.Module | str | Path | None,
+    references: Sequence[nn.Module | str | Path],
+    config: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """`engine.evaluate`. sets: forget, retain and test."""
+    forget, retain, test = (from_dataset(sets[name], name) for name in ("forget", "retain", "test"))
+    refuse_overlap(sets["forget"], sets["retain"])
+    refuse_overlap(sets["forget"], sets["test"], "test")
+    if isinstance(references, (nn.Module, str, Path)):
+        references = [references]
+    for each in (model, *references):
+        if not isinstance(each, (nn.Module, str, Path)):
+            raise UserError(f"evaluate: a model is a {type(each).__name__}, expected a torch.nn.Module or a checkpoint")
+    everything = concatenate(forget, retain)
+    request = ForgetRequest("forget", np.arange(len(forget)), 0, {})
+    task = Task(Source("the given samples", everything, test, test), request, forget, retain)
+    given = [each for each in (model, original, *references) if isinstance(each, nn.Module)]
+    with _as_they_were(given):
+        return evaluate_models(task, model, original, references, config)
+
+
+@contextlib.contextmanager
+def _as_they_were(models: Sequence[nn.Module]) -> Iterator[None]:
+    """Puts a caller's models back on their device and in their mode."""
+    devices = [next(model.parameters()).device for model in models]
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        yield
+    finally:
+        for model, device in zip(models, devices, strict=True):
+            model.to(device)
+        for module, training in modes:
+            module.training = training
+
+
+def _opened(model: nn.Module | str | Path) -> nn.Module:
+    return load_checkpoint(model) if isinstance(model, (str, Path)) else as_classifier(model)

@@ -1,0 +1,81 @@
+"""The progress bar of a run in Python: one bar a phase, in a notebook or a terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import html
+import importlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from tqdm import tqdm
+
+Report = Callable[[str, int, int, dict[str, float]], None]
+
+# Seconds between two updates of a bar in a notebook.
+_EVERY_S = 0.2
+
+
+class NotebookBar:
+    """One line of HTML a phase, rewritten in place; needs IPython alone."""
+
+    def __init__(self) -> None:
+        display = importlib.import_module("IPython.display").display
+        self._handle: Any = display({"text/plain": "", "text/html": ""}, raw=True, display_id=True)
+        self._shown = 0.0
+        self._lines: dict[str, str] = {}
+
+    def __call__(self, phase: str, step: int, total: int, numbers: dict[str, float]) -> None:
+        shown = "  ".join(f"{key} {value:.3g}" for key, value in numbers.items() if key != "grad_norm")
+        name = html.escape(phase)
+        self._lines[phase] = (
+            f"{name} <progress value={step} max={total}></progress> {step}/{total} {html.escape(shown)}"
+        )
+        now = time.monotonic()
+        if self._handle is not None and (now - self._shown > _EVERY_S or step >= total):
+            self._shown = now
+            page = {"text/plain": f"{phase} {step}/{total}", "text/html": "<br>".join(self._lines.values())}
+            self._handle.update(page, raw=True)
+
+
+def in_notebook() -> bool:
+    """Whether this process is the kernel of a notebook."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return type(shell).__name__ == "ZMQInteractiveShell"
+
+
+class TerminalBars:
+    """A tqdm bar a phase, on standard error."""
+
+    def __init__(self) -> None:
+        self._bars: dict[str, Any] = {}
+
+    def __call__(self, phase: str, step: int, total: int, numbers: dict[str, float]) -> None:
+        if phase not in self._bars:
+            self.close()
+            self._bars[phase] = tqdm(total=total, desc=phase, file=sys.stderr)
+        bar = self._bars[phase]
+        bar.set_postfix({key: f"{value:.3g}" for key, value in numbers.items() if key != "grad_norm"}, refresh=False)
+        bar.update(step - bar.n)
+
+    def close(self) -> None:
+        for bar in self._bars.values():
+            bar.close()
+
+
+@contextlib.contextmanager
+def automatic_progress(wanted: bool = False) -> Iterator[Report | None]:
+    """A bar in a notebook or a terminal; None elsewhere (files, pipes, tests), unless it is wanted."""
+    if in_notebook():
+        yield NotebookBar()
+    elif wanted or ("PYTEST_CURRENT_TEST" not in os.environ and sys.stderr.isatty()):
+        bars = TerminalBars()
+        try:
+            yield bars
+        finally:
+            bars.close()
+    else:
+        yield None
