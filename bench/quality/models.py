@@ -77,7 +77,8 @@ _SMALLER: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("beit", "deit", "eva", "vision_transformer", "vision_transformer_relpos"), _TINY),
     "naflexvit": _FLEX,
     **dict.fromkeys(("cait", "convit", "vision_transformer_hybrid", "xcit"), _DEEP),
-    **{module: {"img_size": 96, **_DEEP} for module in ("deepseek_vit", "gemma4_vit", "qwen3_vit")},
+    **{module: {"img_size": 96, **_DEEP} for module in ("gemma4_vit", "qwen3_vit")},
+    "deepseek_vit": {"img_size": 98, **_DEEP},
     "vision_transformer_sam": {"img_size": 64, "embed_dim": 48, "depth": 2, "num_heads": 3},
 }
 # Words for sizes in timm's names, smallest first.

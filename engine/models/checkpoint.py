@@ -36,7 +36,7 @@ from engine.models.architecture import (
     unknown_architecture,
 )
 from engine.models.checkpoint_source import CheckpointSource
-from engine.models.hub import fetching
+from engine.models.hub import fetching, hub_folder
 from engine.models.spec import (
     _SPEC,
     CROP_FITTING,
@@ -128,7 +128,7 @@ def _load_named(source: CheckpointSource) -> nn.Module:
         if source.place.startswith("hf-hub:"):
             from engine.models import huggingface
 
-            if (found := huggingface.hub_folder(source.place.removeprefix("hf-hub:"))) is not None:
+            if (found := hub_folder(source.place.removeprefix("hf-hub:"))) is not None:
                 _refuse_arguments(source)
                 return huggingface.load(*found)
         model = timm.create_model(source.place.removeprefix("timm:"), pretrained=True, **source.model_args)

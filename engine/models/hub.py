@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import timm
 
@@ -62,3 +65,21 @@ def _explained(name: str, error: Exception) -> str | None:
         + ("HF_HUB_OFFLINE is set: unset it" if offline else "connect to huggingface.co (HF_HUB_OFFLINE is not set)")
         + ", fetch them to this machine's cache once, or give a local folder or file of weights"
     )
+
+
+def hub_folder(name: str) -> tuple[Path, dict[str, Any]] | None:
+    """The local copy of a model of transformers on the Hub, and its config.json; None if it is timm's.
+
+    Args:
+        name: `owner/name` or `owner/name@revision`.
+    """
+    import huggingface_hub
+
+    repository, _, revision = name.partition("@")
+    options: dict[str, Any] = {"revision": revision or None}
+    path = Path(huggingface_hub.hf_hub_download(repository, "config.json", **options))
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if not config.get("model_type"):
+        return None
+    patterns = ["*.json", "*.safetensors", "pytorch_model*.bin"]
+    return Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns, **options)), config

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import json
 import logging
 import os
 import sys
@@ -349,24 +348,6 @@ def as_given(model: nn.Module, given: Any) -> nn.Module:
     result = copy.copy(given)  # a TimmWrapper around another timm model
     result._modules = {**given._modules, "timm_model": model}
     return result
-
-
-def hub_folder(name: str) -> tuple[Path, dict[str, Any]] | None:
-    """The local copy of a model of transformers on the Hub, and its config.json; None if it is timm's.
-
-    Args:
-        name: `owner/name` or `owner/name@revision`.
-    """
-    import huggingface_hub
-
-    repository, _, revision = name.partition("@")
-    options: dict[str, Any] = {"revision": revision or None}
-    path = Path(huggingface_hub.hf_hub_download(repository, "config.json", **options))
-    config = json.loads(path.read_text(encoding="utf-8"))
-    if not config.get("model_type"):
-        return None
-    patterns = ["*.json", "*.safetensors", "pytorch_model*.bin"]
-    return Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns, **options)), config
 
 
 def load(folder: Path, config: Mapping[str, Any]) -> nn.Module:

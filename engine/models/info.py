@@ -20,6 +20,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import SpaceToDepth
 from torch import Tensor, nn
 
 from engine.errors import UserError
@@ -152,12 +153,18 @@ def _channels(model: nn.Module) -> int:
         with contextlib.suppress(AttributeError):
             layer = core.get_submodule(name)
             if isinstance(layer, nn.Conv2d):
-                return layer.in_channels
+                return layer.in_channels // _folded(core)
     for size in (config.get("input_size"), *(getattr(model, name, None) for name in _SIZES)):
         if isinstance(size, (tuple, list, torch.Size)) and len(size) == 3:
             return int(size[0])
     stem = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    return 3 if stem is None else stem.in_channels
+    return 3 if stem is None else stem.in_channels // _folded(core)
+
+
+def _folded(model: nn.Module) -> int:
+    """Pixels that a model folds into channels before its first convolution (TResNet); 1 for others."""
+    module = next((m for m in model.modules() if isinstance(m, SpaceToDepth)), None)
+    return 1 if module is None else module.bs**2
 
 
 # --- output -----------------------------------------------------------------------------------------------------------
