@@ -88,6 +88,14 @@ def test_a_cnn_is_described_by_its_declared_input(name: str) -> None:
     assert features.shape == (1, info.width)
 
 
+def test_pixels_that_are_folded_into_channels_are_no_channels() -> None:
+    with torch.device("meta"):
+        model = timm.create_model("tresnet_m")
+    assert model_info(model).in_chans == 3
+    with torch.device("meta"):
+        assert model_info(timm.create_model("tresnet_m", in_chans=1)).in_chans == 1
+
+
 @pytest.mark.parametrize(
     "attributes",
     [
