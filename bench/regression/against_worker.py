@@ -14,9 +14,20 @@ import importlib.util
 import json
 import os
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+# Modules of engine/ that the cases import, and where they lay in revisions before the packages of today.
+EARLIER = {
+    "engine.runtime.allocator": "engine.allocator",
+    "engine.runtime.device": "engine.device",
+    "engine.runtime.files": "engine.files",
+    "engine.runtime.environment": "engine.environment",
+    "engine.models.attention_masking": "engine.masking",
+    "engine.models.predict": "engine.evaluate.predict",
+}
 
 HERE = Path(__file__).resolve().parents[1]
 
@@ -54,10 +65,31 @@ def import_from(tree: Path) -> None:
         for name in [name for name in sys.modules if name == "kernels" or name.startswith("kernels.")]:
             sys.modules[f"lethe_{name}"] = sys.modules[name]
         assert sys.modules["lethe_kernels"] is kernels
+    for name, before in EARLIER.items():
+        _alias(name, before)
+    preprocessing: Any = importlib.import_module("engine.models.preprocessing")
+    if not hasattr(preprocessing, "preprocessing_of"):
+        preprocessing.preprocessing_of = preprocessing.Preprocessing.of
     for name in ("engine", "lethe_kernels"):
         place = importlib.import_module(name).__file__
         if place is None or not Path(place).resolve().is_relative_to(tree.resolve()):
             raise ImportError(f"{name} was imported from {place}, expected a folder of {tree}")
+
+
+def _alias(name: str, before: str) -> None:
+    """Imports a module by its earlier name where a tree does not have it under `name`."""
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as missing:
+        if missing.name is None or not name.startswith(missing.name):
+            raise
+        package = name.rpartition(".")[0]
+        if package not in sys.modules:
+            try:
+                importlib.import_module(package)
+            except ModuleNotFoundError:
+                sys.modules[package] = types.ModuleType(package)
+        sys.modules[name] = importlib.import_module(before)
 
 
 class Side:
