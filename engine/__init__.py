@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # Loaded when first asked for, so that `lethe --help` is quick and `lethe env` can report an installation in which
 # the models or kernels cannot be imported.
-_HOME = {
+_LAZY_EXPORTS = {
     "BadResult": "engine.errors",
     "RunConfig": "engine.config",
     "RunStopped": "engine.errors",
@@ -58,6 +58,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name == "evaluate":  # the package itself, which can be called
         return importlib.import_module("engine.evaluate")
-    if name not in _HOME:
+    if name not in _LAZY_EXPORTS:
         raise AttributeError(f"module 'engine' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME[name]), name)
+    return getattr(importlib.import_module(_LAZY_EXPORTS[name]), name)

@@ -115,7 +115,7 @@ class Launched:
             psutil.wait_procs(below, timeout=END_WITHIN)
         return bool(victims)
 
-    def said(self) -> str:
+    def output(self) -> str:
         """Our own error lines of what was printed."""
         text = self.log.read_text(encoding="utf-8", errors="replace")
         lines = [line.strip() for line in text.splitlines()]

@@ -159,8 +159,8 @@ def _ssd_equal(run: Run) -> Values:
     alpha = method.config.alpha
     if alpha is None:
         with run.computing():
-            on_forget = method.importance(run.updater.module, context.forget)
-            on_all = method.importance(run.updater.module, concatenate(context.forget, context.retain))
+            on_forget = method.importance(run.train_engine.module, context.forget)
+            on_all = method.importance(run.train_engine.module, concatenate(context.forget, context.retain))
         alpha = adaptive_alpha(on_forget, on_all, len(context.forget) / (len(context.forget) + len(context.retain)))
     dampening = 1.0 if method.config.dampening is None else method.config.dampening
     return {

@@ -31,10 +31,10 @@ from bench.quality.retrain_cost import DIGITS, RETRAIN_SEED, Subject, original_o
 from engine.cli.console import console, progress_bars
 from engine.config import parse_assignments
 from engine.data import Loader
-from engine.data.samples import spread
+from engine.data.samples import evenly_spaced
 from engine.evaluate.verdict import FAIL, PASS, Gates
 from engine.jobs.task import Task
-from engine.jobs.verify import Examiner
+from engine.jobs.verify import Verifier
 from engine.methods import get_method
 from engine.models.checkpoint import load_checkpoint
 from engine.models.preprocessing import preprocessing_of
@@ -73,7 +73,7 @@ def run_verdict_matrix(
         references = [load_checkpoint(name) for name in subject.references]
         references += [_retrained(subject, task, original, n, options) for n in range(_REFERENCES - len(references))]
         began = time.perf_counter()
-        examiner = Examiner(task, original, references, gates=gates)
+        examiner = Verifier(task, original, references, gates=gates)
         seconds = time.perf_counter() - began
         found = {
             "data": subject.data,
@@ -165,7 +165,7 @@ def with_fresh_head(original: nn.Module) -> nn.Module:
 def with_new_head(original: nn.Module, task: Task) -> nn.Module:
     """A copy whose head is a logistic regression on the original's features of retained samples alone."""
     model: Any = copy.deepcopy(original).eval()
-    samples = spread(task.retain, _HEAD_SAMPLES)
+    samples = evenly_spaced(task.retain, _HEAD_SAMPLES)
     loader = Loader(samples, preprocessing_of(model), batch_size=250, device=torch.device("cpu"), workers=0)
     with torch.no_grad():
         features, labels = loader.rows(lambda batch: (outputs(model, batch.images, "features"), batch.labels))

@@ -267,7 +267,7 @@ def disturbed_run(stage: Stage, number: int, job: Job, kills: Sequence[Kill]) ->
             done.append(
                 {"moment": kill.moment, "killed": kill.victim, "seconds": round(killed, 2), "doing": at}
                 | {"seconds_to_end": round(launched.elapsed() - killed, 2), "exit_code": code}
-                | {"said": launched.said().replace(str(stage.folder), "FOLDER")}
+                | {"said": launched.output().replace(str(stage.folder), "FOLDER")}
             )
             if code is None:
                 problems.append(f"the launcher had not ended {END_WITHIN:.0f} s after {kill.victim} was killed")
@@ -310,11 +310,17 @@ def full_disk(stage: Stage, job: Job) -> dict[str, Any]:
     out, log = disk / "run", stage.folder / "disk.log"
     try:
         launched = Launched(job.arguments(stage.original, out, resume=False), log)
-        code, said = launched.wait(), launched.said().replace(str(stage.folder), "FOLDER")
+        code, output = launched.wait(), launched.output().replace(str(stage.folder), "FOLDER")
         current = _current(out)
-        row = {"configuration": job.name, "launcher": job.launcher, "disk_bytes": size, "exit_code": code, "said": said}
+        row = {
+            "configuration": job.name,
+            "launcher": job.launcher,
+            "disk_bytes": size,
+            "exit_code": code,
+            "said": output,
+        }
         problems = unreadable(out)
-        if code in (0, None) or "no space left" not in said:
+        if code in (0, None) or "no space left" not in output:
             problems.append(f"exit code {code} on a full disk: {launched.tail()}")
         if current is None:
             problems.append("no checkpoint was left")

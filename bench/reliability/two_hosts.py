@@ -158,9 +158,9 @@ def _cut(
     sides = []
     for rank, one in enumerate(launched):
         code, seconds = one.process.poll(), ended.get(rank, PATIENCE)
-        said = one.said().replace(str(stage.folder), "FOLDER")
-        sides.append({"rank": rank, "exit_code": code, "seconds_to_end": round(seconds, 1), "said": said})
-        if code != 1 or f"rank {rank} lost contact" not in said:
+        output = one.output().replace(str(stage.folder), "FOLDER")
+        sides.append({"rank": rank, "exit_code": code, "seconds_to_end": round(seconds, 1), "said": output})
+        if code != 1 or f"rank {rank} lost contact" not in output:
             problems.append(f"rank {rank} ended with exit code {code}: {one.tail()}")
         if seconds > TIMEOUT + MARGIN:
             problems.append(f"rank {rank} took {seconds:.0f} s to end")

@@ -68,10 +68,10 @@ class EngineStep:
         run.method.prepare(self._phase)
         self._synchronize()
         self.prepare_seconds = time.perf_counter() - began
-        run.updater.begin_phase(_RATE)
-        run.updater.model.train()
+        run.train_engine.begin_phase(_RATE)
+        run.train_engine.model.train()
         # Constant: a benchmark takes more steps than any schedule has.
-        self._schedule = torch.optim.lr_scheduler.ConstantLR(run.updater.optimizer, factor=1.0)
+        self._schedule = torch.optim.lr_scheduler.ConstantLR(run.train_engine.optimizer, factor=1.0)
         self._batches = self._endless()
 
     def _endless(self) -> Iterator[Batch]:
@@ -88,12 +88,12 @@ class EngineStep:
     @contextlib.contextmanager
     def timed(self) -> Iterator[None]:
         """Inside, steps fill `parts`; the device is waited for around each, so the steps are slower."""
-        batches, method, updater = self._batches, self._run.method, self._run.updater
+        batches, method, train_engine = self._batches, self._run.method, self._run.train_engine
         timed = {
             (method, "loss"): "forward",
             (method, "teacher"): "teacher",
-            (updater, "backward"): "backward",
-            (updater, "step"): "optimizer",
+            (train_engine, "backward"): "backward",
+            (train_engine, "step"): "optimizer",
         }
         for (owner, attribute), part in timed.items():
             setattr(owner, attribute, self._timing(part, getattr(owner, attribute)))

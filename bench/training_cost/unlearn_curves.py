@@ -149,18 +149,18 @@ class Setting:
 
     def reports(self, case: ScalingCase, calls: Sequence[Callable[[], Mapping[str, float]]]) -> Reports:
         named = {str(number): call for number, call in enumerate(calls)}
-        said: dict[str, list[Mapping[str, float]]] = {name: [] for name in named}
+        reports: dict[str, list[Mapping[str, float]]] = {name: [] for name in named}
         for name in turns(list(named), self.rounds(case), SECONDS):
-            said[name].append(named[name]())
-        return list(said.values())
+            reports[name].append(named[name]())
+        return list(reports.values())
 
     def peaks(self, calls: Sequence[Callable[[], Any]]) -> list[list[float]]:
         """Tracked bytes of every call, once: they do not wobble."""
         return [[peak_bytes(call, self.device)] for call in calls]
 
 
-def _part(said: Reports, key: str) -> list[list[float]]:
-    return [[values[key] for values in rounds] for rounds in said]
+def _part(reports: Reports, key: str) -> list[list[float]]:
+    return [[values[key] for values in rounds] for rounds in reports]
 
 
 class SkippedError(Exception):
@@ -173,26 +173,26 @@ class SkippedError(Exception):
 def _forget(setting: Setting, case: ScalingCase) -> Iterator[Curve]:
     sizes, retain = setting.sizes(case), synthetic(100)
     options = {"forget_epochs": 2, "retain_epochs": 1}
-    said = _runs(setting, case, [(synthetic(count), retain) for count in sizes], options)
+    reports = _runs(setting, case, [(synthetic(count), retain) for count in sizes], options)
     linear = functools.partial(Curve, quantity="seconds", variable="forget samples", sizes=sizes, expected=1)
     yield linear(
         name="teacher passes and masks",
-        values=_part(said, "prepare"),
+        values=_part(reports, "prepare"),
         why="two passes of the original for each forget sample",
     )
-    yield linear(name="forget phase", values=_part(said, "forget_phase"), why="two epochs of steps")
+    yield linear(name="forget phase", values=_part(reports, "forget_phase"), why="two epochs of steps")
 
 
 def _retain(setting: Setting, case: ScalingCase) -> Iterator[Curve]:
     sizes, forget = setting.sizes(case), synthetic(10)
     options = {"forget_epochs": 0, "retain_epochs": 1}
-    said = _runs(setting, case, [(forget, synthetic(count)) for count in sizes], options)
+    reports = _runs(setting, case, [(forget, synthetic(count)) for count in sizes], options)
     yield Curve(
         name="retain phase",
         quantity="seconds",
         variable="retain samples",
         sizes=sizes,
-        values=_part(said, "retain_phase"),
+        values=_part(reports, "retain_phase"),
         expected=1,
         why="one epoch of steps",
     )
@@ -226,10 +226,10 @@ def _dataset(setting: Setting, case: ScalingCase) -> Iterator[Curve]:
         why="a permutation, the augmentation's draws, the slices of all steps",
     )
     options = {"forget_epochs": 0, "retain_epochs": 1, "max_steps": STEPS}
-    said = _runs(setting, case, [(synthetic(10), samples) for samples in sets], options)
+    reports = _runs(setting, case, [(synthetic(10), samples) for samples in sets], options)
     yield linear(
         name="set-up of a run",
-        values=_part(said, "set_up"),
+        values=_part(reports, "set_up"),
         why="ids and labels are checked and hashed once",
     )
     yield Curve(
@@ -237,7 +237,7 @@ def _dataset(setting: Setting, case: ScalingCase) -> Iterator[Curve]:
         quantity="seconds",
         variable="samples",
         sizes=sizes,
-        values=_part(said, "retain_phase"),
+        values=_part(reports, "retain_phase"),
         expected=0,
         why="the same steps, beside one permutation",
         tolerance=FLAT,
@@ -454,12 +454,12 @@ def _ranks(setting: Setting, case: ScalingCase) -> Iterator[Curve]:
         launch = functools.partial(_launch, Path(name), original)
         launch(ranks=1, batch=1, steps=1)  # the first run on a machine compiles what DeepSpeed wants compiled
         calls = [functools.partial(launch, ranks, case.batch // ranks, RANK_STEPS) for ranks in sizes]
-        said = setting.reports(case, calls)
+        reports = setting.reports(case, calls)
     curve = functools.partial(
         Curve, quantity="seconds", variable="ranks", sizes=sizes, expected=-1, why="each rank has its share of a batch"
     )
     for label, key in (("both phases", "phases"), ("run without evaluation", "unlearn")):
-        values = _part(said, key)
+        values = _part(reports, key)
         efficiency = middle(values[0]) * sizes[0] / (middle(values[-1]) * sizes[-1])
         note = f"{efficiency:.0%} of ideal on {sizes[-1]} ranks, a thread each"
         yield curve(name=f"{label}, ZeRO-1 on the CPU", values=values, note=note)

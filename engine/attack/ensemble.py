@@ -42,7 +42,7 @@ from engine._version import __version__
 from engine.config import RunConfig, split_options, to_dict
 from engine.core.result import Progress
 from engine.data import Loader, Samples, Source, open_source, read_forget_request
-from engine.data.samples import spread
+from engine.data.samples import evenly_spaced
 from engine.errors import RunStopped, UserError
 from engine.evaluate.agreement import margins
 from engine.methods import get_method
@@ -243,7 +243,7 @@ def what_counts(options: Mapping[str, Any], method: str) -> dict[str, Any]:
 def _image_digest(samples: Samples) -> str:
     """Over the pixels of some samples: ids and labels alone cannot tell two folders that number their images."""
     digest = hashlib.sha256()
-    few = spread(samples, _IMAGES_HASHED)
+    few = evenly_spaced(samples, _IMAGES_HASHED)
     for index in range(len(few)):
         pixels = np.asarray(few.image(index))
         digest.update(f"{pixels.shape} {pixels.dtype}\n".encode())

@@ -21,7 +21,7 @@ from engine.models.image_processor import PROCESSOR
 from engine.models.slice_stages import STAGES
 from engine.runtime.environment import commit
 from engine.runtime.files import full_disk, replacing
-from engine.runtime.process_group import World
+from engine.runtime.process_group import ProcessGroup
 
 # What a run folder holds at the end of a training, and of an unlearning that was evaluated.
 TRAINED = ("config.yaml", "history.jsonl", "config.json", "model.safetensors")
@@ -50,7 +50,7 @@ class RecordOptions:
         """Raises UserError for a key that cannot sign: before the work, not after it."""
         key = self.key
         if key is not None:
-            World.current().on_main(lambda: signer(key))
+            ProcessGroup.current().on_main(lambda: signer(key))
 
 
 @dataclasses.dataclass(frozen=True)

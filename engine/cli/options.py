@@ -228,10 +228,10 @@ def checkpoint_sources(
 def join_ranks(options: dict[str, Any]) -> None:
     """Meets the other ranks, where a launcher started several, before any of them opens the data."""
     from engine.config import RunConfig, build
-    from engine.runtime.process_group import join
+    from engine.runtime.process_group import init_process_group
 
     run = build(RunConfig, {key: options[key] for key in ("device", "timeout") if key in options})
-    join(run.device, run.timeout)
+    init_process_group(run.device, run.timeout)
 
 
 def write_json_file(path: Path | None, values: Any) -> None:

@@ -37,6 +37,6 @@ def unseen_accuracy(held_out: Predictions, forget_labels: np.ndarray, retain_lab
     return matched_accuracy(held_out, forget_labels[seen]) * float(seen.mean()) if seen.any() else 0.0
 
 
-def said(forget: float, unseen: float) -> str:
+def format_accuracies(forget: float, unseen: float) -> str:
     """Why a run or a phase ends that stops by these accuracies."""
     return f"forget accuracy {100 * forget:.1f}%, of samples never seen {100 * unseen:.1f}%"

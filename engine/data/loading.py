@@ -25,7 +25,7 @@ from engine.data.preprocessing import Preprocessing
 from engine.data.samples import BadImageError, Reduce, Samples
 from engine.data.sampling import Epochs, Sampler, epoch_order
 from engine.errors import RunStopped, UserError
-from engine.runtime.process_group import World
+from engine.runtime.process_group import ProcessGroup
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class Loader:
         augment: str = "none",
         workers: int | None = None,
         device: torch.device | str = "cpu",
-        world: World | None = None,
+        world: ProcessGroup | None = None,
         micro: int = 1,
         on_bad_image: str = "raise",
         max_bad_share: float = 0.01,
@@ -81,7 +81,7 @@ class Loader:
         counts: tuple[int, ...] | None = None,
         chosen: Callable[[int], np.ndarray] | None = None,
     ) -> None:
-        self.world = world or World()
+        self.world = world or ProcessGroup()
         self.sampler = Sampler(len(samples), batch_size, self.world.rank, self.world.size, micro)
         self.epochs, self._chosen = Epochs(counts or (len(samples),), self.sampler.per_step), chosen
         self.samples, self.preprocessing, self.seed = samples, preprocessing, seed

@@ -102,8 +102,8 @@ class ParquetImages:
 
     def _place(self, number: int, path: str) -> Path:
         """The file of a path in the column: relative to the file's folder, or else to the data source's."""
-        beside = self.files[number].parent / path
-        return beside if os.path.exists(beside) else self.folder / path  # Path.exists raises for long names
+        paired = self.files[number].parent / path
+        return paired if os.path.exists(paired) else self.folder / path  # Path.exists raises for long names
 
     def _value(self, index: int) -> Any:
         group = int(np.searchsorted(self.starts, index, side="right")) - 1

@@ -211,7 +211,7 @@ def _of_either(first: Callable[[int], Any], second: Callable[[int], Any], count:
     return first(index) if index < count else second(index - count)
 
 
-def spread(samples: Samples, count: int, why: str = "part") -> Samples:
+def evenly_spaced(samples: Samples, count: int, why: str = "part") -> Samples:
     """At most `count` samples at equal distances, so that sorted classes are all there."""
     if len(samples) <= count:
         return samples

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from engine.config import require
 from engine.data import Batch, Loader, Preprocessing, Samples
-from engine.data.samples import spread
+from engine.data.samples import evenly_spaced
 from engine.errors import UserError
 from engine.evaluate.intervals import bootstrap_means, percentiles, proportion
 from engine.models.attention_masking import count_masked, random_masks, scores_and_outputs, top_mask
@@ -95,7 +95,7 @@ def attention_report(
     where = resolve_device(device)
     precision = resolve_precision(precision, where)
     k = count_masked(info, share)
-    sets = {name: spread(each, max_samples, name) for name, each in (("forget", forget), ("test", test))}
+    sets = {name: evenly_spaced(each, max_samples, name) for name, each in (("forget", forget), ("test", test))}
     overlap: dict[str, Any] = {}
     reading: dict[str, Any] = {}
     for set_name, samples in sets.items():

@@ -326,14 +326,14 @@ def attack_report(
     reference for itself.
     """
 
-    def on(said: Mapping[str, Predictions], others: Sequence[Mapping[str, Predictions]]) -> dict[str, Any]:
-        return attacks(said["forget"], said["retain"], said["test"], others)
+    def on(held: Mapping[str, Predictions], others: Sequence[Mapping[str, Predictions]]) -> dict[str, Any]:
+        return attacks(held["forget"], held["retain"], held["test"], others)
 
     found = {"model": on(model, references)}
     if original is not None:
         found["original"] = on(original, references)
     if references:
-        each = [on(said, [*references[:i], *references[i + 1 :]]) for i, said in enumerate(references)]
+        each = [on(held, [*references[:i], *references[i + 1 :]]) for i, held in enumerate(references)]
         found["reference"] = mean_attacks(each)
     return found
 

@@ -10,7 +10,7 @@ import numpy as np
 from torch import nn
 
 from engine.data import Loader, Preprocessing, Samples
-from engine.data.samples import spread
+from engine.data.samples import evenly_spaced
 from engine.errors import UserError
 from engine.evaluate.agreement import SETS, agreement_report, mean_kl, top1_agreement
 from engine.evaluate.membership import DIRECTION, attack_report, loss_auc, non_member_calls
@@ -19,7 +19,7 @@ from engine.models.info import num_classes_of
 from engine.models.predict import Predictions, predict
 from engine.models.preprocessing import preprocessing_of
 from engine.runtime.device import resolve_device, resolve_precision
-from engine.runtime.process_group import World
+from engine.runtime.process_group import ProcessGroup
 
 GAPS = ("forget", "retain", "test", "mia")
 
@@ -75,7 +75,7 @@ class Evaluator:
         on_bad_image: str = "raise",
         max_bad_share: float = 0.01,
     ) -> None:
-        self.sets = {"forget": forget, "retain": spread(retain, MOST_RETAINED), "test": test}
+        self.sets = {"forget": forget, "retain": evenly_spaced(retain, MOST_RETAINED), "test": test}
         for name, samples in self.sets.items():
             if not len(samples):
                 raise UserError(f"evaluate: the {name} set has no samples")
@@ -132,7 +132,7 @@ class Evaluator:
         key = (preprocessing, name)
         if key not in self._loaders:  # decoded images are kept between models
             self._loaders[key] = Loader(
-                self.sets[name], preprocessing, device=self.device, world=World.current(), **self.loading
+                self.sets[name], preprocessing, device=self.device, world=ProcessGroup.current(), **self.loading
             )
         return self._loaders[key]
 
@@ -192,7 +192,7 @@ def _against(model: Evaluation, references: Sequence[Evaluation]) -> dict[str, A
     accuracies = [reference.numbers["accuracy"] for reference in references]
     attacks = [{k: reference.numbers["mia"][k] for k in ("efficacy", "auc")} for reference in references]
     agreements = [model.agreement_with(reference) for reference in references]
-    spread = {
+    evenly_spaced = {
         "spread": {
             "accuracy": _spread(accuracies),
             "mia": _spread(attacks),
@@ -206,7 +206,7 @@ def _against(model: Evaluation, references: Sequence[Evaluation]) -> dict[str, A
             "mia": _mean(attacks),
             "agreement": _mean(agreements),
             "count": len(references),
-            **(spread if len(references) > 1 else {}),
+            **(evenly_spaced if len(references) > 1 else {}),
         },
         "gap": _mean(gaps),
     }

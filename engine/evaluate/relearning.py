@@ -41,18 +41,18 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from engine.config import RunConfig, require
-from engine.core.method import cross_entropy
 from engine.data import Batch, Loader, Samples
-from engine.data.samples import spread
+from engine.data.samples import evenly_spaced
 from engine.errors import RunStopped, UserError, nearest
 from engine.evaluate.intervals import Interval, bootstrap, percentiles
 from engine.evaluate.membership import auc_interval, calibrated_scores
 from engine.evaluate.representation import head_features
 from engine.methods.finetune import RETAIN_LR_PER_WIDTH
 from engine.models.info import model_info
+from engine.models.losses import cross_entropy
 from engine.models.predict import Predictions, predict
 from engine.models.preprocessing import preprocessing_of
-from engine.run.updater import Updater
+from engine.run.train_engine import TrainEngine
 from engine.runtime.device import autocast, resolve_device, resolve_precision
 
 STEPS = (0, 1, 2, 4, 8, 16, 32, 64)
@@ -151,7 +151,7 @@ def relearning_curve(
     preprocessing = preprocessing_of(model)
     watched = {"attacked": attacked, "held_back": held_back, "test": of_classes(test, forget)}
     loaders = {
-        name: Loader(spread(samples, max_samples, name), preprocessing, batch_size=250, device=where, **loading)
+        name: Loader(evenly_spaced(samples, max_samples, name), preprocessing, batch_size=250, device=where, **loading)
         for name, samples in watched.items()
     }
     loader = Loader(attacked, preprocessing, batch_size=batch_size, seed=seed, device=where, **loading)
@@ -176,18 +176,18 @@ def _checked(steps: Sequence[int]) -> tuple[int, ...]:
 
 def _trained(model: nn.Module, loader: Loader, steps: int, lr: float, seed: int, precision: str) -> Iterator[int]:
     """Trains a model in place; hands over the number of steps it has taken, 0 first."""
-    updater = Updater(model, RunConfig())
-    updater.begin_phase(lr)
+    train_engine = TrainEngine(model, RunConfig())
+    train_engine.begin_phase(lr)
     # As the engine's fine-tuning: warm-up over 15%, then a cosine to zero.
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(updater.optimizer, lr, total_steps=steps + 1, pct_start=0.15)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(train_engine.optimizer, lr, total_steps=steps + 1, pct_start=0.15)
     batches = itertools.chain.from_iterable(loader.epoch(epoch) for epoch in itertools.count())
     yield 0
     for step in range(1, steps + 1):
         loss = _loss(model.train(), next(batches), seed * 1_000_003 + step, loader.device, precision)
         if not torch.isfinite(loss):
             raise RunStopped(f"relearning, step {step}: the loss is not finite; lower lr, or look at the checkpoint")
-        updater.backward(loss)
-        updater.step()
+        train_engine.backward(loss)
+        train_engine.step()
         scheduler.step()
         yield step
 
@@ -314,7 +314,7 @@ def linear_probe(
     preprocessing = preprocessing_of(model)
 
     def read(samples: Samples) -> tuple[np.ndarray, np.ndarray]:
-        part = spread(samples, max_samples)
+        part = evenly_spaced(samples, max_samples)
         loader = Loader(part, preprocessing, batch_size=batch_size, device=where, **loading)
         return head_features(model, loader, precision)
 

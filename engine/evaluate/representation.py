@@ -30,7 +30,7 @@ from scipy.stats import t as student_t
 from torch import Tensor, nn
 
 from engine.data import Batch, Loader, Preprocessing, Samples
-from engine.data.samples import spread
+from engine.data.samples import evenly_spaced
 from engine.errors import UserError, nearest
 from engine.evaluate.intervals import Interval, bootstrap, proportion
 from engine.models.info import ModelInfo, classifiers
@@ -98,7 +98,7 @@ def compare_features(
             raise UserError(f"compare_features: no model {name!r}{nearest(name, models)}")
     if bank not in sets:
         raise UserError(f"compare_features: no set {bank!r}, whose samples vote in the k-NN{nearest(bank, sets)}")
-    read = {name: spread(samples, max_samples, name) for name, samples in sets.items()}
+    read = {name: evenly_spaced(samples, max_samples, name) for name, samples in sets.items()}
     for name, samples in read.items():
         least = NEIGHBOURS + 1 if name == bank else _LEAST_SAMPLES
         if len(samples) < least:

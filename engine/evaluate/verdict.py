@@ -131,7 +131,7 @@ _LOOSER: Mapping[str, Callable[[float, float], bool]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Witness:
+class ModelOutputs:
     """What one model says. predictions: of forget, retain and test. relearned: of held_back (forget samples that the
     attacker did not train on) and test after the relearning attack; empty where it was not run."""
 
@@ -147,9 +147,9 @@ class Evidence:
     that differ from the original's; None where the two have different architectures.
     """
 
-    model: Witness
-    original: Witness
-    references: Sequence[Witness]
+    model: ModelOutputs
+    original: ModelOutputs
+    references: Sequence[ModelOutputs]
     repeated: Predictions
     changed: float | None
 
@@ -276,7 +276,7 @@ def _accuracy(evidence: Evidence, gates: Gates) -> list[Gate]:
     return [*found, *_forget_accuracy(evidence.model, evidence, gates)]
 
 
-def _forget_accuracy(witness: Witness, evidence: Evidence, gates: Gates) -> list[Gate]:
+def _forget_accuracy(witness: ModelOutputs, evidence: Evidence, gates: Gates) -> list[Gate]:
     """No gate without references: what accuracy to expect is then not known."""
     if not evidence.references:
         return []
@@ -307,7 +307,7 @@ def _reach(error: float, large: float, few: float, level: float) -> float:
     return min(max(large, (float(norm.ppf((1 + level) / 2)) + float(norm.ppf(1 - _MISSED))) * error), few)
 
 
-def _accuracy_change(model: Witness, others: Sequence[Witness], name: str, level: float) -> Interval:
+def _accuracy_change(model: ModelOutputs, others: Sequence[ModelOutputs], name: str, level: float) -> Interval:
     """Accuracy of a model less the mean of the others', in points; resampled by sample, each with all its answers."""
     mine = _correct(model.predictions[name])
     theirs = np.mean([_correct(other.predictions[name]) for other in others], axis=0)
@@ -332,7 +332,7 @@ def _membership(evidence: Evidence, gates: Gates) -> list[Gate]:
     return [Gate("power", question, INSUFFICIENT, None, limit, reason), *found]
 
 
-def _caught(witness: Witness, evidence: Evidence, gates: Gates) -> list[Gate]:
+def _caught(witness: ModelOutputs, evidence: Evidence, gates: Gates) -> list[Gate]:
     members, others = (_scores(witness, evidence.references, name) for name in ("forget", "test"))
     power = auc_interval(members, others, level=gates.level)
     margin = _auc_margin(gates.membership_auc, gates.membership_auc_few, members, others, gates.level)
@@ -377,13 +377,15 @@ def _tpr_limit(gates: Gates, members: int, others: int) -> float:
     return min(max(gates.membership_tpr, float(np.quantile(highs, 1 - _MISSED))), gates.membership_tpr_few)
 
 
-def attack_power(witness: Witness, references: Sequence[Witness], sets: tuple[str, str], level: float) -> Interval:
+def attack_power(
+    witness: ModelOutputs, references: Sequence[ModelOutputs], sets: tuple[str, str], level: float
+) -> Interval:
     """AUC of the calibrated attack on a model, the first set against the second; see the head of this file."""
     members, others = (_scores(witness, references, name) for name in sets)
     return auc_interval(members, others, level=level)
 
 
-def _scores(witness: Witness, references: Sequence[Witness], name: str) -> np.ndarray:
+def _scores(witness: ModelOutputs, references: Sequence[ModelOutputs], name: str) -> np.ndarray:
     """Score [n] of each sample: higher = known better than by models without it."""
     return _calibrated(witness.predictions[name], [each.predictions[name] for each in references])
 

@@ -22,7 +22,7 @@ from engine.data import (
 from engine.data.samples import concatenate
 from engine.errors import UserError, nearest
 from engine.evaluate import compare
-from engine.evaluate.verdict import Gates, Witness
+from engine.evaluate.verdict import Gates, ModelOutputs
 from engine.jobs.opening import open_model as load_checkpoint
 from engine.jobs.task import EVALUATION_OPTIONS, Task
 from engine.jobs.verify import check_reference, check_references, original_of
@@ -68,7 +68,7 @@ def evaluate_models(
     for (name, proven), reference in zip(checked, references, strict=True):
         evaluations.append(evaluator(_opened(reference)))
         if evaluation_before is not None:
-            mine, theirs = (Witness(each.predictions, {}) for each in (evaluations[-1], evaluation_before))
+            mine, theirs = (ModelOutputs(each.predictions, {}) for each in (evaluations[-1], evaluation_before))
             check_reference(name, mine, theirs, proven=proven, level=Gates.read().level)
     metrics = compare(evaluation, evaluations, evaluation_before)
     if measured.unreadable:

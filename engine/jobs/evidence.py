@@ -21,7 +21,7 @@ from engine.evaluate.relearning import relearning_report, steps_of
 from engine.evaluate.representation import compare_features
 from engine.evaluate.verdict import Evidence, Verdict
 from engine.jobs.task import Task
-from engine.jobs.verify import Examiner, prepare
+from engine.jobs.verify import Verifier, prepare
 
 
 def prove_job(
@@ -40,7 +40,7 @@ def prove_job(
     return verdict, gather_proof(examiner, evidence, model, verdict)
 
 
-def gather_proof(examiner: Examiner, evidence: Evidence, model: nn.Module, verdict: Verdict) -> dict[str, Any]:
+def gather_proof(examiner: Verifier, evidence: Evidence, model: nn.Module, verdict: Verdict) -> dict[str, Any]:
     """A proof as `engine.report.proof.page` shows it, JSON-ready, with the seconds that each part took.
 
     examiner, evidence: those that the verdict came from. model: the one that was judged; left as it is. All models are

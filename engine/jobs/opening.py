@@ -14,7 +14,7 @@ from torch import nn
 
 from engine.data.labels import match_names, relabelled, relabelled_source, same_names, shown
 from engine.errors import UserError
-from engine.jobs.preflight import Expected, Looked, check_accuracy, look, recorded_accuracy
+from engine.jobs.preflight import AccuracyCheck, Expected, check_accuracy, measure_accuracy, recorded_accuracy
 from engine.models.checkpoint import load_checkpoint
 from engine.models.info import num_classes_of
 from engine.models.labels import label_names, names_for, set_label_names
@@ -98,7 +98,7 @@ class Opening:
         checkpoint: str,
         others: Mapping[str, str],
         config: Mapping[str, Any] | None = None,
-    ) -> tuple[Task, Looked | None]:
+    ) -> tuple[Task, AccuracyCheck | None]:
         """Everything that is checked before the work: the task in the model's order of labels, and the check's result.
 
         Prints preprocessing, classes and accuracy.
@@ -161,7 +161,7 @@ class Opening:
 
     def check(
         self, model: nn.Module, samples: Samples, checkpoint: str, data: str, config: Mapping[str, Any]
-    ) -> Looked | None:
+    ) -> AccuracyCheck | None:
         """Accuracy of an untouched model on some samples, printed; None if there are none.
 
         Raises UserError as `prepare` does, unless `accept`.
@@ -171,7 +171,7 @@ class Opening:
         expected = recorded_accuracy(checkpoint, data)
         if self.expect is not None:
             expected = Expected(self.expect, "--expect-accuracy")
-        looked = look(model, samples, checkpoint, config)
+        looked = measure_accuracy(model, samples, checkpoint, config)
         if looked is not None:
             self.say(looked.line())
             check_accuracy(looked, model, checkpoint, expected, self.say if self.accept else None)

@@ -38,7 +38,7 @@ from engine.models.spec import spec_of
 from engine.models.unwrap import Kind
 from engine.models.vit import outputs
 from engine.runtime.device import autocast, resolve_device, resolve_precision
-from engine.runtime.process_group import World
+from engine.runtime.process_group import ProcessGroup
 
 SAMPLES = 400
 _BATCH = 50
@@ -55,7 +55,7 @@ class Expected:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Looked:
+class AccuracyCheck:
     """What the check found.
 
     predicted, labels: int64 [n]. class_names: by label. others: bool [n], correct answers by what would have to be
@@ -92,13 +92,15 @@ class Looked:
         }
 
 
-def look(model: nn.Module, samples: Samples, checkpoint: str, config: Mapping[str, Any]) -> Looked | None:
+def measure_accuracy(
+    model: nn.Module, samples: Samples, checkpoint: str, config: Mapping[str, Any]
+) -> AccuracyCheck | None:
     """Answers of a model for up to 400 samples, and what other ways of feeding it would give; the main rank's on all.
 
     The other ways are only tried below 95%: above, none can be 5 points better. None if no sample could be read.
     """
-    world = World.current()
-    found: list[Looked | None] = [None]
+    world = ProcessGroup.current()
+    found: list[AccuracyCheck | None] = [None]
 
     def on_main() -> None:
         found[0] = _look(model, samples, checkpoint, config)
@@ -107,7 +109,7 @@ def look(model: nn.Module, samples: Samples, checkpoint: str, config: Mapping[st
     return world.broadcast(found[0])
 
 
-def _look(model: nn.Module, samples: Samples, checkpoint: str, config: Mapping[str, Any]) -> Looked | None:
+def _look(model: nn.Module, samples: Samples, checkpoint: str, config: Mapping[str, Any]) -> AccuracyCheck | None:
     began = time.perf_counter()
     chosen = stratified(samples, SAMPLES)
     device = resolve_device(config.get("device", "auto"))
@@ -127,7 +129,7 @@ def _look(model: nn.Module, samples: Samples, checkpoint: str, config: Mapping[s
     if not len(labels):
         return None
     exchanged = permutation(predicted, labels, num_classes_of(model))
-    return Looked(
+    return AccuracyCheck(
         predicted=predicted,
         labels=labels,
         class_names=samples.class_names,
@@ -153,7 +155,9 @@ class _Answers:
     def __init__(self, model: nn.Module, samples: Samples, device: torch.device, config: Mapping[str, Any]) -> None:
         self.preprocessing, self.samples = preprocessing_of(model), samples
         loading = {key: config[key] for key in _LOADING if key in config}
-        self.loader = Loader(samples, self.preprocessing, batch_size=_BATCH, device=device, world=World(), **loading)
+        self.loader = Loader(
+            samples, self.preprocessing, batch_size=_BATCH, device=device, world=ProcessGroup(), **loading
+        )
         self.device, self.precision = device, resolve_precision(config.get("precision", "auto"), device)
 
     @torch.no_grad()
@@ -239,7 +243,7 @@ def recorded_accuracy(checkpoint: str, data: str) -> Expected | None:
 
 
 def check_accuracy(
-    looked: Looked,
+    looked: AccuracyCheck,
     model: nn.Module,
     checkpoint: str,
     expected: Expected | None,
@@ -262,7 +266,7 @@ def check_accuracy(
     )
 
 
-def _problem(looked: Looked, expected: Expected | None) -> str | None:
+def _problem(looked: AccuracyCheck, expected: Expected | None) -> str | None:
     """Why an accuracy is not plausible, with what was observed; None if it is."""
     observed = _observed(looked)
     if is_near_chance(int(looked.correct.sum()), looked.labels):
@@ -277,7 +281,7 @@ def _problem(looked: Looked, expected: Expected | None) -> str | None:
     return "; ".join([why, *observed])
 
 
-def _observed(looked: Looked) -> list[str]:
+def _observed(looked: AccuracyCheck) -> list[str]:
     """What would be clearly better, the best first."""
     lines = []
     better = {name: c for name, c in looked.others.items() if is_clearly_better(c, looked.correct)}
@@ -294,7 +298,7 @@ def _observed(looked: Looked) -> list[str]:
     return lines
 
 
-def _name(looked: Looked, label: int) -> str:
+def _name(looked: AccuracyCheck, label: int) -> str:
     return repr(looked.class_names[label]) if label < len(looked.class_names) else f"label {label}"
 
 

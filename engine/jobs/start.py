@@ -43,10 +43,10 @@ def pretrained(checkpoint: str, model_args: Mapping[str, Any], source: Source) -
     Raises UserError for a run folder that says it was trained on that source.
     """
     _refuse_model_args(checkpoint, model_args)
-    said = CheckpointSource.parse(checkpoint).folder / "config.yaml"
-    if said.is_file() and read_yaml(said).get("data") == source.spec:
+    config = CheckpointSource.parse(checkpoint).folder / "config.yaml"
+    if config.is_file() and read_yaml(config).get("data") == source.spec:
         raise UserError(
-            f"{checkpoint}: {said.name} says that it was trained on {source.spec}; a base must never have seen the "
+            f"{checkpoint}: {config.name} says that it was trained on {source.spec}; a base must never have seen the "
             "samples, so take another, or leave base=given out"
         )
     model = with_fresh_head(load_checkpoint(checkpoint, headless=True), _classes(source))

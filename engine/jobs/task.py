@@ -22,7 +22,7 @@ from engine.data.readable import bad_images, without
 from engine.errors import UserError
 from engine.evaluate import Evaluator
 from engine.models.preprocessing import preprocessing_of
-from engine.runtime.process_group import World
+from engine.runtime.process_group import ProcessGroup
 
 # Options of a run that an evaluation has too.
 EVALUATION_OPTIONS = ("precision", "device", "workers", "decode", "on_bad_image", "max_bad_share")
@@ -45,7 +45,7 @@ class Task:
 
     @classmethod
     def open(cls, data: str, forget: str) -> Task:
-        world = World.current()
+        world = ProcessGroup.current()
         if world.size > 1:  # an index is built by one rank, and then read by all
             world.on_main(lambda: open_source(data))
         source = open_source(data)
@@ -102,7 +102,7 @@ class Task:
             out_of=len(self.forget) + len(self.retain),
             workers=run.workers,
             decode=run.decode,
-            world=World.current(),
+            world=ProcessGroup.current(),
         )
         return self.without(found)
 

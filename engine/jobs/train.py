@@ -18,7 +18,7 @@ from engine.models.checkpoint import weights_sha256
 from engine.run.folder import check_free
 from engine.run.unlearn import train
 from engine.runtime.environment import environment
-from engine.runtime.process_group import World
+from engine.runtime.process_group import ProcessGroup
 
 
 def train_job(
@@ -61,6 +61,6 @@ def train_job(
         validation=source.validation,
         output_dir=output_dir,
         notes={"data": source.spec, **(notes or {}), **(task.notes() if task else {})},
-        finalize=lambda result: World.current().on_main(lambda: write(result)),
+        finalize=lambda result: ProcessGroup.current().on_main(lambda: write(result)),
         **options,
     )

@@ -27,7 +27,7 @@ from engine.run.folder import check_apart, check_free
 from engine.run.unlearn import unlearn
 from engine.runtime.environment import environment
 from engine.runtime.files import sha256, write_json
-from engine.runtime.process_group import World
+from engine.runtime.process_group import ProcessGroup
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ def run_job(
 
     def evaluate(result: UnlearnResult) -> None:
         began = time.perf_counter()
-        world = World.current()
+        world = ProcessGroup.current()
         measured = task.without(result.bad_images)
         evaluator = measured.evaluator(result.config)
         evaluations = {"original": evaluator(original), "unlearned": evaluator(result.model)}

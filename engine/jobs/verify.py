@@ -15,7 +15,7 @@ from engine.audit.run_record import origin
 from engine.errors import UserError
 from engine.evaluate.relearning import relearning_curve, steps_of
 from engine.evaluate.representation import compare_weights
-from engine.evaluate.verdict import Evidence, Gates, Verdict, Witness, attack_power, judge
+from engine.evaluate.verdict import Evidence, Gates, ModelOutputs, Verdict, attack_power, judge
 from engine.jobs.opening import open_model as load_checkpoint
 from engine.jobs.task import Task
 from engine.models.checkpoint import weights_sha256
@@ -31,7 +31,7 @@ _STRANGER = 20.0
 _UNTRAINED = 0.6
 
 
-class Examiner:
+class Verifier:
     """Judges models for one forget request: references and original are looked at once, then any number of models.
 
     original, references: models, or checkpoints. gates: limits. config: options of the evaluation
@@ -52,13 +52,13 @@ class Examiner:
         self.before = _model(original)
         self.task = task.readable(self.before, config)
         self.evaluator = self.task.evaluator(config)
-        self.original = self.look(self.before)
+        self.original = self.evaluate(self.before)
         made = original_of(original, self.before)
         self.references = []
         self._sources = list(references)
         checked = check_references(task, references, {"the original": self.before}, made)
         for (name, proven), reference in zip(checked, references, strict=True):
-            witness = self.look(_model(reference))
+            witness = self.evaluate(_model(reference))
             check_reference(name, witness, self.original, proven=proven, level=self.gates.level)
             self.references.append(witness)
 
@@ -66,12 +66,12 @@ class Examiner:
         """The reference models, which are not kept: only what they said is."""
         return [_model(source) for source in self._sources]
 
-    def look(self, model: nn.Module) -> Witness:
+    def evaluate(self, model: nn.Module) -> ModelOutputs:
         """What a model says, as it is and after the relearning attack on a copy of it."""
         predictions = self.evaluator.all_predictions(model)
         share, epochs = self.gates.relearning_share, self.gates.relearning_epochs
         if round((1 - share) * len(self.task.forget)) < self.gates.minimum_samples // 2:
-            return Witness(predictions, {})
+            return ModelOutputs(predictions, {})
         curve = relearning_curve(
             model,
             self.task.forget,
@@ -83,7 +83,7 @@ class Examiner:
             precision=self.evaluator.precision,
             **self.loading,
         )
-        return Witness(predictions, curve.predictions[-1])
+        return ModelOutputs(predictions, curve.predictions[-1])
 
     @property
     def loading(self) -> dict[str, Any]:
@@ -91,7 +91,7 @@ class Examiner:
         return {key: value for key, value in self.evaluator.loading.items() if key != "batch_size"}
 
     def evidence(self, model: nn.Module) -> Evidence:
-        witness = self.look(model)
+        witness = self.evaluate(model)
         return Evidence(
             model=witness,
             original=self.original,
@@ -133,11 +133,11 @@ def prepare(
     *,
     gates: Path | None = None,
     config: Mapping[str, Any] | None = None,
-) -> tuple[nn.Module, Examiner]:
+) -> tuple[nn.Module, Verifier]:
     """The model to judge, and the examiner for it; arguments as of `verify_job`."""
     limits = Gates.read(gates)
     model = load_checkpoint(checkpoint)  # before the work begins: a wrong name shall not cost minutes
-    return model, Examiner(task, original, references, gates=limits, config=config)
+    return model, Verifier(task, original, references, gates=limits, config=config)
 
 
 def check_references(
@@ -220,7 +220,7 @@ def check_origin(folder: Path, task: Task, original: MadeFrom | None = None) -> 
     return same or str(found.init.get("checkpoint")).startswith("timm:")
 
 
-def check_reference(name: str, reference: Witness, original: Witness, *, proven: bool, level: float) -> None:
+def check_reference(name: str, reference: ModelOutputs, original: ModelOutputs, *, proven: bool, level: float) -> None:
     """Raises UserError for a reference whose answers say that it was trained on other data or with the forget samples.
 
     A reference that was trained without the forget samples knows them less than the original does, beside retained
@@ -249,7 +249,7 @@ def check_reference(name: str, reference: Witness, original: Witness, *, proven:
         )
 
 
-def _accuracy(witness: Witness) -> float:
+def _accuracy(witness: ModelOutputs) -> float:
     return 100 * witness.predictions["test"].accuracy
 
 

@@ -1,6 +1,7 @@
 """The methods, one file each; importing this package registers all of them."""
 
-from engine.core.method import Context, Method, Phase, get_method, list_methods, register
+from engine.core.method import Context, Method, get_method, list_methods, register
+from engine.core.phase import Phase
 from engine.methods import (
     bad_teacher,
     finetune,

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from engine.config import positive_or_null, require
-from engine.core.method import Context, Phase, register
+from engine.core.method import Context, register
+from engine.core.phase import Phase
 from engine.core.search_space import Range, rate, tunable
 from engine.data import Batch
 from engine.methods.common.distillation import Distillation, divergence

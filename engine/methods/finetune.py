@@ -7,9 +7,11 @@ import dataclasses
 from torch import Tensor, nn
 
 from engine.config import positive_or_null, require
-from engine.core.method import Method, Phase, cross_entropy, register
+from engine.core.method import Method, register
+from engine.core.phase import Phase
 from engine.core.search_space import Range, rate, tunable
 from engine.data import Batch
+from engine.models.losses import cross_entropy
 
 # Peak rate of all retain stages times the width of the model: 1.5e-3 at width 128. See docs/notes.md.
 RETAIN_LR_PER_WIDTH = 0.192

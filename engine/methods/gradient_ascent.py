@@ -10,9 +10,11 @@ import dataclasses
 from torch import Tensor, nn
 
 from engine.config import positive_or_null, require
-from engine.core.method import Method, Phase, cross_entropy, register
+from engine.core.method import Method, register
+from engine.core.phase import Phase
 from engine.core.search_space import Range, rate, tunable
 from engine.data import Batch
+from engine.models.losses import cross_entropy
 
 # Rate times the width of the model: 4e-5 at width 128. On real images 1e-5 does next to nothing, and 1e-4 costs a
 # quarter of the retained accuracy (docs/notes.md).

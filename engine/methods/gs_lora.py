@@ -28,10 +28,12 @@ from torch import Tensor, nn
 
 from engine.config import positive_or_null, require
 from engine.core.heldout import predictions_of
-from engine.core.method import Context, Method, Passes, Phase, Taken, cross_entropy, phase_of_both, register
+from engine.core.method import Context, Method, register
+from engine.core.phase import ExtraPasses, Phase, StepCounts, paired_phase
 from engine.core.search_space import Range, rate, tunable
 from engine.data import Batch, Samples
 from engine.errors import UserError
+from engine.models.losses import cross_entropy
 from engine.models.trainable import LowRank, low_ranks, restrict
 
 # Peak rate of the low-rank updates times the width of the model.
@@ -91,11 +93,11 @@ class GSLoRA(Method):
 
     def phases(self) -> list[Phase]:
         lr = self.learning_rate(self.config.lr, LORA_LR_PER_WIDTH)
-        return [phase_of_both(self.config.retain_epochs, lr, beside_share=self.config.forget_share)]
+        return [paired_phase(self.config.retain_epochs, lr, paired_share=self.config.forget_share)]
 
-    def passes(self, phases: list[Phase], number: int, taken: Taken) -> list[Passes]:
+    def passes(self, phases: list[Phase], number: int, taken: StepCounts) -> list[ExtraPasses]:
         bound = taken.held_out if self.config.bound is None else 0
-        return [Passes(name="bounds by held-out samples", images=bound)]
+        return [ExtraPasses(name="bounds by held-out samples", images=bound)]
 
     def prepare(self, phase: Phase) -> None:
         if self.bound is None:
@@ -124,16 +126,16 @@ class GSLoRA(Method):
         known = [of_class.get(label, values.mean()) for label in self.context.forget.labels]
         return float(np.where(self.known, known, unknown).mean())
 
-    def prepared(self, phase: Phase) -> dict[str, Tensor]:
+    def cache_state(self, phase: Phase) -> dict[str, Tensor]:
         return {"bound": torch.tensor(self.bound, dtype=torch.float64)}
 
-    def restore(self, phase: Phase, prepared: dict[str, Tensor]) -> None:
+    def load_cache_state(self, phase: Phase, prepared: dict[str, Tensor]) -> None:
         self.bound = float(prepared["bound"])
 
     def loss(self, model: nn.Module, batch: Batch, phase: Phase) -> dict[str, Tensor]:
         return {"retain_ce": cross_entropy(model, batch), **self.group_lasso()}
 
-    def loss_beside(self, model: nn.Module, batch: Batch, phase: Phase) -> dict[str, Tensor]:
+    def paired_loss(self, model: nn.Module, batch: Batch, phase: Phase) -> dict[str, Tensor]:
         return {"forget_bounded": self.bounded(cross_entropy(model, batch))}
 
     def bounded(self, forget_ce: Tensor) -> Tensor:
@@ -149,7 +151,7 @@ class GSLoRA(Method):
         ]
         return {"group_lasso": self.config.alpha * torch.stack([torch.linalg.vector_norm(w) for w in weights]).sum()}
 
-    def ended(self, model: nn.Module, phase: Phase, epoch: int) -> str | None:
+    def should_stop(self, model: nn.Module, phase: Phase, epoch: int) -> str | None:
         self._epochs = epoch + 1
         return None
 

@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.config import positive_or_null, require
-from engine.core.method import Context, Passes, Phase, Taken, register
+from engine.core.method import Context, register
+from engine.core.phase import ExtraPasses, Phase, StepCounts
 from engine.core.search_space import Range, tunable
 from engine.data import Batch
 from engine.errors import UserError
@@ -67,10 +68,13 @@ class GSLoRAPP(GSLoRA):
         self.prototype_bound = config.prototype_bound
         self._prototypes: Tensor | None = None
 
-    def passes(self, phases: list[Phase], number: int, taken: Taken) -> list[Passes]:
+    def passes(self, phases: list[Phase], number: int, taken: StepCounts) -> list[ExtraPasses]:
         both = len(self.context.forget) + len(self.context.retain)
         bound = taken.held_out if self.config.prototype_bound is None else 0
-        own = [Passes(name="prototypes", images=both), Passes(name="bounds by held-out samples", images=bound)]
+        own = [
+            ExtraPasses(name="prototypes", images=both),
+            ExtraPasses(name="bounds by held-out samples", images=bound),
+        ]
         return [*super().passes(phases, number, taken), *own]
 
     def prepare(self, phase: Phase) -> None:
@@ -98,14 +102,14 @@ class GSLoRAPP(GSLoRA):
         with self.context.autocast():
             return outputs(self.context.original, batch.images, "features").float()
 
-    def prepared(self, phase: Phase) -> dict[str, Tensor]:
+    def cache_state(self, phase: Phase) -> dict[str, Tensor]:
         assert self._prototypes is not None
         assert self.prototype_bound is not None
         own = {"prototypes": self._prototypes, "prototype_bound": torch.tensor(self.prototype_bound).double()}
-        return {**super().prepared(phase), **own}
+        return {**super().cache_state(phase), **own}
 
-    def restore(self, phase: Phase, prepared: dict[str, Tensor]) -> None:
-        super().restore(phase, prepared)
+    def load_cache_state(self, phase: Phase, prepared: dict[str, Tensor]) -> None:
+        super().load_cache_state(phase, prepared)
         self._prototypes, self.prototype_bound = prepared["prototypes"], float(prepared["prototype_bound"])
 
     def distances(self, features: Tensor, labels: Tensor) -> Tensor:
@@ -118,7 +122,7 @@ class GSLoRAPP(GSLoRA):
         kept = self.config.retain_prototype * self.distances(features, batch.labels).mean()
         return {"retain_ce": F.cross_entropy(logits, batch.labels), "retain_prototype": kept, **self.group_lasso()}
 
-    def loss_beside(self, model: nn.Module, batch: Batch, phase: Phase) -> dict[str, Tensor]:
+    def paired_loss(self, model: nn.Module, batch: Batch, phase: Phase) -> dict[str, Tensor]:
         assert self.prototype_bound is not None  # prepared
         logits, features = logits_and_features(model, batch.images)
         away = F.relu(self.prototype_bound - self.distances(features, batch.labels).mean())

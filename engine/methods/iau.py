@@ -21,9 +21,11 @@ import dataclasses
 from torch import nn
 
 from engine.config import positive_or_null
-from engine.core.method import Context, Method, Passes, Phase, Taken, cross_entropy, register
+from engine.core.method import Context, Method, register
+from engine.core.phase import ExtraPasses, Phase, StepCounts
 from engine.methods.common.gradients import mean_gradient
 from engine.methods.common.line_search import LineSearch, SearchConfig, go, looks
+from engine.models.losses import cross_entropy
 
 # The largest step that is looked at, times the width of the model.
 MOST_PER_WIDTH = 0.256
@@ -56,10 +58,10 @@ class IAU(Method):
         lr = self.learning_rate(self.config.lr, MOST_PER_WIDTH)
         return [Phase(name="forget", samples="forget", epochs=0, lr=lr, schedule="constant", guarded=True)]
 
-    def passes(self, phases: list[Phase], number: int, taken: Taken) -> list[Passes]:
+    def passes(self, phases: list[Phase], number: int, taken: StepCounts) -> list[ExtraPasses]:
         both = len(self.context.forget) + len(self.context.retain)
         looked = [] if self.config.lr else [looks(self.config, 1, taken.held_out, len(self.context.forget))]
-        return [Passes(name="gradients", images=both, backward=1, kind="training"), *looked]
+        return [ExtraPasses(name="gradients", images=both, backward=1, kind="training"), *looked]
 
     def edit(self, model: nn.Module, phase: Phase) -> None:
         context = self.context

@@ -31,13 +31,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.config import positive_or_null, require
-from engine.core.method import Context, Passes, Phase, Taken, cross_entropy, register
+from engine.core.method import Context, register
+from engine.core.phase import ExtraPasses, Phase, StepCounts
 from engine.data import Loader
 from engine.errors import UserError
 from engine.methods.common.edits import Edit, EditConfig
 from engine.methods.common.gradients import dot, gradient, mean_gradient, norm, trainable
 from engine.methods.common.line_search import LineSearch, SearchConfig, go, looks
-from engine.models.attention import attention_as
+from engine.models.attention import attention_backend
+from engine.models.losses import cross_entropy
 
 # The largest alpha that is looked at.
 MOST = 4.0
@@ -91,22 +93,22 @@ class Influence(Edit):
                     f"option {option}: influence takes directional derivatives, and it cannot; use {remedy}"
                 )
 
-    def passes(self, phases: list[Phase], number: int, taken: Taken) -> list[Passes]:
+    def passes(self, phases: list[Phase], number: int, taken: StepCounts) -> list[ExtraPasses]:
         if phases[number].name != "edit":
             return []
         forget, retain = len(self.context.forget), len(self.context.retain)
         products = self.config.solver_steps * min(self.config.fisher_samples, retain)
         # A product is a forward pass that carries a derivative along, about two, and one that is gone back through.
-        curvature = Passes(name="products of the Fisher matrix", images=products, forward=3, backward=1)
+        curvature = ExtraPasses(name="products of the Fisher matrix", images=products, forward=3, backward=1)
         looked = [] if self.config.alpha else [looks(self.config, 1, taken.held_out, forget)]
-        return [Passes(name="gradients", images=forget + retain, backward=1, kind="training"), curvature, *looked]
+        return [ExtraPasses(name="gradients", images=forget + retain, backward=1, kind="training"), curvature, *looked]
 
     def change(self, model: nn.Module) -> None:
         context, config = self.context, self.config
         n_f, n_r = len(context.forget), len(context.retain)
         rng = np.random.default_rng([context.run.seed, n_f, n_r])
         chosen = rng.permutation(n_r)[: config.fisher_samples]
-        with attention_as(model, "eager"):
+        with attention_backend(model, "eager"):
             forget, retain = (
                 mean_gradient(model, context.loader(samples, "none"), cross_entropy)
                 for samples in (context.forget, context.retain)

@@ -5,7 +5,7 @@ fine-tuning on the retained samples with an l1 penalty that pulls weights to zer
 
 theta: every weight that is trained, biases, norms and embeddings with it, as in the paper's code; of the paper's three
 schedules this, the decreasing one, is what it recommends and its code runs. Key biases have no gradient in this engine
-(`engine.models.attention.still_key_biases`), so they alone do not feel the penalty.
+(`engine.models.attention.zero_key_bias_grads`), so they alone do not feel the penalty.
 
 AdamW and one cycle stand for the paper's SGD. Under Adam the penalty is a part of one normalised step: a weight whose
 loss gradient is well below alpha shrinks at about the full rate, whatever alpha is, so that alpha sets how many weights
@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from engine.config import require
-from engine.core.method import Context, Phase, register
+from engine.core.method import Context, register
+from engine.core.phase import Phase
 from engine.core.search_space import Range, tunable
 from engine.data import Batch
 from engine.methods.finetune import Finetune, FinetuneConfig
@@ -58,7 +59,7 @@ class L1Sparse(Finetune):
         fading = 1 - self.epoch / self.config.retain_epochs
         return {**super().loss(model, batch, phase), "l1": self.config.alpha * fading * norm}
 
-    def ended(self, model: nn.Module, phase: Phase, epoch: int) -> str | None:
+    def should_stop(self, model: nn.Module, phase: Phase, epoch: int) -> str | None:
         self.epoch = epoch + 1
         return None
 

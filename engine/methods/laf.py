@@ -27,12 +27,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.config import positive_or_null, require
-from engine.core.method import Context, Passes, Phase, Taken, cross_entropy, register
+from engine.core.method import Context, register
+from engine.core.phase import ExtraPasses, Phase, StepCounts
 from engine.core.search_space import Range, rate, tunable
 from engine.data import Batch
-from engine.data.samples import spread
+from engine.data.samples import evenly_spaced
 from engine.methods.common.distillation import Distillation
 from engine.methods.finetune import RETAIN_LR_PER_WIDTH
+from engine.models.losses import cross_entropy
 from engine.models.vit import outputs
 
 # Rate of the forget phase times the width of the model.
@@ -140,7 +142,7 @@ class Laf(Distillation):
             schedule="constant",
             augment=False,
             guarded=True,
-            beside="retain",
+            paired="retain",
         )
         repair = Phase(
             name="retain",
@@ -159,11 +161,11 @@ class Laf(Distillation):
     def taught(self, batch: Batch, phase: Phase) -> Tensor:
         return outputs(self.context.original, batch.images, "features")
 
-    def passes(self, phases: list[Phase], number: int, taken: Taken) -> list[Passes]:
+    def passes(self, phases: list[Phase], number: int, taken: StepCounts) -> list[ExtraPasses]:
         found = super().passes(phases, number, taken)
         if phases[number].name == "forget":  # the retained samples beside are asked for as they come
             fitted = min(self.config.vae_samples, len(self.context.retain))
-            found.append(Passes(name="teacher outputs", images=fitted + taken.beside))
+            found.append(ExtraPasses(name="teacher outputs", images=fitted + taken.paired))
         return found
 
     def prepare(self, phase: Phase) -> None:
@@ -171,23 +173,23 @@ class Laf(Distillation):
         if phase.name != "forget":
             return
         context, config = self.context, self.config
-        some = spread(context.retain, config.vae_samples, "for the autoencoder")
+        some = evenly_spaced(context.retain, config.vae_samples, "for the autoencoder")
         (retained,) = context.loader(some, "none").rows(lambda batch: (self._ask(batch, phase),))
         for which, features in (("forget", self._rows["forget"]), ("retain", retained)):
             self._autoencoders[which] = fitted(
                 features.to(context.device), config.latent, config.vae_epochs, context.run.seed
             )
 
-    def prepared(self, phase: Phase) -> dict[str, Tensor]:
+    def cache_state(self, phase: Phase) -> dict[str, Tensor]:
         weights = {
             f"{which}.{name}": value.cpu()
             for which, autoencoder in self._autoencoders.items()
             for name, value in autoencoder.state_dict().items()
         }
-        return {**super().prepared(phase), **weights} if phase.name == "forget" else {}
+        return {**super().cache_state(phase), **weights} if phase.name == "forget" else {}
 
-    def restore(self, phase: Phase, prepared: dict[str, Tensor]) -> None:
-        super().restore(phase, prepared)
+    def load_cache_state(self, phase: Phase, prepared: dict[str, Tensor]) -> None:
+        super().load_cache_state(phase, prepared)
         for which in ("forget", "retain") if phase.name == "forget" else ():
             weights = {
                 name.removeprefix(f"{which}."): value for name, value in prepared.items() if name.startswith(which)
@@ -207,7 +209,7 @@ class Laf(Distillation):
             "forget_alignment": -self.config.alignment * ((away / t).exp().mean().log()),
         }
 
-    def loss_beside(self, model: nn.Module, batch: Batch, phase: Phase) -> dict[str, Tensor]:
+    def paired_loss(self, model: nn.Module, batch: Batch, phase: Phase) -> dict[str, Tensor]:
         features = outputs(model, batch.images, "features").float()
         away = 1 - F.cosine_similarity(features, self._ask(batch, phase))
         return {

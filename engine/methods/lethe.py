@@ -28,12 +28,14 @@ import torch
 from torch import Tensor, nn
 
 from engine.config import positive_or_null, require
-from engine.core.method import Context, Method, Passes, Phase, Taken, cross_entropy, register
+from engine.core.method import Context, Method, register
+from engine.core.phase import ExtraPasses, Phase, StepCounts
 from engine.core.search_space import Range, rate, tunable
 from engine.data import Batch
 from engine.errors import UserError
 from engine.methods.finetune import RETAIN_LR_PER_WIDTH
 from engine.models.attention_masking import HeadFusion, MaskSource, count_masked, mask_and_outputs, random_masks
+from engine.models.losses import cross_entropy
 from engine.models.masked_tokens import capture_patch_tokens, masked_outputs, masked_patch_token, supports_tokens
 from engine.models.vit import outputs
 from lethe_kernels import info_nce, mask_patches
@@ -124,14 +126,16 @@ class Lethe(Method):
         )
         return [phase for phase in (forget, retain) if phase.epochs > 0]
 
-    def passes(self, phases: list[Phase], number: int, taken: Taken) -> list[Passes]:
+    def passes(self, phases: list[Phase], number: int, taken: StepCounts) -> list[ExtraPasses]:
         config = self.config
         if phases[number].name != "forget":
             return []
         images = taken.images if config.augment_forget else len(self.context.forget)
         rollouts = float(config.mask_source == "rollout")
         # The original on each forget image and on its masked copy, and the class row of the rollout between them.
-        return [Passes(name="masks and teacher outputs", images=images, forward=2, rollouts=rollouts, kind="teacher")]
+        return [
+            ExtraPasses(name="masks and teacher outputs", images=images, forward=2, rollouts=rollouts, kind="teacher")
+        ]
 
     def prepare(self, phase: Phase) -> None:
         if phase.name != "forget" or self.config.augment_forget:
@@ -139,12 +143,12 @@ class Lethe(Method):
         positives, negatives = self.context.loader(self.context.forget, "none").rows(self.teacher)
         self._cache = positives, negatives
 
-    def prepared(self, phase: Phase) -> dict[str, Tensor]:
+    def cache_state(self, phase: Phase) -> dict[str, Tensor]:
         if phase.name != "forget" or self._cache is None:
             return {}
         return {"positives": self._cache[0], "negatives": self._cache[1]}
 
-    def restore(self, phase: Phase, prepared: dict[str, Tensor]) -> None:
+    def load_cache_state(self, phase: Phase, prepared: dict[str, Tensor]) -> None:
         if prepared:
             self._cache = prepared["positives"], prepared["negatives"]
 

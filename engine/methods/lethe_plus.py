@@ -38,19 +38,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.config import positive_or_null, require
-from engine.core.method import Context, Method, Passes, Phase, Taken, cross_entropy, phase_of_both, register
+from engine.core.method import Context, Method, register
+from engine.core.phase import ExtraPasses, Phase, StepCounts, paired_phase
 from engine.core.search_space import Range, rate, tunable
 from engine.data import Batch
+from engine.models.losses import cross_entropy
 from engine.models.vit import outputs
 
 # Peak rate times the width of the model; see docs/notes-lethe-plus.md.
 LR_PER_WIDTH = 0.0768
 # Share of the steps after which the aim is corrected.
-_SETTLED = 0.1
+_WARMUP_FRACTION = 0.1
 # Log-odds beyond which an answer counts as sure: 99.3%.
-_SURE = 5.0
+_LOG_ODDS_CLIP = 5.0
 # Of log-probabilities, so that a class that no view names can be raised by its log-odds.
-_LEAST = 1e-9
+_MIN_PROB = 1e-9
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,20 +101,20 @@ class LethePlus(Method):
         ratio = config.forget_passes * len(self.context.forget) / len(self.context.retain)  # in retained passes
         epochs = max(config.epochs, ratio)
         return [
-            phase_of_both(
+            paired_phase(
                 epochs,
                 self.learning_rate(config.lr, LR_PER_WIDTH),
                 augment=config.augment_retain,
-                beside_share=ratio / epochs,
-                augment_beside=True,
+                paired_share=ratio / epochs,
+                augment_paired=True,
             )
         ]
 
-    def passes(self, phases: list[Phase], number: int, taken: Taken) -> list[Passes]:
+    def passes(self, phases: list[Phase], number: int, taken: StepCounts) -> list[ExtraPasses]:
         config = self.config
         views = len(offsets(*taken.image)) if config.views else 1
         targets = len(self.context.forget) * views + (taken.held_out if config.calibrate else 0)
-        return [Passes(name="teacher outputs", images=targets)]
+        return [ExtraPasses(name="teacher outputs", images=targets)]
 
     def prepare(self, phase: Phase) -> None:
         context, config = self.context, self.config
@@ -127,29 +129,32 @@ class LethePlus(Method):
             logits = with_log_odds_of(logits, labels, log_odds(answers, true), true)
         self.targets = logits.masked_fill(~known, -torch.inf).softmax(1)
 
-    def prepared(self, phase: Phase) -> dict[str, Tensor]:
+    def cache_state(self, phase: Phase) -> dict[str, Tensor]:
         return {"targets": self.targets}
 
-    def restore(self, phase: Phase, prepared: dict[str, Tensor]) -> None:
+    def load_cache_state(self, phase: Phase, prepared: dict[str, Tensor]) -> None:
         self.targets = prepared["targets"]
 
     def loss(self, model: nn.Module, batch: Batch, phase: Phase) -> dict[str, Tensor]:
         return {"retain_ce": cross_entropy(model, batch)}
 
-    def loss_beside(self, model: nn.Module, batch: Batch, phase: Phase) -> dict[str, Tensor]:
+    def paired_loss(self, model: nn.Module, batch: Batch, phase: Phase) -> dict[str, Tensor]:
         logits = outputs(model, batch.images).float()
         target = self.targets[batch.index].to(logits.device)
         true = batch.labels[:, None]
         if batch.weight:
             known = target.gather(1, true)[:, 0] > 0  # something of the class is retained
-            said, wanted = (log_odds(z, batch.labels).clamp(-_SURE, _SURE) for z in (logits.detach(), target.log()))
-            self._left += torch.stack([((said - wanted) * known).sum(), known.sum()])
+            predicted, wanted = (
+                log_odds(z, batch.labels).clamp(-_LOG_ODDS_CLIP, _LOG_ODDS_CLIP)
+                for z in (logits.detach(), target.log())
+            )
+            self._left += torch.stack([((predicted - wanted) * known).sum(), known.sum()])
         aim = target.log().scatter_add(1, true, self.shift.to(target).expand_as(true)).softmax(1)
         divergence = F.kl_div(logits.log_softmax(1), aim, reduction="none").sum(1)
         return {"forget_kl": self.config.forget_weight * divergence.mean()}
 
     def after_step(self, model: nn.Module, phase: Phase) -> None:
-        if self.step + 1 > _SETTLED * self.total_steps:
+        if self.step + 1 > _WARMUP_FRACTION * self.total_steps:
             left, count = self.context.world.sum(self._left)
             rate = self.config.correction / self.total_steps
             self.shift = self.shift - rate * left / count.clamp_min(1)
@@ -169,10 +174,10 @@ class LethePlus(Method):
 
     def _views_mean(self, batch: Batch) -> tuple[Tensor]:
         """Log of the mean probability [B, C] over shifted views."""
-        said = [
+        predicted = [
             self._answers(dataclasses.replace(batch, images=shifted))[0].softmax(1) for shifted in shifts(batch.images)
         ]
-        return (torch.stack(said).mean(0).clamp_min(_LEAST).log(),)
+        return (torch.stack(predicted).mean(0).clamp_min(_MIN_PROB).log(),)
 
 
 def shifts(images: Tensor) -> Iterator[Tensor]:

@@ -31,8 +31,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.config import positive_or_null, require
-from engine.core.heldout import LOOKS, predictions_of, said, unseen_accuracy
-from engine.core.method import Context, Passes, Phase, Taken, register
+from engine.core.heldout import LOOKS, format_accuracies, predictions_of, unseen_accuracy
+from engine.core.method import Context, register
+from engine.core.phase import ExtraPasses, Phase, StepCounts
 from engine.core.search_space import Range, rate, tunable
 from engine.data import Batch
 from engine.methods.common.distillation import Distillation
@@ -93,9 +94,9 @@ class Lotus(Distillation):
             )
         ]
 
-    def passes(self, phases: list[Phase], number: int, taken: Taken) -> list[Passes]:
+    def passes(self, phases: list[Phase], number: int, taken: StepCounts) -> list[ExtraPasses]:
         looks = self.config.epochs * len(self.context.forget)  # one before each epoch
-        look = Passes(name=LOOKS, images=looks + taken.held_out)
+        look = ExtraPasses(name=LOOKS, images=looks + taken.held_out)
         return [*super().passes(phases, number, taken), look]
 
     def prepare(self, phase: Phase) -> None:
@@ -105,11 +106,11 @@ class Lotus(Distillation):
         self._expected = unseen_accuracy(unseen, context.forget.labels, context.retain.labels)
         self._look(context.original)
 
-    def prepared(self, phase: Phase) -> dict[str, Tensor]:
-        return {**super().prepared(phase), "expected": torch.tensor(self._expected, dtype=torch.float64)}
+    def cache_state(self, phase: Phase) -> dict[str, Tensor]:
+        return {**super().cache_state(phase), "expected": torch.tensor(self._expected, dtype=torch.float64)}
 
-    def restore(self, phase: Phase, prepared: dict[str, Tensor]) -> None:
-        super().restore(phase, prepared)
+    def load_cache_state(self, phase: Phase, prepared: dict[str, Tensor]) -> None:
+        super().load_cache_state(phase, prepared)
         self._expected = float(prepared["expected"])
 
     def taught(self, batch: Batch, phase: Phase) -> Tensor:
@@ -127,11 +128,11 @@ class Lotus(Distillation):
         losses = F.cross_entropy(outputs(model, batch.images).float(), targets, reduction="none")
         return {"forget_soft_ce": (losses * forget).mean(), "retain_hard_ce": (losses * ~forget).mean()}
 
-    def ended(self, model: nn.Module, phase: Phase, epoch: int) -> str | None:
+    def should_stop(self, model: nn.Module, phase: Phase, epoch: int) -> str | None:
         self._look(model)
         if self._distance > -self.config.tolerance:
             return None
-        return said(self._expected + self._distance, self._expected)
+        return format_accuracies(self._expected + self._distance, self._expected)
 
     def _look(self, model: nn.Module) -> None:
         """Measures d."""

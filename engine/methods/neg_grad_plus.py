@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.config import positive_or_null, require
-from engine.core.method import Phase, register
+from engine.core.method import register
+from engine.core.phase import Phase
 from engine.core.search_space import Range, tunable
 from engine.data import Batch
 from engine.methods.finetune import Finetune, FinetuneConfig
@@ -59,9 +60,9 @@ class NegGradPlus(Finetune):
     def phases(self) -> list[Phase]:
         (phase,) = super().phases()
         share = self.config.forget_share
-        return [dataclasses.replace(phase, name="forget", beside="forget", beside_share=share, guarded=True)]
+        return [dataclasses.replace(phase, name="forget", paired="forget", paired_share=share, guarded=True)]
 
-    def loss_beside(self, model: nn.Module, batch: Batch, phase: Phase) -> dict[str, Tensor]:
+    def paired_loss(self, model: nn.Module, batch: Batch, phase: Phase) -> dict[str, Tensor]:
         bound = math.log(self.context.num_classes) if self.config.bound is None else self.config.bound
         losses = F.cross_entropy(outputs(model, batch.images).float(), batch.labels, reduction="none")
         return {"forget_ascent": -self.config.beta * losses.clamp(max=bound).mean()}

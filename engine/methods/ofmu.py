@@ -30,12 +30,14 @@ import torch
 from torch import Tensor, nn
 
 from engine.config import positive_or_null, require
-from engine.core.method import Context, Method, Passes, Phase, Taken, cross_entropy, phase_of_both, register
+from engine.core.method import Context, Method, register
+from engine.core.phase import ExtraPasses, Phase, StepCounts, paired_phase
 from engine.core.search_space import Range, rate, tunable
 from engine.data import Batch
 from engine.errors import UserError
 from engine.methods.common.gradients import dot, norm, trainable
-from engine.models.attention import attention_as
+from engine.models.attention import attention_backend
+from engine.models.losses import cross_entropy
 from engine.models.vit import forwarding
 
 LR_PER_WIDTH = 0.032
@@ -90,19 +92,19 @@ class Ofmu(Method):
 
     def phases(self) -> list[Phase]:
         lr = self.learning_rate(self.config.lr, LR_PER_WIDTH)
-        return [phase_of_both(self.config.epochs, lr, beside_share=self.config.forget_share)]
+        return [paired_phase(self.config.epochs, lr, paired_share=self.config.forget_share)]
 
-    def passes(self, phases: list[Phase], number: int, taken: Taken) -> list[Passes]:
+    def passes(self, phases: list[Phase], number: int, taken: StepCounts) -> list[ExtraPasses]:
         config = self.config
         cycle = config.ascent_steps + 1
         inner = sum(step % cycle < config.ascent_steps for step in range(taken.steps)) / max(1, taken.steps)
         # A pass forward and back takes 3 forward passes; differentiated, three times that; that again, nine times.
-        both, again = taken.images + taken.beside, "gradients of gradients"
+        both, again = taken.images + taken.paired, "gradients of gradients"
         if config.stationarity:
-            outer = Passes(name=again, images=(1 - inner) * both, forward=0, backward=12)
+            outer = ExtraPasses(name=again, images=(1 - inner) * both, forward=0, backward=12)
         else:
-            outer = Passes(name=again, images=(1 - inner) * taken.images, forward=0, backward=1)
-        return [Passes(name=again, images=inner * both, forward=0, backward=3), outer]
+            outer = ExtraPasses(name=again, images=(1 - inner) * taken.images, forward=0, backward=1)
+        return [ExtraPasses(name=again, images=inner * both, forward=0, backward=3), outer]
 
     @property
     def inner(self) -> bool:
@@ -113,7 +115,7 @@ class Ofmu(Method):
             self._retain = cross_entropy(model, batch)
         return {"retain_ce": self._retain.detach() if self.inner else self._retain}
 
-    def loss_beside(self, model: nn.Module, batch: Batch, phase: Phase) -> dict[str, Tensor]:
+    def paired_loss(self, model: nn.Module, batch: Batch, phase: Phase) -> dict[str, Tensor]:
         config = self.config
         retain, self._retain = self._retain, None
         assert retain is not None
@@ -148,7 +150,7 @@ class Ofmu(Method):
 @contextlib.contextmanager
 def _differentiable(model: nn.Module) -> Iterator[None]:
     """Within it, what the model computes can be differentiated any number of times."""
-    with attention_as(model, "eager"), contextlib.ExitStack() as replaced:
+    with attention_backend(model, "eager"), contextlib.ExitStack() as replaced:
         for module in model.modules():
             if isinstance(module, nn.LayerNorm):
                 replaced.enter_context(forwarding(module, functools.partial(_layer_norm, module)))

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from engine.config import positive_or_null, require
-from engine.core.method import Context, Method, Phase, cross_entropy, register
+from engine.core.method import Context, Method, register
+from engine.core.phase import Phase
 from engine.core.search_space import Range, rate, tunable
 from engine.data import Batch
 from engine.errors import UserError
 from engine.methods.finetune import RETAIN_LR_PER_WIDTH
+from engine.models.losses import cross_entropy
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -34,13 +34,15 @@ from torch import Tensor, nn
 
 from engine.config import require
 from engine.core.heldout import LOOKS
-from engine.core.method import Context, Passes, Phase, Taken, cross_entropy, register
+from engine.core.method import Context, register
+from engine.core.phase import ExtraPasses, Phase, StepCounts
 from engine.core.search_space import Range, tunable
 from engine.data import Batch, Samples
 from engine.errors import UserError
 from engine.methods.common.edits import Edit, EditConfig
 from engine.methods.common.gradients import mean_gradient
 from engine.methods.common.line_search import LineSearch, SearchConfig, looks
+from engine.models.losses import cross_entropy
 
 _EPS = 1e-8
 
@@ -102,7 +104,7 @@ class Razor(Edit):
         self.wrong = torch.from_numpy((context.forget.labels + shift) % context.num_classes)[chosen].to(context.device)
         self.on_retain = context.retain.subset(rng.permutation(len(context.retain))[: config.gradient_samples])
 
-    def passes(self, phases: list[Phase], number: int, taken: Taken) -> list[Passes]:
+    def passes(self, phases: list[Phase], number: int, taken: StepCounts) -> list[ExtraPasses]:
         if phases[number].name != "edit":
             return []
         config, forget = self.config, len(self.context.forget)
@@ -110,8 +112,8 @@ class Razor(Edit):
         of_round = 2 * some + min(config.gradient_samples, len(self.context.retain))
         looked = config.rounds * min(config.held_out_samples, forget)  # before each round
         return [
-            Passes(name="gradients", images=config.rounds * of_round, backward=1, kind="training"),
-            Passes(name=LOOKS, images=looked),
+            ExtraPasses(name="gradients", images=config.rounds * of_round, backward=1, kind="training"),
+            ExtraPasses(name=LOOKS, images=looked),
             looks(config, config.rounds, taken.held_out, forget),
         ]
 

@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.config import require
-from engine.core.method import Context, Method, Phase, cross_entropy, register
+from engine.core.method import Context, Method, register
+from engine.core.phase import Phase
 from engine.data import Batch
 from engine.errors import UserError
 from engine.methods.common.mixing import mixed
+from engine.models.losses import cross_entropy
 from engine.models.spec import spec_of
 from engine.models.vit import outputs
 

@@ -52,11 +52,13 @@ import torch
 from torch import Tensor, nn
 
 from engine.config import RunConfig, positive_or_null, require, to_dict
-from engine.core.method import Context, Method, Phase, cross_entropy, register
+from engine.core.method import Context, Method, register
+from engine.core.phase import Phase
 from engine.data import Batch, Samples
 from engine.errors import UserError
 from engine.methods.gs_lora import LORA_LR_PER_WIDTH
 from engine.models.checkpoint import weights_sha256
+from engine.models.losses import cross_entropy
 from engine.models.slice_stages import Stages, classifier_weights, places_of, slices_of, stages_of, tokens_of, untouched
 from engine.models.spec import set_folder, spec_of
 from engine.models.trainable import LowRank, low_ranks, restrict
@@ -351,7 +353,7 @@ class S3T(Method):
         self._kept[self._sequence :] = state["kept"]  # those that went before it
         self._note_trained()  # the weights were loaded before
 
-    def finished(self, result: UnlearnResult) -> None:
+    def on_finish(self, result: UnlearnResult) -> None:
         """Writes stages.safetensors beside the model, and what became of the stages into the record."""
         slices, served = self.recipe["slices"], self._served
         last = slices if self._trains else self._left[served - 1]

@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.config import require
-from engine.core.method import Context, Passes, Phase, Taken, register
+from engine.core.method import Context, register
+from engine.core.phase import ExtraPasses, Phase, StepCounts
 from engine.core.search_space import Range, rate, tunable
 from engine.data import Loader
 from engine.errors import UserError
@@ -67,8 +68,8 @@ class SalUn(RandomLabels):
         (phase,) = super().phases()
         return [dataclasses.replace(phase, lr=self.learning_rate(self.config.lr, LR_PER_WIDTH))]
 
-    def passes(self, phases: list[Phase], number: int, taken: Taken) -> list[Passes]:
-        gradient = Passes(
+    def passes(self, phases: list[Phase], number: int, taken: StepCounts) -> list[ExtraPasses]:
+        gradient = ExtraPasses(
             name="importance of the weights", images=len(self.context.forget), backward=1, kind="training"
         )
         return [gradient]
@@ -77,12 +78,12 @@ class SalUn(RandomLabels):
         context = self.context
         gradient = self.forget_gradient(context.loader(context.forget, "none"))
         mask = largest(torch.cat([g.flatten() for g in gradient]).abs(), self.config.saliency_share)
-        self.restore(phase, {"mask": mask})
+        self.load_cache_state(phase, {"mask": mask})
 
-    def prepared(self, phase: Phase) -> dict[str, Tensor]:
+    def cache_state(self, phase: Phase) -> dict[str, Tensor]:
         return {"mask": torch.cat([mask.flatten() for mask in self.masks]).cpu()}
 
-    def restore(self, phase: Phase, prepared: dict[str, Tensor]) -> None:
+    def load_cache_state(self, phase: Phase, prepared: dict[str, Tensor]) -> None:
         weights = list(self.context.original.parameters())
         parts = prepared["mask"].to(self.context.device).split([w.numel() for w in weights])
         self.masks = [part.view_as(w) for part, w in zip(parts, weights, strict=True)]

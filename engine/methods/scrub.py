@@ -28,7 +28,8 @@ from torch import Tensor, nn
 
 from engine.config import positive_or_null, require
 from engine.core.heldout import LOOKS, matched_accuracy, predictions_of
-from engine.core.method import Context, Passes, Phase, Taken, register
+from engine.core.method import Context, register
+from engine.core.phase import ExtraPasses, Phase, StepCounts
 from engine.core.search_space import rate, tunable
 from engine.data import Batch
 from engine.methods.common.distillation import Distillation, divergence
@@ -137,11 +138,11 @@ class ScrubRewind(Scrub):
     def teachers_run(self, phase: Phase) -> bool:
         return phase.name != "rewind" and super().teachers_run(phase)
 
-    def passes(self, phases: list[Phase], number: int, taken: Taken) -> list[Passes]:
+    def passes(self, phases: list[Phase], number: int, taken: StepCounts) -> list[ExtraPasses]:
         found = super().passes(phases, number, taken)
         if phases[number].name == "rewind":  # each min epoch was followed by a look at the forget samples
             looks = self.config.retain_epochs * len(self.context.forget) + taken.held_out
-            found.append(Passes(name=LOOKS, images=looks))
+            found.append(ExtraPasses(name=LOOKS, images=looks))
         return found
 
     def edit(self, model: nn.Module, phase: Phase) -> None:

@@ -28,10 +28,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.config import positive_or_null, require
-from engine.core.method import Context, Method, Passes, Phase, Taken, cross_entropy, phase_of_both, register
+from engine.core.method import Context, Method, register
+from engine.core.phase import ExtraPasses, Phase, StepCounts, paired_phase
 from engine.core.search_space import Range, rate, tunable
 from engine.data import Batch
 from engine.methods.common.gradients import mean_importance
+from engine.models.losses import cross_entropy
 from engine.models.vit import outputs
 
 LR_PER_WIDTH = 0.064
@@ -79,11 +81,11 @@ class Sfron(Method):
 
     def phases(self) -> list[Phase]:
         lr = self.learning_rate(self.config.lr, LR_PER_WIDTH)
-        return [phase_of_both(self.config.epochs, lr, turns=self.config.repair_steps)]
+        return [paired_phase(self.config.epochs, lr, turns=self.config.repair_steps)]
 
-    def passes(self, phases: list[Phase], number: int, taken: Taken) -> list[Passes]:
+    def passes(self, phases: list[Phase], number: int, taken: StepCounts) -> list[ExtraPasses]:
         both = len(self.context.forget) + len(self.context.retain)
-        return [Passes(name="importance of the weights", images=both, backward=1, kind="training")]
+        return [ExtraPasses(name="importance of the weights", images=both, backward=1, kind="training")]
 
     def prepare(self, phase: Phase) -> None:
         context, threshold = self.context, self.config.saliency_threshold
@@ -103,16 +105,16 @@ class Sfron(Method):
         salient = ((f + _EPS) / (r + _EPS) >= threshold for f, r in zip(forget, retain, strict=True))
         self.mask = dict(zip(names, salient, strict=True))
 
-    def prepared(self, phase: Phase) -> dict[str, Tensor]:
+    def cache_state(self, phase: Phase) -> dict[str, Tensor]:
         return {name: mask.cpu() for name, mask in self.mask.items()}
 
-    def restore(self, phase: Phase, prepared: dict[str, Tensor]) -> None:
+    def load_cache_state(self, phase: Phase, prepared: dict[str, Tensor]) -> None:
         self.mask = {name: mask.to(self.context.device) for name, mask in prepared.items()}
 
     def loss(self, model: nn.Module, batch: Batch, phase: Phase) -> dict[str, Tensor]:
         return {"retain_ce": cross_entropy(model, batch)}
 
-    def loss_beside(self, model: nn.Module, batch: Batch, phase: Phase) -> dict[str, Tensor]:
+    def paired_loss(self, model: nn.Module, batch: Batch, phase: Phase) -> dict[str, Tensor]:
         losses = F.cross_entropy(outputs(model, batch.images).float(), batch.labels, reduction="none")
         coefficients = losses.detach().clamp_min(_LEAST_LOSS) ** -self.config.exponent
         return {"forget_ascent": -self._ascent() * (coefficients * losses).sum() / coefficients.sum()}

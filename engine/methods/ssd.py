@@ -29,13 +29,15 @@ import torch
 from torch import Tensor, nn
 
 from engine.config import positive_or_null, require
-from engine.core.method import Context, Passes, Phase, Taken, cross_entropy, register
+from engine.core.method import Context, register
+from engine.core.phase import ExtraPasses, Phase, StepCounts
 from engine.core.search_space import Range, tunable
 from engine.data import Batch, Samples
 from engine.data.samples import concatenate
 from engine.errors import UserError
 from engine.methods.common.edits import Edit, EditConfig
 from engine.methods.common.gradients import mean_importance, trainable
+from engine.models.losses import cross_entropy
 from engine.models.vit import outputs
 
 
@@ -79,11 +81,11 @@ class Ssd(Edit):
                 f"batch_size={context.run.batch_size}; raise that one too"
             )
 
-    def passes(self, phases: list[Phase], number: int, taken: Taken) -> list[Passes]:
+    def passes(self, phases: list[Phase], number: int, taken: StepCounts) -> list[ExtraPasses]:
         if phases[number].name != "edit":
             return []
         images = 2 * len(self.context.forget) + len(self.context.retain)
-        return [Passes(name="importance of the weights", images=images, backward=1, kind="training")]
+        return [ExtraPasses(name="importance of the weights", images=images, backward=1, kind="training")]
 
     def change(self, model: nn.Module) -> None:
         context, config = self.context, self.config

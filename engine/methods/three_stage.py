@@ -31,11 +31,13 @@ import torch
 from torch import Tensor, nn
 
 from engine.config import positive_or_null, require
-from engine.core.method import Context, Method, Phase, cross_entropy, phase_of_both, register
+from engine.core.method import Context, Method, register
+from engine.core.phase import Phase, paired_phase
 from engine.core.search_space import Range, rate, tunable
 from engine.data import Batch
 from engine.errors import UserError
 from engine.methods.common.gradients import dot, norm
+from engine.models.losses import cross_entropy
 from engine.models.vit import outputs
 
 LR_PER_WIDTH = 3.84e-3
@@ -81,12 +83,12 @@ class ThreeStage(Method):
 
     def phases(self) -> list[Phase]:
         lr = self.learning_rate(self.config.lr, LR_PER_WIDTH)
-        return [phase_of_both(self.config.epochs, lr, beside_share=self.config.forget_share, combined=True)]
+        return [paired_phase(self.config.epochs, lr, paired_share=self.config.forget_share, combined=True)]
 
     def loss(self, model: nn.Module, batch: Batch, phase: Phase) -> dict[str, Tensor]:
         return {"retain_ce": cross_entropy(model, batch)}
 
-    def loss_beside(self, model: nn.Module, batch: Batch, phase: Phase) -> dict[str, Tensor]:
+    def paired_loss(self, model: nn.Module, batch: Batch, phase: Phase) -> dict[str, Tensor]:
         log_p = outputs(model, batch.images).float().log_softmax(1)
         entropy = -(log_p.exp() * log_p).sum(1) / math.log(log_p.shape[1])
         index = batch.index.to(self.logits.device)
@@ -99,10 +101,10 @@ class ThreeStage(Method):
         return {"forget_entropy": loss}
 
     @torch.no_grad()
-    def combine(self, model: nn.Module, main: list[Tensor], beside: list[Tensor], phase: Phase) -> list[Tensor]:
+    def combine(self, model: nn.Module, main: list[Tensor], paired: list[Tensor], phase: Phase) -> list[Tensor]:
         tiny = torch.finfo(torch.float32).tiny  # a gradient of zero stays zero
         retain = torch._foreach_div(main, norm(main).clamp_min(tiny))
-        forget = torch._foreach_div(beside, norm(beside).clamp_min(tiny))
+        forget = torch._foreach_div(paired, norm(paired).clamp_min(tiny))
         conflict = dot(forget, retain).clamp_max(0)
         rectified = [
             torch._foreach_sub(forget, torch._foreach_mul(retain, conflict)),

@@ -20,7 +20,7 @@ _UNCHANGED = (nn.Identity, type(None))
 
 
 @contextlib.contextmanager
-def attention_as(model: nn.Module, implementation: str) -> Iterator[None]:
+def attention_backend(model: nn.Module, implementation: str) -> Iterator[None]:
     """Within it, every block of the model runs timm's fused (`sdpa`) or explicit (`eager`) attention, or `xformers`'.
 
     Raises UserError for xformers where the model's attention is windowed or cannot be captured.
@@ -78,7 +78,7 @@ def stream_attention(model: nn.Module, sink: Callable[[Tensor], None]) -> Iterat
     Within it the model's attention is explicit, and its maps pass through `attn_drop`, where they can be seen.
     """
     with contextlib.ExitStack() as hooks:
-        hooks.enter_context(attention_as(model, "eager"))
+        hooks.enter_context(attention_backend(model, "eager"))
         for module in _usable_attention(model):
             handle = module.attn_drop.register_forward_hook(functools.partial(_hand_on, sink))  # type: ignore[union-attr]
             hooks.callback(handle.remove)
@@ -98,7 +98,7 @@ def _hand_on(sink: Callable[[Tensor], None], _module: nn.Module, _inputs: Any, o
     sink(output.detach())
 
 
-def still_key_biases(model: nn.Module) -> list[Any]:
+def zero_key_bias_grads(model: nn.Module) -> list[Any]:
     """Sets the gradient of key biases to zero, which it is but for rounding; returns the handles of the hooks.
 
     A key bias adds the same number to all logits of a query, and softmax does not see it. Adam divides what rounding

@@ -20,7 +20,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import SpaceToDepth
+from timm.layers.space_to_depth import SpaceToDepth
 from torch import Tensor, nn
 
 from engine.errors import UserError

@@ -20,7 +20,7 @@ from engine.models.vit import forwarding
 
 
 @contextlib.contextmanager
-def only_tokens_of_the_head(model: nn.Module) -> Iterator[None]:
+def truncate_last_block(model: nn.Module) -> Iterator[None]:
     """Within it, the last block of a model that is known to read class tokens alone returns only these.
 
     Does nothing for other models: averaged patch tokens, attention pooling, Swin, blocks that are not timm's plain one.

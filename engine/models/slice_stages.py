@@ -61,12 +61,12 @@ class Stages:
         for sequence, stages in enumerate(self.kept, 1):
             for number, stage in enumerate(stages, 1):
                 tensors |= {_prefix(sequence, number) + key: value for key, value in stage.items()}
-        said = {"recipe": self.recipe, "served": self.served, "stages": [len(stages) for stages in self.kept]}
+        payload = {"recipe": self.recipe, "served": self.served, "stages": [len(stages) for stages in self.kept]}
         with replacing(folder / STAGES) as temporary:
             save_file(
                 {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()},
                 temporary,
-                metadata={"lethe": json.dumps(said)},
+                metadata={"lethe": json.dumps(payload)},
             )
 
     @classmethod
@@ -74,16 +74,16 @@ class Stages:
         """Raises UserError for a file that is damaged or is not one of these."""
         try:
             with safetensors.safe_open(folder / STAGES, framework="pt") as file:
-                said = json.loads(file.metadata()["lethe"])
+                payload = json.loads(file.metadata()["lethe"])
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # it is not a dict
             return cls(
-                recipe=said["recipe"],
-                served=said["served"],
+                recipe=payload["recipe"],
+                served=payload["served"],
                 members=tensors["members"].numpy(),
                 base=_below("base.", tensors),
                 kept=[
                     [_below(_prefix(sequence, number), tensors) for number in range(1, count + 1)]
-                    for sequence, count in enumerate(said["stages"], 1)
+                    for sequence, count in enumerate(payload["stages"], 1)
                 ],
             )
         except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:

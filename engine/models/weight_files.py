@@ -70,9 +70,9 @@ def _find(folder: Path) -> tuple[Path, tuple[str, ...]]:
             return folder / name, passed_over
     found = [path for path in files if path.name not in passed_over]
     if not found:
-        beside = f"; {', '.join(passed_over)} hold no weights of a model" if passed_over else ""
+        paired = f"; {', '.join(passed_over)} hold no weights of a model" if passed_over else ""
         raise UserError(
-            f"checkpoint {folder} has no model.safetensors (nor .pth, .pt, .bin, .ckpt, .tar){beside}"
+            f"checkpoint {folder} has no model.safetensors (nor .pth, .pt, .bin, .ckpt, .tar){paired}"
             f"{_elsewhere(folder)}"
         )
     if len(found) == 1:

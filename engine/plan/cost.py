@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from engine.models.attention import attention_as, capture_queries_keys
+from engine.models.attention import attention_backend, capture_queries_keys
 from engine.models.capture import attention_calls
 from engine.models.info import ModelInfo, black_image
 from engine.models.spec import ModelSpec
@@ -157,7 +157,7 @@ def _bytes(
             checkpoint_blocks(model)
         for parameter in model.parameters():
             parameter.register_post_accumulate_grad_hook(_drop_gradient)
-        with attention_as(model, attention):
+        with attention_backend(model, attention):
             for one_pass in (_train, functools.partial(_teach, keep=isinstance(info, ViTInfo) and not info.windowed)):
                 with _Tracker(model) as tracker:
                     images = torch.empty(batch, info.in_chans, *info.input_size, dtype=dtype)
@@ -191,7 +191,7 @@ def _flops(spec: ModelSpec, info: ModelInfo, checkpointing: bool, trainable: str
         checkpoint_blocks(model)
     images = torch.empty(2, info.in_chans, *info.input_size, device="meta")  # BatchNorm takes no single image
     counts = []
-    with attention_as(model.train(), "eager"):
+    with attention_backend(model.train(), "eager"):
         with FlopCounterMode(display=False) as counter:
             output = model(images)
         counts.append(counter.get_total_flops())

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from engine.config import RunConfig
-from engine.core.method import Taken
+from engine.core.phase import StepCounts
 from engine.data.sampling import Epochs
 from engine.errors import UserError
 from engine.evaluate.metrics import MOST_RETAINED
@@ -90,12 +90,12 @@ def unlearning_work(cost: Cost, sizes: Sizes, method: str, config: Any, run: Run
             flops = each.forward * cost.forward_flops + each.backward * cost.backward_flops
             flops = each.images * (flops + each.rollouts * cost.rollout_flops)
             items.append(Work(name=each.name, images=each.images, steps=0, flops=flops, kind=each.kind))
-        images = taken.images + taken.beside
+        images = taken.images + taken.paired
         items.append(_training(f"{phase.name} phase", cost, images, taken.steps, phase.name, cost.updating))
         watches += max(1, min(CHECKS, taken.steps)) if phase.guarded else 0
         if number in stage:
             epochs = math.ceil(phase.epochs) - (number == max(stage))  # none after the last of all
-            alone = phase.samples == "retain" and phase.beside is None
+            alone = phase.samples == "retain" and phase.paired is None
             looks += epochs * (sizes.forget + (sizes.validation if alone else 0))
     items.append(_forward("looks of stop_when", cost, looks))
     items.append(_forward("watched accuracy", cost, watches * min(WATCHED, sizes.test or used)))
@@ -110,27 +110,27 @@ def _choosing(cost: Cost, sizes: Sizes, run: RunConfig) -> list[Work]:
     return [_forward("choice of retained samples", cost, sizes.retain + sizes.forget * (run.retain_choice == "near"))]
 
 
-def _taken(phase: Phase, sizes: Sizes, retain: int, run: RunConfig, pruned: PrunedPhase | None) -> Taken:
+def _taken(phase: Phase, sizes: Sizes, retain: int, run: RunConfig, pruned: PrunedPhase | None) -> StepCounts:
     """What the steps of a phase take, as `engine.run.trainer` counts it."""
     whole = phase.retained(retain) + (0 if phase.samples == "retain" else sizes.forget)
     epochs = Epochs(pruned.counts if pruned else (whole,), sizes.batch)
     steps = epochs.steps(phase.epochs)
     steps = min(steps, run.max_steps) if run.max_steps else steps
-    beside = None
-    if phase.beside is not None:
+    paired = None
+    if phase.paired is not None:
         processes = sizes.ranks * run.accumulation_steps
-        size = phase.beside_size(sizes.batch // processes, pruned.grown if pruned else 1.0) * processes
-        beside = Epochs(({"forget": sizes.forget, "retain": retain}[phase.beside],), size)
+        size = phase.paired_size(sizes.batch // processes, pruned.grown if pruned else 1.0) * processes
+        paired = Epochs(({"forget": sizes.forget, "retain": retain}[phase.paired],), size)
     if not phase.turns:
-        main, other = epochs.samples(steps), beside.samples(steps) if beside else 0
+        main, other = epochs.samples(steps), paired.samples(steps) if paired else 0
     else:
-        assert beside is not None
+        assert paired is not None
         turns = [phase.takes(step) for step in range(steps)]
         main, other = (
             sum(each.samples(step + 1) - each.samples(step) for step in range(steps) if turns[step][kind])
-            for kind, each in enumerate((epochs, beside))
+            for kind, each in enumerate((epochs, paired))
         )
-    return Taken(steps=steps, images=main, beside=other, held_out=sizes.validation, image=sizes.image)
+    return StepCounts(steps=steps, images=main, paired=other, held_out=sizes.validation, image=sizes.image)
 
 
 def _merged(items: list[Work]) -> list[Work]:

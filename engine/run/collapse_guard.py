@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from engine.run.updater import Updater
+from engine.run.train_engine import TrainEngine
 
 logger = logging.getLogger(__name__)
 
@@ -36,17 +36,17 @@ class CollapseGuard:
         phase: str,
         total: int,
         *,
-        updater: Updater,
+        train_engine: TrainEngine,
         watch: Callable[[nn.Module], float],
         before: float,
         limit: float,
         record: Callable[[dict[str, Any]], None],
         is_main: bool,
     ) -> None:
-        self.phase, self.updater, self.watch, self.before = phase, updater, watch, before
+        self.phase, self.train_engine, self.watch, self.before = phase, train_engine, watch, before
         self.limit, self.record, self.is_main = limit, record, is_main
         self.steps = {math.ceil(total * (i + 1) / CHECKS) for i in range(CHECKS)}
-        self.good_step, self.good = 0, updater.weights()
+        self.good_step, self.good = 0, train_engine.weights()
 
     def state(self) -> dict[str, Any]:
         return {"step": self.good_step, "weights": self.good}
@@ -55,13 +55,13 @@ class CollapseGuard:
         self.good_step, self.good = state["step"], state["weights"] if self.is_main else None
 
     def collapsed(self, step: int) -> bool:
-        now = self.watch(self.updater.model)
+        now = self.watch(self.train_engine.model)
         self.record({"phase": self.phase, "step": step - 1, "watched_accuracy": now})
         if 100 * (self.before - now) <= self.limit:
             self.good = None  # before the next copy is made: one is enough to hold
-            self.good_step, self.good = step, self.updater.weights()
+            self.good_step, self.good = step, self.train_engine.weights()
             return False
-        self.updater.load_weights(self.good)
+        self.train_engine.load_weights(self.good)
         self.record(
             {
                 "event": "collapse",

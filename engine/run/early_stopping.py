@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from engine.core.heldout import predictions_of, said, unseen_accuracy
+from engine.core.heldout import format_accuracies, predictions_of, unseen_accuracy
 from engine.errors import UserError
 from engine.methods import Method, Phase
 from engine.models.predict import Predictions
@@ -55,18 +55,18 @@ class HeldOutStop:
         kept = np.flatnonzero(np.isin(held_out.labels, self.context.retain.labels))
         return held_out.take(kept).accuracy if len(kept) else 1.0
 
-    def look(self, model: nn.Module, phase: Phase, number: int, epoch: int, step: int) -> dict[str, Any]:
+    def evaluate(self, model: nn.Module, phase: Phase, number: int, epoch: int, step: int) -> dict[str, Any]:
         """A row for the history: what was measured after an epoch. `stopped` is set where the run ends with it."""
         forget = predictions_of(model, self.context.forget, self.context).accuracy
         row: dict[str, Any] = {"phase": phase.name, "epoch": epoch, "step": step, "forget_accuracy": forget}
         row["unseen_accuracy"] = self.target
         enough = forget <= self.target + self.tolerance
-        if phase.samples == "retain" and phase.beside is None:
+        if phase.samples == "retain" and phase.paired is None:
             row["held_out_accuracy"] = self._kept(predictions_of(model, self._held_out, self.context))
             row["held_out_before"] = self.needed
             enough &= row["held_out_accuracy"] >= self.needed - self.tolerance
         if enough:
-            row["ended"] = said(forget, self.target)
+            row["ended"] = format_accuracies(forget, self.target)
             self.stopped = row | {"number": number}
         return row
 

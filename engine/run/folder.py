@@ -32,7 +32,7 @@ from engine.models.huggingface import as_classifier
 from engine.models.spec import spec_of
 from engine.runtime import lock
 from engine.runtime.files import full_disk, replacing, sync, write_json
-from engine.runtime.process_group import World
+from engine.runtime.process_group import ProcessGroup
 
 # What a run folder may hold; --overwrite removes these and nothing else.
 _FILES = (
@@ -50,7 +50,7 @@ _FILES = (
     "verdict.json",
 )
 # Of them those that say of a run that it is done: of one that goes on they would be a lie.
-_SEALS = ("record.json", "record.salt", "record.ids", "verdict.json")
+_COMPLETION_FILES = ("record.json", "record.salt", "record.ids", "verdict.json")
 _FOLDERS = ("resume", "last_good")
 # Tracebacks of earlier runs, see `engine.cli.exits`; removed when a run starts.
 CRASHES = "crash*.txt"
@@ -81,7 +81,7 @@ def closing() -> Iterator[None]:
 
 def check_free(folder: str | os.PathLike[str]) -> None:
     """Raises UserError where another process works in a run folder: before the work, which `RunFolder` comes after."""
-    if World.current().is_main:
+    if ProcessGroup.current().is_main:
         lock.check(Path(folder))
 
 
@@ -111,9 +111,9 @@ class RunFolder:
         *,
         resume: bool = False,
         overwrite: bool = False,
-        world: World | None = None,
+        world: ProcessGroup | None = None,
     ) -> None:
-        self.path, self.world = Path(folder), world or World()
+        self.path, self.world = Path(folder), world or ProcessGroup()
         if resume and overwrite:
             raise UserError("give --resume or --overwrite, not both")
         self._lock: lock.FolderLock | None = None
@@ -164,7 +164,7 @@ class RunFolder:
             for leftover in self.path.glob(pattern):
                 leftover.unlink(missing_ok=True)
         if resume:
-            for name in _SEALS:
+            for name in _COMPLETION_FILES:
                 (self.path / name).unlink(missing_ok=True)
         else:
             for name in held:

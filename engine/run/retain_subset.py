@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from engine.config import RunConfig
 from engine.data import Batch, Loader, Samples
 from engine.errors import UserError
-from engine.models.attention import attention_as
+from engine.models.attention import attention_backend
 from engine.models.vit import outputs
-from engine.runtime.process_group import World
+from engine.runtime.process_group import ProcessGroup
 
 # Cosines that are held at once: 64 MB.
 _BLOCK = 1 << 24
@@ -38,7 +38,7 @@ def choose_retained(
     retain: Samples,
     loader: Callable[[Samples, str], Loader],
     autocast: Callable[[], Any],
-    world: World,
+    world: ProcessGroup,
 ) -> Samples:
     """`retain_share` of the retained samples, in their order, as `retain_choice` says; the same ones on every rank.
 
@@ -57,7 +57,7 @@ def choose_retained(
     if run.retain_choice == "random":
         chosen = _random(retain.labels, count, run.seed)
     else:
-        with torch.no_grad(), attention_as(original, run.attention):
+        with torch.no_grad(), attention_backend(original, run.attention):
             images = loader(retain, "none")
             if run.retain_choice == "hard":
                 scores = _losses(original, images, autocast)

@@ -36,7 +36,7 @@ from engine.data import Batch
 from engine.errors import UserError
 from engine.methods import Phase
 from engine.models.info import num_classes_of
-from engine.runtime.process_group import World
+from engine.runtime.process_group import ProcessGroup
 
 # Told apart from the other draws of a run's seed.
 _DRAWS = 2503
@@ -146,7 +146,7 @@ class PrunedPhase:
         finally:
             hook.remove()
 
-    def settle(self, world: World) -> None:
+    def settle(self, world: ProcessGroup) -> None:
         """Keeps the losses that were seen, of all ranks; every rank calls it."""
         index = torch.cat([index for index, _ in self._seen] or [torch.zeros(0, dtype=torch.int64)])
         losses = torch.cat([losses for _, losses in self._seen] or [torch.zeros(0)])

@@ -20,12 +20,12 @@ from engine.core.method import refuse_unfit
 from engine.core.result import AfterPhase, Progress
 from engine.data import Loader, Samples, from_dataset
 from engine.data.readable import bad_images, same_random_numbers, without
-from engine.data.samples import spread
+from engine.data.samples import evenly_spaced
 from engine.errors import UserError
 from engine.methods import Context, Method, Phase, get_method
-from engine.models.attention import attention_as
+from engine.models.attention import attention_backend
 from engine.models.info import num_classes_of
-from engine.models.last_block import only_tokens_of_the_head
+from engine.models.last_block import truncate_last_block
 from engine.models.preprocessing import preprocessing_of
 from engine.models.spec import spec_of
 from engine.models.trainable import refuse_sharding, restrict
@@ -35,10 +35,10 @@ from engine.run import folder as runfolder
 from engine.run.early_stopping import HeldOutStop, check_stop
 from engine.run.retain_subset import choose_retained
 from engine.run.seta import check_pruning, pruned_phases
+from engine.run.train_engine import TrainEngine
 from engine.run.trainer import Trainer
-from engine.run.updater import Updater
 from engine.run.zero import (
-    ZeroUpdater,
+    ZeroTrainEngine,
     half_weights,
     read_deepspeed,
     release_frozen,
@@ -48,7 +48,7 @@ from engine.run.zero import (
 )
 from engine.runtime.allocator import keeping_freed_memory
 from engine.runtime.device import autocast, resolve_device, resolve_precision
-from engine.runtime.process_group import World, join
+from engine.runtime.process_group import ProcessGroup, init_process_group
 from lethe_kernels import resolve_backend
 
 logger = logging.getLogger(__name__)
@@ -68,11 +68,11 @@ class Run:
     resolved: dict[str, Any]
     method: Method
     teacher: nn.Module
-    updater: Updater
+    train_engine: TrainEngine
     trainer: Trainer
     phases: list[Phase]
     loader_of: Callable[[int, Phase], Loader]
-    beside_of: Callable[[int, Phase], Loader | None]
+    paired_loader: Callable[[int, Phase], Loader | None]
 
     @contextlib.contextmanager
     def computing(self) -> Iterator[None]:
@@ -80,9 +80,9 @@ class Run:
         context = self.method.context
         with contextlib.ExitStack() as stack:
             stack.enter_context(keeping_freed_memory(context.device))
-            for model in (self.teacher, self.updater.module):
-                stack.enter_context(attention_as(model, context.run.attention))
-                stack.enter_context(only_tokens_of_the_head(model))
+            for model in (self.teacher, self.train_engine.module):
+                stack.enter_context(attention_backend(model, context.run.attention))
+                stack.enter_context(truncate_last_block(model))
             yield
 
 
@@ -139,7 +139,7 @@ def set_up(
     info = describe(original)
     watched = retain if validation is None else from_dataset(validation, "validation")
     _check_data(original, forget, retain, watched)
-    world = join(run.device, run.timeout)
+    world = init_process_group(run.device, run.timeout)
     if deepspeed is not None and method_class.one_process:
         raise UserError(f"method {method}: {method_class.one_process}; run it on one process, without DeepSpeed")
     zero = _resolve_zero(deepspeed, run, world)
@@ -244,15 +244,15 @@ def set_up(
     scales = unlearner.lr_scales(student)
     if zero and scales:
         raise UserError("option layer_decay: DeepSpeed has one rate for all weights; leave it out, or --deepspeed")
-    updater = ZeroUpdater(student, run, zero) if zero else Updater(student, run, scales)
+    train_engine = ZeroTrainEngine(student, run, zero) if zero else TrainEngine(student, run, scales)
     trainer = Trainer(
-        updater,
+        train_engine,
         unlearner,
         run,
         folder,
         progress,
         after_phase,
-        spread(watched, WATCHED, "watched"),
+        evenly_spaced(watched, WATCHED, "watched"),
         loader,
         release,
         spec,
@@ -269,31 +269,31 @@ def set_up(
         )
         return loader(samples, augment, run.seed * 1009 + number, run.accumulation_steps, **part)
 
-    def beside_of(number: int, phase: Phase) -> Loader | None:
-        if phase.beside is None:
+    def paired_loader(number: int, phase: Phase) -> Loader | None:
+        if phase.paired is None:
             return None
         return loader(
-            {"forget": forget, "retain": retain}[phase.beside],
-            run.augment if (phase.augment if phase.augment_beside is None else phase.augment_beside) else "none",
+            {"forget": forget, "retain": retain}[phase.paired],
+            run.augment if (phase.augment if phase.augment_paired is None else phase.augment_paired) else "none",
             run.seed * 1009 + 500 + number,
             run.accumulation_steps,
-            phase.beside_size(run.batch_size, pruned[number].grown if number in pruned else 1.0),
+            phase.paired_size(run.batch_size, pruned[number].grown if number in pruned else 1.0),
         )
 
     return Run(
         resolved=resolved,
         method=unlearner,
         teacher=teacher,
-        updater=updater,
+        train_engine=train_engine,
         trainer=trainer,
         phases=phases,
         loader_of=loader_of,
-        beside_of=beside_of,
+        paired_loader=paired_loader,
     )
 
 
 def _resolve_zero(
-    deepspeed: Mapping[str, Any] | str | os.PathLike[str] | None, run: RunConfig, world: World
+    deepspeed: Mapping[str, Any] | str | os.PathLike[str] | None, run: RunConfig, world: ProcessGroup
 ) -> dict[str, Any] | None:
     """The DeepSpeed configuration with the run's values in it; None for plain torch on one process."""
     if deepspeed is None:
@@ -307,7 +307,9 @@ def _resolve_zero(
     return resolve_deepspeed(read_deepspeed(deepspeed), run, world.size)
 
 
-def _check_ranks(run: RunConfig, world: World, zero: dict[str, Any] | None, forget: Samples, retain: Samples) -> None:
+def _check_ranks(
+    run: RunConfig, world: ProcessGroup, zero: dict[str, Any] | None, forget: Samples, retain: Samples
+) -> None:
     smallest = min((s for s in (forget, retain) if len(s)), key=len)
     if world.size > len(smallest):
         raise UserError(

@@ -22,7 +22,7 @@ from engine.core.result import AfterPhase, Progress, UnlearnResult
 from engine.data import Batch, Loader, Samples
 from engine.errors import RunStopped, UserError
 from engine.methods import Method, Phase
-from engine.models.attention import attention_as
+from engine.models.attention import attention_backend
 from engine.models.checkpoint import save_checkpoint
 from engine.models.predict import predict
 from engine.models.spec import ModelSpec
@@ -31,17 +31,17 @@ from engine.run.collapse_guard import CollapseGuard
 from engine.run.early_stopping import HeldOutStop
 from engine.run.folder import RunFolder, save_result
 from engine.run.seta import PrunedPhase, load_state, state_of
-from engine.run.updater import Updater
+from engine.run.train_engine import TrainEngine
 
 logger = logging.getLogger(__name__)
 
 # Steps between reads of the losses: a read waits for the device.
-_FLUSH = 10
+_LOG_EVERY = 10
 # Points of watched accuracy lost at the end of a run that are reported as a collapse.
-_LOST = 10.0
+_COLLAPSE_POINTS = 10.0
 
 # What a checkpoint keeps of the trainer itself.
-_KEPT = ("samples_seen", "watched", "seconds", "bad_images")
+_CHECKPOINT_FIELDS = ("samples_seen", "watched", "seconds", "bad_images")
 
 
 class Trainer:
@@ -49,7 +49,7 @@ class Trainer:
 
     def __init__(
         self,
-        updater: Updater,
+        train_engine: TrainEngine,
         method: Method,
         run: RunConfig,
         folder: RunFolder | None,
@@ -62,9 +62,15 @@ class Trainer:
         pruned: dict[int, PrunedPhase] | None = None,
         stop: HeldOutStop | None = None,
     ) -> None:
-        self.updater, self.method, self.run, self.folder, self.progress = updater, method, run, folder, progress
+        self.train_engine, self.method, self.run, self.folder, self.progress = (
+            train_engine,
+            method,
+            run,
+            folder,
+            progress,
+        )
         self.after_phase, self.loader, self.release, self.spec = after_phase, loader, release, spec
-        self.pruned, self.early_stop = pruned or {}, stop
+        self.pruned, self.early_stopping = pruned or {}, stop
         self.world = method.context.world
         self.watch_loader = loader(watched, "none")
         self.history: list[dict[str, Any]] = []
@@ -75,7 +81,7 @@ class Trainer:
 
     @property
     def model(self) -> nn.Module:
-        return self.updater.model
+        return self.train_engine.model
 
     def begin(self, started: float) -> None:
         self.started = started
@@ -83,21 +89,21 @@ class Trainer:
         if loaded is None:
             self.watched["before"] = self.watch(self.method.context.original)
             self._check_accuracy()
-            if self.early_stop:
+            if self.early_stopping:
                 began = time.perf_counter()
-                self.early_stop.prepare()
+                self.early_stopping.prepare()
                 self.seconds["prepare"] += time.perf_counter() - began
             return
         self.state, place = loaded
         self.history = self.folder.history() if self.folder else []
-        self.updater.load(place)
+        self.train_engine.load(place)
         self.phase_number = self.state["phase"]
-        for key in _KEPT:
+        for key in _CHECKPOINT_FIELDS:
             setattr(self, key, self.state[key])
         self.method.load_state(self.state["method"])
         load_state(self.pruned, self.state["pruned"])
-        if self.early_stop:
-            self.early_stop.load_state(self.state["early_stop"])
+        if self.early_stopping:
+            self.early_stopping.load_state(self.state["early_stop"])
         self.started -= self.seconds["unlearn"]
         logger.info("resumed at phase %d, step %d", self.phase_number, self.state["step"])
 
@@ -127,7 +133,7 @@ class Trainer:
         number: int,
         phase: Phase,
         loader: Loader,
-        beside: Loader | None,
+        paired: Loader | None,
         original_needed: bool,
     ) -> None:
         """Runs a phase, or what a resumed run has left of it.
@@ -135,7 +141,7 @@ class Trainer:
         beside: of the samples beside those of the phase, where it has any. original_needed: by a phase that comes
         later.
         """
-        if self.early_stop and self.early_stop.stopped and number in self.early_stop.stage:
+        if self.early_stopping and self.early_stopping.stopped and number in self.early_stopping.stage:
             return
         began = time.perf_counter()
         self._prepare(number, phase)
@@ -148,23 +154,23 @@ class Trainer:
         step, stopped = self._step_of(number), False
         guard = self._guard(phase, total) if phase.guarded else None
         if step == 0:
-            self.updater.begin_phase(phase.lr)
+            self.train_engine.begin_phase(phase.lr)
             stopped = self._edit(phase, guard, total)
-        scheduler = schedule(phase, self.updater.optimizer, total)
+        scheduler = schedule(phase, self.train_engine.optimizer, total)
         if step and self.state is not None:
             scheduler.load_state_dict(self.state["scheduler"])
-            self.updater.set_groups(self.state["groups"])
+            self.train_engine.set_groups(self.state["groups"])
             if guard:
                 guard.load_state(self.state["guard"])
         self.state = None
         while step < total and not stopped:
             stop = self._next_checkpoint(step, total, loader)
-            stopped = self._run_steps(number, phase, loader, beside, step, stop, total, scheduler, guard)
+            stopped = self._run_steps(number, phase, loader, paired, step, stop, total, scheduler, guard)
             step = stop
             epoch, _, end = loader.epochs.place(step - 1)
             if not stopped and step in (end, total):
                 stopped = self._ended(number, phase, epoch, step, total)
-            for each in filter(None, (loader, beside)):
+            for each in filter(None, (loader, paired)):
                 self.seconds["data"] += each.waited
                 each.waited = 0.0
                 if self.run.on_bad_image == "skip":
@@ -172,7 +178,12 @@ class Trainer:
                         self.bad_images.update(found)
             self._keep(
                 phase,
-                {"phase": number, "step": step, "scheduler": scheduler.state_dict(), "groups": self.updater.groups()}
+                {
+                    "phase": number,
+                    "step": step,
+                    "scheduler": scheduler.state_dict(),
+                    "groups": self.train_engine.groups(),
+                }
                 | ({"guard": guard.state()} if guard else {}),
                 done=stopped or step == total,
                 seconds=time.perf_counter() - began,
@@ -189,7 +200,7 @@ class Trainer:
         return CollapseGuard(
             phase.name,
             total,
-            updater=self.updater,
+            train_engine=self.train_engine,
             watch=self.watch,
             before=self.watched["before"],
             limit=self.run.collapse_drop,
@@ -199,19 +210,19 @@ class Trainer:
 
     def _edit(self, phase: Phase, guard: CollapseGuard | None, total: int) -> bool:
         """Lets the method change weights before the first step; True where that ended the phase."""
-        self.method.edit(self.updater.module, phase)
+        self.method.edit(self.train_engine.module, phase)
         return bool(guard and total == 0 and guard.collapsed(0))
 
     def _ended(self, number: int, phase: Phase, epoch: int, step: int, total: int) -> bool:
         """Whether the method, or `stop_when`, ends the phase after an epoch."""
-        reason = self.method.ended(self.model, phase, epoch) if step < total else None
+        reason = self.method.should_stop(self.model, phase, epoch) if step < total else None
         if reason is not None:
             self._record([{"phase": phase.name, "step": step - 1, "ended": reason}])
-        stop = self.early_stop
+        stop = self.early_stopping
         # After the last step of all there is nothing left to stop.
         if stop is None or number not in stop.stage or (step == total and number == max(stop.stage)):
             return reason is not None
-        self._record([stop.look(self.model, phase, number, epoch, step - 1)])
+        self._record([stop.evaluate(self.model, phase, number, epoch, step - 1)])
         if stop.stopped:
             logger.info("stopped after epoch %d of phase %s: %s", epoch, phase.name, stop.stopped["ended"])
         return reason is not None or stop.stopped is not None
@@ -224,11 +235,11 @@ class Trainer:
         name = f"prepared-{number}"
         kept = self.folder.kept(name) if self.folder and self.state is not None else None
         if kept is not None:
-            self.method.restore(phase, kept)
+            self.method.load_cache_state(phase, kept)
             return
         self.method.prepare(phase)
         if self.folder:
-            self.folder.keep(name, self.method.prepared(phase))
+            self.folder.keep(name, self.method.cache_state(phase))
 
     def _next_checkpoint(self, step: int, total: int, loader: Loader) -> int:
         """The end of the epoch or of the phase, or `checkpoint_every` steps on."""
@@ -240,7 +251,7 @@ class Trainer:
         number: int,
         phase: Phase,
         loader: Loader,
-        beside: Loader | None,
+        paired: Loader | None,
         step: int,
         stop: int,
         total: int,
@@ -253,11 +264,11 @@ class Trainer:
         pruned = self.pruned.get(number)
         self.model.train()
         batches = loader.epoch(epoch, step - first, stop - first, lambda step: phase.takes(first + step)[0])
-        others = beside.steps_of(step, stop, lambda step: phase.takes(step)[1]) if beside else None
+        others = paired.steps_of(step, stop, lambda step: phase.takes(step)[1]) if paired else None
         while step < stop:
             pending.append(self.step(phase, batches, loader.seed, step, scheduler, others, pruned))
             step += 1
-            if len(pending) == _FLUSH or step == stop or (guard and step in guard.steps):
+            if len(pending) == _LOG_EVERY or step == stop or (guard and step in guard.steps):
                 self._flush(phase, epoch, total, pending)
                 if guard and step in guard.steps and guard.collapsed(step):
                     return True
@@ -279,7 +290,7 @@ class Trainer:
         """One optimizer step over its micro-batches, of a model in training mode; nothing of it is read yet.
 
         batches, others: of the steps that take one of the phase's samples, and of those that take one of
-        `phase.beside`. pruned: sees the losses on the way.
+        `phase.paired`. pruned: sees the losses on the way.
         """
         device, self.method.step = self.method.context.device, step
         # Dropout is a function of seed, step and rank, so that a run can go on from any step.
@@ -299,28 +310,28 @@ class Trainer:
         method = self.method
         sums: dict[str, Tensor] = {}
         seen = 0
-        takes_main, takes_beside = phase.takes(step)
+        takes_main, takes_paired = phase.takes(step)
         for _ in range(self.run.accumulation_steps):
             losses, seen = [], 0
             if takes_main:
                 batch = next(batches)
-                watching = pruned.watching(self.updater.module, batch) if pruned else contextlib.nullcontext()
+                watching = pruned.watching(self.train_engine.module, batch) if pruned else contextlib.nullcontext()
                 with watching:
                     losses.append(self._weighted(method.loss, batch, phase, sums))
                 seen += batch.total
-            if takes_beside and others is not None:
+            if takes_paired and others is not None:
                 other = next(others)
-                losses.append(self._weighted(method.loss_beside, other, phase, sums))
+                losses.append(self._weighted(method.paired_loss, other, phase, sums))
                 seen += other.total
             if phase.combined:
-                self.updater.keep_gradients(*losses)
+                self.train_engine.keep_gradients(*losses)
             else:
-                self.updater.backward(functools.reduce(operator.add, losses))
+                self.train_engine.backward(functools.reduce(operator.add, losses))
         if phase.combined:
-            self.updater.set_gradients(lambda main, beside: method.combine(self.model, main, beside, phase))
+            self.train_engine.set_gradients(lambda main, paired: method.combine(self.model, main, paired, phase))
         lr = scheduler.get_last_lr()[0]
         method.before_step(self.model, phase)
-        norm = self.updater.step()
+        norm = self.train_engine.step()
         method.after_step(self.model, phase)
         scheduler.step()
         self.samples_seen[phase.name] = self.samples_seen.get(phase.name, 0) + seen
@@ -381,7 +392,7 @@ class Trainer:
             def save() -> None:
                 assert self.spec is not None  # there is a folder
                 model = self.spec.build()
-                model.load_state_dict(merge_state(self.updater.read_weights(place)))
+                model.load_state_dict(merge_state(self.train_engine.read_weights(place)))
                 save_checkpoint(model, last_good)
 
             self.world.on_main(save)
@@ -399,18 +410,18 @@ class Trainer:
             return
         if done:
             state = {"phase": state["phase"] + 1, "step": 0}
-        kept = {key: dict(getattr(self, key)) for key in _KEPT}
+        kept = {key: dict(getattr(self, key)) for key in _CHECKPOINT_FIELDS}
         kept |= {"method": self.method.state(), "pruned": state_of(self.pruned)}
-        if self.early_stop:
-            kept["early_stop"] = self.early_stop.state()
-        self.folder.save({**state, **kept}, self.updater.save)
+        if self.early_stopping:
+            kept["early_stop"] = self.early_stopping.state()
+        self.folder.save({**state, **kept}, self.train_engine.save)
 
     def finish(self, resolved: dict[str, Any], finalize: Callable[[UnlearnResult], None] | None) -> UnlearnResult:
-        model = merge(self.updater.finish()).eval()
+        model = merge(self.train_engine.finish()).eval()
         model._compiled_call_impl = None  # torch offers no way back from Module.compile; the caller gets a plain model
         if self.run.gradient_checkpointing:
             model.set_grad_checkpointing(False)  # type: ignore[operator]
-        with attention_as(model, self.run.attention):  # DeepSpeed's is not the model that was trained
+        with attention_backend(model, self.run.attention):  # DeepSpeed's is not the model that was trained
             return self._finish(model, resolved, finalize)
 
     def _finish(
@@ -419,7 +430,7 @@ class Trainer:
         self.watched["after"] = self.watch(model)
         lost = 100 * (self.watched["before"] - self.watched["after"])
         training = self.method.is_training or not len(self.method.context.forget)
-        collapsed = lost > _LOST and not training
+        collapsed = lost > _COLLAPSE_POINTS and not training
         if collapsed:
             self.event({"event": "collapse", "at": "end", "points_lost": round(lost, 2)})
             logger.warning(
@@ -444,7 +455,7 @@ class Trainer:
             lambda samples: predict(model, self.loader(samples, "none"), self.run.precision).accuracy,
             self.bad_images,
             save_result,
-            self.early_stop.stopped if self.early_stop else None,
+            self.early_stopping.stopped if self.early_stopping else None,
         )
         if finalize:
             finalize(result)

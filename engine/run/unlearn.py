@@ -19,7 +19,7 @@ from engine.models.huggingface import as_classifier, as_given
 from engine.models.usable import usable
 from engine.run import folder as runfolder
 from engine.run.setup import Run, set_up
-from engine.runtime.process_group import World, watching_ranks
+from engine.runtime.process_group import ProcessGroup, watching_ranks
 from engine.runtime.progress import automatic_progress
 
 
@@ -149,7 +149,7 @@ def shown_progress(progress: Progress | bool | None) -> Iterator[Progress | None
     """The callback of a run: the given one, or that of a bar where somebody can see it, or none."""
     if callable(progress):
         yield progress
-    elif progress is False or World.current().rank > 0:
+    elif progress is False or ProcessGroup.current().rank > 0:
         yield None
     else:
         with automatic_progress(wanted=bool(progress)) as report:
@@ -167,12 +167,12 @@ def _run(run: Run, started: float, finalize: Callable[[UnlearnResult], None] | N
                 number,
                 phase,
                 run.loader_of(number, phase),
-                run.beside_of(number, phase),
+                run.paired_loader(number, phase),
                 any(run.method.needs_original(later, prepared=False) for later in phases[number + 1 :]),
             )
 
         def end(result: UnlearnResult) -> None:
-            run.method.finished(result)
+            run.method.on_finish(result)
             if finalize:
                 finalize(result)
 

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from engine.config import RunConfig
 from engine.errors import UserError
-from engine.run.updater import Updater
-from engine.runtime.process_group import World, backends
+from engine.run.train_engine import TrainEngine
+from engine.runtime.process_group import ProcessGroup, backends
 
 
 def require_deepspeed() -> Any:
@@ -147,8 +147,8 @@ def release_frozen(model: nn.Module) -> None:
             parameter.ds_tensor.data = parameter.ds_tensor.data.new_empty(0)
 
 
-class ZeroUpdater(Updater):
-    """`Updater` over a DeepSpeed engine. Every method is a collective: all ranks call it."""
+class ZeroTrainEngine(TrainEngine):
+    """`TrainEngine` over a DeepSpeed engine. Every method is a collective: all ranks call it."""
 
     def __init__(self, model: nn.Module, run: RunConfig, config: Mapping[str, Any]) -> None:
         deepspeed = require_deepspeed()
@@ -157,7 +157,7 @@ class ZeroUpdater(Updater):
         if not dist.is_initialized():  # one process that no launcher started
             store = dist.HashStore()  # type: ignore[attr-defined]
             dist.init_process_group(backends(run.device), store=store, rank=0, world_size=1)
-        self._deepspeed, self._config, self._world = deepspeed, dict(config), World.current()
+        self._deepspeed, self._config, self._world = deepspeed, dict(config), ProcessGroup.current()
         self._stage = config["zero_optimization"]["stage"]
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=self._config)
         self.model = self._engine

@@ -21,10 +21,17 @@ from torch import Tensor
 from engine.errors import RunStopped, UserError
 
 # What torch.distributed raises where a peer is gone; gloo's are plain RuntimeErrors, told by their text.
-_LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out", "timed out", "Broken pipe", "NCCL")
+_CONNECTION_ERRORS = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Timed out",
+    "timed out",
+    "Broken pipe",
+    "NCCL",
+)
 
 
-class World:
+class ProcessGroup:
     """This process's place among the ranks of a run.
 
     rank, size: as torch.distributed counts. local_rank: rank on this host, which picks the GPU.
@@ -34,7 +41,7 @@ class World:
         self.rank, self.size, self.local_rank = rank, size, local_rank
 
     @classmethod
-    def current(cls) -> World:
+    def current(cls) -> ProcessGroup:
         """The process group that is there, or a world of one."""
         if not dist.is_available() or not dist.is_initialized():
             return cls()
@@ -84,11 +91,11 @@ class World:
                 action()
             except (UserError, RunStopped) as raised:
                 error = raised
-        said = self.broadcast(error and (type(error), str(error)))
+        payload = self.broadcast(error and (type(error), str(error)))
         if error:
             raise error
-        if said:
-            kind, text = said
+        if payload:
+            kind, text = payload
             theirs = kind(text)
             theirs.shared = True
             raise theirs
@@ -114,16 +121,16 @@ def launched() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def join(device: str = "auto", timeout: float = 1800.0) -> World:
+def init_process_group(device: str = "auto", timeout: float = 1800.0) -> ProcessGroup:
     """Joins the process group that the launcher describes, once; a world of one where there is no launcher.
 
     timeout: seconds after which a rank that does not answer is given up.
     Raises UserError for a launcher that says half of it.
     """
     if dist.is_available() and dist.is_initialized():
-        return World.current()
+        return ProcessGroup.current()
     if not launched():
-        return World()
+        return ProcessGroup()
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise UserError(
@@ -151,7 +158,7 @@ def join(device: str = "auto", timeout: float = 1800.0) -> World:
             f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} found no other ranks at "
             f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({_first_line(error)})"
         ) from error
-    return World.current()
+    return ProcessGroup.current()
 
 
 def backends(device: str) -> str:
@@ -171,12 +178,16 @@ def watching_ranks(resumable: bool) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if World.current().size == 1 or isinstance(error, RunStopped) or not any(t in str(error) for t in _LOST):
+        if (
+            ProcessGroup.current().size == 1
+            or isinstance(error, RunStopped)
+            or not any(t in str(error) for t in _CONNECTION_ERRORS)
+        ):
             raise
         then = "start the same command with --resume" if resumable else "start again"
         raise RunStopped(
-            f"rank {World.current().rank} lost contact with another rank ({_first_line(error)}); when all hosts are "
-            f"back, {then}"
+            f"rank {ProcessGroup.current().rank} lost contact with another rank ({_first_line(error)}); when all hosts "
+            f"are back, {then}"
         ) from error
 
 

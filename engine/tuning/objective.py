@@ -15,7 +15,7 @@ from torch import nn
 
 from engine.config import RunConfig
 from engine.data import Samples
-from engine.data.samples import spread
+from engine.data.samples import evenly_spaced
 from engine.errors import UserError
 from engine.evaluate.indistinguishable import Score, Views, indistinguishability
 from engine.evaluate.metrics import Evaluator
@@ -36,9 +36,9 @@ class Objective:
     ) -> None:
         self.choosing, self.reporting = halves(validation)
         options = {key: getattr(run, key) for key in READING_KEYS}
-        forget, some = spread(forget, MOST), spread(retain, MOST)
+        forget, some = evenly_spaced(forget, MOST), evenly_spaced(retain, MOST)
         self._evaluators = [
-            Evaluator(forget, some, spread(half, MOST), **options) for half in (self.choosing, self.reporting)
+            Evaluator(forget, some, evenly_spaced(half, MOST), **options) for half in (self.choosing, self.reporting)
         ]
         self._retained = np.unique(retain.labels)
         self._original = self._views(copy.deepcopy(original))  # the evaluator moves what it is given to the device

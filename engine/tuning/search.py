@@ -29,7 +29,7 @@ from engine.models.preprocessing import preprocessing_of
 from engine.run.unlearn import unlearn
 from engine.runtime import lock
 from engine.runtime.files import replacing
-from engine.runtime.process_group import World, launched
+from engine.runtime.process_group import ProcessGroup, launched
 from engine.tuning.objective import Objective
 from engine.tuning.study import BEST, Study, Trial, check_folder, require_optuna
 
@@ -227,7 +227,7 @@ def _check_tunable(method: str, method_class: type[Method]) -> None:
         )
     if not spaces(method_class.Config, 1):
         raise UserError(f"method {method}: none of its options has a space to search; set them by hand")
-    if World.current().size > 1 or launched():
+    if ProcessGroup.current().size > 1 or launched():
         raise UserError("tune runs in one process; start it without a launcher")
 
 

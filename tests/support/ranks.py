@@ -17,7 +17,7 @@ from engine.data import Samples, open_source
 from engine.models.checkpoint import weights_sha256
 from engine.run.trainer import Trainer
 from engine.run.unlearn import unlearn
-from engine.runtime.process_group import World, leave
+from engine.runtime.process_group import ProcessGroup, leave
 
 sys.path.insert(0, str(Path(__file__).parent))
 from toys import few, tiny_vit
@@ -69,9 +69,9 @@ def run(folder: Path, stage: str | None, batch_size: int, **options: Any) -> eng
 def main(folder: Path) -> None:
     def case(name: str, stage: str, batch_size: int = 8, **options: Any) -> None:
         result = run(folder / name, stage, batch_size, **options)
-        hashes = World.current().gather(weights_sha256(result.model))
+        hashes = ProcessGroup.current().gather(weights_sha256(result.model))
         line = {"weights": hashes, "watched": result.watched, "samples_seen": result.samples_seen}
-        if World.current().is_main:
+        if ProcessGroup.current().is_main:
             (folder / f"{name}.json").write_text(json.dumps(line))
 
     for name, (stage, options) in EQUAL.items():

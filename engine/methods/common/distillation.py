@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.core.method import Context, Method, Passes, Phase, Taken
+from engine.core.method import Context, Method
+from engine.core.phase import ExtraPasses, Phase, StepCounts
 from engine.data import Batch
 
 
@@ -44,7 +45,7 @@ class Distillation(Method):
         """Whether a phase has teachers at all."""
         return True
 
-    def passes(self, phases: list[Phase], number: int, taken: Taken) -> list[Passes]:
+    def passes(self, phases: list[Phase], number: int, taken: StepCounts) -> list[ExtraPasses]:
         phase = phases[number]
         if not self.teachers_run(phase):
             return []
@@ -56,18 +57,18 @@ class Distillation(Method):
         else:
             images = phase.retained(len(self.context.retain))
             images += 0 if phase.samples == "retain" else len(self.context.forget)
-        return [Passes(name="teacher outputs", images=images, forward=self.teachers)]
+        return [ExtraPasses(name="teacher outputs", images=images, forward=self.teachers)]
 
     def prepare(self, phase: Phase) -> None:
         if self.teachers_run(phase) and not phase.augment and phase.samples not in self._rows:
             loader = self.context.loader(self.context.samples_of(phase), "none")
             (self._rows[phase.samples],) = loader.rows(lambda batch: (self._ask(batch, phase),))
 
-    def prepared(self, phase: Phase) -> dict[str, Tensor]:
+    def cache_state(self, phase: Phase) -> dict[str, Tensor]:
         # Every phase keeps what it reads: a resumed run restores those alone that it still goes through.
         return {"rows": self._rows[phase.samples]} if self._cached(phase) else {}
 
-    def restore(self, phase: Phase, prepared: dict[str, Tensor]) -> None:
+    def load_cache_state(self, phase: Phase, prepared: dict[str, Tensor]) -> None:
         if "rows" in prepared:
             self._rows[phase.samples] = prepared["rows"]
 

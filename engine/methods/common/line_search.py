@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from engine.config import require
 from engine.core.heldout import LOOKS, predictions_of, unseen_accuracy
-from engine.core.method import Method, Passes
+from engine.core.method import Method
+from engine.core.phase import ExtraPasses
 from engine.core.search_space import Range, tunable
-from engine.data.samples import spread
+from engine.data.samples import evenly_spaced
 from engine.errors import UserError
 
 
@@ -50,8 +51,8 @@ class LineSearch:
             raise UserError(
                 f"{method.name}: no held-out sample is of a class that is retained; give others as validation=..."
             )
-        self.watched = spread(kept, config.held_out_samples)
-        self.forget = spread(context.forget, config.held_out_samples)
+        self.watched = evenly_spaced(kept, config.held_out_samples)
+        self.forget = evenly_spaced(context.forget, config.held_out_samples)
         self.config = config
         self.enough = self.lowest = 0.0
 
@@ -93,10 +94,10 @@ class LineSearch:
         return best
 
 
-def looks(config: SearchConfig, searches: int, held_out: int, forget: int) -> Passes:
+def looks(config: SearchConfig, searches: int, held_out: int, forget: int) -> ExtraPasses:
     """The passes of so many searches, at most, in a run with so many held-out and forget samples."""
     held_out, forget = (min(config.held_out_samples, count) for count in (held_out, forget))
-    return Passes(name=LOOKS, images=held_out + searches * config.search_steps * (held_out + forget))
+    return ExtraPasses(name=LOOKS, images=held_out + searches * config.search_steps * (held_out + forget))
 
 
 def go(model: nn.Module, step: Sequence[Tensor], length: float, search: LineSearch | None) -> None:

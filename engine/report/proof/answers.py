@@ -23,9 +23,9 @@ from engine.report.proof.tables import (
     Table,
     Used,
     cell,
+    formatted,
     heading,
     plain,
-    said,
     value_of,
 )
 
@@ -97,13 +97,13 @@ def _strongest(by_model: Mapping[str, Any]) -> list[str]:
         return []
     attack = max(known, key=lambda name: abs(known[name] - 0.5))
     others = [
-        f"{said(number, plain)} on {whom}"
+        f"{formatted(number, plain)} on {whom}"
         for name, whom in (("original", "the original"), ("reference", "retrained models"))
         if value_of(number := by_model[name].get(attack, {}).get("auc")) is not None
     ]
     return [
         f"The attack that sees most in this model is “{term(attack).name}”: its AUC is "
-        f"{said(by_model['model'][attack]['auc'], plain)}{', against ' if others else ''}{' and '.join(others)}. "
+        f"{formatted(by_model['model'][attack]['auc'], plain)}{', against ' if others else ''}{' and '.join(others)}. "
         "A coin toss has 0.5."
     ]
 
@@ -172,9 +172,9 @@ def _same_class(by_model: Mapping[str, Any]) -> list[str]:
     mine, before, floor = (by_model[name].get("forget", {}).get("top1") for name in ("model", "original", "reference"))
     if value_of(mine) is None:
         return []
-    text = f"This model names the same class as a retrained model for {said(mine, percent)} of the forget samples"
+    text = f"This model names the same class as a retrained model for {formatted(mine, percent)} of the forget samples"
     if value_of(before) is not None:
-        text += f"; the original did for {said(before, percent)}"
+        text += f"; the original did for {formatted(before, percent)}"
     if value_of(floor) is not None:
-        text += f"; two retrained models do for {said(floor, percent)}"
+        text += f"; two retrained models do for {formatted(floor, percent)}"
     return [f"{text}."]

@@ -36,6 +36,7 @@ from engine.report.proof.tables import (
     Used,
     by_place,
     cell,
+    formatted,
     heading,
     mean_of,
     plain,
@@ -43,7 +44,6 @@ from engine.report.proof.tables import (
     references_of,
     retrained_column,
     retrained_range,
-    said,
     signed_points,
     three_cells,
     upwards,
@@ -166,8 +166,8 @@ def _comes_back(curve: Mapping[str, Any], title: str) -> list[str]:
     else:
         reading = "which cannot be told from 0"
     return [
-        f"{upwards(title)}, this model's advantage over retrained ones is {said(advantage, signed_points)} points, "
-        f"{reading}."
+        f"{upwards(title)}, this model's advantage over retrained ones is "
+        f"{formatted(advantage, signed_points)} points, {reading}."
     ]
 
 

@@ -147,8 +147,8 @@ def _basis(verdict: Mapping[str, Any], gates: Sequence[Mapping[str, Any]]) -> st
     samples = verdict.get("samples", {})
     references = int(verdict.get("references", 0))
     looked = " and ".join(count(int(samples[name]), f"{name} sample") for name in ("forget", "test") if name in samples)
-    beside = f", beside {count(references, 'model')} retrained without the forget samples" if references else ""
-    examined = f"It rests on {looked}{beside}. " if looked else ""
+    paired = f", beside {count(references, 'model')} retrained without the forget samples" if references else ""
+    examined = f"It rests on {looked}{paired}. " if looked else ""
     kinds = [gate["kind"] for gate in gates]
     counted = ", ".join(
         f"{kinds.count(kind)} {word}"

@@ -84,14 +84,14 @@ def dot_plot(
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(0.5 - len(rows), 0.5)
     legend(axes, "outside")
-    said = "; ".join(
+    text = "; ".join(
         f"{row}: "
         + ", ".join(f"{each.name} {_words(columns[:, i], shares)}" for each, columns in drawn if _has(columns, i))
         for i, row in enumerate(rows)
         if any(_has(columns, i) for _, columns in drawn)
     )
     against = "" if line is None else f". Dotted line at {_text(line, shares)}"
-    return [Picture(svg(figure), f"Dot plot of {title}. {said}{against}")]
+    return [Picture(svg(figure), f"Dot plot of {title}. {text}{against}")]
 
 
 def band_plot(
@@ -119,9 +119,9 @@ def band_plot(
     shown = sorted({*range(0, len(ticks), every), len(ticks) - 1} - ({len(ticks) - 2} if every > 1 else set()))
     axes.set_xticks(shown, [_short(ticks[i]) for i in shown], parse_math=False)
     legend(axes, "outside")
-    said = "; ".join(f"{each.name} {_course(columns, ticks, shares)}" for each, columns in drawn)
+    text = "; ".join(f"{each.name} {_course(columns, ticks, shares)}" for each, columns in drawn)
     against = "" if line is None else f". Dotted line at {_text(line, shares)}"
-    return [Picture(svg(figure), f"{title} ({y}) by {x}. {said}{against}")]
+    return [Picture(svg(figure), f"{title} ({y}) by {x}. {text}{against}")]
 
 
 def _line(axes: Axes, places: np.ndarray, columns: np.ndarray, series: Series) -> None:

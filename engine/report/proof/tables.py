@@ -105,7 +105,7 @@ def cell(found: Number | None, text: Callable[[Any], str]) -> Cell:
     return Cell(text(found["value"]), "; ".join(notes))
 
 
-def said(found: Number | None, text: Callable[[Any], str]) -> str:
+def formatted(found: Number | None, text: Callable[[Any], str]) -> str:
     shown = cell(found, text)
     return f"{shown.text} ({shown.note})" if shown.note else shown.text
 

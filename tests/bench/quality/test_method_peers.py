@@ -112,7 +112,7 @@ def test_ssd_is_asked_for_the_weights_that_ours_would_choose(fabric: None, monke
     values = peer.equal(run)
     assert (values["dampening_constant"], values["batch_size"]) == (1.0, 1)
     theirs = peer.unlearned(original, run, values, "fp32")
-    ours = run.updater.module
+    ours = run.train_engine.module
     with run.computing():
         run.method.edit(ours, run.phases[0])
     changed = differing = 0

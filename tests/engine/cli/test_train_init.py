@@ -25,7 +25,7 @@ from engine.jobs.verify import MadeFrom, check_origin, original_of
 from engine.methods.common.mixing import mixed
 from engine.models.checkpoint import load_checkpoint, save_checkpoint, weights_sha256
 from engine.models.spec import describing, spec_of
-from engine.run.updater import Updater
+from engine.run.train_engine import TrainEngine
 
 FORGET = "random:0.1@0"
 SHORT: dict[str, Any] = {"epochs": 1.0, "max_steps": 2, "batch_size": 32, "precision": "fp32"}
@@ -233,7 +233,7 @@ def test_without_layer_decay_there_is_one_group_of_weights() -> None:
     from engine.config import RunConfig
 
     model = tiny_vit()
-    assert [len(group["params"]) for group in Updater(model, RunConfig(), {}).optimizer.param_groups] == [
+    assert [len(group["params"]) for group in TrainEngine(model, RunConfig(), {}).optimizer.param_groups] == [
         len(list(model.parameters()))
     ]
 

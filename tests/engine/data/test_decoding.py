@@ -15,7 +15,7 @@ from engine.config import RunConfig
 from engine.data import BadImageError, Loader, Preprocessing, Samples
 from engine.errors import RunStopped, UserError
 from engine.models.preprocessing import preprocessing_of
-from engine.runtime.process_group import World
+from engine.runtime.process_group import ProcessGroup
 
 
 def loader(samples: Samples, **options: object) -> Loader:
@@ -87,7 +87,9 @@ def test_ranks_that_skip_do_the_mathematics_of_one_process() -> None:
         """For each step, the mean over slices of weight x mean brightness."""
         steps: dict[int, float] = {}
         for rank in range(ranks):
-            part = loader(samples, batch_size=8 // ranks // micro, world=World(rank, ranks), micro=micro, **options)
+            part = loader(
+                samples, batch_size=8 // ranks // micro, world=ProcessGroup(rank, ranks), micro=micro, **options
+            )
             for number, batch in enumerate(part.epoch(0)):
                 mean = batch.index.double().mean().item() * batch.weight / ranks / micro
                 steps[number // micro] = steps.get(number // micro, 0.0) + mean

@@ -10,7 +10,7 @@ import pytest
 from toys import tiny_vit
 
 from engine.errors import UserError
-from engine.evaluate.verdict import DEFAULTS, FAIL, INSUFFICIENT, PASS, Evidence, Gates, Verdict, Witness, judge
+from engine.evaluate.verdict import DEFAULTS, FAIL, INSUFFICIENT, PASS, Evidence, Gates, ModelOutputs, Verdict, judge
 from engine.jobs.task import Task
 from engine.jobs.train import train_job
 from engine.jobs.verify import check_origin, check_reference
@@ -23,7 +23,7 @@ _KEYS = {name: number for number, name in enumerate(SIZES)}
 
 
 @dataclasses.dataclass(frozen=True)
-class World:
+class ProcessGroup:
     """Samples of some difficulty, and models that know what they were trained on `memory` log-odds better."""
 
     seed: int = 0
@@ -44,7 +44,7 @@ class World:
 
     def model(
         self, number: int, forget: float = 0.0, noise: float = 1.0, relearned: float = 0.0, shift: float = 0.0
-    ) -> Witness:
+    ) -> ModelOutputs:
         """forget: log-odds by which it knows the forget samples; relearned: those held back, after the attack."""
         before = {
             "forget": self.says("forget", number, forget + shift, noise),
@@ -52,13 +52,13 @@ class World:
             "test": self.says("test", number, shift, noise),
         }
         held_back = self.says("forget", number, forget + relearned, noise).take(np.arange(150))
-        return Witness(before, {"held_back": held_back, "test": before["test"]})
+        return ModelOutputs(before, {"held_back": held_back, "test": before["test"]})
 
 
-W = World()
+W = ProcessGroup()
 
 
-def evidence(model: Witness, references: int = 2, changed: float | None = 0.9) -> Evidence:
+def evidence(model: ModelOutputs, references: int = 2, changed: float | None = 0.9) -> Evidence:
     return Evidence(
         model=model,
         original=W.model(1, forget=W.memory),
@@ -68,7 +68,7 @@ def evidence(model: Witness, references: int = 2, changed: float | None = 0.9) -
     )
 
 
-def verdict_on(model: Witness, **options: float | None) -> Verdict:
+def verdict_on(model: ModelOutputs, **options: float | None) -> Verdict:
     return judge(evidence(model, **options), Gates.read())  # type: ignore[arg-type]
 
 
@@ -94,7 +94,7 @@ def test_a_retrained_model_passes_every_gate() -> None:
         (W.model(3, relearned=2.0), {"relearning"}),
     ],
 )
-def test_a_model_that_is_not_a_retrain_fails_by_the_gate_that_asks_for_it(model: Witness, gates: set[str]) -> None:
+def test_a_model_that_is_not_a_retrain_fails_by_the_gate_that_asks_for_it(model: ModelOutputs, gates: set[str]) -> None:
     verdict = verdict_on(model)
     assert verdict.status == FAIL
     assert gates <= failing(verdict)
@@ -120,13 +120,13 @@ def test_what_cannot_be_told_is_never_a_pass() -> None:
     blind = dataclasses.replace(evidence(W.model(20)), original=W.model(1))
     assert judge(blind, Gates.read()).decided_by == ["power"]
     # Nor where nobody ran the relearning attack.
-    silent = dataclasses.replace(evidence(W.model(20)), model=Witness(W.model(20).predictions, {}))
+    silent = dataclasses.replace(evidence(W.model(20)), model=ModelOutputs(W.model(20).predictions, {}))
     assert judge(silent, Gates.read()).decided_by == ["relearning"]
 
 
 def test_few_samples_decide_nothing_but_an_unchanged_backbone() -> None:
     few = {name: p.take(np.arange(40)) for name, p in W.model(20).predictions.items()}
-    small = dataclasses.replace(evidence(W.model(20)), model=Witness(few, {}))
+    small = dataclasses.replace(evidence(W.model(20)), model=ModelOutputs(few, {}))
     verdict = judge(small, Gates.read())
     assert verdict.decided_by == ["samples"]
     assert verdict.gates[0].reason == "40 forget and 40 test samples"
@@ -194,7 +194,7 @@ def test_references_are_what_they_are_said_to_be() -> None:
     check_reference(
         "seen, but its record says otherwise", W.model(11, forget=W.memory), original, proven=True, level=0.9
     )
-    elsewhere = World(memory=0.0)  # what it was trained on is none of this
+    elsewhere = ProcessGroup(memory=0.0)  # what it was trained on is none of this
     with pytest.raises(UserError, match="it was trained on other data"):
         check_reference("other", elsewhere.model(12), original, proven=True, level=0.9)
     with pytest.raises(UserError, match="its test accuracy is"):

@@ -22,7 +22,7 @@ from engine.jobs.evaluate import evaluate_job
 from engine.jobs.evidence import gather_proof
 from engine.jobs.task import Task
 from engine.jobs.unlearn import run_job
-from engine.jobs.verify import Examiner
+from engine.jobs.verify import Verifier
 from engine.models.checkpoint import load_checkpoint, save_checkpoint
 from engine.models.preprocessing import preprocessing_of
 from engine.run.unlearn import unlearn
@@ -109,8 +109,8 @@ def test_verdict_relearning_and_proof_pages_leave_them_out(monkeypatch: pytest.M
     monkeypatch.setattr("engine.jobs.verify.check_reference", lambda *_, **__: None)
     references = [tiny_vit(1), tiny_vit(2)]
     with pytest.raises(BadImageError):
-        Examiner(task, tiny_vit(0), references, config={"precision": "fp32"})
-    examiner = Examiner(task, tiny_vit(0), references, config={"precision": "fp32", **SKIP})
+        Verifier(task, tiny_vit(0), references, config={"precision": "fp32"})
+    examiner = Verifier(task, tiny_vit(0), references, config={"precision": "fp32", **SKIP})
     evidence = examiner.evidence(tiny_vit(3))
     verdict = examiner.judge(evidence)
     assert verdict.samples["forget"] == 118

@@ -14,7 +14,7 @@ from engine.jobs.evaluate import evaluate_job
 from engine.jobs.evidence import gather_proof
 from engine.jobs.task import Task
 from engine.jobs.unlearn import run_job
-from engine.jobs.verify import Examiner
+from engine.jobs.verify import Verifier
 from engine.models.checkpoint import load_checkpoint, save_checkpoint
 from engine.models.info import input_size_of
 from engine.models.spec import ModelSpec
@@ -53,7 +53,7 @@ def test_a_cnn_is_unlearned_evaluated_and_reported(task: Task, cnn: Path, tmp_pa
 
 def test_the_proof_of_a_cnn_says_why_attention_is_missing(task: Task) -> None:
     original, model = SPEC.build(seed=0).eval(), SPEC.build(seed=1).eval()
-    examiner = Examiner(task, original, [], config={"device": "cpu", "workers": 0})
+    examiner = Verifier(task, original, [], config={"device": "cpu", "workers": 0})
     evidence = examiner.evidence(model)
     proof = gather_proof(examiner, evidence, model, examiner.judge(evidence))
     assert proof["representation"]["layers"] == ["features"]

@@ -29,13 +29,13 @@ from engine.evaluate.verdict import (
     Evidence,
     Gate,
     Gates,
+    ModelOutputs,
     Verdict,
-    Witness,
     judge,
 )
 from engine.jobs.evidence import gather_proof
 from engine.jobs.task import Task
-from engine.jobs.verify import Examiner
+from engine.jobs.verify import Verifier
 from engine.models.predict import Predictions
 from engine.report import ReportData, write_report
 from engine.report.proof.page import write_proof
@@ -117,7 +117,7 @@ def test_the_report_shows_attacks_and_agreement_of_the_metrics(proof: dict[str, 
 def test_limits_of_the_bars_are_those_that_the_gates_were_judged_by() -> None:
     classes, seen = 5, set()
 
-    def says(number: int, knows: float, shift: float) -> Witness:
+    def says(number: int, knows: float, shift: float) -> ModelOutputs:
         def of(part: str, size: int, by: float) -> Predictions:
             rng = np.random.default_rng([number, size])
             labels = np.arange(size) % classes
@@ -130,7 +130,7 @@ def test_limits_of_the_bars_are_those_that_the_gates_were_judged_by() -> None:
             "retain": of("retain", 600, 2 + shift),
             "test": of("test", 601, shift),
         }
-        return Witness(sets, {"held_back": sets["forget"].take(np.arange(150)), "test": sets["test"]})
+        return ModelOutputs(sets, {"held_back": sets["forget"].take(np.arange(150)), "test": sets["test"]})
 
     for knows, shift in ((0.0, 0.0), (2.0, 0.0), (0.0, -3.0), (0.25, -0.1), (-0.3, 0.0), (0.4, 0.05)):
         model = says(1, knows, shift)
@@ -158,18 +158,18 @@ def test_limits_of_the_bars_are_those_that_the_gates_were_judged_by() -> None:
 
 
 @pytest.fixture(scope="module")
-def examined() -> Iterator[tuple[Examiner, torch.nn.Module]]:
+def examined() -> Iterator[tuple[Verifier, torch.nn.Module]]:
     """Untrained models on a few digits."""
     whole = Task.open("digits", "random:0.03@0")
     less = {name: few(getattr(whole.source, name), count) for name, count in (("validation", 60), ("test", 100))}
     task = Task(dataclasses.replace(whole.source, **less), whole.request, whole.forget, few(whole.retain, 150))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("engine.jobs.verify.check_reference", lambda *_, **__: None)
-        yield Examiner(task, tiny_vit(), [tiny_vit(1), tiny_vit(2)]), tiny_vit(7)
+        yield Verifier(task, tiny_vit(), [tiny_vit(1), tiny_vit(2)]), tiny_vit(7)
 
 
-def judged(examiner: Examiner, model: torch.nn.Module) -> tuple[Evidence, Verdict]:
-    witness = examiner.look(model)
+def judged(examiner: Verifier, model: torch.nn.Module) -> tuple[Evidence, Verdict]:
+    witness = examiner.evaluate(model)
     evidence = Evidence(
         model=witness,
         original=examiner.original,
@@ -180,7 +180,7 @@ def judged(examiner: Examiner, model: torch.nn.Module) -> tuple[Evidence, Verdic
     return evidence, examiner.judge(evidence)
 
 
-def test_a_proof_is_gathered_from_models(examined: tuple[Examiner, torch.nn.Module], tmp_path: Path) -> None:
+def test_a_proof_is_gathered_from_models(examined: tuple[Verifier, torch.nn.Module], tmp_path: Path) -> None:
     examiner, model = examined
     before = {key: value.clone() for key, value in model.state_dict().items()}
     evidence, verdict = judged(examiner, model)
@@ -212,7 +212,7 @@ def test_a_proof_is_gathered_from_models(examined: tuple[Examiner, torch.nn.Modu
 
 
 def test_a_part_that_cannot_be_measured_says_why(
-    examined: tuple[Examiner, torch.nn.Module], monkeypatch: pytest.MonkeyPatch
+    examined: tuple[Verifier, torch.nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: Any, **__: Any) -> dict[str, Any]:
         raise UserError("attention: this model has none")

@@ -109,7 +109,7 @@ def test_a_class_of_which_nothing_is_retained_gets_nothing(train: Samples) -> No
     method.prepare(method.phases()[0])
     assert (method.targets[:, 3] == 0).all()
     torch.testing.assert_close(method.targets.sum(1), torch.ones(20))
-    terms = method.loss_beside(tiny_vit(seed=5), batch_of(method), method.phases()[0])
+    terms = method.paired_loss(tiny_vit(seed=5), batch_of(method), method.phases()[0])
     assert torch.isfinite(terms["forget_kl"])
 
 
@@ -120,7 +120,7 @@ def test_the_losses_are_those_of_the_equation(train: Samples) -> None:
     student, forget, retain = tiny_vit(seed=5), batch_of(method), batch_of(method, "retain")
     q, f = method.targets[forget.index], outputs(student, forget.images).softmax(1)
     expected = 3.0 * (q * (q / f).log()).sum(1).mean()
-    torch.testing.assert_close(method.loss_beside(student, forget, phase)["forget_kl"], expected)
+    torch.testing.assert_close(method.paired_loss(student, forget, phase)["forget_kl"], expected)
     expected = F.cross_entropy(student(retain.images), retain.labels)
     torch.testing.assert_close(method.loss(student, retain, phase)["retain_ce"], expected)
 
@@ -148,9 +148,9 @@ def test_the_aim_follows_what_is_left_of_the_memory(train: Samples) -> None:
         raised[row, forget.labels] *= math.exp(s)
         raised /= raised.sum(1, keepdim=True)
         expected = (raised * (raised / said).log()).sum(1).mean()
-        torch.testing.assert_close(method.loss_beside(student, forget, phase)["forget_kl"].double(), expected)
+        torch.testing.assert_close(method.paired_loss(student, forget, phase)["forget_kl"].double(), expected)
         # A batch that keeps a rank in step counts nothing.
-        method.loss_beside(student, dataclasses.replace(forget, weight=0.0), phase)
+        method.paired_loss(student, dataclasses.replace(forget, weight=0.0), phase)
         method.after_step(student, phase)
         if step >= 2:  # a tenth of the steps is over
             s -= 100.0 / 20 * float((odds(said) - odds(q)).mean())
@@ -161,7 +161,7 @@ def test_the_aim_follows_what_is_left_of_the_memory(train: Samples) -> None:
     assert float(other.shift) == float(method.shift)
     still = made(train, correction=0.0)
     still.prepare(phase)
-    still.loss_beside(student, forget, phase)
+    still.paired_loss(student, forget, phase)
     still.after_step(student, phase)
     assert float(still.shift) == 0
 
@@ -169,9 +169,9 @@ def test_the_aim_follows_what_is_left_of_the_memory(train: Samples) -> None:
 def test_steps_hold_as_many_forget_samples_as_their_passes_need(train: Samples) -> None:
     """20 forget and 40 retained samples: 1 pass of the former is half a pass of the latter."""
     (phase,) = make("lethe_plus", train, epochs=4.0, forget_passes=2.0).phases()
-    assert (phase.epochs, phase.beside_share) == (4.0, 0.25)
+    assert (phase.epochs, phase.paired_share) == (4.0, 0.25)
     (phase,) = make("lethe_plus", train, epochs=1.0, forget_passes=6.0).phases()
-    assert (phase.epochs, phase.beside_share) == (3.0, 1.0)
+    assert (phase.epochs, phase.paired_share) == (3.0, 1.0)
 
 
 def wrong(start: int, count: int) -> Samples:

@@ -17,7 +17,7 @@ from toys import few, tiny_vit
 from engine.data import Batch, Samples, open_source
 from engine.errors import UserError
 from engine.methods import Method, get_method
-from engine.models.attention import attention_as
+from engine.models.attention import attention_backend
 from engine.models.checkpoint import weights_sha256
 from engine.run.unlearn import unlearn
 
@@ -47,9 +47,9 @@ def gradient(loss: torch.Tensor, model: torch.nn.Module, graph: bool = False) ->
 def step_gradient(method: Method, model: torch.nn.Module, retain: Batch, forget: Batch) -> torch.Tensor:
     """What the loop would step with, of a method whose losses are added up; without the step."""
     phase = method.phases()[0]
-    main, beside = phase.takes(method.step)
+    main, paired = phase.takes(method.step)
     terms = method.loss(model, retain, phase) if main else {}
-    terms |= method.loss_beside(model, forget, phase) if beside else {}
+    terms |= method.paired_loss(model, forget, phase) if paired else {}
     model.zero_grad()
     sum(terms.values()).backward()  # type: ignore[union-attr]
     method.before_step(model, phase)
@@ -59,7 +59,7 @@ def step_gradient(method: Method, model: torch.nn.Module, retain: Batch, forget:
 @pytest.mark.parametrize("name", METHODS)
 def test_a_step_takes_both_kinds_of_samples_on_one_process_and_is_watched(train: Samples, name: str) -> None:
     (phase,) = make(name, train).phases()
-    assert (phase.samples, phase.beside, phase.guarded) == ("retain", "forget", True)
+    assert (phase.samples, phase.paired, phase.guarded) == ("retain", "forget", True)
     assert phase.combined == (name == "three_stage")
     assert make(name, train, tiny_vit(embed_dim=64)).phases()[0].lr == phase.lr / 2
     with pytest.raises(UserError, match=f"method {name}: it .*; run it on one process"):
@@ -118,7 +118,7 @@ def test_three_stage_raises_weighted_entropy_and_learns_the_weights(train: Sampl
     p = model(batch.images).softmax(1)
     entropy = torch.distributions.Categorical(p).entropy() / math.log(10)
     w = 1 / (1 + torch.exp(-before[batch.index]))
-    loss = method.loss_beside(model, batch, method.phases()[0])["forget_entropy"]
+    loss = method.paired_loss(model, batch, method.phases()[0])["forget_entropy"]
     torch.testing.assert_close(loss, -(w * entropy).sum() / w.sum())
     # dL/da_i of the forget loss, by hand: weight goes to samples with less entropy than the weighted mean.
     mean = (w * entropy).sum() / w.sum()
@@ -136,7 +136,7 @@ def test_three_stage_raises_weighted_entropy_and_learns_the_weights(train: Sampl
 def test_three_stage_leaves_weights_alone_where_no_image_can_be_read(train: Samples) -> None:
     method: Any = make("three_stage", train)
     batch = batch_of(method)
-    method.loss_beside(tiny_vit(), Batch(batch.images, batch.labels, batch.index, weight=0.0), method.phases()[0])
+    method.paired_loss(tiny_vit(), Batch(batch.images, batch.labels, batch.index, weight=0.0), method.phases()[0])
     assert not method.logits.any()
     with pytest.raises(UserError, match="three_stage: a model with one class has no entropy"):
         make("three_stage", train, tiny_vit(num_classes=1))
@@ -219,7 +219,7 @@ def test_sfron_forgets_samples_whose_loss_rounds_to_zero_too(train: Samples) -> 
         labels = sharp(batch.images).argmax(1)
     labels[1:4] = (labels[1:4] + 1) % 10
     batch = Batch(batch.images, labels, batch.index)
-    term = method.loss_beside(sharp, batch, method.phases()[0])["forget_ascent"]
+    term = method.paired_loss(sharp, batch, method.phases()[0])["forget_ascent"]
     assert F.cross_entropy(sharp(batch.images), labels, reduction="none")[0] == 0
     assert gradient(term, sharp).abs().max() > 1e-3
 
@@ -228,7 +228,7 @@ def test_sfron_forgets_samples_whose_loss_rounds_to_zero_too(train: Samples) -> 
 
 
 def ofmu_objective(model: torch.nn.Module, retain: Batch, forget: Batch, similarity: float) -> torch.Tensor:
-    with attention_as(model, "eager"):
+    with attention_backend(model, "eager"):
         l_f, l_r = (F.cross_entropy(model(batch.images), batch.labels) for batch in (forget, retain))
     g_f, g_r = gradient(l_f, model, graph=True), gradient(l_r, model, graph=True)
     return l_f - similarity * (g_f @ g_r) / (g_f.norm() * g_r.norm())
@@ -316,7 +316,7 @@ def test_a_killed_run_resumes_to_the_same_bits(
         return wrapper
 
     with monkeypatch.context() as patched:
-        patched.setattr(cls, "loss_beside", dying(cls.loss_beside))
+        patched.setattr(cls, "loss_beside", dying(cls.paired_loss))
         with pytest.raises(Stop):
             run(train, name, config=config, output_dir=tmp_path / "run")
     if name == "sfron":

@@ -50,13 +50,13 @@ class Probe(Method):
     def loss(self, model: torch.nn.Module, batch: Batch, phase: Phase) -> dict[str, torch.Tensor]:
         return {"retain_ce": F.cross_entropy(outputs(model, batch.images), batch.labels)}
 
-    def loss_beside(self, model: torch.nn.Module, batch: Batch, phase: Phase) -> dict[str, torch.Tensor]:
+    def paired_loss(self, model: torch.nn.Module, batch: Batch, phase: Phase) -> dict[str, torch.Tensor]:
         return {"forget_ascent": -0.5 * F.cross_entropy(outputs(model, batch.images), batch.labels)}
 
     def combine(
-        self, model: torch.nn.Module, main: list[torch.Tensor], beside: list[torch.Tensor], phase: Phase
+        self, model: torch.nn.Module, main: list[torch.Tensor], paired: list[torch.Tensor], phase: Phase
     ) -> list[torch.Tensor]:
-        return [a + b for a, b in zip(main, beside, strict=True)]
+        return [a + b for a, b in zip(main, paired, strict=True)]
 
 
 @contextlib.contextmanager
@@ -68,7 +68,7 @@ def registered(**attributes: Any) -> Iterator[type[Probe]]:
         del base._REGISTRY["probe"]
 
 
-RETAIN = Phase(name="both", samples="retain", epochs=2, lr=1e-3, beside="forget", beside_share=0.5)
+RETAIN = Phase(name="both", samples="retain", epochs=2, lr=1e-3, paired="forget", paired_share=0.5)
 OPTIONS = {"batch_size": 10, "precision": "fp32", "augment": "none"}
 
 
@@ -93,11 +93,11 @@ def test_a_step_takes_both_batches_and_counts_all_samples(train: Samples) -> Non
         seen["main"].append(batch.labels.tolist())
         return Probe.loss(self, model, batch, phase)
 
-    def loss_beside(self: Probe, model: torch.nn.Module, batch: Batch, phase: Phase) -> dict[str, torch.Tensor]:
+    def paired_loss(self: Probe, model: torch.nn.Module, batch: Batch, phase: Phase) -> dict[str, torch.Tensor]:
         seen["beside"].append(batch.index.tolist())
-        return Probe.loss_beside(self, model, batch, phase)
+        return Probe.paired_loss(self, model, batch, phase)
 
-    with registered(phase=RETAIN, loss=loss, loss_beside=loss_beside):
+    with registered(phase=RETAIN, loss=loss, paired_loss=paired_loss):
         result = run(train)
     assert len(seen["main"]) == len(seen["beside"]) == 8
     assert [len(each) for each in seen["beside"]] == [5, 5, 2, 5, 5, 2, 5, 5]
@@ -121,15 +121,15 @@ def test_gradients_kept_apart_and_added_are_those_of_the_sum(train: Samples) -> 
 def test_combine_gets_the_gradient_of_each_loss(train: Samples) -> None:
     kept: list[Any] = []
 
-    def combine(self: Probe, model: Any, main: list[torch.Tensor], beside: list[torch.Tensor], phase: Phase) -> Any:
-        kept.append((main, beside))
+    def combine(self: Probe, model: Any, main: list[torch.Tensor], paired: list[torch.Tensor], phase: Phase) -> Any:
+        kept.append((main, paired))
         return [torch.zeros_like(each) for each in main]
 
     forget, retain = few(train, 12), train.subset(range(20, 56))
     phase = dataclasses.replace(RETAIN, combined=True, epochs=0.2, augment=False)
     with registered(phase=phase, combine=combine):
         made = set_up(tiny_vit(), forget, retain, method="probe", options=OPTIONS)
-        batch, other = next(made.loader_of(0, phase).epoch(0)), next(made.beside_of(0, phase).epoch(0))  # type: ignore[union-attr]
+        batch, other = next(made.loader_of(0, phase).epoch(0)), next(made.paired_loader(0, phase).epoch(0))  # type: ignore[union-attr]
         unlearn(tiny_vit(), forget, retain, method="probe", config={**OPTIONS, "weight_decay": 0.0})
     model = tiny_vit().train()
     expected = [
@@ -191,10 +191,10 @@ def test_an_edit_that_destroys_the_model_is_taken_back(train: Samples) -> None:
 
 
 def test_an_epoch_that_ends_the_phase(train: Samples) -> None:
-    def ended(self: Probe, model: torch.nn.Module, phase: Phase, epoch: int) -> str | None:
+    def should_stop(self: Probe, model: torch.nn.Module, phase: Phase, epoch: int) -> str | None:
         return "enough" if epoch == 1 else None
 
-    with registered(phase=dataclasses.replace(RETAIN, epochs=5), ended=ended):
+    with registered(phase=dataclasses.replace(RETAIN, epochs=5), should_stop=should_stop):
         result = run(train)
     steps = [row for row in result.history if "retain_ce" in row]
     assert len(steps) == 8
@@ -244,11 +244,11 @@ def test_held_out_samples_are_the_runs_validation(train: Samples) -> None:
         make("lethe", train).held_out("to stop")
     seen = []
 
-    def ended(self: Probe, model: torch.nn.Module, phase: Phase, epoch: int) -> str | None:
+    def should_stop(self: Probe, model: torch.nn.Module, phase: Phase, epoch: int) -> str | None:
         seen.append(self.held_out("to look").ids[0])
         return "seen"
 
-    with registered(phase=RETAIN, ended=ended):
+    with registered(phase=RETAIN, should_stop=should_stop):
         run(train, validation=train.subset(range(60, 90)))
     assert seen == [train.ids[60]]
 

@@ -53,7 +53,7 @@ def everything(method: Method, samples: Samples) -> tuple[torch.Tensor, torch.Te
 def test_the_terms_are_those_of_the_equation(train: Samples) -> None:
     method: Any = make("gs_lora", train, bound=4.0, beta=0.5, alpha=0.01, warmup=0, rank=3)
     (phase,) = method.phases()
-    assert (phase.samples, phase.beside, phase.beside_share, phase.epochs) == ("retain", "forget", 0.5, 5.0)
+    assert (phase.samples, phase.paired, phase.paired_share, phase.epochs) == ("retain", "forget", 0.5, 5.0)
     model, retained, forgotten = moved(method), batch_of(method, "retain"), batch_of(method)
     weights = dict(model.named_parameters())
     lasso = 0.0
@@ -71,9 +71,9 @@ def test_the_terms_are_those_of_the_equation(train: Samples) -> None:
     }
     forget_ce = F.cross_entropy(model(forgotten.images), forgotten.labels).item()
     assert forget_ce < 4.0
-    assert float(method.loss_beside(model, forgotten, phase)["forget_bounded"]) == pytest.approx(0.5 * (4 - forget_ce))
+    assert float(method.paired_loss(model, forgotten, phase)["forget_bounded"]) == pytest.approx(0.5 * (4 - forget_ce))
     method.bound = forget_ce - 0.1
-    assert float(method.loss_beside(model, forgotten, phase)["forget_bounded"]) == 0
+    assert float(method.paired_loss(model, forgotten, phase)["forget_bounded"]) == 0
 
 
 def test_prototype_terms_are_those_of_the_equation(train: Samples) -> None:
@@ -104,12 +104,12 @@ def test_prototype_terms_are_those_of_the_equation(train: Samples) -> None:
     assert set(terms) == {"retain_ce", "retain_prototype", "group_lasso"}
     torch.testing.assert_close(terms["retain_ce"], F.cross_entropy(model(retained.images), retained.labels))
     assert float(terms["retain_prototype"]) == pytest.approx(0.7 * distance(retained), rel=1e-4)
-    beside = method.loss_beside(model, forgotten, phase)
+    paired = method.paired_loss(model, forgotten, phase)
     away = 9.0 - distance(forgotten)
     assert away > 0
-    assert float(beside["forget_prototype"]) == pytest.approx(0.3 * away, rel=1e-4)
+    assert float(paired["forget_prototype"]) == pytest.approx(0.3 * away, rel=1e-4)
     ce = float(F.cross_entropy(model(forgotten.images), forgotten.labels))
-    assert float(beside["forget_bounded"]) == pytest.approx(0.2 * (4.0 - ce), rel=1e-4)
+    assert float(paired["forget_bounded"]) == pytest.approx(0.2 * (4.0 - ce), rel=1e-4)
 
 
 def test_forget_samples_are_held_to_what_held_out_samples_have(train: Samples) -> None:
@@ -123,7 +123,7 @@ def test_forget_samples_are_held_to_what_held_out_samples_have(train: Samples) -
     original = method.context.original
     losses = F.cross_entropy(original(images), labels, reduction="none").detach()
     features = original.forward_head(original.forward_features(images), pre_logits=True).detach()
-    prototypes = method.prepared(phase)["prototypes"]
+    prototypes = method.cache_state(phase)["prototypes"]
     distances = (prototypes[labels].softmax(1) * (prototypes[labels].log_softmax(1) - features.log_softmax(1))).sum(1)
     forget = method.context.forget.labels
     for found, values, unknown in ((method.bound, losses, 2 * math.log(10)), (method.prototype_bound, distances, 18.0)):

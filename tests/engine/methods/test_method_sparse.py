@@ -92,7 +92,7 @@ def test_they_change_their_own_model_and_leave_the_callers_alone(train: Samples,
 @pytest.mark.parametrize("name", ["neg_grad_plus", "l1_sparse", "salun"])
 def test_defaults_cost_no_more_than_ten_retain_epochs(train: Samples, name: str) -> None:
     (phase,) = make(name, train).phases()
-    assert phase.epochs * (1 + (phase.beside_share if phase.beside else 0)) <= 10
+    assert phase.epochs * (1 + (phase.paired_share if phase.paired else 0)) <= 10
 
 
 def test_neg_grad_plus_is_retain_loss_less_beta_forget_loss(train: Samples) -> None:
@@ -101,10 +101,10 @@ def test_neg_grad_plus_is_retain_loss_less_beta_forget_loss(train: Samples) -> N
     bound = sorted(loss.item() for loss in losses)[3] + 1e-6  # above four of the eight
     method = make("neg_grad_plus", train, beta=0.3, bound=bound)
     (phase,) = method.phases()
-    assert (phase.samples, phase.beside, phase.beside_share, phase.guarded) == ("retain", "forget", 0.25, True)
+    assert (phase.samples, phase.paired, phase.paired_share, phase.guarded) == ("retain", "forget", 0.25, True)
     retain = batch_of(method, "retain")
     ascent = -0.3 * sum(torch.clamp(loss, max=bound) for loss in losses) / 8
-    torch.testing.assert_close(method.loss_beside(model, forget, phase), {"forget_ascent": ascent})
+    torch.testing.assert_close(method.paired_loss(model, forget, phase), {"forget_ascent": ascent})
     expected = F.cross_entropy(model(retain.images), retain.labels)
     torch.testing.assert_close(method.loss(model, retain, phase), {"retain_ce": expected})
 
@@ -118,7 +118,7 @@ def test_neg_grad_plus_leaves_a_forget_sample_alone_beyond_a_uniform_guess(train
     def gradient(**options: Any) -> torch.Tensor:
         method = make("neg_grad_plus", train, beta=1.0, **options)
         batch = batch_of(method)
-        loss = method.loss_beside(model, batch, method.phases()[0])["forget_ascent"]
+        loss = method.paired_loss(model, batch, method.phases()[0])["forget_ascent"]
         return torch.autograd.grad(loss, model.head.bias)[0] * len(batch)
 
     guess = model.head.bias.softmax(0).detach()
@@ -155,7 +155,7 @@ def test_l1_penalty_fades_over_the_epochs(train: Samples, trained: torch.nn.Modu
 def test_l1_gradient_is_alpha_times_the_sign(train: Samples) -> None:
     method = make("l1_sparse", train, alpha=0.01, retain_epochs=4.0)
     (phase,) = method.phases()
-    method.ended(torch.nn.Module(), phase, 0)
+    method.should_stop(torch.nn.Module(), phase, 0)
     model, batch = tiny_vit(seed=5), batch_of(method, "retain")
     terms = method.loss(model, batch, phase)
     torch.testing.assert_close(terms["retain_ce"], F.cross_entropy(model(batch.images), batch.labels))
@@ -256,10 +256,10 @@ def test_salun_killed_goes_on_under_the_mask_that_was_kept(
     method: Any = make("salun", train, trained)
     other = copy.copy(method)
     method.prepare(method.phases()[0])
-    kept = method.prepared(method.phases()[0])
+    kept = method.cache_state(method.phases()[0])
     assert kept["mask"].dtype == torch.bool  # a byte a weight
     other.masks = []
-    other.restore(method.phases()[0], kept)
+    other.load_cache_state(method.phases()[0], kept)
     assert all(torch.equal(a, b) for a, b in zip(method.masks, other.masks, strict=True))
 
 

@@ -160,7 +160,7 @@ def test_what_teachers_said_is_restored_without_asking_again(train: Samples, nam
     phase, calls = first.phases()[0], []
     first.prepare(phase)
     second.context.original.register_forward_hook(lambda m, i, out: calls.append(len(out)))
-    second.restore(phase, first.prepared(phase))
+    second.load_cache_state(phase, first.cache_state(phase))
     batch, student = batch_of(first), tiny_vit(seed=5)
     torch.testing.assert_close(second.loss(student, batch, phase), first.loss(student, batch, phase), atol=0, rtol=0)
     assert not calls
@@ -379,17 +379,17 @@ def test_lotus_stops_where_forget_samples_look_unseen(train: Samples, trained: t
     (phase,) = made.phases
     expected = method._expected
     assert method._distance == pytest.approx(accuracy(trained, few(train, 20), made) - expected)
-    assert method.ended(tiny_vit(seed=5), phase, 0) == (
+    assert method.should_stop(tiny_vit(seed=5), phase, 0) == (
         f"forget accuracy {100 * accuracy(tiny_vit(seed=5), few(train, 20), made):.1f}%, of samples never seen "
         f"{100 * expected:.1f}%"
     )
     assert method._distance < -0.05
-    assert method.ended(trained, phase, 1) is None
+    assert method.should_stop(trained, phase, 1) is None
     assert method._distance > 0
     method._expected = 1.04  # within the tolerance
-    assert method.ended(trained, phase, 2) is None
+    assert method.should_stop(trained, phase, 2) is None
     method._expected = 1.06
-    assert method.ended(trained, phase, 2) is not None
+    assert method.should_stop(trained, phase, 2) is not None
 
 
 def test_lotus_expects_nothing_of_a_class_that_is_gone(train: Samples, trained: torch.nn.Module) -> None:
@@ -426,11 +426,11 @@ def by_hand(weights: dict[str, torch.Tensor], which: str, features: torch.Tensor
 def test_laf_losses_are_those_of_the_paper(train: Samples) -> None:
     made = ready(train, tiny_vit(), "laf", latent=4, alignment=0.5, temperature=2.0)
     method, phase = made.method, made.phases[0]
-    fitted = method.prepared(phase)
+    fitted = method.cache_state(phase)
     student, original = tiny_vit(seed=5), method.context.original
     found: dict[str, float] = {}
     expected: dict[str, float] = {}
-    for which, loss in (("forget", method.loss), ("retain", method.loss_beside)):
+    for which, loss in (("forget", method.loss), ("retain", method.paired_loss)):
         batch = batch_of(method, which)
         with torch.no_grad():
             found |= {key: float(value) for key, value in loss(student, batch, phase).items()}
@@ -479,14 +479,14 @@ def test_laf_autoencoders_learn_and_leave_the_global_generator_alone() -> None:
 
 
 def test_laf_repairs_only_when_asked(train: Samples) -> None:
-    assert [(p.name, p.beside) for p in make("laf", train).phases()] == [("forget", "retain")]
+    assert [(p.name, p.paired) for p in make("laf", train).phases()] == [("forget", "retain")]
     method = make("laf", train, repair_epochs=2.0)
     forget, repair = method.phases()
     assert (repair.name, repair.samples, repair.epochs) == ("retain", "retain", 2.0)
     assert method.needs_original(forget, prepared=True)
     assert not method.needs_original(repair, prepared=False)
     method.prepare(repair)
-    assert method.prepared(repair) == {}
+    assert method.cache_state(repair) == {}
     batch, model = batch_of(method, "retain"), tiny_vit()
     expected = F.cross_entropy(model(batch.images), batch.labels)
     torch.testing.assert_close(method.loss(model, batch, repair), {"retain_ce": expected})

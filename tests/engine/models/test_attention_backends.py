@@ -15,7 +15,7 @@ from toys import tiny_vit
 
 from engine.config import RunConfig, build
 from engine.errors import UserError
-from engine.models.attention import attention_as, capture_queries_keys, stream_attention
+from engine.models.attention import attention_backend, capture_queries_keys, stream_attention
 from engine.models.vit import attention_modules
 from engine.models.xformers_attention import resolve_attention
 
@@ -63,7 +63,7 @@ def test_xformers_gives_the_logits_and_gradients_of_sdpa(operators: Operators, c
     results = []
     for implementation in ("sdpa", "xformers"):
         model.zero_grad()
-        with attention_as(model, implementation):
+        with attention_backend(model, implementation):
             logits = model(images)
             logits.square().sum().backward()
         results.append((logits.detach(), [p.grad.clone() for p in model.parameters()]))
@@ -77,7 +77,7 @@ def test_queries_and_keys_are_captured_under_xformers(operators: Operators) -> N
     model, images = tiny_vit(qk_norm=True), torch.randn(2, 1, 8, 8)
     captured = []
     for implementation in ("sdpa", "xformers"):
-        with torch.no_grad(), attention_as(model, implementation), capture_queries_keys(model) as (queries, keys):
+        with torch.no_grad(), attention_backend(model, implementation), capture_queries_keys(model) as (queries, keys):
             model(images)
         captured.append([*queries, *keys])
     torch.testing.assert_close(captured[0], captured[1])
@@ -86,11 +86,11 @@ def test_queries_and_keys_are_captured_under_xformers(operators: Operators) -> N
 
 def test_the_model_is_as_it_was_afterwards(operators: Operators) -> None:
     model, images = tiny_vit(), torch.randn(2, 1, 8, 8)
-    with attention_as(model, "eager"), pytest.raises(KeyError), attention_as(model, "xformers"):
+    with attention_backend(model, "eager"), pytest.raises(KeyError), attention_backend(model, "xformers"):
         raise KeyError
     assert all(block.attn.fused_attn for block in model.blocks)  # as timm sets it
     assert not any("forward" in vars(module) for module in model.modules())
-    with attention_as(model, "xformers"), attention_as(model, "xformers"):
+    with attention_backend(model, "xformers"), attention_backend(model, "xformers"):
         pass
     model(images)
     assert operators.calls == []
@@ -98,10 +98,10 @@ def test_the_model_is_as_it_was_afterwards(operators: Operators) -> None:
 
 def test_an_inner_wrapper_gives_back_the_outer_one(operators: Operators) -> None:
     model, images = tiny_vit(), torch.randn(2, 1, 8, 8)
-    with torch.no_grad(), attention_as(model, "xformers"):
-        with attention_as(model, "xformers"):
+    with torch.no_grad(), attention_backend(model, "xformers"):
+        with attention_backend(model, "xformers"):
             pass
-        with attention_as(model, "eager"):
+        with attention_backend(model, "eager"):
             model(images)
         maps: list[torch.Tensor] = []
         with stream_attention(model, maps.append):
@@ -113,7 +113,7 @@ def test_an_inner_wrapper_gives_back_the_outer_one(operators: Operators) -> None
 
 def test_dropout_of_the_attention_is_passed_on_in_training_alone(operators: Operators) -> None:
     model, images = tiny_vit(attn_drop_rate=0.25), torch.randn(2, 1, 8, 8)
-    with torch.no_grad(), attention_as(model, "xformers"):
+    with torch.no_grad(), attention_backend(model, "xformers"):
         model.train()(images)
         model.eval()(images)
     assert [call["p"] for call in operators.calls] == [0.25, 0.25, 0.0, 0.0]
@@ -124,9 +124,9 @@ def test_under_autocast_the_three_have_one_type(operators: Operators) -> None:
     model, images = tiny_vit(), torch.randn(2, 1, 8, 8)
     model.blocks[0].attn.q_norm.register_forward_hook(lambda module, inputs, output: output.float())
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        with attention_as(model, "sdpa"):
+        with attention_backend(model, "sdpa"):
             expected = model(images)
-        with attention_as(model, "xformers"):
+        with attention_backend(model, "xformers"):
             actual = model(images)
     assert [call["dtype"] for call in operators.calls] == [torch.bfloat16] * 2
     torch.testing.assert_close(actual, expected, rtol=0.05, atol=0.05)
@@ -135,7 +135,7 @@ def test_under_autocast_the_three_have_one_type(operators: Operators) -> None:
 def test_gradient_checkpointing_recomputes_with_xformers(operators: Operators) -> None:
     model, images = tiny_vit(), torch.randn(2, 1, 8, 8)
     model.set_grad_checkpointing(True)
-    with attention_as(model.train(), "xformers"):
+    with attention_backend(model.train(), "xformers"):
         model(images).sum().backward()
     assert len(operators.calls) == 4
 
@@ -145,18 +145,18 @@ def test_windowed_and_other_attention_is_refused(operators: Operators) -> None:
         "swin_tiny_patch4_window7_224", img_size=32, window_size=4, embed_dim=16, depths=(1, 1), num_heads=(2, 2)
     )
     with pytest.raises(UserError, match=r"SwinTransformer adds a relative position bias.*attention=sdpa"):
-        attention_as(swin, "xformers").__enter__()
+        attention_backend(swin, "xformers").__enter__()
     bare = tiny_vit()
     del bare.blocks[1].attn.q_norm
     with pytest.raises(UserError, match=r"looked for `blocks\[i\]\.attn`"):
-        attention_as(bare, "xformers").__enter__()
+        attention_backend(bare, "xformers").__enter__()
     assert all(block.attn.fused_attn for block in bare.blocks)
 
 
 def test_a_masked_attention_is_refused_not_ignored(operators: Operators) -> None:
     model = tiny_vit()
     attention, tokens = attention_modules(model)[0], torch.randn(1, 17, 32)
-    with attention_as(model, "xformers"):
+    with attention_backend(model, "xformers"):
         for masked in ({"attn_mask": torch.zeros(17, 17)}, {"is_causal": True}):
             with pytest.raises(UserError, match="masks its attention"):
                 attention(tokens, **masked)
@@ -173,7 +173,10 @@ def test_shapes_that_no_operator_takes_are_a_users_error(operators: Operators, m
     monkeypatch.setattr(operators, "memory_efficient_attention", refuse)
     model = tiny_vit()
     reasons = r"first \(head too wide, operator wasn't built\); second \(device=cpu \(supported: {'cuda'}\)\)"
-    with attention_as(model, "xformers"), pytest.raises(UserError, match=f"heads of 16 features on cpu: {reasons}"):
+    with (
+        attention_backend(model, "xformers"),
+        pytest.raises(UserError, match=f"heads of 16 features on cpu: {reasons}"),
+    ):
         model(torch.randn(2, 1, 8, 8))
     with pytest.raises(UserError, match=f"no operator of xformers takes cpu in bf16: {reasons}"):
         resolve_attention("xformers", CPU, "bf16")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from toys import tiny_vit
 
 from engine.errors import UserError
-from engine.models.attention import attention_as
+from engine.models.attention import attention_backend
 from engine.models.attention_masking import mask_and_outputs, scores_and_outputs, top_mask
 from engine.models.capture import assemble, attention_calls
 from engine.models.vit import ViTInfo, attention_info, describe
@@ -85,7 +85,7 @@ def explicit_maps(model: nn.Module) -> Any:
         for module in model.modules()
         if isinstance(module, AttentionPoolLatent)
     ]
-    with attention_as(model, "eager"):
+    with attention_backend(model, "eager"):
         yield maps, pooled
     for handle in handles:
         handle.remove()
@@ -128,7 +128,7 @@ def test_the_class_row_is_that_of_explicit_softmax_in_float64(kind: str, impleme
     info = attention_info(model)
     images = images_of(info).double()
     expected = expected_row(model, images, info)
-    with torch.no_grad(), attention_as(model, implementation), attention_calls(model) as calls:
+    with torch.no_grad(), attention_backend(model, implementation), attention_calls(model) as calls:
         model(images)
     found = assemble(calls, info.num_prefix_tokens + info.num_patches, info.num_prefix_tokens)
     pool = "token" if info.pool == "token" else "avg"
@@ -146,7 +146,7 @@ def test_the_mask_hides_the_patches_that_explicit_attention_names(kind: str, imp
     info = describe(model)
     assert isinstance(info, ViTInfo)
     images = images_of(info)
-    with attention_as(model, implementation):
+    with attention_backend(model, implementation):
         mask, logits = mask_and_outputs(model, images, info, 3)
         scores, _ = scores_and_outputs(model, images, info)
     with torch.no_grad():
@@ -265,7 +265,7 @@ def test_the_capture_leaves_the_model_as_it_was() -> None:
     images = images_of(attention_info(model))
     with torch.no_grad():
         before = model(images)
-        with attention_as(model, "eager"), attention_calls(model):
+        with attention_backend(model, "eager"), attention_calls(model):
             model(images)
             assert all(block.attn.fused_attn for block in model.blocks)
         assert torch.equal(model(images), before)

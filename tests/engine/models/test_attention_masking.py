@@ -8,7 +8,7 @@ import torch
 from toys import tiny_vit
 
 from engine.errors import UserError
-from engine.models.attention import attention_as
+from engine.models.attention import attention_backend
 from engine.models.attention_masking import (
     MaskSource,
     count_masked,
@@ -25,7 +25,7 @@ def explicit_attention(vit: torch.nn.Module, images: torch.Tensor) -> list[torch
     """Attention maps [B, H, N, N] of each block, from timm's explicit path."""
     maps: list[torch.Tensor] = []
     hooks = [b.attn.attn_drop.register_forward_hook(lambda m, i, out: maps.append(out)) for b in vit.blocks]
-    with torch.no_grad(), attention_as(vit, "eager"):
+    with torch.no_grad(), attention_backend(vit, "eager"):
         vit(images)
     for hook in hooks:
         hook.remove()
@@ -189,7 +189,7 @@ def test_swin_scores_are_attention_received_in_the_last_block(img_size: int, win
     # The same from timm's explicit attention: where tokens stand is found by sending each token's number along.
     maps: list[torch.Tensor] = []
     hook = block.attn.attn_drop.register_forward_hook(lambda m, i, out: maps.append(out))
-    with torch.no_grad(), attention_as(vit, "eager"):
+    with torch.no_grad(), attention_backend(vit, "eager"):
         vit(images)
     hook.remove()
     place = torch.arange(tokens * tokens).view(tokens, tokens)

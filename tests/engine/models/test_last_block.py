@@ -8,8 +8,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from engine.models.attention import attention_as, capture_queries_keys
-from engine.models.last_block import only_tokens_of_the_head, prefix_tokens_read
+from engine.models.attention import attention_backend, capture_queries_keys
+from engine.models.last_block import prefix_tokens_read, truncate_last_block
 from engine.models.spec import ModelSpec
 
 SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -45,9 +45,9 @@ def test_outputs_and_gradients_are_those_of_the_whole_block(kind: str, attention
     images = torch.randn(3, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     lengths: list[int] = []
     hook = model.blocks[-1].mlp.register_forward_hook(lambda _m, inputs, _o: lengths.append(inputs[0].shape[1]))
-    with attention_as(model, attention):
+    with attention_backend(model, attention):
         whole = _results(model, images)
-        with only_tokens_of_the_head(model):
+        with truncate_last_block(model):
             short = _results(model, images)
         after = _results(model, images)
     hook.remove()
@@ -61,7 +61,7 @@ def test_outputs_and_gradients_are_those_of_the_whole_block(kind: str, attention
 
 def test_attention_of_all_tokens_is_still_captured() -> None:
     model = _build("class token")
-    with only_tokens_of_the_head(model), capture_queries_keys(model) as (queries, _), torch.no_grad():
+    with truncate_last_block(model), capture_queries_keys(model) as (queries, _), torch.no_grad():
         model(torch.zeros(1, 3, 16, 16))
     assert [tuple(q.shape) for q in queries] == [(1, 2, 17, 16)] * 2
 
@@ -69,7 +69,7 @@ def test_attention_of_all_tokens_is_still_captured() -> None:
 def test_gradient_checkpointing_goes_through_it() -> None:
     model = _build("class token")
     images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    with only_tokens_of_the_head(model):
+    with truncate_last_block(model):
         plain = _results(model.train(), images)
         model.set_grad_checkpointing(True)
         assert all(torch.allclose(a, b) for a, b in zip(plain, _results(model, images), strict=True))
@@ -94,5 +94,5 @@ class _Unknown(VisionTransformer):
 )
 def test_others_are_left_alone(model: nn.Module) -> None:
     assert prefix_tokens_read(model) == 0
-    with only_tokens_of_the_head(model):
+    with truncate_last_block(model):
         assert not any("forward" in vars(module) for module in model.modules())

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from toys import TINY, tiny_vit
 
 from engine.errors import RunStopped, UserError
-from engine.models.attention import attention_as, capture_queries_keys, still_key_biases
+from engine.models.attention import attention_backend, capture_queries_keys, zero_key_bias_grads
 from engine.models.checkpoint import load_checkpoint, save_checkpoint, weights_sha256
 from engine.models.info import model_info
 from engine.models.spec import ModelSpec, remember_model_args, spec_of
@@ -96,7 +96,7 @@ def test_geometry_and_captured_attention(name: str, args: dict[str, object], pre
     hooks = [
         block.attn.attn_drop.register_forward_hook(lambda m, i, out: probabilities.append(out)) for block in vit.blocks
     ]
-    with torch.no_grad(), attention_as(vit, "eager"):
+    with torch.no_grad(), attention_backend(vit, "eager"):
         explicit = vit(images)
     assert all(block.attn.fused_attn for block in vit.blocks)  # as it was
     for hook in hooks:
@@ -208,7 +208,7 @@ def test_still_key_biases_zero_what_softmax_does_not_see_and_nothing_else() -> N
     model, images = tiny_vit(), torch.randn(4, 1, 8, 8)
     model(images).square().sum().backward()
     before = {name: p.grad.clone() for name, p in model.named_parameters()}
-    handles = still_key_biases(model)
+    handles = zero_key_bias_grads(model)
     assert len(handles) == len(model.blocks)
     model.zero_grad()
     model(images).square().sum().backward()
@@ -222,7 +222,7 @@ def test_still_key_biases_zero_what_softmax_does_not_see_and_nothing_else() -> N
             assert torch.equal(parameter.grad, before[name])
     for handle in handles:
         handle.remove()
-    assert not still_key_biases(tiny_vit(qk_norm=True)), "a normalised key feels its bias"
+    assert not zero_key_bias_grads(tiny_vit(qk_norm=True)), "a normalised key feels its bias"
 
 
 @pytest.mark.parametrize(
@@ -248,7 +248,7 @@ def test_only_biases_without_influence_are_still(name: str, arguments: dict[str,
     other = copy.deepcopy(model)
     other(images).square().sum().backward()
     before = {key: p.grad for key, p in other.named_parameters()}
-    handles = still_key_biases(model)
+    handles = zero_key_bias_grads(model)
     assert len(handles) == still
     model(images).square().sum().backward()
     for key, parameter in model.named_parameters():

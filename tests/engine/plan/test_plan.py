@@ -19,7 +19,7 @@ from engine.cli import app as cli
 from engine.config import RunConfig
 from engine.data import open_source
 from engine.errors import UserError
-from engine.models.attention import attention_as
+from engine.models.attention import attention_backend
 from engine.models.spec import ModelSpec
 from engine.models.vit import describe
 from engine.plan import Plan, planning, timing
@@ -127,7 +127,7 @@ def saved_bytes(batch: int, dtype: torch.dtype, attention: str) -> int:
         return tensor
 
     images, labels = torch.randn(batch, 1, 8, 8, dtype=dtype), torch.zeros(batch, dtype=torch.long)
-    with attention_as(model, attention), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with attention_backend(model, attention), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = F.cross_entropy(model.train()(images).float(), labels)
     assert loss.requires_grad
     return sum(kept.values())

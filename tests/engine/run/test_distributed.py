@@ -23,7 +23,7 @@ from engine.run.folder import RunFolder
 from engine.run.setup import _check_ranks, _resolve_zero
 from engine.run.unlearn import train
 from engine.run.zero import read_deepspeed, resolve_deepspeed
-from engine.runtime.process_group import World
+from engine.runtime.process_group import ProcessGroup
 
 ROOT = Path(__file__).parents[3]
 
@@ -176,15 +176,15 @@ def test_all_contradictions_are_listed_at_once_and_what_agrees_passes() -> None:
 def test_more_ranks_than_samples() -> None:
     forget, retain = data()
     zero = resolve_deepspeed({}, RUN, ranks=18)
-    _check_ranks(RUN, World(0, 17), zero, forget, retain)
+    _check_ranks(RUN, ProcessGroup(0, 17), zero, forget, retain)
     with pytest.raises(UserError, match=r"18 ranks for the 17 samples of digits train: .* start at most 17"):
-        _check_ranks(RUN, World(0, 18), zero, forget, retain)
+        _check_ranks(RUN, ProcessGroup(0, 18), zero, forget, retain)
 
 
 def test_ranks_that_nobody_configured() -> None:
     with pytest.raises(UserError, match=r"2 ranks were started without a DeepSpeed configuration"):
-        _resolve_zero(None, RUN, World(0, 2))
-    assert _resolve_zero(None, RUN, World()) is None
+        _resolve_zero(None, RUN, ProcessGroup(0, 2))
+    assert _resolve_zero(None, RUN, ProcessGroup()) is None
 
 
 def test_resuming_with_another_number_of_ranks_or_stage_is_refused(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from engine.errors import UserError
 from engine.methods import Phase
 from engine.models.checkpoint import weights_sha256
 from engine.models.predict import Predictions
-from engine.run import early_stopping as early_stop
+from engine.run import early_stopping as early_stopping
 from engine.run.early_stopping import HeldOutStop, last_stage
 from engine.run.unlearn import unlearn
 
@@ -73,7 +73,7 @@ def stop_of(train: Samples, monkeypatch: pytest.MonkeyPatch, held_out: float, **
         logits = np.eye(10, dtype=np.float32)[np.where(right, of.labels, (of.labels + 1) % 10)]
         return Predictions(logits, of.labels)
 
-    monkeypatch.setattr(early_stop, "predictions_of", predictions)
+    monkeypatch.setattr(early_stopping, "predictions_of", predictions)
     stop = HeldOutStop(method, [FORGET, RETAIN])
     stop.prepare()
     return stop, now
@@ -86,7 +86,7 @@ def test_a_stage_with_forget_samples_ends_where_they_are_known_no_better(
     target = stop.target
     assert 0.4 < target < 0.8
     above = np.ceil((target + 0.05) * 20 + 1e-9) / 20
-    for phase in (FORGET, Phase(name="both", samples="retain", beside="forget", epochs=1, lr=1.0)):
+    for phase in (FORGET, Phase(name="both", samples="retain", paired="forget", epochs=1, lr=1.0)):
         now.forget, now.held_out, stop.stopped = above, 0.0, None
         row = stop.look(None, phase, 0, 2, 7)
         assert row == {"phase": phase.name, "epoch": 2, "step": 7, "forget_accuracy": above, "unseen_accuracy": target}

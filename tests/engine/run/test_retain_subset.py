@@ -20,7 +20,7 @@ from engine.models.vit import outputs
 from engine.run.retain_subset import choose_retained
 from engine.run.setup import set_up
 from engine.run.unlearn import unlearn
-from engine.runtime.process_group import World
+from engine.runtime.process_group import ProcessGroup
 
 RUN = {"batch_size": 16, "precision": "fp32", "device": "cpu"}
 
@@ -81,7 +81,7 @@ def test_random_takes_the_same_share_of_every_class(train: Samples, share: float
 
     def choose(seed: int) -> Samples:
         run = RunConfig(retain_share=share, seed=seed)
-        return choose_retained(run, tiny_vit(), few(train, 2), retain, None, None, World())  # type: ignore[arg-type]
+        return choose_retained(run, tiny_vit(), few(train, 2), retain, None, None, ProcessGroup())  # type: ignore[arg-type]
 
     found = choose(0)
     counts = np.bincount(found.labels, minlength=4)
@@ -185,4 +185,4 @@ def test_wrong_use(train: Samples) -> None:
     with pytest.raises(UserError, match="nothing to forget"):
         picked(tiny_vit(), train.subset([]), retain, retain_share=0.5, retain_choice="near")
     with pytest.raises(UserError, match=r"leaves 4 of 40 retained samples to 5 ranks"):
-        choose_retained(RunConfig(retain_share=0.1), tiny_vit(), forget, retain, None, None, World(0, 5))  # type: ignore[arg-type]
+        choose_retained(RunConfig(retain_share=0.1), tiny_vit(), forget, retain, None, None, ProcessGroup(0, 5))  # type: ignore[arg-type]

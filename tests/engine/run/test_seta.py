@@ -21,7 +21,7 @@ from engine.models.checkpoint import weights_sha256
 from engine.run.seta import PrunedPhase, Seta, grouped, pruned_phases
 from engine.run.setup import set_up
 from engine.run.unlearn import unlearn
-from engine.runtime.process_group import World
+from engine.runtime.process_group import ProcessGroup
 
 RUN = {"batch_size": 8, "precision": "fp32", "device": "cpu", "retain_pruning": "seta"}
 
@@ -162,8 +162,8 @@ def test_as_much_beside_in_fewer_steps(train: Samples) -> None:
     result = run(train, "lethe_plus", epochs=4, forget_passes=4, batch_size=5, **plain, seta={"window": 0.4})
     assert sum("lr" in row for row in result.history) == 9 + 4 + 4 + 9
     # Two beside five retained ones make four passes in 40 steps; in 26 steps it takes three, with an epoch's last two.
-    beside = result.samples_seen["forget"] - (45 + 18 + 18 + 45)
-    assert abs(beside - 4 * 20) <= 6
+    paired = result.samples_seen["forget"] - (45 + 18 + 18 + 45)
+    assert abs(paired - 4 * 20) <= 6
 
 
 def test_epochs_are_counted_through_phases() -> None:
@@ -185,7 +185,7 @@ def test_ranks_share_what_they_saw() -> None:
     seta = Seta(SetaConfig(), 10, 3, seed=0)
     phase = PrunedPhase(seta, 0, 2, 3)
 
-    class Two(World):
+    class Two(ProcessGroup):
         """The other rank saw the samples one further on, with losses one higher."""
 
         def gather_rows(self, rows: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """The model that a run changes, with its optimizer: backward, clip, step, and what is needed to resume.
 
-`Updater` is one process in plain torch; `engine.run.zero.ZeroUpdater` has the same face over DeepSpeed.
+`TrainEngine` is one process in plain torch; `engine.run.zero.ZeroTrainEngine` has the same face over DeepSpeed.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from engine.config import RunConfig
-from engine.models.attention import still_key_biases
+from engine.models.attention import zero_key_bias_grads
 
 # What a phase may have changed in the optimizer's groups (schedules set rates and momenta).
 _FRESH = {"betas": (0.9, 0.999), "eps": 1e-8}
 
 
-class Updater:
+class TrainEngine:
     """Plain torch on one process.
 
     model: what a loss calls. module: the ViT itself, where `model` is wrapped around it.
@@ -34,7 +34,7 @@ class Updater:
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         groups = _scaled(self.trainable, scales) if scales else self.trainable
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=run.weight_decay, fused=True)
-        self.hooks = still_key_biases(model)
+        self.hooks = zero_key_bias_grads(model)
         self._apart: list[list[Tensor]] | None = None
 
     def begin_phase(self, lr: float) -> None:
@@ -50,14 +50,14 @@ class Updater:
         """Adds the gradient of one micro-batch: `loss` counts 1 / accumulation_steps."""
         (loss / self.run.accumulation_steps if self.run.accumulation_steps > 1 else loss).backward()
 
-    def keep_gradients(self, main: Tensor, beside: Tensor) -> None:
+    def keep_gradients(self, main: Tensor, paired: Tensor) -> None:
         """Adds the gradients of one micro-batch of each of two losses, apart; `set_gradients` makes one of them."""
         parameters = self.trainable
         found = [
             torch.autograd.grad(
                 loss / self.run.accumulation_steps, parameters, allow_unused=True, materialize_grads=True
             )
-            for loss in (main, beside)
+            for loss in (main, paired)
         ]
         if self._apart is None:
             self._apart = [list(each) for each in found]
