@@ -133,9 +133,9 @@ def test_one_rank_is_killed_alone_and_everything_at_once(tmp_path: Path) -> None
         return sorted(rank_of(child) for child in psutil.Process(launched.process.pid).children() if child.is_running())
 
     try:
-        while not launched.said() or len(ranks()) < 2:
+        while not launched.output() or len(ranks()) < 2:
             time.sleep(0.01)
-        assert launched.said() == "stopped (rank 1): gone"
+        assert launched.output() == "stopped (rank 1): gone"
         assert ranks() == [0, 1]
         children = psutil.Process(launched.process.pid).children()
         assert launched.kill(rank=1)

@@ -177,7 +177,7 @@ def test_sfron_step_equals_the_equations(train: Samples) -> None:
 
 def test_sfron_takes_only_the_batch_that_a_step_has_a_use_for(train: Samples) -> None:
     """Neither decoded nor counted: of 12 steps 4 forget on 10 of 12 samples, the last of them on the other 2."""
-    seen: dict[str, list[int]] = {"loss": [], "loss_beside": []}
+    seen: dict[str, list[int]] = {"loss": [], "paired_loss": []}
     cls: Any = get_method("sfron")
     with pytest.MonkeyPatch.context() as patched:
         for name, calls in seen.items():
@@ -189,7 +189,7 @@ def test_sfron_takes_only_the_batch_that_a_step_has_a_use_for(train: Samples) ->
 
             patched.setattr(cls, name, noting)
         result = run(train, "sfron", config={"epochs": 3.0, "repair_steps": 2})
-    assert seen["loss_beside"] == [(0, 10), (3, 2), (6, 10), (9, 2)]
+    assert seen["paired_loss"] == [(0, 10), (3, 2), (6, 10), (9, 2)]
     assert seen["loss"] == [(step, 10) for step in (1, 2, 4, 5, 7, 8, 10, 11)]
     assert result.samples_seen == {"forget": 24 + 80}
 
@@ -202,7 +202,7 @@ def test_sfron_ascent_ends_with_the_phase(train: Samples) -> None:
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(cls, "prepare", lambda self, phase, made=made: made.append(self))
             patched.setattr(cls, "before_step", lambda *_: None)
-            patched.setattr(cls, "prepared", lambda *_: {})
+            patched.setattr(cls, "cache_state", lambda *_: {})
             run(train, "sfron", config=options)
         assert (made[0].step, made[0].total_steps) == (steps - 1, steps)
         made[0].step += 1
@@ -316,7 +316,7 @@ def test_a_killed_run_resumes_to_the_same_bits(
         return wrapper
 
     with monkeypatch.context() as patched:
-        patched.setattr(cls, "loss_beside", dying(cls.paired_loss))
+        patched.setattr(cls, "paired_loss", dying(cls.paired_loss))
         with pytest.raises(Stop):
             run(train, name, config=config, output_dir=tmp_path / "run")
     if name == "sfron":

@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from methods_kit import make
 from toys import few, tiny_vit
 
-from engine.core import method as base
 from engine.data import Batch, Loader, Samples, open_source
 from engine.errors import UserError
 from engine.methods import influence, list_methods, razor, ssd
 from engine.methods.common import line_search
 from engine.methods.common.gradients import mean_gradient, mean_importance
+from engine.models import losses
 from engine.models.checkpoint import weights_sha256
 from engine.models.preprocessing import preprocessing_of
 from engine.run.unlearn import unlearn
@@ -78,7 +78,7 @@ def test_the_mean_gradient_is_that_of_the_mean_loss(train: Samples) -> None:
     expected = torch.autograd.grad(
         F.cross_entropy(model(batch.images.double()), batch.labels), list(model.parameters())
     )
-    found = mean_gradient(model.train(), Loader(samples, preprocessing_of(model), batch_size=8), base.cross_entropy)
+    found = mean_gradient(model.train(), Loader(samples, preprocessing_of(model), batch_size=8), losses.cross_entropy)
     torch.testing.assert_close(flat(found), flat(expected), atol=1e-6, rtol=1e-5)
     assert not model.training
     assert all(weight.grad is None for weight in model.parameters())
@@ -92,7 +92,7 @@ def test_importances_are_means_over_groups_of_samples(train: Samples, size: int,
     rows = per_sample(model, everything(samples, model))[order]
     means = torch.stack([part.mean(0) for part in rows.split(groups)])
     for power in (1, 2):
-        found = mean_importance(model, loader, base.cross_entropy, size=size, power=power)
+        found = mean_importance(model, loader, losses.cross_entropy, size=size, power=power)
         torch.testing.assert_close(flat(found), (means.abs() ** power).mean(0), atol=1e-9, rtol=1e-4)
 
 

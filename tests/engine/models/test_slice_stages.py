@@ -369,7 +369,7 @@ def test_a_killed_training_goes_on_to_the_same_bits(
     """Killed after all steps: what stage 1 left must not be read from weights that later stages were merged into."""
     fit = functools.partial(train, tiny_vit(), samples, method="s3t", config=RECIPE, output_dir=tmp_path / "run")
     with monkeypatch.context() as patch:
-        patch.setattr(S3T, "finished", lambda *_: 1 / 0)
+        patch.setattr(S3T, "on_finish", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             fit()
     fit(resume=True)

@@ -28,7 +28,7 @@ from engine.runtime.files import write_json
 def test_a_collapsed_model_is_rejected_without_a_verdict(
     store: Path, digits: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("engine.run.trainer._LOST", -101.0)
+    monkeypatch.setattr("engine.run.trainer._COLLAPSE_POINTS", -101.0)
     add_request(store, ids=ids_of(digits, 0))
     judge = Judge()
     finished = run(store, judge=judge)

@@ -88,11 +88,11 @@ def test_a_stage_with_forget_samples_ends_where_they_are_known_no_better(
     above = np.ceil((target + 0.05) * 20 + 1e-9) / 20
     for phase in (FORGET, Phase(name="both", samples="retain", paired="forget", epochs=1, lr=1.0)):
         now.forget, now.held_out, stop.stopped = above, 0.0, None
-        row = stop.look(None, phase, 0, 2, 7)
+        row = stop.evaluate(None, phase, 0, 2, 7)
         assert row == {"phase": phase.name, "epoch": 2, "step": 7, "forget_accuracy": above, "unseen_accuracy": target}
         assert stop.stopped is None
         now.forget = above - 0.05
-        assert "ended" in stop.look(None, phase, 0, 3, 9)
+        assert "ended" in stop.evaluate(None, phase, 0, 3, 9)
         assert stop.stopped["epoch"] == 3
 
 
@@ -100,11 +100,11 @@ def test_a_stage_of_retained_samples_alone_has_to_repair_first(train: Samples, m
     stop, now = stop_of(train, monkeypatch, held_out=0.6)
     assert stop.needed == pytest.approx(0.6)
     now.forget, now.held_out = 0.0, 0.5
-    row = stop.look(None, RETAIN, 1, 0, 3)
+    row = stop.evaluate(None, RETAIN, 1, 0, 3)
     assert (row["held_out_accuracy"], row["held_out_before"]) == (pytest.approx(0.5), pytest.approx(0.6))
     assert stop.stopped is None
     now.held_out = 0.6
-    stop.look(None, RETAIN, 1, 1, 7)
+    stop.evaluate(None, RETAIN, 1, 1, 7)
     assert stop.stopped["number"] == 1
     assert stop.stopped["ended"].startswith("forget accuracy 0.0%, of samples never seen ")
 

@@ -37,6 +37,7 @@ from engine.methods import list_methods
 from engine.models.checkpoint import save_checkpoint
 from engine.models.predict import Predictions, predict
 from engine.models.preprocessing import preprocessing_of
+from engine.run.folder import save_result
 from engine.tuning import Tuned, tune
 from engine.tuning.objective import Objective, halves
 from engine.tuning.study import FILE
@@ -270,7 +271,7 @@ class Bench:
         if self.spoil:
             self.spoil(self, config)
         events = [{"event": "collapse", "phase": "retain"}] if config["lr"] < 0 else []
-        return UnlearnResult(model, config, {}, {}, events, {}, False, None, lambda s: 0.0, {})
+        return UnlearnResult(model, config, {}, {}, events, {}, False, None, lambda s: 0.0, {}, save_result)
 
 
 @pytest.fixture
