@@ -56,7 +56,7 @@ from engine.cli.console import console, progress_bars
 from engine.errors import UserError, nearest
 from engine.jobs.task import Task
 from engine.models.checkpoint import load_checkpoint
-from engine.run.setup import set_up
+from engine.run.setup import RunOptions, set_up
 from engine.run.unlearn import unlearn
 
 OURS = "ours"
@@ -238,9 +238,7 @@ def _run(
             original,
             task.forget,
             task.retain,
-            method=contender.method,
-            options={**config, **peer.ours},
-            validation=task.source.validation,
+            RunOptions(method=contender.method, config={**config, **peer.ours}, validation=task.source.validation),
         )
         equal = contender.settings == (EQUAL,)
         values = peer.equal(run) if equal else peer.defaults

@@ -24,7 +24,7 @@ from engine.methods.lethe import LetheConfig
 from engine.models.attention_masking import count_masked
 from engine.models.preprocessing import preprocessing_of
 from engine.models.vit import attention_info
-from engine.run.setup import set_up
+from engine.run.setup import RunOptions, set_up
 
 PARTS = ("data", "teacher", "forward", "backward", "optimizer", "communication")
 _DECAY, _CLIP, _RATE = RunConfig().weight_decay, RunConfig().grad_clip, 1e-4
@@ -57,7 +57,7 @@ class EngineStep:
             "workers": 0,
         }
         model = case.model.spec().build(seed=0).to(device)
-        run = set_up(model, samples, samples, method="lethe", options=options)
+        run = set_up(model, samples, samples, RunOptions(method="lethe", config=options))
         self._computing = contextlib.ExitStack()
         self._computing.enter_context(run.computing())
         self._number = next(i for i, phase in enumerate(run.phases) if phase.name == case.phase)

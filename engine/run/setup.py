@@ -1,4 +1,4 @@
-"""Everything of a run but its steps: options resolved, data and ranks checked, models and phases made."""
+"""Set up a run: resolve options, check data and ranks, make models, phases and trainer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from engine.config import RunConfig, split_options, to_dict
 from engine.core.method import refuse_unfit
 from engine.core.result import AfterPhase, Progress
-from engine.data import Loader, Samples, from_dataset
+from engine.data import Loader, Preprocessing, Samples, from_dataset
 from engine.data.readable import bad_images, same_random_numbers, without
 from engine.data.samples import evenly_spaced
 from engine.errors import UserError
@@ -53,16 +53,95 @@ from lethe_kernels import resolve_backend
 
 logger = logging.getLogger(__name__)
 
-# Samples that each look at a model's accuracy takes.
+# Samples that each measurement of the watched accuracy takes.
 WATCHED = 500
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Run:
-    """A run that is set up and has not begun: what its steps are made of, `computing` around them.
+class RunOptions:
+    """Arguments of `engine.unlearn` that set up a run; see there.
 
-    resolved: every option, and what was decided. teacher: the original as the method looks at it.
-    loader_of: the batches of a phase, by the phase and its number. beside_of: those beside them, where it has any.
+    Attributes:
+        method: Name of the method.
+        config: Options of `RunConfig` and of the method by name.
+        validation: Held-out samples; None if there are none.
+        inplace: Change the caller's model.
+        output_dir: Run folder; None writes nothing.
+        resume: Continue the run in the run folder.
+        overwrite: Replace that run.
+        progress: Called with (phase, step, steps, numbers) as losses are read.
+        after_phase: Called with (phase, model) at the end of each phase.
+        notes: Further entries of config.yaml.
+        deepspeed: DeepSpeed configuration, or its JSON file.
+    """
+
+    method: str
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    validation: Samples | Dataset[Any] | None = None
+    inplace: bool = False
+    output_dir: str | os.PathLike[str] | None = None
+    resume: bool = False
+    overwrite: bool = False
+    progress: Progress | None = None
+    after_phase: AfterPhase | None = None
+    notes: Mapping[str, Any] | None = None
+    deepspeed: Mapping[str, Any] | str | os.PathLike[str] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Environment:
+    """Where and how a run computes.
+
+    Attributes:
+        run: Options of the run with device, precision and attention resolved.
+        device: Device of this rank.
+        world: Process group.
+        zero: DeepSpeed configuration with the run's values in it; None for plain torch on one process.
+        preprocessing: How images are resized and normalised for the model.
+    """
+
+    run: RunConfig
+    device: torch.device
+    world: ProcessGroup
+    zero: dict[str, Any] | None
+    preprocessing: Preprocessing
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """Options of `Loader` that say how images are read."""
+        run = self.run
+        return {
+            "workers": run.workers,
+            "device": self.device,
+            "world": self.world,
+            "on_bad_image": run.on_bad_image,
+            "max_bad_share": run.max_bad_share,
+            "decode": run.decode,
+        }
+
+    def loader(self, samples: Samples, augment: str, **options: Any) -> Loader:
+        """Return the batches of samples with the run's options; options: those of `Loader` that differ."""
+        shared = {"batch_size": self.run.batch_size, "seed": self.run.seed, **self.loading}
+        return Loader(samples, self.preprocessing, augment=augment, **{**shared, **options})
+
+    def autocast(self) -> Any:
+        """Return the context manager in which the model computes."""
+        half = self.zero is not None and half_weights(self.zero)
+        return autocast(self.device, "fp32" if half else self.run.precision)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run that is set up and has not begun.
+
+    Attributes:
+        resolved: Every option, and what was decided.
+        method: The method.
+        teacher: The original as the method reads it.
+        train_engine: The model that is changed, and its optimizer.
+        trainer: Runs the phases.
+        phases: Phases in order.
+        environment: Where and how the run computes.
     """
 
     resolved: dict[str, Any]
@@ -71,12 +150,11 @@ class Run:
     train_engine: TrainEngine
     trainer: Trainer
     phases: list[Phase]
-    loader_of: Callable[[int, Phase], Loader]
-    paired_loader: Callable[[int, Phase], Loader | None]
+    environment: Environment
 
     @contextlib.contextmanager
     def computing(self) -> Iterator[None]:
-        """Inside, both models compute as the run wants it, and the process keeps the memory that a step frees."""
+        """Set the attention backend of both models, and keep the memory that a step frees in the process."""
         context = self.method.context
         with contextlib.ExitStack() as stack:
             stack.enter_context(keeping_freed_memory(context.device))
@@ -85,9 +163,191 @@ class Run:
                 stack.enter_context(truncate_last_block(model))
             yield
 
+    def loader_of(self, number: int, phase: Phase) -> Loader:
+        """Return the batches of a phase. number: its position in `phases`."""
+        run, pruned = self.method.context.run, self.trainer.pruned.get(number)
+        part: dict[str, Any] = {"counts": pruned.counts, "chosen": pruned.positions} if pruned else {}
+        return self.environment.loader(
+            self.method.samples_of(phase),
+            run.augment if phase.augment else "none",
+            seed=run.seed * 1009 + number,
+            micro=run.accumulation_steps,
+            **part,
+        )
+
+    def paired_loader(self, number: int, phase: Phase) -> Loader | None:
+        """Return the paired batches of a phase; None if it has none."""
+        if phase.paired is None:
+            return None
+        context, pruned = self.method.context, self.trainer.pruned.get(number)
+        run = context.run
+        augmented = phase.augment if phase.augment_paired is None else phase.augment_paired
+        return self.environment.loader(
+            {"forget": context.forget, "retain": context.retain}[phase.paired],
+            run.augment if augmented else "none",
+            seed=run.seed * 1009 + 500 + number,
+            micro=run.accumulation_steps,
+            batch_size=phase.paired_size(run.batch_size, pruned.grown if pruned else 1.0),
+        )
+
+
+def set_up(original: nn.Module, forget: Samples, retain: Samples, options: RunOptions) -> Run:
+    """Resolve options, check data and ranks, and make models, phases and trainer; errors as of `engine.unlearn`."""
+    method = get_method(options.method)
+    run, config = split_options(options.config, method.Config)
+    run = _resolve(run)
+    _check_model(method, original)
+    info = describe(original)
+    watched = retain if options.validation is None else from_dataset(options.validation, "validation")
+    _check_data(original, forget, retain, watched)
+    environment = _environment(run, method, original, options, forget, retain)
+    with same_random_numbers():
+        environment.preprocessing.check(forget)
+    out_of = len(forget) + len(retain)
+    unreadable = bad_images(forget, environment.preprocessing, out_of=out_of, **environment.loading)
+    if not method.exact:  # an exact method needs the ids alone
+        forget = without(forget, unreadable)
+    resolved = _to_resolved(environment, config, options, forget, retain, len(unreadable))
+    zero, world = environment.zero, environment.world
+    teacher, release = _frozen(original, environment.device, run, zero if world.size > 1 else None, options.inplace)
+    run = dataclasses.replace(run, augment=_augmentation(run.augment, environment.loader, retain, forget))  # type: ignore[arg-type]
+    resolved["augment"] = run.augment
+    everything = retain
+    retain = choose_retained(run, teacher, forget, retain, environment.loader, environment.autocast, world)
+    if retain is not everything:
+        resolved["samples"] |= {"retain_used": len(retain), "retain_used_sha256": retain.fingerprint()}
+    context = Context(
+        run=run,
+        original=teacher,
+        info=info,
+        forget=forget,
+        retain=retain,
+        preprocessing=environment.preprocessing,
+        device=environment.device,
+        autocast=environment.autocast,
+        loader=environment.loader,
+        held_out=None if options.validation is None else watched,
+        world=world,
+    )
+    unlearner = method(config, context)
+    phases = unlearner.phases()
+    stop = None
+    if run.stop_when != "never":
+        check_stop(unlearner, phases)
+        stop = HeldOutStop(unlearner, phases)
+    pruned = pruned_phases(run, phases, len(forget), len(retain))
+    check_pruning(run, options.method, pruned)
+    # That a model forgets a class of which nothing is retained is no collapse.
+    watched = watched.of_classes(everything.labels) or watched
+    folder = spec = None
+    if options.output_dir is not None:
+        spec = spec_of(original)  # a model that cannot be saved is an error now, not after the work
+        folder = runfolder.RunFolder(
+            options.output_dir, resolved, resume=options.resume, overwrite=options.overwrite, world=world
+        )
+    train_engine = _train_engine(unlearner, original if options.inplace else copy.deepcopy(original), run, environment)
+    trainer = Trainer(
+        train_engine=train_engine,
+        method=unlearner,
+        run=run,
+        folder=folder,
+        progress=options.progress,
+        after_phase=options.after_phase,
+        watched_samples=evenly_spaced(watched, WATCHED, "watched"),
+        loader=environment.loader,
+        release=release,
+        spec=spec,
+        pruned=pruned,
+        early_stopping=stop,
+    )
+    trainer.bad_images.update(unreadable)
+    return Run(
+        resolved=resolved,
+        method=unlearner,
+        teacher=teacher,
+        train_engine=train_engine,
+        trainer=trainer,
+        phases=phases,
+        environment=environment,
+    )
+
+
+def _resolve(run: RunConfig) -> RunConfig:
+    """Resolve device, precision, attention and kernels of a run."""
+    device = resolve_device(run.device)
+    precision = resolve_precision(run.precision, device)
+    attention = resolve_attention(run.attention, device, precision)
+    try:
+        for op in ("attention_rollout", "mask_patches", "info_nce"):
+            resolve_backend(op, run.kernels.backend, device)
+    except RuntimeError as error:
+        raise UserError(f"option kernels.backend={run.kernels.backend!r}: {error}") from None
+    return dataclasses.replace(run, device=str(device), precision=precision, attention=attention)
+
+
+def _check_model(method: type[Method], original: nn.Module) -> None:
+    refuse_unfit(method, original)
+    if method.initial_model is Method.initial_model and not any(p.requires_grad for p in original.parameters()):
+        raise UserError(
+            "every weight of the model is frozen (requires_grad=False), so nothing of it could be changed; call "
+            "model.requires_grad_(True) first"
+        )
+
+
+def _environment(
+    run: RunConfig, method: type[Method], original: nn.Module, options: RunOptions, forget: Samples, retain: Samples
+) -> Environment:
+    """Join the process group and check that it suits the run."""
+    world = init_process_group(run.device, run.timeout)
+    if options.deepspeed is not None and method.one_process:
+        raise UserError(f"method {options.method}: {method.one_process}; run it on one process, without DeepSpeed")
+    zero = _resolve_zero(options.deepspeed, run, world)
+    _check_ranks(run, world, zero, forget, retain)
+    return Environment(
+        run=run, device=torch.device(run.device), world=world, zero=zero, preprocessing=preprocessing_of(original)
+    )
+
+
+def _to_resolved(
+    environment: Environment, config: Any, options: RunOptions, forget: Samples, retain: Samples, unreadable: int
+) -> dict[str, Any]:
+    """Return what config.yaml keeps of a run."""
+    return {
+        "method": options.method,
+        **to_dict(environment.run),
+        **to_dict(config),
+        **dict(options.notes or {}),
+        "ranks": environment.world.size,
+        **({"deepspeed": environment.zero} if environment.zero else {}),
+        "samples": {
+            "forget": len(forget),
+            "retain": len(retain),
+            "forget_sha256": forget.fingerprint(),
+            "retain_sha256": retain.fingerprint(),
+            **({"forget_unreadable": unreadable} if unreadable else {}),
+        },
+    }
+
+
+def _train_engine(method: Method, start: nn.Module, run: RunConfig, environment: Environment) -> TrainEngine:
+    """Return the model that is changed, and its optimizer. start: the original, or a copy of it."""
+    zero = environment.zero
+    student = method.initial_model(start).to(environment.device)
+    restrict(student, run.trainable, run.seed)
+    if zero:
+        refuse_sharding(student, zero)
+    if run.gradient_checkpointing:
+        checkpoint_blocks(student)
+    if run.compile:
+        student.compile()
+    scales = method.lr_scales(student)
+    if zero and scales:
+        raise UserError("option layer_decay: DeepSpeed has one rate for all weights; leave it out, or --deepspeed")
+    return ZeroTrainEngine(student, run, zero) if zero else TrainEngine(student, run, scales)
+
 
 def _augmentation(asked: str, loader: Callable[..., Loader], retain: Samples, forget: Samples) -> str:
-    """What the run's option `augment` comes to for its samples."""
+    """Return what the run's option `augment` resolves to for its samples."""
     if asked != "auto":
         return asked
     found = loader(retain if len(retain) else forget, asked).augment
@@ -99,197 +359,6 @@ def _augmentation(asked: str, loader: Callable[..., Loader], retain: Samples, fo
 def _note_augmentation(name: str, found: str, natural: bool) -> None:
     why = "" if natural else "; images of this source are not known to allow mirroring: --set augment=flip if they do"
     logger.info("augment=auto is augment=%s for %s%s", found, name, why)
-
-
-def set_up(
-    original: nn.Module,
-    forget: Samples,
-    retain: Samples,
-    *,
-    method: str,
-    options: Mapping[str, Any],
-    validation: Samples | Dataset[Any] | None = None,
-    inplace: bool = False,
-    output_dir: str | os.PathLike[str] | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-    progress: Progress | None = None,
-    after_phase: AfterPhase | None = None,
-    notes: Mapping[str, Any] | None = None,
-    deepspeed: Mapping[str, Any] | str | os.PathLike[str] | None = None,
-) -> Run:
-    """Everything of a run but its steps; arguments and errors as of `unlearn`."""
-    method_class = get_method(method)
-    run, method_config = split_options(options, method_class.Config)
-    device = resolve_device(run.device)
-    precision = resolve_precision(run.precision, device)
-    attention = resolve_attention(run.attention, device, precision)
-    run = dataclasses.replace(run, device=str(device), precision=precision, attention=attention)
-    try:
-        for op in ("attention_rollout", "mask_patches", "info_nce"):
-            resolve_backend(op, run.kernels.backend, device)
-    except RuntimeError as error:
-        raise UserError(f"option kernels.backend={run.kernels.backend!r}: {error}") from None
-    refuse_unfit(method_class, original)
-    if method_class.initial_model is Method.initial_model and not any(p.requires_grad for p in original.parameters()):
-        raise UserError(
-            "every weight of the model is frozen (requires_grad=False), so nothing of it could be changed; call "
-            "model.requires_grad_(True) first"
-        )
-    info = describe(original)
-    watched = retain if validation is None else from_dataset(validation, "validation")
-    _check_data(original, forget, retain, watched)
-    world = init_process_group(run.device, run.timeout)
-    if deepspeed is not None and method_class.one_process:
-        raise UserError(f"method {method}: {method_class.one_process}; run it on one process, without DeepSpeed")
-    zero = _resolve_zero(deepspeed, run, world)
-    _check_ranks(run, world, zero, forget, retain)
-    loading: dict[str, Any] = {
-        "workers": run.workers,
-        "device": device,
-        "world": world,
-        "on_bad_image": run.on_bad_image,
-        "max_bad_share": run.max_bad_share,
-        "decode": run.decode,
-    }
-    preprocessing = preprocessing_of(original)
-    with same_random_numbers():
-        preprocessing.check(forget)
-    unreadable = bad_images(forget, preprocessing, out_of=len(forget) + len(retain), **loading)
-    if not method_class.exact:  # an exact method needs the ids alone
-        forget = without(forget, unreadable)
-    resolved = {
-        "method": method,
-        **to_dict(run),
-        **to_dict(method_config),
-        **dict(notes or {}),
-        "ranks": world.size,
-        **({"deepspeed": zero} if zero else {}),
-        "samples": {
-            "forget": len(forget),
-            "retain": len(retain),
-            "forget_sha256": forget.fingerprint(),
-            "retain_sha256": retain.fingerprint(),
-            **({"forget_unreadable": len(unreadable)} if unreadable else {}),
-        },
-    }
-    half = zero is not None and half_weights(zero)
-    teacher, release = _frozen(original, device, run, zero if world.size > 1 else None, inplace)
-
-    def loader(
-        samples: Samples,
-        augment: str,
-        seed: int = run.seed,
-        micro: int = 1,
-        batch_size: int = run.batch_size,
-        **part: Any,
-    ) -> Loader:
-        return Loader(
-            samples,
-            preprocessing,
-            batch_size=batch_size,
-            seed=seed,
-            augment=augment,
-            micro=micro,
-            **loading,
-            **part,
-        )
-
-    def computing() -> Any:
-        return autocast(device, "fp32" if half else run.precision)
-
-    run = dataclasses.replace(run, augment=_augmentation(run.augment, loader, retain, forget))  # type: ignore[arg-type]
-    resolved["augment"] = run.augment
-    everything, retain = retain, choose_retained(run, teacher, forget, retain, loader, computing, world)
-    if retain is not everything:
-        resolved["samples"] |= {"retain_used": len(retain), "retain_used_sha256": retain.fingerprint()}
-    unlearner = method_class(
-        method_config,
-        Context(
-            run=run,
-            original=teacher,
-            info=info,
-            forget=forget,
-            retain=retain,
-            preprocessing=preprocessing,
-            device=device,
-            autocast=computing,
-            loader=loader,
-            held_out=None if validation is None else watched,
-            world=world,
-        ),
-    )
-    phases = unlearner.phases()
-    stop = None
-    if run.stop_when != "never":
-        check_stop(unlearner, phases)
-        stop = HeldOutStop(unlearner, phases)
-    pruned = pruned_phases(run, phases, len(forget), len(retain))
-    check_pruning(run, method, pruned)
-    # That a model forgets a class of which nothing is retained is no collapse.
-    watched = watched.of_classes(everything.labels) or watched
-    folder = spec = None
-    if output_dir is not None:
-        spec = spec_of(original)  # a model that cannot be saved is an error now, not after the work
-        folder = runfolder.RunFolder(output_dir, resolved, resume=resume, overwrite=overwrite, world=world)
-
-    student = unlearner.initial_model(original if inplace else copy.deepcopy(original)).to(device)
-    restrict(student, run.trainable, run.seed)
-    if zero:
-        refuse_sharding(student, zero)
-    if run.gradient_checkpointing:
-        checkpoint_blocks(student)
-    if run.compile:
-        student.compile()
-    scales = unlearner.lr_scales(student)
-    if zero and scales:
-        raise UserError("option layer_decay: DeepSpeed has one rate for all weights; leave it out, or --deepspeed")
-    train_engine = ZeroTrainEngine(student, run, zero) if zero else TrainEngine(student, run, scales)
-    trainer = Trainer(
-        train_engine,
-        unlearner,
-        run,
-        folder,
-        progress,
-        after_phase,
-        evenly_spaced(watched, WATCHED, "watched"),
-        loader,
-        release,
-        spec,
-        pruned,
-        stop,
-    )
-    trainer.bad_images.update(unreadable)
-
-    def loader_of(number: int, phase: Phase) -> Loader:
-        samples = unlearner.samples_of(phase)
-        augment = run.augment if phase.augment else "none"
-        part: dict[str, Any] = (
-            {"counts": pruned[number].counts, "chosen": pruned[number].positions} if number in pruned else {}
-        )
-        return loader(samples, augment, run.seed * 1009 + number, run.accumulation_steps, **part)
-
-    def paired_loader(number: int, phase: Phase) -> Loader | None:
-        if phase.paired is None:
-            return None
-        return loader(
-            {"forget": forget, "retain": retain}[phase.paired],
-            run.augment if (phase.augment if phase.augment_paired is None else phase.augment_paired) else "none",
-            run.seed * 1009 + 500 + number,
-            run.accumulation_steps,
-            phase.paired_size(run.batch_size, pruned[number].grown if number in pruned else 1.0),
-        )
-
-    return Run(
-        resolved=resolved,
-        method=unlearner,
-        teacher=teacher,
-        train_engine=train_engine,
-        trainer=trainer,
-        phases=phases,
-        loader_of=loader_of,
-        paired_loader=paired_loader,
-    )
 
 
 def _resolve_zero(

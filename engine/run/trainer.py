@@ -44,38 +44,69 @@ _COLLAPSE_POINTS = 10.0
 _CHECKPOINT_FIELDS = ("samples_seen", "watched", "seconds", "bad_images")
 
 
-class Trainer:
-    """Runs phases of optimizer steps, watches them, keeps their history and what is needed to resume."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PhaseRun:
+    """A phase while it runs.
 
-    def __init__(
-        self,
-        train_engine: TrainEngine,
-        method: Method,
-        run: RunConfig,
-        folder: RunFolder | None,
-        progress: Progress | None,
-        after_phase: AfterPhase | None,
-        watched: Samples,
-        loader: Callable[[Samples, str], Loader],
-        release: Callable[[], None],
-        spec: ModelSpec | None,
-        pruned: dict[int, PrunedPhase] | None = None,
-        stop: HeldOutStop | None = None,
-    ) -> None:
-        self.train_engine, self.method, self.run, self.folder, self.progress = (
-            train_engine,
-            method,
-            run,
-            folder,
-            progress,
-        )
-        self.after_phase, self.loader, self.release, self.spec = after_phase, loader, release, spec
-        self.pruned, self.early_stopping = pruned or {}, stop
-        self.world = method.context.world
-        self.watch_loader = loader(watched, "none")
+    Attributes:
+        number: Position of the phase in the run.
+        phase: The phase.
+        loader: Batches of `Phase.samples`.
+        paired: Batches of `Phase.paired`; None if the phase has none.
+        total: Steps of the phase.
+        scheduler: Learning-rate schedule.
+        guard: Collapse guard; None if the phase is not guarded.
+    """
+
+    number: int
+    phase: Phase
+    loader: Loader
+    paired: Loader | None
+    total: int
+    scheduler: Any
+    guard: CollapseGuard | None
+
+
+@dataclasses.dataclass(kw_only=True)
+class Trainer:
+    """Runs phases of optimizer steps, watches them, and keeps their history and what a resumed run needs.
+
+    Attributes:
+        train_engine: The model that is changed, and its optimizer.
+        method: The method, whose losses and hooks are called.
+        run: Options of the run, resolved.
+        folder: Run folder; None writes nothing.
+        progress: Called with (phase, step, steps, numbers) as losses are read.
+        after_phase: Called with (phase, model) at the end of each phase.
+        watched_samples: Samples whose accuracy is measured during guarded phases, and before and after the run.
+        loader: Makes the batches of samples with an augmentation.
+        release: Frees the memory of the original.
+        spec: How the model is built; None if nothing is written.
+        pruned: Phases under `retain_pruning`, by their position.
+        early_stopping: The rule of `stop_when`; None if there is none.
+    """
+
+    train_engine: TrainEngine
+    method: Method
+    run: RunConfig
+    folder: RunFolder | None
+    progress: Progress | None
+    after_phase: AfterPhase | None
+    watched_samples: Samples
+    loader: Callable[[Samples, str], Loader]
+    release: Callable[[], None]
+    spec: ModelSpec | None
+    pruned: dict[int, PrunedPhase] = dataclasses.field(default_factory=dict)
+    early_stopping: HeldOutStop | None = None
+
+    def __post_init__(self) -> None:
+        self.world = self.method.context.world
+        self.watch_loader = self.loader(self.watched_samples, "none")
         self.history: list[dict[str, Any]] = []
         self.state: dict[str, Any] | None = None
-        self.phase_number, self.seconds, self.samples_seen = 0, {"prepare": 0.0, "data": 0.0}, {}  # type: ignore[var-annotated]
+        self.phase_number = 0
+        self.seconds: dict[str, float] = {"prepare": 0.0, "data": 0.0}
+        self.samples_seen: dict[str, int] = {}
         self.bad_images: dict[str, str] = {}
         self.watched: dict[str, float] = {}
 
@@ -129,17 +160,16 @@ class Trainer:
             logger.warning("%s, near chance (%.1f%%): %s", found, 100 * chance_of(labels), remedy)
 
     def run_phase(
-        self,
-        number: int,
-        phase: Phase,
-        loader: Loader,
-        paired: Loader | None,
-        original_needed: bool,
+        self, number: int, phase: Phase, loader: Loader, paired: Loader | None, original_needed: bool
     ) -> None:
-        """Runs a phase, or what a resumed run has left of it.
+        """Run a phase, or the rest of it after a resume.
 
-        beside: of the samples beside those of the phase, where it has any. original_needed: by a phase that comes
-        later.
+        Args:
+            number: Position of the phase in the run.
+            phase: The phase.
+            loader: Batches of `Phase.samples`.
+            paired: Batches of `Phase.paired`; None if the phase has none.
+            original_needed: Whether a later phase runs the original.
         """
         if self.early_stopping and self.early_stopping.stopped and number in self.early_stopping.stage:
             return
@@ -148,6 +178,33 @@ class Trainer:
         if not original_needed and not self.method.needs_original(phase, prepared=True):
             self.release()
         self.seconds["prepare"] += time.perf_counter() - began
+        part, step, stopped = self._begin_phase(number, phase, loader, paired)
+        while step < part.total and not stopped:
+            stop = self._next_checkpoint(step, part.total, loader)
+            stopped = self._run_steps(part, step, stop)
+            step = stop
+            epoch, _, end = loader.epochs.place(step - 1)
+            if not stopped and step in (end, part.total):
+                stopped = self._ended(number, phase, epoch, step, part.total)
+            self._collect(part)
+            self._keep(
+                phase,
+                self._phase_state(part, step),
+                done=stopped or step == part.total,
+                seconds=time.perf_counter() - began,
+            )
+            began = time.perf_counter()
+        if part.total == 0:  # an edit alone
+            self._keep(phase, {"phase": number}, done=True, seconds=time.perf_counter() - began)
+            began = time.perf_counter()
+        if self.after_phase:
+            self.after_phase(phase.name, self.model.eval())
+            self.started += time.perf_counter() - began
+
+    def _begin_phase(
+        self, number: int, phase: Phase, loader: Loader, paired: Loader | None
+    ) -> tuple[PhaseRun, int, bool]:
+        """Return the phase, the step to continue at, and whether `Method.edit` ended it."""
         total = loader.epochs.steps(phase.epochs)
         total = min(total, self.run.max_steps) if self.run.max_steps else total
         self.method.total_steps = total
@@ -163,38 +220,29 @@ class Trainer:
             if guard:
                 guard.load_state(self.state["guard"])
         self.state = None
-        while step < total and not stopped:
-            stop = self._next_checkpoint(step, total, loader)
-            stopped = self._run_steps(number, phase, loader, paired, step, stop, total, scheduler, guard)
-            step = stop
-            epoch, _, end = loader.epochs.place(step - 1)
-            if not stopped and step in (end, total):
-                stopped = self._ended(number, phase, epoch, step, total)
-            for each in filter(None, (loader, paired)):
-                self.seconds["data"] += each.waited
-                each.waited = 0.0
-                if self.run.on_bad_image == "skip":
-                    for found in self.world.gather(each.bad_ids):
-                        self.bad_images.update(found)
-            self._keep(
-                phase,
-                {
-                    "phase": number,
-                    "step": step,
-                    "scheduler": scheduler.state_dict(),
-                    "groups": self.train_engine.groups(),
-                }
-                | ({"guard": guard.state()} if guard else {}),
-                done=stopped or step == total,
-                seconds=time.perf_counter() - began,
-            )
-            began = time.perf_counter()
-        if total == 0:  # an edit alone
-            self._keep(phase, {"phase": number}, done=True, seconds=time.perf_counter() - began)
-            began = time.perf_counter()
-        if self.after_phase:
-            self.after_phase(phase.name, self.model.eval())
-            self.started += time.perf_counter() - began
+        part = PhaseRun(
+            number=number, phase=phase, loader=loader, paired=paired, total=total, scheduler=scheduler, guard=guard
+        )
+        return part, step, stopped
+
+    def _collect(self, part: PhaseRun) -> None:
+        """Add up the time spent waiting for images, and gather the ids of those that cannot be read."""
+        for each in filter(None, (part.loader, part.paired)):
+            self.seconds["data"] += each.waited
+            each.waited = 0.0
+            if self.run.on_bad_image == "skip":
+                for found in self.world.gather(each.bad_ids):
+                    self.bad_images.update(found)
+
+    def _phase_state(self, part: PhaseRun, step: int) -> dict[str, Any]:
+        """Return what a checkpoint keeps of a phase."""
+        return {
+            "phase": part.number,
+            "step": step,
+            "scheduler": part.scheduler.state_dict(),
+            "groups": self.train_engine.groups(),
+            **({"guard": part.guard.state()} if part.guard else {}),
+        }
 
     def _guard(self, phase: Phase, total: int) -> CollapseGuard:
         return CollapseGuard(
@@ -246,30 +294,20 @@ class Trainer:
         ends = [total, loader.epochs.place(step)[2]]
         return min(*ends, step + self.run.checkpoint_every if self.run.checkpoint_every else total)
 
-    def _run_steps(
-        self,
-        number: int,
-        phase: Phase,
-        loader: Loader,
-        paired: Loader | None,
-        step: int,
-        stop: int,
-        total: int,
-        scheduler: Any,
-        guard: CollapseGuard | None,
-    ) -> bool:
-        """The steps [step, stop) of a phase, all of one epoch; True where the guard ended the phase."""
+    def _run_steps(self, part: PhaseRun, step: int, stop: int) -> bool:
+        """Run steps [step, stop) of a phase, all of one epoch; return whether the guard ended the phase."""
         pending: list[Row] = []
+        phase, guard, loader = part.phase, part.guard, part.loader
         epoch, first, _ = loader.epochs.place(step)
-        pruned = self.pruned.get(number)
+        pruned = self.pruned.get(part.number)
         self.model.train()
         batches = loader.epoch(epoch, step - first, stop - first, lambda step: phase.takes(first + step)[0])
-        others = paired.steps_of(step, stop, lambda step: phase.takes(step)[1]) if paired else None
+        others = part.paired.steps_of(step, stop, lambda step: phase.takes(step)[1]) if part.paired else None
         while step < stop:
-            pending.append(self.step(phase, batches, loader.seed, step, scheduler, others, pruned))
+            pending.append(self.step(phase, batches, loader.seed, step, part.scheduler, others, pruned))
             step += 1
             if len(pending) == _LOG_EVERY or step == stop or (guard and step in guard.steps):
-                self._flush(phase, epoch, total, pending)
+                self._flush(phase, epoch, part.total, pending)
                 if guard and step in guard.steps and guard.collapsed(step):
                     return True
                 self.model.train()

@@ -18,7 +18,7 @@ from engine.models.checkpoint import load_checkpoint
 from engine.models.huggingface import as_classifier, as_given
 from engine.models.usable import usable
 from engine.run import folder as runfolder
-from engine.run.setup import Run, set_up
+from engine.run.setup import Run, RunOptions, set_up
 from engine.runtime.process_group import ProcessGroup, watching_ranks
 from engine.runtime.progress import automatic_progress
 
@@ -74,12 +74,9 @@ def unlearn(
     started = time.perf_counter()
     resumable = output_dir is not None
     with shown_progress(progress) as progress, watching_ranks(resumable), runfolder.closing():
-        run = set_up(
-            original,
-            forget,
-            retain,
+        options = RunOptions(
             method=method,
-            options=config or {},
+            config=config or {},
             validation=validation,
             inplace=inplace,
             output_dir=output_dir,
@@ -90,6 +87,7 @@ def unlearn(
             notes=notes,
             deepspeed=deepspeed,
         )
+        run = set_up(original, forget, retain, options)
         result = _run(run, started, finalize)
     if inplace and result.model is not original:
         original.load_state_dict(result.model.state_dict())
@@ -125,12 +123,9 @@ def train(
     started = time.perf_counter()
     resumable = output_dir is not None
     with shown_progress(progress) as progress, watching_ranks(resumable), runfolder.closing():
-        run = set_up(
-            as_classifier(model),
-            samples.subset([], "forget"),
-            samples,
+        options = RunOptions(
             method=method,
-            options=config or {},
+            config=config or {},
             validation=validation,
             output_dir=output_dir,
             resume=resume,
@@ -139,6 +134,7 @@ def train(
             notes=notes,
             deepspeed=deepspeed,
         )
+        run = set_up(as_classifier(model), samples.subset([], "forget"), samples, options)
         result = _run(run, started, finalize)
     result.model = as_given(result.model, model)
     return result

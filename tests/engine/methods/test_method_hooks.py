@@ -23,7 +23,7 @@ from engine.methods import Method, Phase, register
 from engine.models.checkpoint import weights_sha256
 from engine.models.preprocessing import preprocessing_of
 from engine.models.vit import outputs
-from engine.run.setup import set_up
+from engine.run.setup import RunOptions, set_up
 from engine.run.unlearn import unlearn
 
 
@@ -128,7 +128,7 @@ def test_combine_gets_the_gradient_of_each_loss(train: Samples) -> None:
     forget, retain = few(train, 12), train.subset(range(20, 56))
     phase = dataclasses.replace(RETAIN, combined=True, epochs=0.2, augment=False)
     with registered(phase=phase, combine=combine):
-        made = set_up(tiny_vit(), forget, retain, method="probe", options=OPTIONS)
+        made = set_up(tiny_vit(), forget, retain, RunOptions(method="probe", config=OPTIONS))
         batch, other = next(made.loader_of(0, phase).epoch(0)), next(made.paired_loader(0, phase).epoch(0))  # type: ignore[union-attr]
         unlearn(tiny_vit(), forget, retain, method="probe", config={**OPTIONS, "weight_decay": 0.0})
     model = tiny_vit().train()

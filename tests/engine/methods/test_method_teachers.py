@@ -24,7 +24,7 @@ from engine.methods.common.distillation import divergence
 from engine.models.checkpoint import weights_sha256
 from engine.models.predict import Predictions
 from engine.models.vit import outputs
-from engine.run.setup import Run, set_up
+from engine.run.setup import Run, RunOptions, set_up
 from engine.run.unlearn import unlearn
 
 METHODS = ["scrub", "scrub_r", "bad_teacher", "lotus", "laf"]
@@ -58,9 +58,7 @@ def ready(train: Samples, model: torch.nn.Module, method: str, forget: Samples |
         model,
         few(train, 20) if forget is None else forget,
         retain,
-        method=method,
-        options={**OPTIONS, **options},
-        validation=train.subset(range(60, 120)),
+        RunOptions(method=method, config={**OPTIONS, **options}, validation=train.subset(range(60, 120))),
     )
     made.method.prepare(made.phases[0])
     return made

@@ -25,7 +25,7 @@ from engine.models.trainable import (
     restrict,
 )
 from engine.plan.planning import plan
-from engine.run.setup import set_up
+from engine.run.setup import RunOptions, set_up
 from engine.run.unlearn import unlearn
 
 OPTIONS = {"batch_size": 10, "precision": "fp32", "augment": "none", "weight_decay": 0.5}
@@ -214,7 +214,7 @@ def test_the_last_good_weights_of_a_run_that_stops_are_merged(
 )
 def test_what_cannot_be_trained_is_said(train: Samples, spec: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
-        set_up(tiny_vit(), few(train, 5), few(train, 20), method="finetune", options={"trainable": spec})
+        set_up(tiny_vit(), few(train, 5), few(train, 20), RunOptions(method="finetune", config={"trainable": spec}))
 
 
 def test_a_model_without_a_classifier_has_no_head() -> None:

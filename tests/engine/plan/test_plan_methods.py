@@ -16,7 +16,7 @@ from engine.errors import UserError
 from engine.methods import get_method, list_methods
 from engine.plan import plan as make_plan
 from engine.plan.work import Sizes, planned, unlearning_work
-from engine.run.setup import set_up
+from engine.run.setup import RunOptions, set_up
 
 
 @pytest.mark.parametrize("method", list(list_methods()))
@@ -73,9 +73,11 @@ def test_steps_samples_and_teachers_are_those_of_a_run(method: str, pruning: str
         model,
         few(DATA, 13),
         DATA.subset(range(20, 70)),
-        method=method,
-        options={**options, **run, "precision": "fp32", "device": "cpu", "augment": "none"},
-        validation=held_out,
+        RunOptions(
+            method=method,
+            config={**options, **run, "precision": "fp32", "device": "cpu", "augment": "none"},
+            validation=held_out,
+        ),
     )
     asked = []
     made.teacher.register_forward_hook(lambda m, inputs, out: asked.append(len(inputs[0])))

@@ -18,7 +18,7 @@ from engine.methods.finetune import Finetune
 from engine.models.preprocessing import preprocessing_of
 from engine.models.vit import outputs
 from engine.run.retain_subset import choose_retained
-from engine.run.setup import set_up
+from engine.run.setup import RunOptions, set_up
 from engine.run.unlearn import unlearn
 from engine.runtime.process_group import ProcessGroup
 
@@ -31,7 +31,7 @@ def train() -> Samples:
 
 
 def context_of(model: torch.nn.Module, forget: Samples, retain: Samples, **options: Any) -> Any:
-    return set_up(model, forget, retain, method="finetune", options={**RUN, **options}).method.context
+    return set_up(model, forget, retain, RunOptions(method="finetune", config={**RUN, **options})).method.context
 
 
 def picked(model: torch.nn.Module, forget: Samples, retain: Samples, **options: Any) -> list[str]:
