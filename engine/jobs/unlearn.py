@@ -51,9 +51,20 @@ def run_job(
     deepspeed: str | Path | None = None,
     record: RecordOptions | None = None,
 ) -> Outcome:
-    """Unlearns a checkpoint, evaluates it beside the original and the references, and fills the run folder.
+    """Unlearn a checkpoint, compare it with the original and the reference models, and fill the run folder.
 
-    record: who signs record.json, and what else it says of the request.
+    Args:
+        task: The data with the forget request.
+        checkpoint: The model before unlearning.
+        output_dir: Run folder.
+        method, config, resume, overwrite, progress, deepspeed: As of `engine.unlearn`.
+        references: Checkpoints of reference models.
+        retrain_seconds: Seconds that a retrain took, for the report.
+        record: Who signs record.json, and what else it holds of the request.
+
+    Raises:
+        UserError: A reference that is not valid (`engine.jobs.verify.check_references`), a folder that is taken, or
+            wrong use of `engine.unlearn`.
     """
     record = record or RecordOptions()
     check_free(output_dir)
@@ -61,64 +72,15 @@ def run_job(
     record.check()
     original = load_checkpoint(checkpoint)
     check_references(task, references, {"the original": original}, original_of(checkpoint, original))
-    retrained = [load_checkpoint(reference) for reference in references]
-    metrics: dict[str, Any] = {}
-
-    def evaluate(result: UnlearnResult) -> None:
-        began = time.perf_counter()
-        world = ProcessGroup.current()
-        measured = task.without(result.bad_images)
-        evaluator = measured.evaluator(result.config)
-        evaluations = {"original": evaluator(original), "unlearned": evaluator(result.model)}
-        evaluations.update({f"retrained {i}": evaluator(model) for i, model in enumerate(retrained, 1)})
-        seconds = {**result.seconds, "evaluate": time.perf_counter() - began}
-        metrics.update(
-            compare(
-                evaluations["unlearned"],
-                _references(evaluations),
-                evaluations["original"],
-                seconds,
-                result.samples_seen,
-            )
-        )
-        metrics["collapsed"] = result.collapsed
-        if result.stopped is not None:
-            metrics["stopped"] = result.stopped
-        if measured.unreadable:
-            metrics["unreadable"] = {"forget": measured.unreadable}
-        if retrain_seconds is not None:
-            metrics["seconds"]["retrain"] = retrain_seconds
-        models = {
-            "original": original,
-            "unlearned": result.model,
-            **({"retrained": retrained[0]} if retrained else {}),
-        }
-
-        def write() -> None:
-            weights = {
-                "before": weights_sha256(original),
-                "after": weights_sha256(result.model),
-                "references": [weights_sha256(model) for model in retrained],
-            }
-            write_json(output_dir / "metrics.json", metrics)
-            _write_evidence(
-                measured, output_dir, method, result, metrics, evaluations, models, weights, retrain_seconds
-            )
-            write_record(  # last: it covers the other files
-                output_dir,
-                result,
-                request=measured.counted(),
-                forget=task.forget.ids,
-                data=task.source.spec,
-                weights=weights,
-                environment=environment(),
-                metrics=metrics,
-                files=UNLEARNED,
-                options=record,
-            )
-
-        world.on_main(write)
-
+    evidence = Evidence(
+        task=task,
+        folder=output_dir,
+        method=method,
+        original=original,
+        references=[load_checkpoint(reference) for reference in references],
+        retrain_seconds=retrain_seconds,
+        record=record,
+    )
     result = unlearn(
         original,
         task.forget,
@@ -132,31 +94,94 @@ def run_job(
         progress=progress,
         notes={"checkpoint": checkpoint, **import_note(original), **task.notes()},
         deepspeed=deepspeed,
-        finalize=evaluate,
+        finalize=evidence,
     )
-    return Outcome(result, metrics)
+    return Outcome(result, evidence.metrics)
 
 
-def _references(evaluations: Mapping[str, Evaluation]) -> list[Evaluation]:
-    return [evaluation for name, evaluation in evaluations.items() if name.startswith("retrained")]
+@dataclasses.dataclass(kw_only=True)
+class Evidence:
+    """Measures an unlearned model and writes metrics.json, report.html and record.json.
+
+    Attributes:
+        task: The data with the forget request.
+        folder: Run folder.
+        method: Name of the method.
+        original: The model before unlearning.
+        references: Reference models.
+        retrain_seconds: Seconds that a retrain took; None if unknown.
+        record: Who signs record.json.
+        metrics: Contents of metrics.json, once the model is measured.
+    """
+
+    task: Task
+    folder: Path
+    method: str
+    original: nn.Module
+    references: list[nn.Module]
+    retrain_seconds: float | None
+    record: RecordOptions
+    metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __call__(self, result: UnlearnResult) -> None:
+        """Measure a result on all ranks; the main rank writes."""
+        began = time.perf_counter()
+        measured = self.task.without(result.bad_images)
+        evaluator = measured.evaluator(result.config)
+        evaluations = {"original": evaluator(self.original), "unlearned": evaluator(result.model)}
+        retrained = {f"retrained {i}": evaluator(model) for i, model in enumerate(self.references, 1)}
+        seconds = {**result.seconds, "evaluate": time.perf_counter() - began}
+        compared = compare(
+            evaluations["unlearned"],
+            list(retrained.values()),
+            evaluations["original"],
+            seconds,
+            result.samples_seen,
+        )
+        self.metrics.update(compared)
+        self.metrics["collapsed"] = result.collapsed
+        if result.stopped is not None:
+            self.metrics["stopped"] = result.stopped
+        if measured.unreadable:
+            self.metrics["unreadable"] = {"forget": measured.unreadable}
+        if self.retrain_seconds is not None:
+            self.metrics["seconds"]["retrain"] = self.retrain_seconds
+        ProcessGroup.current().on_main(lambda: self._write(measured, result, {**evaluations, **retrained}))
+
+    def _write(self, measured: Task, result: UnlearnResult, evaluations: dict[str, Evaluation]) -> None:
+        weights = {
+            "before": weights_sha256(self.original),
+            "after": weights_sha256(result.model),
+            "references": [weights_sha256(model) for model in self.references],
+        }
+        write_json(self.folder / "metrics.json", self.metrics)
+        _write_evidence(self, measured, result, evaluations, weights)
+        write_record(  # last: it covers the other files
+            self.folder,
+            result,
+            request=measured.counted(),
+            forget=self.task.forget.ids,
+            data=self.task.source.spec,
+            weights=weights,
+            environment=environment(),
+            metrics=self.metrics,
+            files=UNLEARNED,
+            options=self.record,
+        )
 
 
 def _write_evidence(
+    job: Evidence,
     task: Task,
-    folder: Path,
-    method: str,
     result: UnlearnResult,
-    metrics: dict[str, Any],
     evaluations: dict[str, Evaluation],
-    models: dict[str, nn.Module],
     weights: dict[str, Any],
-    retrain_seconds: float | None,
 ) -> None:
-    original = models["original"]
+    """Write report.html. task: as far as its images can be read. weights: hashes of the models."""
     hashes = {
         "weights before": weights["before"],
         "weights after": weights["after"],
-        "model.safetensors": sha256(folder / "model.safetensors"),
+        "model.safetensors": sha256(job.folder / "model.safetensors"),
         "forget ids and labels": result.config["samples"]["forget_sha256"],
         "retain ids and labels": result.config["samples"]["retain_sha256"],
     }
@@ -168,29 +193,33 @@ def _write_evidence(
         "unreadable": task.unreadable,
         "data": task.source.spec,
     }
-    masking = result.config if method == "lethe" else to_dict(build(LetheConfig, {}))
+    masking = result.config if job.method == "lethe" else to_dict(build(LetheConfig, {}))
     gallery = build_gallery(
-        models,
+        {
+            "original": job.original,
+            "unlearned": result.model,
+            **({"retrained": job.references[0]} if job.references else {}),
+        },
         task.forget,
-        preprocessing_of(original),
+        preprocessing_of(job.original),
         source=masking["mask_source"],
         share=masking["mask_share"],
         head_fusion=masking["head_fusion"],
         seed=result.config["seed"],
     )
     write_report(
-        folder / "report.html",
+        job.folder / "report.html",
         ReportData(
             title="Unlearning report",
-            method=method,
-            summary=get_method(method).summary,
+            method=job.method,
+            summary=get_method(job.method).summary,
             request=request,
             config=result.config,
-            metrics=metrics,
+            metrics=job.metrics,
             history=result.history,
             evaluations=evaluations,
             gallery=gallery,
-            retrain_seconds=retrain_seconds,
+            retrain_seconds=job.retrain_seconds,
             environment=environment(),
             hashes=hashes,
         ),
