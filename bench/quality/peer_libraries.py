@@ -40,8 +40,8 @@ from engine.errors import UserError
 from engine.methods import Context, Phase
 from engine.methods.scrub import ScrubConfig
 from engine.methods.ssd import Ssd, adaptive_alpha
+from engine.run.phase_run import schedule
 from engine.run.setup import Run
-from engine.run.trainer import schedule
 from engine.runtime.device import autocast
 
 Values = dict[str, Any]

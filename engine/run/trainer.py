@@ -30,6 +30,7 @@ from engine.models.trainable import merge, merge_state
 from engine.run.collapse_guard import CollapseGuard
 from engine.run.early_stopping import HeldOutStop
 from engine.run.folder import RunFolder, save_result
+from engine.run.phase_run import PhaseRun, Row, schedule
 from engine.run.seta import PrunedPhase, load_state, state_of
 from engine.run.train_engine import TrainEngine
 
@@ -42,29 +43,6 @@ _COLLAPSE_POINTS = 10.0
 
 # What a checkpoint keeps of the trainer itself.
 _CHECKPOINT_FIELDS = ("samples_seen", "watched", "seconds", "bad_images")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PhaseRun:
-    """A phase while it runs.
-
-    Attributes:
-        number: Position of the phase in the run.
-        phase: The phase.
-        loader: Batches of `Phase.samples`.
-        paired: Batches of `Phase.paired`; None if the phase has none.
-        total: Steps of the phase.
-        scheduler: Learning-rate schedule.
-        guard: Collapse guard; None if the phase is not guarded.
-    """
-
-    number: int
-    phase: Phase
-    loader: Loader
-    paired: Loader | None
-    total: int
-    scheduler: Any
-    guard: CollapseGuard | None
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -500,21 +478,3 @@ class Trainer:
         if self.folder:
             self.folder.finished()
         return result
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """A step before its numbers are read: the rank's weighted loss terms, and the gradient's norm."""
-
-    step: int
-    lr: float
-    terms: dict[str, Tensor]
-    norm: Tensor | float
-
-
-def schedule(phase: Phase, optimizer: torch.optim.Optimizer, total: int) -> Any:
-    if phase.schedule == "constant":
-        return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-    # One step more than is taken: the scheduler refuses to be asked past its end.
-    rates = [phase.lr * group.get("lr_scale", 1.0) for group in optimizer.param_groups]
-    return torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=total + 1, pct_start=0.15)

@@ -33,8 +33,6 @@ def digits() -> Source:
 def store(tmp_path: Path, checkpoint: Path, digits: Source, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The evidence of its runs is an empty report: `engine.jobs.task`'s is tested elsewhere."""
     monkeypatch.setattr(intake, "open_source", {"digits": digits}.__getitem__)
-    monkeypatch.setattr(
-        "engine.jobs.unlearn._write_evidence", lambda job, *rest: (job.folder / "report.html").touch()
-    )
+    monkeypatch.setattr("engine.jobs.unlearn._write_evidence", lambda job, *rest: (job.folder / "report.html").touch())
     init_store(tmp_path / "store", str(checkpoint), "digits", method="finetune", config=QUICK)
     return tmp_path / "store"

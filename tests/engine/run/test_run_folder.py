@@ -55,7 +55,8 @@ def test_the_line_of_a_lost_rank_is_gloos_without_its_frame() -> None:
 
 def test_groups_that_deepspeed_makes_keep_the_timeout_of_the_run() -> None:
     code = (
-        "import torch.distributed as dist; from engine.runtime.process_group import join; join('cpu', 7.0);"
+        "import torch.distributed as dist; from engine.runtime.process_group import init_process_group;"
+        "init_process_group('cpu', 7.0);"
         "print(dist.new_group([0, 1])._get_backend(__import__('torch').device('cpu')).options._timeout)"
     )
     from bench.harness.launched import free_port
