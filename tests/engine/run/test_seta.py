@@ -19,7 +19,7 @@ from engine.methods import Phase
 from engine.methods.finetune import Finetune
 from engine.models.checkpoint import weights_sha256
 from engine.run.seta import PrunedPhase, Seta, grouped, pruned_phases
-from engine.run.setup import set_up
+from engine.run.setup import RunOptions, set_up
 from engine.run.unlearn import unlearn
 from engine.runtime.process_group import ProcessGroup
 
@@ -240,5 +240,6 @@ def test_wrong_use(train: Samples) -> None:
 
 
 def test_without_it_nothing_is_looked_at(train: Samples) -> None:
-    made = set_up(tiny_vit(), few(train, 4), train.subset(range(20, 40)), method="finetune", options={"batch_size": 8})
+    options = RunOptions(method="finetune", config={"batch_size": 8})
+    made = set_up(tiny_vit(), few(train, 4), train.subset(range(20, 40)), options)
     assert made.trainer.pruned == {}
