@@ -25,7 +25,7 @@ from engine.data import Loader, open_source
 from engine.errors import UserError
 from engine.models.checkpoint import save_checkpoint, weights_sha256
 from engine.models.preprocessing import preprocessing_of
-from engine.run.setup import Run, set_up
+from engine.run.setup import Run, RunOptions, set_up
 
 BY_METHOD = {peer.method: peer for peer in PEERS}
 SETTINGS = ["max_steps=1", "batch_size=20", "precision=fp32", "workers=0"]
@@ -34,7 +34,8 @@ SETTINGS = ["max_steps=1", "batch_size=20", "precision=fp32", "workers=0"]
 def run_of(method: str, forget: int = 10, retain: int = 40, **options: Any) -> Run:
     train = open_source("digits").train
     config = {"batch_size": 20, "precision": "fp32", "workers": 0, **options}
-    return set_up(tiny_vit(), few(train, forget), train.subset(range(100, 100 + retain)), method=method, options=config)
+    options = RunOptions(method=method, config=config)
+    return set_up(tiny_vit(), few(train, forget), train.subset(range(100, 100 + retain)), options)
 
 
 # --- what a library is handed -----------------------------------------------------------------------------------------
