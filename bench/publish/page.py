@@ -89,7 +89,7 @@ def render(reports: Mapping[str, Report]) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    source = importlib.resources.files("bench").joinpath("page.html").read_text(encoding="utf-8")
+    source = importlib.resources.files("bench.publish").joinpath("page.html").read_text(encoding="utf-8")
     return environment.from_string(source).render(sections=[_section(name, report) for name, report in reports.items()])
 
 

@@ -291,21 +291,32 @@ def verdicts_table(report: Report) -> Sheet:
 
 
 def models_table(report: Report) -> Sheet:
-    """A row a model of timm: yes, - for a refusal in words, crash, or nothing where it was not tried; without steps, a
-    row a module: how many classifiers methods that read logits accept, and how many of the columnar ViTs lethe does."""
-    if "table" not in report:
-        count = report["count"]
-        names = ("classifiers", "logits", "lethe")
-        modules = [[name, *(str(row[key]) for key in names)] for name, row in count["by_module"].items()]
-        modules.append(["all", *(str(count[key]) for key in names)])
-        marked = frozenset({len(modules) - 1})
-        return Sheet(columns=["module of timm", "classifiers", "logits", "lethe"], rows=modules, marked=marked)
-    columns = ("opens", "lethe", "lethe_plus", "verify", "plan")
-    rows = [
-        [row["module"], row["kind"], row["name"], *(_support(row.get(key, "")) for key in columns)]
-        for row in report["table"]
-    ]
-    return Sheet(columns=["module of timm", "kind", "model", *columns], rows=rows)
+    """Return the support table of timm: counts a module, by shapes, and what runs on one of its models, by steps.
+
+    A cell of the steps is yes, - for a refusal in words, or crash.
+    """
+    count, steps = report["count"], ("opens", "lethe", "lethe_plus", "verify", "plan")
+    counts = {
+        name: [f"{row['logits']} of {row['classifiers']}", f"{row['lethe']}"]
+        for name, row in count["by_module"].items()
+    }
+    rows, shown = [], set()
+    for row in report["table"]:
+        module = row["module"]
+        rows.append(
+            [
+                *(["", "", ""] if module in shown else [module, *counts.get(module, ["", ""])]),
+                " ".join(filter(None, (row["name"], row["kind"] and f"({row['kind']})"))),
+                *(_support(row.get(key, "")) for key in steps),
+            ]
+        )
+        shown.add(module)
+    crashes = sum(row.get(key, "").startswith("crash") for row in report["table"] for key in steps)
+    totals = [f"{count['logits']} of {count['classifiers']}", f"{count['lethe']} of {count['columnar']} columnar"]
+    passed = [f"{sum(row.get(key) == 'yes' for row in report['table'])} of {len(report['table'])}" for key in steps]
+    rows.append(["all", *totals, f"{count['crashes'] + crashes} crashes", *passed])
+    columns = ["module of timm", "accepted by logits methods", "by lethe", "model tried", *steps]
+    return Sheet(columns=columns, rows=rows, marked=frozenset({len(rows) - 1}))
 
 
 def _support(said: str) -> str:

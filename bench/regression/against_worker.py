@@ -9,6 +9,7 @@ libraries print goes to stderr. Between commands it waits on its pipe, which cos
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import json
@@ -67,9 +68,10 @@ def import_from(tree: Path) -> None:
         assert sys.modules["lethe_kernels"] is kernels
     for name, before in EARLIER.items():
         _alias(name, before)
-    preprocessing: Any = importlib.import_module("engine.models.preprocessing")
-    if not hasattr(preprocessing, "preprocessing_of"):
-        preprocessing.preprocessing_of = preprocessing.Preprocessing.of
+    with contextlib.suppress(ModuleNotFoundError):
+        preprocessing: Any = importlib.import_module("engine.models.preprocessing")
+        if not hasattr(preprocessing, "preprocessing_of"):
+            preprocessing.preprocessing_of = preprocessing.Preprocessing.of
     for name in ("engine", "lethe_kernels"):
         place = importlib.import_module(name).__file__
         if place is None or not Path(place).resolve().is_relative_to(tree.resolve()):
@@ -77,19 +79,18 @@ def import_from(tree: Path) -> None:
 
 
 def _alias(name: str, before: str) -> None:
-    """Imports a module by its earlier name where a tree does not have it under `name`."""
-    try:
+    """Import a module by its earlier name if a tree has it under that name alone."""
+    with contextlib.suppress(ModuleNotFoundError):
         importlib.import_module(name)
-    except ModuleNotFoundError as missing:
-        if missing.name is None or not name.startswith(missing.name):
-            raise
-        package = name.rpartition(".")[0]
-        if package not in sys.modules:
-            try:
-                importlib.import_module(package)
-            except ModuleNotFoundError:
-                sys.modules[package] = types.ModuleType(package)
-        sys.modules[name] = importlib.import_module(before)
+        return
+    if importlib.util.find_spec(before) is None:
+        return
+    package = name.rpartition(".")[0]
+    try:
+        importlib.import_module(package)
+    except ModuleNotFoundError:
+        sys.modules[package] = types.ModuleType(package)
+    sys.modules[name] = importlib.import_module(before)
 
 
 class Side:

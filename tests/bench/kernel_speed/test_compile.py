@@ -74,7 +74,7 @@ def test_all_production_launches_compile_without_problems() -> None:
 def test_spills_shared_memory_and_missing_matrix_instructions_are_problems() -> None:
     code = textwrap.dedent("""
         import dataclasses
-        from bench import compile
+        from bench.kernel_speed import compile
         from lethe_kernels._triton import rollout
 
         plan = rollout.plan(256, 12, 197, 64, 4, "mean", 132)
@@ -96,7 +96,7 @@ def test_spills_shared_memory_and_missing_matrix_instructions_are_problems() -> 
 
 def test_unit_strides_are_compiled_in() -> None:
     code = textwrap.dedent("""
-        from bench import compile
+        from bench.kernel_speed import compile
 
         case = next(compile.rollout_cases())
         with compile.compiling_for(compile.TARGETS["sm_90"].gpu) as kernels:

@@ -110,7 +110,8 @@ def test_the_tree_is_that_of_the_revision(repository: Repository, tmp_path: Path
     results = repository.folder / "bench" / "results"
     results.mkdir(parents=True)
     (results / "large.json").write_text("{}")
-    (repository.folder / "bench" / "cases.py").write_text("cases")
+    (repository.folder / "bench" / "harness").mkdir()
+    (repository.folder / "bench" / "harness" / "cases.py").write_text("cases")
     commit = repository.commit("then")
     (repository.folder / "engine" / "code.py").write_text("now")
     write_tree(Revision(commit, ""), tmp_path / "tree", repository.folder)
@@ -150,8 +151,9 @@ def test_code_of_another_tree_is_never_taken_for_the_revisions(tmp_path: Path) -
         worker.close()
 
 
-def test_a_revision_from_before_the_kernels_were_renamed(tmp_path: Path) -> None:
-    for name, text in (("engine/__init__.py", ""), ("kernels/__init__.py", "from kernels.mask import fill"),
+def test_a_revision_from_before_files_were_renamed(tmp_path: Path) -> None:
+    for name, text in (("engine/__init__.py", ""), ("engine/device.py", "here = object()"),
+                       ("kernels/__init__.py", "from kernels.mask import fill"),
                        ("kernels/mask.py", "fill = object()")):  # fmt: skip
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -161,6 +163,7 @@ def test_a_revision_from_before_the_kernels_were_renamed(tmp_path: Path) -> None
         "import kernels.mask, lethe_kernels.mask, bench\n"
         "from lethe_kernels import fill\n"
         "assert kernels.mask is lethe_kernels.mask and fill is kernels.fill\n"
+        "import engine.device; from engine.runtime.device import here; assert here is engine.device.here\n"
         "print(lethe_kernels.__file__, bench.__file__)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -315,7 +318,7 @@ def test_in_a_fresh_clone_a_planted_slowdown_is_red_and_nothing_else_is(tmp_path
 
 SUITE_FILE = """
     import pytest
-    from bench import against
+    from bench.regression import against
     from bench.regression.against import Compared, NotComparable, Revision, SideError
     from bench.regression.baseline import COUNTED, Place
 

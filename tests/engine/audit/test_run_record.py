@@ -35,7 +35,6 @@ from engine.audit.run_record import RecordOptions, code
 from engine.cli import app as cli
 from engine.data import ForgetRequest, Samples, open_source
 from engine.errors import UserError
-from engine.jobs import task as job
 from engine.jobs.task import Task
 from engine.jobs.train import train_job
 from engine.jobs.unlearn import run_job
@@ -432,7 +431,7 @@ def test_unlearn_hands_the_key_on(
     def asked(*_: Any, record: RecordOptions, **__: Any) -> None:
         raise Asked(record.key)
 
-    monkeypatch.setattr(job, "run_job", asked)
+    monkeypatch.setattr("engine.jobs.unlearn.run_job", asked)
     monkeypatch.setattr(sys, "argv", ["lethe", "unlearn", "--checkpoint", str(original), "--data", "digits"])
     sys.argv += ["--forget", "random:0.1@0", "--out", str(tmp_path / "run"), "--sign", "key.pem", "--accept-accuracy"]
     with pytest.raises(Asked, match=r"^key\.pem$"):

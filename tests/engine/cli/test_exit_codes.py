@@ -134,7 +134,7 @@ def test_the_version_and_completion(lethe: Lethe) -> None:
     assert lethe("--version")[:2] == (0, f"lethe {engine.__version__}\n")
     assert "--install-completion" in lethe("--help")[1]
     environment = {**os.environ, "_LETHE_COMPLETE": "complete_bash", "COMP_WORDS": "lethe unl", "COMP_CWORD": "1"}
-    code = "import sys; sys.argv = ['lethe']; from engine import cli; cli.app(prog_name='lethe')"
+    code = "import sys; sys.argv = ['lethe']; from engine.cli.app import app; app(prog_name='lethe')"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert "unlearn" in done.stdout
 

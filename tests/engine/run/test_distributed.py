@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = {"epochs": 15.0, "lr": 3e-3, "batch_size": 16, "precision": "fp32"}
     save_checkpoint(train(tiny_vit(), samples, config=config).model, folder / "trained")
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
-    script = ["--rdzv_endpoint", "localhost:0", str(ROOT / "tests" / "engine" / "ranks.py"), str(folder)]
+    script = ["--rdzv_endpoint", "localhost:0", str(ROOT / "tests" / "support" / "ranks.py"), str(folder)]
     done = subprocess.run(
         [sys.executable, *launcher, *script],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
