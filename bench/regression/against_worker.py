@@ -83,14 +83,13 @@ def _alias(name: str, before: str) -> None:
     with contextlib.suppress(ModuleNotFoundError):
         importlib.import_module(name)
         return
-    if importlib.util.find_spec(before) is None:
-        return
-    package = name.rpartition(".")[0]
-    try:
-        importlib.import_module(package)
-    except ModuleNotFoundError:
-        sys.modules[package] = types.ModuleType(package)
-    sys.modules[name] = importlib.import_module(before)
+    with contextlib.suppress(ModuleNotFoundError):
+        earlier = importlib.import_module(before)
+        package = name.rpartition(".")[0]
+        with contextlib.suppress(ModuleNotFoundError):
+            importlib.import_module(package)
+        sys.modules.setdefault(package, types.ModuleType(package))
+        sys.modules[name] = earlier
 
 
 class Side:
