@@ -55,6 +55,8 @@ def import_from(tree: Path) -> None:
 
     Raises ImportError where they come from elsewhere.
     """
+    # An editable installation would give the modules of its checkout for those that the tree does not have.
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not _module_of(finder).startswith("__editable__")]
     sys.path[0] = str(tree)  # in place of the folder of this file, whose modules would be found as top-level ones
     spec = importlib.util.spec_from_file_location("bench", HERE / "__init__.py", submodule_search_locations=[str(HERE)])
     assert spec is not None
@@ -76,6 +78,10 @@ def import_from(tree: Path) -> None:
         place = importlib.import_module(name).__file__
         if place is None or not Path(place).resolve().is_relative_to(tree.resolve()):
             raise ImportError(f"{name} was imported from {place}, expected a folder of {tree}")
+
+
+def _module_of(finder: Any) -> str:
+    return getattr(finder, "__module__", None) or type(finder).__module__
 
 
 def _alias(name: str, before: str) -> None:
