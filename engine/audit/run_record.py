@@ -106,29 +106,49 @@ def origin(folder: Path) -> Origin | None:
     )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecordedRequest:
+    """A forget request as a record keeps it.
+
+    Attributes:
+        counts: Kind (ids, class, random or none) and numbers of samples.
+        ids: Ids to forget; the record keeps them hashed.
+        data: Spec of the data source.
+    """
+
+    counts: Mapping[str, Any]
+    ids: Sequence[str]
+    data: str
+
+
 def write_record(
     folder: Path,
     result: UnlearnResult,
     *,
-    request: Mapping[str, Any],
-    forget: Sequence[str],
-    data: str,
+    request: RecordedRequest,
     weights: Mapping[str, Any],
     environment: Mapping[str, Any],
     metrics: Mapping[str, Any] | None,
     files: Sequence[str],
     options: RecordOptions,
 ) -> None:
-    """Writes record.json of a run whose other files (`files`) are final; on the main rank alone.
+    """Write record.json of a run whose other files are final; call it on the main rank alone.
 
-    request: kind (ids | class | random | none) and counts. forget: the ids that were asked for. data: spec of the
-    source. weights: `weights_sha256` of the models, by role.
+    Args:
+        folder: Run folder.
+        result: What the run returned.
+        request: The forget request.
+        weights: `weights_sha256` of the models, by role.
+        environment: Machine and versions.
+        metrics: Contents of metrics.json; None for a training.
+        files: Names of the files that the record covers.
+        options: Who signs it, and what else it holds.
     """
     record = Record.start(folder)
-    ids, bad_images = _ids(folder, sorted(forget), result.bad_images, options.plain_ids)
+    ids, bad_images = _ids(folder, sorted(request.ids), result.bad_images, options.plain_ids)
     counts = {key: value for key, value in result.config["samples"].items() if key != "forget_sha256"}
-    record.append("request", {**options.request, **request, "ids": ids})
-    record.append("data", {"spec": data, "samples": counts})
+    record.append("request", {**options.request, **request.counts, "ids": ids})
+    record.append("data", {"spec": request.data, "samples": counts})
     record.append("code", code())
     record.append("environment", dict(environment))
     record.append("config", {key: value for key, value in result.config.items() if key not in _NOT_CONFIG})

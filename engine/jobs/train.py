@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from engine.audit.run_record import TRAINED, RecordOptions, write_record
+from engine.audit.run_record import TRAINED, RecordedRequest, RecordOptions, write_record
 from engine.core.result import UnlearnResult
 from engine.data import (
     Source,
@@ -41,13 +41,13 @@ def train_job(
     record.check()
     samples = task.retain if task else source.train
 
+    counts = task.counted() if task else {"kind": "none", "forget": 0, "retain": len(samples), "duplicates": 0}
+
     def write(result: UnlearnResult) -> None:
         write_record(
             output_dir,
             result,
-            request=task.counted() if task else {"kind": "none", "forget": 0, "retain": len(samples), "duplicates": 0},
-            forget=task.forget.ids if task else [],
-            data=source.spec,
+            request=RecordedRequest(counts=counts, ids=task.forget.ids if task else [], data=source.spec),
             weights={"before": None, "after": weights_sha256(result.model)},  # before: drawn from the seed
             environment=environment(),
             metrics=None,

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from engine.audit.run_record import UNLEARNED, RecordOptions, write_record
+from engine.audit.run_record import UNLEARNED, RecordedRequest, RecordOptions, write_record
 from engine.config import build, to_dict
 from engine.core.result import Progress, UnlearnResult
 from engine.evaluate import Evaluation, compare
@@ -159,9 +159,7 @@ class Evidence:
         write_record(  # last: it covers the other files
             self.folder,
             result,
-            request=measured.counted(),
-            forget=self.task.forget.ids,
-            data=self.task.source.spec,
+            request=RecordedRequest(counts=measured.counted(), ids=self.task.forget.ids, data=self.task.source.spec),
             weights=weights,
             environment=environment(),
             metrics=self.metrics,

@@ -107,21 +107,10 @@ def plan(
     zero = _zero(stage, offload, deepspeed)
     run, method_config = split_options(options or {}, get_method(method).Config)
     forget = round(images * forget_share)
-    _check(
-        get_method(method),
-        images,
-        forget_share,
-        forget,
-        test_images,
-        gpus,
-        zero.stage,
-        device,
-        run,
-        throughput,
-        measure,
-        price,
-        capacity,
-    )
+    require(device in ("cpu", "cuda"), "device", device, "cpu or cuda")
+    _check_sizes(images, forget_share, forget, test_images, gpus, run)
+    _check_rates(throughput, measure, price, capacity)
+    _check_run(get_method(method), run, gpus, zero.stage)
     spec = ModelSpec(
         architecture=architecture, num_classes=num_classes, model_args=dict(model_args or {}), pretrained_cfg={}
     )
@@ -222,22 +211,7 @@ def _zero(stage: int | None, offload: bool, deepspeed: Mapping[str, Any] | None)
     return zero
 
 
-def _check(
-    method: type[Method],
-    images: int,
-    share: float,
-    forget: int,
-    test_images: int,
-    gpus: int,
-    stage: int,
-    device: str,
-    run: RunConfig,
-    throughput: float | None,
-    measure: bool,
-    price: float | None,
-    capacity: int | None,
-) -> None:
-    require(device in ("cpu", "cuda"), "device", device, "cpu or cuda")
+def _check_sizes(images: int, share: float, forget: int, test_images: int, gpus: int, run: RunConfig) -> None:
     require(images >= 2, "images", images, "at least 2 training images")
     require(0 < share < 1, "forget_share", share, "between 0 and 1, both left out")
     require(
@@ -255,15 +229,21 @@ def _check(
         f"a step (batch_size x accumulation_steps x gpus = {step}) of no more images than the smaller set has "
         f"({smaller})",
     )
+
+
+def _check_rates(throughput: float | None, measure: bool, price: float | None, capacity: int | None) -> None:
     require(throughput is None or throughput > 0, "throughput", throughput, "above 0 images a second")
     require(price is None or price >= 0, "price", price, "0 or more")
     require(capacity is None or capacity > 0, "gpu_memory", capacity, "above 0")
+    if measure and throughput is not None:
+        raise UserError("--measure and --throughput both say how fast it runs; leave one out")
+
+
+def _check_run(method: type[Method], run: RunConfig, gpus: int, stage: int) -> None:
     if method.one_process and (gpus > 1 or stage > 0):
         raise UserError(f"method {method.name}: {method.one_process}; plan it for one GPU, without ZeRO")
     if run.device != "auto":
         raise UserError(f"option device={run.device!r}: a plan takes --device cuda or cpu")
-    if measure and throughput is not None:
-        raise UserError("--measure and --throughput both say how fast it runs; leave one out")
     if run.teacher == "sharded" and (gpus == 1 or stage != 3):
         raise UserError("option teacher='sharded': needs ZeRO stage 3 and several ranks; use teacher=replicated")
 

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from engine.config import require, split_options, to_dict
-from engine.core.result import Progress
+from engine.core.result import Progress, UnlearnResult
 from engine.core.search_space import defaults, spaces
 from engine.data import Samples, from_dataset
 from engine.data.readable import bad_images, without
@@ -155,13 +155,21 @@ def tune(
         study = Study(folder, settings, space, first, run.seed, overwrite=overwrite)
         clock = _Clock(study, began, math.inf if seconds is None else seconds)
 
-        def attempt(number: int, options: dict[str, Any]) -> Trial:
-            return _attempt(number, options, original, forget, retain, method, fixed, objective, clock.over(progress))
+        def run_trial(options: dict[str, Any]) -> UnlearnResult:
+            return unlearn(
+                original,
+                forget,
+                retain,
+                method=method,
+                config={**fixed, **options},
+                validation=objective.choosing,
+                progress=clock.over(progress),
+            )
 
         while _goes_on(study.finished(), trials, clock):
             asked, number, options = study.ask()
             try:
-                trial = attempt(number, options)
+                trial = _attempt(number, options, run_trial, objective)
             except _OutOfTime:
                 study.tell(asked, None)
                 break
@@ -240,28 +248,13 @@ def _goes_on(finished: list[Trial], trials: int | None, clock: _Clock) -> bool:
 
 
 def _attempt(
-    number: int,
-    options: dict[str, Any],
-    original: nn.Module,
-    forget: Samples,
-    retain: Samples,
-    method: str,
-    fixed: dict[str, Any],
-    objective: Objective,
-    progress: Progress,
+    number: int, options: dict[str, Any], run: Callable[[dict[str, Any]], UnlearnResult], objective: Objective
 ) -> Trial:
+    """Run a trial and score it. run: unlearns with the options of the trial."""
     began = time.perf_counter()
     scores, reason = None, ""
     try:
-        result = unlearn(
-            original,
-            forget,
-            retain,
-            method=method,
-            config={**fixed, **options},
-            validation=objective.choosing,
-            progress=progress,
-        )
+        result = run(options)
     except RunStopped as stopped:
         reason = str(stopped)
     unlearned = time.perf_counter()

@@ -181,9 +181,7 @@ def written(folder: Path, task: Task, plain: bool = False, bad: dict[str, str] |
     run_record.write_record(
         folder,
         Result(),  # type: ignore[arg-type]
-        request=task.counted(),
-        forget=task.forget.ids,
-        data="digits",
+        request=run_record.RecordedRequest(counts=task.counted(), ids=task.forget.ids, data="digits"),
         weights={},
         environment={},
         metrics=None,
