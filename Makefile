@@ -7,10 +7,11 @@ ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
+CHROMIUM := chromium
 STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint types fix bench tables clean
+.PHONY: help venv demo picture test lint types fix bench tables clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
@@ -26,6 +27,10 @@ venv: $(STAMP) ## build .venv with everything that the tests use
 
 demo: $(STAMP) ## train, unlearn, retrain and compare on the embedded digits
 	$(BIN)/lethe demo $(ARGS)
+
+picture: ## docs/assets/report.png: the top of the report of `make demo`, by Chromium (as root: ARGS=--no-sandbox)
+	$(CHROMIUM) --headless --disable-gpu --hide-scrollbars --window-size=1100,1370 \
+	    --screenshot=docs/assets/report.png $(ARGS) file://$(CURDIR)/runs/demo/report.html
 
 test: $(STAMP) ## run the tests that are not slow, with coverage
 	$(BIN)/python -m pytest -n auto --dist loadscope --cov=engine --cov=kernels --cov-report=term --cov-fail-under=85 --durations=15 $(ARGS)
@@ -44,7 +49,7 @@ fix: $(STAMP) ## let ruff repair what it can, and format
 bench: $(STAMP) ## the benchmarks; ARGS goes to `python -m bench`
 	$(BIN)/python -m bench $(ARGS)
 
-tables: $(STAMP) ## tables and figures of README and docs/results.md, from bench/results/
+tables: $(STAMP) ## README.md and docs/ from docs/templates/ and bench/results/; ARGS=--check compares
 	$(BIN)/python -m bench tables $(ARGS)
 
 clean: ## remove .venv, caches and build products

@@ -262,7 +262,7 @@ def plot(
     picture: Annotated[Path, typer.Argument(help="PNG; with several tasks each has its name in the file's.")],
 ) -> None:
     """What --plot of `leaderboard` and of `retrain-cost` draws, from their results alone: nothing is run."""
-    from bench.publish.tables import fitted, load
+    from bench.publish.results import fitted, load
     from bench.quality.retrain_cost import plot as draw
 
     fitted([results.name], lambda report: draw(report, picture), load(results))
@@ -401,7 +401,7 @@ def tables(
         bool, typer.Option("--check", help="Only compare: exit 1 names what is out of date, and changes nothing.")
     ] = False,
 ) -> None:
-    """The tables and figures of README.md and docs/results.md made from bench/results/; exit 1 where one cannot be."""
+    """Render README.md and pages of docs/ from docs/templates/ and bench/results/; exit 1 if something is missing."""
     from bench.publish.tables import run_tables
 
     if not run_tables(check):
@@ -433,7 +433,7 @@ def page(
 ) -> None:
     """Every result file as a section of one HTML page that loads nothing: commands, machines, tables, plots."""
     from bench.publish.page import run_page
-    from bench.publish.tables import RESULTS
+    from bench.publish.results import RESULTS
 
     run_page(out, results or RESULTS)
 

@@ -1,7 +1,7 @@
 """`python -m bench page`: every result file as a section of one HTML file that loads nothing.
 
 A section has the command, machine, date, commit and load of its file, its tables, and plots where there is something
-to see. Tables are those of README.md and docs/results.md where there are some, else all that is plain in the file.
+to see. Tables are those of the documents if they have some of this file, else all that is plain in the file.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import jinja2
 
 from bench.harness import plots
 from bench.publish.pictures import PICTURES
-from bench.publish.readme import Report, Sheet
-from bench.publish.tables import RESULTS, fitted, kind_of, load, sheets_of
+from bench.publish.results import RESULTS, Report, fitted, kind_of, load
+from bench.publish.sheets import TABLES, Sheet, sheets_of
 from engine.cli.console import console
 from engine.errors import UserError
 from engine.runtime.files import replacing
@@ -96,8 +96,8 @@ def render(reports: Mapping[str, Report]) -> str:
 def _section(name: str, report: Report) -> dict[str, Any]:
     kind = kind_of(name)
     made = sheets_of(name, report)
-    fallback = made[0][0].command if made else ""
-    sheets = [("", sheet) for _, sheet in made] or list(plain_sheets(report))
+    fallback = TABLES[next(iter(made))].command if made else ""
+    sheets = [("", sheet) for sheet in made.values()] or list(plain_sheets(report))
     if made and report.get("targets"):
         sheets.append(("targets", _records(report["targets"])))
     return {

@@ -23,7 +23,7 @@ from bench.harness import plots
 from bench.publish import page, run_all
 from bench.publish.page import facts, plain_sheets, render, run_page
 from bench.publish.pictures import PICTURES
-from bench.publish.tables import RESULTS, load
+from bench.publish.results import RESULTS, load
 from engine.errors import UserError
 
 

@@ -11,7 +11,7 @@ from toys import tiny_vit
 from typer.testing import CliRunner
 
 from bench.__main__ import app
-from bench.publish.tables import RESULTS
+from bench.publish.results import RESULTS
 from bench.quality import retrain_cost
 from bench.quality.retrain_cost import DIGITS, Subject, run_retrain_cost
 from bench.quality.retrain_summary import foresight, rank_stability

@@ -16,7 +16,7 @@ from toys import few, tiny_vit
 from typer.testing import CliRunner
 
 from bench.__main__ import app
-from bench.publish.readme import peers_table
+from bench.publish.sheets import peers_table
 from bench.quality import method_peers, peer_libraries
 from bench.quality.method_peers import comparisons, contenders_of, run_method_peers, verdict
 from bench.quality.peer_libraries import PEERS, Images, Peer

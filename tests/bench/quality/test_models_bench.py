@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.publish.readme import models_table
+from bench.publish.sheets import models_table
 from bench.quality.models import _each, counted, outcome, subjects, summary, supported
 from engine.errors import UserError
 

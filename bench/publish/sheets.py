@@ -1,7 +1,6 @@
-"""The tables of README.md and docs/results.md, each made from a file of bench/results/.
+"""Tables of the documents and of the page, each made from a file of bench/results/.
 
-`bench.publish.readme_figures` has the figures in sentences; `python -m bench tables` puts both in their places. A new
-table is a function, an entry of TABLES and its two marker lines in the document.
+A new table is a function, an entry of TABLES, and a line `{{ table("NAME") }}` in a template of docs/templates/.
 """
 
 from __future__ import annotations
@@ -15,15 +14,14 @@ from bench.harness.measure import middle, size
 from bench.kernel_speed.kernel_peers import INFO_NCE_PYTORCH
 from bench.kernel_speed.kernel_targets import CONTRAST, MASKING
 from bench.kernel_speed.rollout_peers import FAST_VIT_ROLLOUT, HOOKED, PLAIN
+from bench.publish.results import Report, fitted, kind_of
 from bench.quality import ablation
 from bench.quality.retrain_summary import OWN, PLACES, over_seeds
 from bench.training_cost.train import BEST_BF16, BEST_FP32, OURS_COMPILED
 
-Report = dict[str, Any]
 MIB = 2**20
-# The documents, from the repository's root: what to know first, and every table in full.
-README = "README.md"
-IN_FULL = "docs/results.md"
+# Rows of the summary: a retrain, the two methods this engine is about, the next best by gap, the simplest baseline.
+SUMMARY = ("retrain", "lethe_plus", "random_labels", "finetune", "lethe")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,19 +44,20 @@ def _line(cells: Iterable[str]) -> str:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Generator:
-    """A table of a document. make: from the contents of `files`, in their order.
+class Table:
+    """How a table is made.
 
-    command: where a file does not say what made it. expected: without it, the files need not be there yet, and the
-    document says so in the table's place. document: None is on the page of `python -m bench page` alone.
+    Args:
+        files: Names in bench/results/.
+        make: Returns the table from the contents of `files`, in their order.
+        command: What made the files, for files that do not name their command.
+        on_page: Whether `python -m bench page` shows it.
     """
 
-    name: str
     files: tuple[str, ...]
     make: Callable[..., Sheet]
     command: str = ""
-    expected: bool = True
-    document: str | None = README
+    on_page: bool = True
 
 
 # --- unlearning -------------------------------------------------------------------------------------------------------
@@ -110,14 +109,14 @@ def _comparison(tasks: Mapping[str, Sequence[Report]]) -> Sheet:
     )
 
 
-def overview_table(report: Report) -> Sheet:
-    """A leaderboard of one task, for those who read one table: quality first, then what it takes."""
+def summary_table(report: Report) -> Sheet:
+    """Make five rows and five columns of a leaderboard of one task, smallest gap first."""
     (entry,) = report["tasks"].values()
-    entries = sorted(_standing(entry), key=_gap)
-    headings = [*(heading for heading in _COLUMNS if heading not in ("seconds", "of retrain")), "of retrain"]
+    entries = sorted((found for found in entry["summary"] if found["method"] in SUMMARY), key=_gap)
+    headings = ("average gap", "forget", "test", "of retrain")
     return Sheet(
-        columns=["method", *headings, "seeds"],
-        rows=[[found["method"], *_cells(found, headings), _count(found["seeds"])] for found in entries],
+        columns=["method", "average gap", "forget accuracy", "test accuracy", "time, of a retrain"],
+        rows=[[found["method"], *_cells(found, headings)] for found in entries],
         marked=frozenset(number for number, found in enumerate(entries) if found["method"] in OWN),
     )
 
@@ -442,50 +441,44 @@ def _either(
     return f"{factor * found['mean']:.{digits}f}{half}{unit}"
 
 
-TABLES = (
-    Generator(name="overview", files=("leaderboard-yardstick.json",), make=overview_table),
-    Generator(name="verdicts", files=("verdicts.json",), make=verdicts_table),
-    Generator(
-        name="leaderboard-yardstick", files=("leaderboard-yardstick.json",), make=leaderboard_table, document=IN_FULL
-    ),
-    Generator(
-        name="leaderboard-yardstick-alone", files=("leaderboard-yardstick-alone.json",), make=leaderboard_table,
-        document=IN_FULL,
-    ),
-    Generator(
-        name="leaderboard-yardstick-class", files=("leaderboard-yardstick-class.json",), make=leaderboard_table,
-        document=IN_FULL,
-    ),
-    Generator(name="leaderboard-digits", files=("leaderboard-digits.json",), make=leaderboard_table, document=IN_FULL),
-    Generator(name="yardstick-ablation", files=("yardstick-ablation.json",), make=ablation_table, document=IN_FULL),
-    Generator(
-        name="yardstick-ablation-plus", files=("yardstick-ablation-plus.json",), make=ablation_table, document=IN_FULL
-    ),
-    Generator(
-        name="yardstick-accelerators", files=("yardstick-accelerators.json",), make=ablation_table,
-        document=IN_FULL,
-    ),
-    Generator(name="peers-digits", files=("peers-digits.json",), make=peers_table, document=IN_FULL),
-    Generator(name="peers-yardstick", files=("peers-yardstick.json",), make=peers_table, document=IN_FULL),
-    Generator(name="retrain-projection", files=("retrain-cost.json",), make=projection_table, document=IN_FULL),
-    Generator(name="train", files=("train-cpu.json",), make=train_table, document=IN_FULL),
-    Generator(name="scaling", files=("scaling-cpu.json",), make=scaling_table, document=IN_FULL),
-    Generator(name="models", files=("models.json",), make=models_table, document=IN_FULL, expected=False),
-    Generator(name="ulira", files=("ulira-digits.json",), make=ulira_table, document=IN_FULL),
-    Generator(
-        name="equality", files=("equality.json",), make=equality_table, document=IN_FULL,
+TABLES = {
+    "summary": Table(files=("leaderboard-yardstick.json",), make=summary_table, on_page=False),
+    "verdicts": Table(files=("verdicts.json",), make=verdicts_table),
+    "leaderboard-yardstick": Table(files=("leaderboard-yardstick.json",), make=leaderboard_table),
+    "leaderboard-yardstick-alone": Table(files=("leaderboard-yardstick-alone.json",), make=leaderboard_table),
+    "leaderboard-yardstick-class": Table(files=("leaderboard-yardstick-class.json",), make=leaderboard_table),
+    "leaderboard-digits": Table(files=("leaderboard-digits.json",), make=leaderboard_table),
+    "yardstick-ablation": Table(files=("yardstick-ablation.json",), make=ablation_table),
+    "yardstick-ablation-plus": Table(files=("yardstick-ablation-plus.json",), make=ablation_table),
+    "yardstick-accelerators": Table(files=("yardstick-accelerators.json",), make=ablation_table),
+    "peers-digits": Table(files=("peers-digits.json",), make=peers_table),
+    "peers-yardstick": Table(files=("peers-yardstick.json",), make=peers_table),
+    "retrain-projection": Table(files=("retrain-cost.json",), make=projection_table),
+    "train": Table(files=("train-cpu.json",), make=train_table),
+    "scaling": Table(files=("scaling-cpu.json",), make=scaling_table),
+    "models": Table(files=("models.json",), make=models_table),
+    "ulira": Table(files=("ulira-digits.json",), make=ulira_table),
+    "equality": Table(
+        files=("equality.json",), make=equality_table,
         command="python -m bench equality --checkpoint ORIGINAL --data parquet:DATA --forget IDS",
     ),
-    Generator(
-        name="memory", files=("memory-fp32.json", "memory-bf16.json"), make=memory_table, document=IN_FULL,
+    "memory": Table(
+        files=("memory-fp32.json", "memory-bf16.json"), make=memory_table,
         command="python -m bench memory --images FOLDER --case ...",
     ),
-    Generator(
-        name="kernels-compile", files=("kernels-compile.json",), make=compile_table, document=IN_FULL,
-        command="python -m bench compile",
-    ),
-    Generator(name="kernels-masks", files=("kernels-cpu.json",), make=masks_table, document=IN_FULL),
-    Generator(name="kernels-info-nce", files=("kernels-cpu.json",), make=info_nce_table, document=IN_FULL),
-    # The leaderboards say the same of more methods; what `bench all` measured is to be seen on its page.
-    Generator(name="retrain-cost", files=("retrain-cost.json",), make=retrain_cost_table, document=None),
-)  # fmt: skip
+    "kernels-compile": Table(files=("kernels-compile.json",), make=compile_table, command="python -m bench compile"),
+    "kernels-masks": Table(files=("kernels-cpu.json",), make=masks_table),
+    "kernels-info-nce": Table(files=("kernels-cpu.json",), make=info_nce_table),
+    # For the page alone: in the documents the leaderboards have the same of more methods.
+    "retrain-cost": Table(files=("retrain-cost.json",), make=retrain_cost_table),
+}  # fmt: skip
+
+
+def sheets_of(name: str, report: Report) -> dict[str, Sheet]:
+    """Make the page's tables of one result file, by its name without .json; of a GPU's and of a CPU's alike."""
+    kind = kind_of(name)
+    return {
+        key: fitted([f"{name}.json"], table.make, report)
+        for key, table in TABLES.items()
+        if table.on_page and any(kind_of(file) == kind for file in table.files)
+    }
