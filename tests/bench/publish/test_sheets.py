@@ -6,17 +6,18 @@ from typing import Any
 
 import pytest
 
-from bench.publish.readme import (
+from bench.publish.results import RESULTS, kind_of, load
+from bench.publish.sheets import (
     equality_table,
     leaderboard_table,
-    overview_table,
     peers_table,
     projection_table,
     retrain_cost_table,
     scaling_table,
+    sheets_of,
+    summary_table,
     train_table,
 )
-from bench.publish.tables import RESULTS, kind_of, load, sheets_of
 
 
 def test_ranks_that_are_alike_in_every_figure_are_one_row() -> None:
@@ -95,26 +96,25 @@ def test_a_leaderboard_has_the_smallest_gap_first_and_no_spread_of_one_seed() ->
     summary = [entry("ssd", 9, 3), entry("new", None, 1), entry("lethe_plus", 2, 1), entry("lethe", 4, 3)]
     untouched = {"gap": {"average": 5.0}, "accuracy": {"retain": 0.84}, "score": 7.25}
     task = {"untouched": untouched, "summary": summary}
-    sheet = overview_table({"tasks": {"yardstick": task}})
-    assert sheet.columns == [
-        "method", "average gap", "gap / noise floor", "agreement", "forget", "retain", "test", "MIA efficacy", "score",
-        "of retrain", "seeds",
-    ]  # fmt: skip
-    assert [(row[0], row[1], row[-2], row[-1]) for row in sheet.rows] == [
-        ("lethe_plus", "2.00", "50.0%", "1"),
-        ("lethe", "4.00 ± 0.25", "50.0 ± 0.0%", "3"),
-        ("untouched", "5.00", "-", "-"),
-        ("ssd", "9.00 ± 0.25", "50.0 ± 0.0%", "3"),
-        ("new", "-", "50.0%", "1"),
+    sheet = leaderboard_table({"tasks": {"a": task, "b": task}})
+    assert sheet.columns == ["task, method", "seeds", "of retrain", "average gap", "retain", "score", "collapsed"]
+    assert [list(row) for row in sheet.rows[:5]] == [
+        ["a, lethe_plus", "1", "50.0%", "2.00", "-", "-", "0"],
+        ["a, lethe", "3", "50.0 ± 0.0%", "4.00 ± 0.25", "-", "-", "0"],
+        ["a, untouched", "-", "-", "5.00", "84.0", "7.25", "-"],
+        ["a, ssd", "3", "50.0 ± 0.0%", "9.00 ± 0.25", "-", "-", "0"],
+        ["a, new", "1", "50.0%", "-", "-", "-", "0"],
     ]
-    assert sheet.rows[2][5:9] == ["84.0", "-", "-", "7.25"]
-    assert sheet.marked == {0, 1}
-    full = leaderboard_table({"tasks": {"a": task, "b": task}})
-    assert [row[0] for row in full.rows[:3]] == ["a, lethe_plus", "a, lethe", "a, untouched"]
-    assert full.rows[5][0] == "b, lethe_plus"
-    assert full.marked == {0, 1, 5, 6}
+    assert sheet.rows[5][0] == "b, lethe_plus"
+    assert sheet.marked == {0, 1, 5, 6}
+    summary = summary_table({"tasks": {"a": task}})
+    assert [list(row) for row in summary.rows] == [
+        ["lethe_plus", "2.00", "-", "-", "50.0%"],
+        ["lethe", "4.00 ± 0.25", "-", "-", "50.0 ± 0.0%"],
+    ]
+    assert summary.marked == {0, 1}
     with pytest.raises(ValueError, match="too many values"):
-        overview_table({"tasks": {"a": task, "b": task}})
+        summary_table({"tasks": {"a": task, "b": task}})
 
 
 def test_peers_of_one_seed_have_no_spread() -> None:
@@ -143,6 +143,8 @@ def test_tables_of_a_gpu_are_those_of_a_cpu() -> None:
     assert [kind_of(name) for name in ("kernels-cpu.json", "kernels-cuda", "kernels-compile.json", "memory-bf16")] == [
         "kernels", "kernels", "kernels-compile", "memory-bf16"
     ]  # fmt: skip
-    names = [table.name for table, _ in sheets_of("kernels-cuda", load(RESULTS / "kernels-cpu.json"))]
-    assert names == ["kernels-masks", "kernels-info-nce"]
-    assert sheets_of("chaos", {}) == []
+    assert list(sheets_of("kernels-cuda", load(RESULTS / "kernels-cpu.json"))) == ["kernels-masks", "kernels-info-nce"]
+    assert list(sheets_of("leaderboard-yardstick", load(RESULTS / "leaderboard-yardstick.json"))) == [
+        "leaderboard-yardstick"  # the summary would be the same again
+    ]
+    assert sheets_of("chaos", {}) == {}
