@@ -108,6 +108,16 @@ def test_every_value_stands_in_a_document(given: dict[str, Any]) -> None:
     assert {name for name in read if re.fullmatch(r"tables\.[^.]+", name)} == shown
 
 
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_no_figure_is_typed_in_a_template(document: str, given: dict[str, Any]) -> None:
+    """Only figures with a point, or long ones, are searched: `256` may mean anything."""
+    template = (ROOT / TEMPLATES / documents()[document]).read_text(encoding="utf-8")
+    figures = {f"{name}.{key}": value for name in values.FIGURES for key, value in given[name].items()}
+    numbers = set(re.findall(r"\d(?:[\d.,]*\d)?(?:e-?\d+)?", template))
+    telling = {name: value for name, value in figures.items() if "." in value or len(value) > 5}
+    assert {name: value for name, value in telling.items() if value in numbers} == {}
+
+
 def _anchors(text: str) -> list[str]:
     headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     return [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
