@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,5 +54,11 @@ def test_a_run_goes_on_with_the_rows_that_are_there(tmp_path: Path) -> None:
 
 def test_the_table_shows_what_runs() -> None:
     row = {"module": "eva", "kind": "rotary", "name": "n", "opens": "yes", "lethe": "refused: why", "plan": "crash: x"}
-    sheet = models_table({"table": [row]})
-    assert list(sheet.rows[0]) == ["eva", "rotary", "n", "yes", "-", "", "", "crash"]
+    count: dict[str, Any] = {"classifiers": 9, "logits": 8, "columnar": 5, "lethe": 4, "crashes": 1}
+    count |= {"by_module": {"eva": {"classifiers": 3, "logits": 2, "lethe": 2}}}
+    sheet = models_table({"count": count, "table": [row, {**row, "name": "m", "kind": ""}]})
+    assert [list(cells) for cells in sheet.rows] == [
+        ["eva", "2 of 3", "2", "n (rotary)", "yes", "-", "", "", "crash"],
+        ["", "", "", "m", "yes", "-", "", "", "crash"],
+        ["all", "8 of 9", "4 of 5 columnar", "3 crashes", "2 of 2", "0 of 2", "0 of 2", "0 of 2", "0 of 2"],
+    ]
