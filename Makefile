@@ -11,7 +11,7 @@ CHROMIUM := chromium
 STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo picture test lint types fix bench tables clean
+.PHONY: help venv demo picture test lint types docs fix bench tables clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
@@ -42,6 +42,9 @@ lint: $(STAMP) ## ruff: rules and formatting
 types: $(STAMP) ## mypy
 	$(BIN)/mypy engine kernels bench
 
+docs: $(STAMP) ## the documentation site, in site/; a broken link or reference is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
+
 fix: $(STAMP) ## let ruff repair what it can, and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -53,6 +56,6 @@ tables: $(STAMP) ## README.md and docs/ from docs/templates/ and bench/results/;
 	$(BIN)/python -m bench tables $(ARGS)
 
 clean: ## remove .venv, caches and build products
-	rm -rf $(VENV) build dist htmlcov *.egg-info .coverage .coverage.* .benchmarks
+	rm -rf $(VENV) build dist htmlcov site *.egg-info .coverage .coverage.* .benchmarks
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
