@@ -60,9 +60,9 @@ class RunConfig:
     device: auto (CUDA if there is one) | cpu | cuda | cuda:N.
     attention: sdpa (fused) | eager (explicit), of timm's implementations; xformers (memory-efficient attention of that
         package, an extra). auto: sdpa on CUDA, eager on the CPU, where the backward pass of fused attention takes
-        longer than the maps it saves (docs/notes.md).
+        longer than the maps it saves (docs/lab/2026-11-21.md).
     gradient_checkpointing: keep the input of each block alone for the backward pass, and compute the block again.
-    compile: torch.compile the model that is changed. Costs a compilation a phase (docs/notes.md has what it gains).
+    compile: torch.compile the model that is changed. Costs a compilation a phase (docs/lab has what it gains).
     teacher: where the original lies while it is needed, when there are several ranks: replicated (a copy a rank, in
         bf16 where DeepSpeed keeps weights so) or sharded (ZeRO-3).
     checkpoint_every: optimizer steps between checkpoints to resume from, beside those at the end of each epoch; null:

@@ -13,7 +13,7 @@ from engine.core.search_space import Range, rate, tunable
 from engine.data import Batch
 from engine.models.losses import cross_entropy
 
-# Peak rate of all retain stages times the width of the model: 1.5e-3 at width 128. See docs/notes.md.
+# Peak rate of all retain stages times the width of the model: 1.5e-3 at width 128. See docs/lab/2026-11-21.md.
 RETAIN_LR_PER_WIDTH = 0.192
 
 

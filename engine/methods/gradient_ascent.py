@@ -17,7 +17,7 @@ from engine.data import Batch
 from engine.models.losses import cross_entropy
 
 # Rate times the width of the model: 4e-5 at width 128. On real images 1e-5 does next to nothing, and 1e-4 costs a
-# quarter of the retained accuracy (docs/notes.md).
+# quarter of the retained accuracy (docs/lab/2026-11-22.md).
 LR_PER_WIDTH = 5.12e-3
 
 

@@ -9,7 +9,7 @@ Forget stage, on each forget image x, with f_u the model being changed and f_o t
 Retain stage: cross-entropy on the retained samples.
 
 Known from the paper: two epochs, then eight; 5%; zeroed pixels; the roles of Z, Z_p, Z_n; logits. Not published, so
-options here: s, t, the attention source, one or in-batch negatives, learning rates. See docs/notes.md for how the
+options here: s, t, the attention source, one or in-batch negatives, learning rates. See docs/lab for how the
 defaults were chosen.
 
 f_o runs once for each forget image and its masked copy: forget images are not augmented by default, so both of its
@@ -40,7 +40,7 @@ from engine.models.masked_tokens import capture_patch_tokens, masked_outputs, ma
 from engine.models.vit import outputs
 from lethe_kernels import info_nce, mask_patches
 
-# Rate of the forget stage times the width of the model: 3e-5 at width 128. See docs/notes.md.
+# Rate of the forget stage times the width of the model: 3e-5 at width 128. See docs/lab/2026-11-21.md.
 FORGET_LR_PER_WIDTH = 3.84e-3
 
 

@@ -2,7 +2,7 @@
 
 LetheViT pulls a forget image towards the original's answer on its masked copy, and repairs afterwards. Measured against
 retrained models, that answer is further from theirs than the original's plain one is, and the repair undoes most of the
-stage (docs/notes.md). So here the target is another, and both stages are one. With f_o the frozen original:
+stage (docs/lab/2026-11-21.md). So here the target is another, and both stages are one. With f_o the frozen original:
 
     p(x) = mean over small shifts T of softmax f_o(T x)
     q(x) = p(x), the log-odds of its true class y set to the quantile of f_o's log-odds on held-out samples of class y
@@ -45,7 +45,7 @@ from engine.data import Batch
 from engine.models.losses import cross_entropy
 from engine.models.vit import outputs
 
-# Peak rate times the width of the model; see docs/notes-lethe-plus.md.
+# Peak rate times the width of the model; see docs/lab/2026-11-21-lethe-plus.md.
 LR_PER_WIDTH = 0.0768
 # Share of the steps after which the aim is corrected.
 _WARMUP_FRACTION = 0.1

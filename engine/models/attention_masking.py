@@ -119,11 +119,11 @@ def _guided(
 def _streams(model: nn.Module, info: ViTInfo, device: torch.device, backend: Backend) -> bool:
     """Whether the maps are read as explicit attention makes them, rather than computed again from q and k.
 
-    On the CPU, where explicit attention is no slower than fused (docs/notes.md) and q and k of all layers take as much
+    On the CPU, where explicit attention is no slower than fused (docs/lab) and q and k of all layers take as much
     memory as the maps; elsewhere where the model's attention is explicit anyway. Not in half precision: its maps come
     of rounded logits, and would mask other patches than q and k in float32 do, which every backend reads alike. Nor
     with many patches for the width: maps come first layer first, so that reading them costs N^3 a layer, against the
-    N^2 x width of the class row from q and k (docs/notes.md has the times).
+    N^2 x width of the class row from q and k (docs/lab/2026-11-21.md has the times).
     """
     if info.num_patches > _STREAMED_PER_WIDTH * info.width or not (plain_attention(model) or _relative(model)):
         return False

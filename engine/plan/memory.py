@@ -2,7 +2,7 @@
 
 P parameters, N ranks, w bytes a weight: 2 in bf16 at ZeRO 1 to 3, else 4 (bf16 at stage 0, and where a file enables
 torch_autocast, is autocast over float32 weights). Read from DeepSpeed 0.19's runtime/zero/stage_1_and_2.py, stage3.py
-and engine.py, and checked against the resident memory of ranks on the CPU (docs/notes.md). Adam's moments and master
+and engine.py, and checked against the resident memory of ranks on the CPU (docs/lab). Adam's moments and master
 weights are float32 everywhere.
 """
 

@@ -1,7 +1,7 @@
 """The C library's allocator during a run on the CPU: freed memory is kept for the next step.
 
 glibc gives large blocks back to the kernel when they are freed, and a training step frees and takes the same blocks
-over and over: each page is faulted in and zeroed again. docs/notes.md has what that costs.
+over and over: each page is faulted in and zeroed again. docs/lab/2026-11-21.md has what that costs.
 """
 
 from __future__ import annotations
