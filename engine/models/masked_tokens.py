@@ -37,10 +37,10 @@ def supports_tokens(model: nn.Module) -> bool:
     is many tokens, nor where patches overlap, are padded, or go through a convolutional stem.
     Raises UserError for models that `engine.models.vit.attention_info` refuses.
     """
-    info, embed = attention_info(model), getattr(model, "patch_embed", None)
+    attention_info(model)
+    embed = getattr(model, "patch_embed", None)
     if (
-        info.windowed
-        or not attention_modules(model)
+        not attention_modules(model)  # Swin has none that is over all patches
         or getattr(model, "rope", None) is not None
         or type(embed) is not PatchEmbed
         or embed.dynamic_img_pad
