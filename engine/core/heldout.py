@@ -1,4 +1,4 @@
-"""What a model that never saw the forget samples should know of them, estimated on held-out samples."""
+"""Accuracy to expect on the forget set of a model that was not trained on it, estimated on the held-out set."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from engine.core.method import Context
 from engine.data import Samples
 from engine.models.predict import Predictions, predict
 
-# What a plan calls the passes that measure both.
+# Name in `lethe plan` of the passes that measure both accuracies.
 LOOKS = "accuracy on forget and held-out samples"
 
 
 def predictions_of(model: nn.Module, samples: Samples, context: Context) -> Predictions:
-    """What a model says of samples as they are, under the run's precision; every rank calls it."""
+    """Return the predictions for samples without augmentation, under the run's precision; call it on every rank."""
     return predict(model, context.loader(samples, "none"), context.run.precision)
 
 
 def matched_accuracy(held_out: Predictions, forget_labels: np.ndarray) -> float:
-    """Accuracy [0, 1] on held-out samples, weighted so that their classes have the shares of the forget set's.
+    """Return the accuracy [0, 1] on held-out samples, weighted so that their classes have the shares of the forget
+    set's.
 
-    A class that has no held-out samples counts with the accuracy over all of them.
+    A class without held-out samples counts with the accuracy over all of them.
     """
     hits = held_out.logits.argmax(1) == held_out.labels
     of_class = {int(label): float(hits[held_out.labels == label].mean()) for label in np.unique(held_out.labels)}
@@ -29,14 +30,18 @@ def matched_accuracy(held_out: Predictions, forget_labels: np.ndarray) -> float:
 
 
 def unseen_accuracy(held_out: Predictions, forget_labels: np.ndarray, retain_labels: np.ndarray) -> float:
-    """The same, and 0 in classes of which nothing is retained: a model that never saw a class does not answer with it.
+    """Return `matched_accuracy`, counting 0 for forget samples of a class without retain samples.
 
-    held_out: what the original says of samples that it was not trained on.
+    A model that was trained without a class does not predict it.
+
+    Args:
+        held_out: Predictions of the original for the held-out set.
+        forget_labels, retain_labels: int64 [n], labels of the forget set and of the retain set.
     """
     seen = np.isin(forget_labels, retain_labels)
     return matched_accuracy(held_out, forget_labels[seen]) * float(seen.mean()) if seen.any() else 0.0
 
 
 def format_accuracies(forget: float, unseen: float) -> str:
-    """Why a run or a phase ends that stops by these accuracies."""
+    """Return the reason for which a run or a phase stops at these accuracies [0, 1]."""
     return f"forget accuracy {100 * forget:.1f}%, of samples never seen {100 * unseen:.1f}%"

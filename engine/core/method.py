@@ -225,12 +225,16 @@ def get_method(name: str) -> type[Method]:
 
 
 def list_methods() -> dict[str, type[Method]]:
-    """All methods by name, in the order of registration."""
+    """Return all methods by name, in the order of registration."""
     return dict(_REGISTRY)
 
 
 def refuse_unfit(method: type[Method], model: nn.Module) -> None:
-    """Raises UserError where a model does not give what a method needs, with the methods that it can be used with."""
+    """Check that a model has what a method needs.
+
+    Raises:
+        UserError: It does not; the message lists the methods that the model can be used with.
+    """
     num_classes_of(model)
     lacking: dict[str, str] = {}
     for need, check in (("attention", attention_info), ("features", check_features)):

@@ -1,7 +1,7 @@
-"""Is an accuracy plausible? Tests for a model that is fed wrongly: near chance, below what is known, labels permuted.
+"""Statistical tests for a model that gets wrong input: accuracy near chance, far below a known one, or labels permuted.
 
-All of them are on one sample of retained images, each with the label that the data gives it. They hold at the level
-`SIGNIFICANCE`, so that a sound model is refused about once in a thousand runs by each test at most.
+Each test uses one sample of retain images with the labels of the data. Each has level `SIGNIFICANCE`, so it rejects a
+sound model in at most about one of a thousand runs.
 """
 
 from __future__ import annotations
@@ -13,32 +13,32 @@ from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped,
 from scipy.stats import binom, binomtest  # type: ignore[import-untyped,unused-ignore]
 
 SIGNIFICANCE = 1e-3
-# Share of the way from chance to all correct that counts as near chance, however many samples show it: a tenth. A
-# trained model is far above it on samples that it was trained on; a misread one of 1000 classes can be at 1%.
+# Share of the way from chance to all correct that counts as near chance, at any number of samples: a tenth. A trained
+# model is far above it on its training samples; one of 1000 classes whose weights were read wrongly can be at 1%.
 NEAR = 0.1
 # Difference in accuracy, [0, 1], that matters: 5 points.
 MARGIN = 0.05
-_EXPLAINED = 0.5  # share of the answers that an exchange has to explain: a constant answer is no exchange
-_FEW = 20  # samples of one class of which a trained model has to answer some rightly
-_EACH = 5  # samples a class that a permutation is read from, on average
+_EXPLAINED = 0.5  # share of the predictions that a permutation has to explain: a constant prediction is no permutation
+_FEW = 20  # samples of one class, of which a trained model predicts some correctly
+_EACH = 5  # mean number of samples per class that a permutation is estimated from
 
 
 def chance_of(labels: np.ndarray) -> float:
-    """Accuracy of the best constant answer: the share of the largest class."""
+    """Return the accuracy of the best constant prediction: the share of the largest class."""
     return float(np.bincount(labels).max() / len(labels))
 
 
 def can_tell(labels: np.ndarray) -> bool:
-    """Whether so few samples could show that a model is better than chance at all."""
+    """Return whether a sample of this size could show at all that a model is better than chance."""
     return len(labels) > 0 and chance_of(labels) ** len(labels) <= SIGNIFICANCE
 
 
 def is_near_chance(correct: int, labels: np.ndarray) -> bool:
-    """Whether so many correct answers are what a model that was not trained on such samples could give.
+    """Return whether the number of correct predictions fits a model that was not trained on such samples.
 
-    True if at least as many correct answers come by chance with a probability above 0.001 (binomial, one-sided), or if
-    the accuracy is less than a tenth of the way from chance to 1. Where `can_tell` is false, as for samples of one
-    class: True if less than a tenth of `_FEW` samples or more are correct, which a trained model is far above.
+    True if at least as many correct predictions occur by chance with a probability above 0.001 (binomial, one-sided),
+    or if the accuracy is less than a tenth of the way from chance to 1. If `can_tell` is false, as for samples of one
+    class: true if less than a tenth of at least `_FEW` samples are correct; a trained model is far above that.
     """
     if not can_tell(labels):
         return len(labels) >= _FEW and correct / len(labels) < NEAR
@@ -48,7 +48,7 @@ def is_near_chance(correct: int, labels: np.ndarray) -> bool:
 
 
 def is_far_below(correct: np.ndarray, expected: float) -> bool:
-    """Whether an accuracy is at least 5 points below `expected`, and by more than the sample explains (binomial)."""
+    """Return whether an accuracy is at least 5 points below `expected` and significantly so (binomial)."""
     count = int(correct.sum())
     return bool(
         len(correct)
@@ -58,7 +58,7 @@ def is_far_below(correct: np.ndarray, expected: float) -> bool:
 
 
 def is_clearly_better(other: np.ndarray, own: np.ndarray) -> bool:
-    """Whether bool [n] `other` has at least 5 points more than `own` on the same samples, by McNemar's exact test."""
+    """Return whether bool [n] `other` has 5 points or more above `own` on the same samples (McNemar's exact test)."""
     gained, lost = int((other & ~own).sum()), int((own & ~other).sum())
     if not len(own) or gained - lost < MARGIN * len(own):
         return False
@@ -67,22 +67,26 @@ def is_clearly_better(other: np.ndarray, own: np.ndarray) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Permutation:
-    """Labels that are answered as others. moved: answered label by the data's label. correct: bool [n], answers that
-    are right if the data's labels are exchanged so."""
+    """A permutation of labels that explains the predictions.
+
+    Attributes:
+        moved: Predicted label by the label of the data.
+        correct: bool [n], predictions that are correct after the permutation of the data's labels.
+    """
 
     moved: dict[int, int]
     correct: np.ndarray
 
 
 def permutation(predicted: np.ndarray, labels: np.ndarray, classes: int) -> Permutation | None:
-    """The exchange of labels that explains the answers clearly better than the labels do; None if there is none.
+    """Return the permutation of labels that explains the predictions clearly better than the labels do, or None.
 
-    Only classes more than half of whose samples are answered as one other class are exchanged.
+    Only a class of which more than half of the samples are predicted as one other class is moved.
 
     Args:
-        predicted: int64 [n], answered labels.
-        labels: int64 [n], the data's labels.
-        classes: number of classes of the model.
+        predicted: int64 [n], predicted labels.
+        labels: int64 [n], labels of the data.
+        classes: Number of classes of the model.
     """
     present = np.unique(labels)
     if len(labels) < _EACH * len(present):

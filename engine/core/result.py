@@ -1,4 +1,4 @@
-"""What a run gives back."""
+"""Result of a run."""
 
 from __future__ import annotations
 
@@ -21,20 +21,23 @@ AfterPhase = Callable[[str, nn.Module], None]
 
 @dataclasses.dataclass(repr=False)
 class UnlearnResult:
-    """What a run gives back.
+    """Result of a run.
 
-    model: the unlearned model, eval mode, on the run's device. config: every option as resolved.
-    seconds: unlearn (all of it), prepare (masks and teacher passes), one entry a phase, and data: the part of the
-        phases that was spent waiting for images, on the main rank.
-    samples_seen: training samples by phase. history: one row a step, and one an event.
-    events: the rows that say something went wrong (collapse).
-    watched: accuracy [0, 1] on the watched samples before and after. collapsed: it fell by more than 10 points, in
-        an unlearning.
-    output_dir: the run folder, or None. accuracy: top-1 [0, 1] of the model on any samples.
-    bad_images: ids of training images that were left out, and why (on_bad_image=skip).
-    writer: what `save` calls with the result, the folder and `overwrite`.
-    stopped: where stop_when ended the run before its epochs did: phase, epoch and step (from 0), the accuracies [0, 1]
-        that it compared, and what `ended` it; None where it did not.
+    Attributes:
+        model: The unlearned model, in eval mode, on the run's device.
+        config: Every option, resolved.
+        seconds: Wall-clock time: unlearn (all of it), prepare (masks and teacher passes), one entry for each phase, and
+            data (part of the phases that was spent waiting for images, on the main rank).
+        samples_seen: Training samples by phase.
+        history: One row for each step, and one for each event.
+        watched: Accuracy [0, 1] on the watched samples before and after.
+        collapsed: That accuracy fell by more than 10 points in an unlearning run.
+        output_dir: The run folder, or None.
+        accuracy: Computes the model's top-1 accuracy [0, 1] on any samples.
+        bad_images: Ids of training images that were left out, with the reason (on_bad_image=skip).
+        writer: Called by `save` with the result, the folder and `overwrite`.
+        stopped: If stop_when ended the run early: phase, epoch and step (from 0), the accuracies [0, 1] that were
+            compared, and the criterion that ended it; else None.
     """
 
     model: nn.Module
@@ -55,7 +58,7 @@ class UnlearnResult:
         return f"<UnlearnResult: {collapsed}{', '.join(f'{name} {value}' for name, value in self._summary().items())}>"
 
     def _repr_html_(self) -> str:
-        """The summary as a table, for notebooks."""
+        """Return the summary as an HTML table, for notebooks."""
         rows = {**({"COLLAPSED": "do not use this model"} if self.collapsed else {}), **self._summary()}
         cells = "".join(
             f"<tr><th style='text-align:left'>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>"
@@ -76,19 +79,19 @@ class UnlearnResult:
         }
 
     def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-        """Writes the model and how it was made: config.json, model.safetensors, config.yaml, history.jsonl.
+        """Write the model and how it was made: config.json, model.safetensors, config.yaml, history.jsonl.
 
-        A result of a run that had an `output_dir` lies there already, with its record.
+        The result of a run with an `output_dir` is in that folder already, with its record.
 
         Args:
-            folder: a new or empty folder, or with `overwrite` that of an earlier run.
-            overwrite: replace that run.
+            folder: A new or empty folder, or with `overwrite` the folder of an earlier run.
+            overwrite: Replace that run.
 
         Returns:
             The folder, a checkpoint for every command and for `timm.create_model("local-dir:FOLDER")`.
 
         Raises:
-            UserError: the folder holds something else, or the model has no timm architecture.
+            UserError: The folder holds something else, or the model has no timm architecture.
         """
         return self.writer(self, folder, overwrite)
 
