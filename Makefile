@@ -35,9 +35,10 @@ picture: ## docs/assets/report.png: the top of the report of `make demo`, by Chr
 test: $(STAMP) ## run the tests that are not slow, with coverage
 	$(BIN)/python -m pytest -n auto --dist loadscope --cov=engine --cov=kernels --cov-report=term --cov-fail-under=85 --durations=15 $(ARGS)
 
-lint: $(STAMP) ## ruff: rules and formatting
+lint: $(STAMP) ## ruff: rules and formatting; the wording of docstrings, comments and documents
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python tests/support/prose.py
 
 types: $(STAMP) ## mypy
 	$(BIN)/mypy engine kernels bench
