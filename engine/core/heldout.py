@@ -10,7 +10,7 @@ from engine.data import Samples
 from engine.models.predict import Predictions, predict
 
 # Name in `lethe plan` of the passes that measure both accuracies.
-LOOKS = "accuracy on forget and held-out samples"
+ACCURACY_PASSES = "accuracy on forget and held-out samples"
 
 
 def predictions_of(model: nn.Module, samples: Samples, context: Context) -> Predictions:

@@ -1,4 +1,4 @@
-"""The methods, one file each; importing this package registers all of them."""
+"""Unlearning methods, one per file. Importing this package registers all of them."""
 
 from engine.core.method import Context, Method, get_method, list_methods, register
 from engine.core.phase import Phase

@@ -1,19 +1,19 @@
 """Bad teacher (Chundawat et al., "Can Bad Teaching Induce Forgetting? Unlearning in Deep Neural Networks using an
-Incompetent Teacher", AAAI 2023, arXiv 2205.08096): knows nothing of forget samples, all of the rest.
+Incompetent Teacher", AAAI 2023, arXiv 2205.08096): distils random predictions for the forget set, the original's else.
 
 T_s is the original, T_d a model of the same architecture with random weights that was never trained, f_u the model,
-KL_t as in `distillation`. On the forget samples (l = 1) together with a part of the retained ones (l = 0):
+KL_t as in `distillation`. On the forget set (l = 1) together with a part of the retain set (l = 0):
 
     L = mean (1 - l) KL_t(T_s(x) || f_u(x)) + l KL_t(T_d(x) || f_u(x))
 
-As published: 30% of the retained samples, drawn once; t = 1; no labels. The paper's code divides by the number of
-classes too, which AdamW does not see but for the clipping of gradients.
+As published: 30% of the retain set, drawn once; t = 1; no labels. The paper's code also divides by the number of
+classes; under AdamW that changes only the clipping of gradients.
 
-A model that was never trained is not one thing: a ViT's own first weights answer nearly evenly, those of torch's layers
-less so, and pull harder (`untrained`).
+The paper does not define the untrained model further, and its initialisation matters: a ViT's own initial weights
+give nearly uniform predictions, those of torch's layers less so, with a larger effect on the model (`untrained`).
 
 Departures: one cycle of the learning rate in place of a constant one, a rate that follows the width, and images that
-are not augmented by default, so that each teacher runs once an image.
+are not augmented by default, so that each teacher runs once per image.
 """
 
 from __future__ import annotations
@@ -39,12 +39,16 @@ LR_PER_WIDTH = 0.0128
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BadTeacherConfig:
-    """epochs: passes over the forget samples and the part of the retained ones. lr: peak rate; null: 0.0128 / width.
+    """Options of bad teacher.
 
-    retain_part: share (0, 1] of the retained samples that takes part. temperature: t above.
-    untrained: first weights of T_d: architecture, its own; layers, those of torch's `reset_parameters` where a layer
-        has it, as in torchunlearn.
-    augment_images: augment them; both teachers then run on every batch instead of once an image.
+    Attributes:
+        epochs: Passes over the forget set and the part of the retain set.
+        lr: Peak learning rate; null: 0.0128 / width.
+        retain_part: Share (0, 1] of the retain set that is used.
+        temperature: t in KL_t.
+        untrained: Initial weights of T_d: architecture, its own initialisation; layers, torch's `reset_parameters` of
+            each layer that has it, as in torchunlearn.
+        augment_images: Augment the images; both teachers then run on every batch instead of once per image.
     """
 
     epochs: float = tunable(3.0, Range(1, 8, step=1))
@@ -66,7 +70,7 @@ class BadTeacher(Distillation):
     name = "bad_teacher"
     summary = "towards an untrained model on forget samples, towards the original on a part of the retained ones"
     Config = BadTeacherConfig
-    teachers = 2.0  # both see every image
+    teachers = 2.0  # both run on every image
 
     def __init__(self, config: BadTeacherConfig, context: Context) -> None:
         super().__init__(config, context)
@@ -89,16 +93,16 @@ class BadTeacher(Distillation):
     def prepare(self, phase: Phase) -> None:
         super().prepare(phase)
         if not self.needs_original(phase, prepared=True):
-            self._untrained = None  # it has said all that will be asked
+            self._untrained = None  # all its outputs are cached
 
     def taught(self, batch: Batch, phase: Phase) -> Tensor:
-        # The original sees every image, so that ranks that share its weights stay in step.
+        # The original runs on every image, so that ranks that share its weights make the same calls.
         logits = outputs(self.context.original, batch.images)
         return torch.where(self._to_forget(batch)[:, None], outputs(self.untrained, batch.images), logits)
 
     @property
     def untrained(self) -> nn.Module:
-        """The incompetent teacher: made when it is first asked, the same for a seed."""
+        """The untrained teacher; built at its first use from the run's seed."""
         if self._untrained is None:
             seed = self.context.run.seed
             fresh = spec_of(self.context.original).build(seed=seed)

@@ -1,4 +1,4 @@
-"""Fine-tuning: cross-entropy on the retained samples alone, and hope. The baseline that every method must beat."""
+"""Fine-tuning: cross-entropy on the retain set alone. The baseline that every method must beat."""
 
 from __future__ import annotations
 
@@ -13,13 +13,18 @@ from engine.core.search_space import Range, rate, tunable
 from engine.data import Batch
 from engine.models.losses import cross_entropy
 
-# Peak rate of all retain stages times the width of the model: 1.5e-3 at width 128. See docs/lab/2026-11-21.md.
+# Peak learning rate of all retain stages times the width of the model: 1.5e-3 at width 128. See docs/lab/2026-11-21.md.
 RETAIN_LR_PER_WIDTH = 0.192
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FinetuneConfig:
-    """retain_epochs: passes over the retained samples. lr: peak rate; null: 0.192 / width."""
+    """Options of fine-tuning.
+
+    Attributes:
+        retain_epochs: Passes over the retain set.
+        lr: Peak learning rate; null: 0.192 / width.
+    """
 
     retain_epochs: float = tunable(10.0, Range(1, 10, step=1))
     lr: float | None = tunable(None, rate(RETAIN_LR_PER_WIDTH))

@@ -1,6 +1,6 @@
-"""Gradient ascent (Thudi et al. 2022, arXiv 2109.13398): maximise cross-entropy on the forget samples.
+"""Gradient ascent (Thudi et al. 2022, arXiv 2109.13398): maximise cross-entropy on the forget set.
 
-L = -CE(f(x), y). Unbounded below, so it destroys the model if it runs on; the loop watches and stops it.
+L = -CE(f(x), y). It has no lower bound, so it destroys the model if it runs long; the collapse guard ends such a run.
 """
 
 from __future__ import annotations
@@ -16,14 +16,19 @@ from engine.core.search_space import Range, rate, tunable
 from engine.data import Batch
 from engine.models.losses import cross_entropy
 
-# Rate times the width of the model: 4e-5 at width 128. On real images 1e-5 does next to nothing, and 1e-4 costs a
+# Learning rate times the width: 4e-5 at width 128. On real images 1e-5 does next to nothing, and 1e-4 costs a
 # quarter of the retained accuracy (docs/lab/2026-11-22.md).
 LR_PER_WIDTH = 5.12e-3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GradientAscentConfig:
-    """forget_epochs: passes over the forget samples. lr: constant rate; null: 0.00512 / width (4e-5 at width 128)."""
+    """Options of gradient ascent.
+
+    Attributes:
+        forget_epochs: Passes over the forget set.
+        lr: Constant learning rate; null: 0.00512 / width (4e-5 at width 128).
+    """
 
     forget_epochs: float = tunable(1.0, Range(0.25, 4, step=0.25))
     lr: float | None = tunable(None, rate(LR_PER_WIDTH, times=32))

@@ -1,17 +1,17 @@
 """GS-LoRA (Zhao et al., Continual Forgetting for Pre-trained Vision Models, CVPR 2024, arXiv 2403.11530): low-rank
-updates of the MLPs, few blocks of them, that keep the retained samples and push the forget samples away up to a bound.
+updates of the MLPs of few blocks, which keep the retain set and raise the loss on the forget set up to a bound.
 
     L = CE_r + beta ReLU(BND - CE_f) + alpha sum_blocks sqrt(sum ||A||^2 + ||B||^2)
 
-CE_r and CE_f are means over a retained and a forget batch of the same step; A and B are the updates W + B A, rank 8, of
-both linear layers of a block's MLP, and nothing else is trained. The last term, a group lasso, drives the updates of
+CE_r and CE_f are means over a retain batch and a forget batch of the same step. A and B are the updates W + B A, rank
+8, of both linear layers of a block's MLP; nothing else is trained. The last term, a group lasso, drives the updates of
 whole blocks towards zero; it is left out of the first epochs (the public code's warm-up). The result is merged.
 
-Ours, because the published numbers belong to CosFace losses of scale 64 and to forgetting whole classes:
-- BND. Published: 105 to 110. Here, by default, the mean over the forget samples of what a model that never saw them
-  should have: the original's cross-entropy on held-out samples, where retained samples have the same class, and
-  2 ln(classes), twice that of a uniform guess, where none has.
-- alpha, beta, the rate, a forget batch that is a fraction of the retained one, and epochs over all retained samples.
+Our choices, because the published numbers hold for CosFace losses of scale 64 and for forgetting whole classes:
+- BND. Published: 105 to 110. Here, by default, the mean over the forget set of the loss to expect of a model that was
+  not trained on it: the original's cross-entropy on held-out samples if the retain set has the same class, else
+  2 ln(classes), twice that of a uniform prediction.
+- alpha, beta, the rate, a forget batch that is a fraction of the retain batch, and epochs over the whole retain set.
 - LoRA's scale is 1 (engine.models.trainable), and there is no moving average of the weights.
 On several ranks, and with accumulation, ReLU is taken of each micro-batch's mean.
 """
@@ -44,10 +44,15 @@ LORA_LR_PER_WIDTH = 0.64
 class GSLoRAConfig:
     """Options of GS-LoRA.
 
-    retain_epochs: passes over the retained samples. lr: peak rate; null: 0.64 / width. rank: of the updates.
-    beta: weight of the bounded forget loss. bound: nats that the forget loss is raised to; null: as held-out samples.
-    alpha: weight of the group lasso. warmup: epochs without it.
-    forget_share: forget samples a step, relative to the retained ones.
+    Attributes:
+        retain_epochs: Passes over the retain set.
+        lr: Peak learning rate; null: 0.64 / width.
+        rank: Rank of the updates.
+        beta: Weight of the bounded forget loss.
+        bound: Value in nats up to which the forget loss is raised; null: that of held-out samples.
+        alpha: Weight of the group lasso.
+        warmup: Epochs without the group lasso.
+        forget_share: Size of the forget batch relative to the retain batch.
     """
 
     retain_epochs: float = tunable(5.0, Range(1, 8, step=1))
@@ -112,16 +117,24 @@ class GSLoRA(Method):
 
     @property
     def known(self) -> np.ndarray:
-        """Whether the class of each forget sample [n] is one that retained samples have."""
+        """Whether the retain set has the class of each forget sample, bool [n]."""
         return np.isin(self.context.forget.labels, np.unique(self.context.retain.labels))
 
     def compared(self) -> Samples:
-        """The held-out samples that forget samples are to be like."""
-        return self.held_out("which the forget samples are to be like, or give the bounds")
+        """Return the held-out samples that the forget samples are compared with."""
+        return self.held_out("which the forget samples are compared with, or set the bounds")
 
     def matched(self, values: np.ndarray, labels: np.ndarray, unknown: float) -> float:
-        """Mean over the forget samples of what held-out samples have: values [n] and labels [n] of these; the mean of
-        a forget sample's class, or of all where none is held out; `unknown` where no retained sample has its class."""
+        """Return the mean over the forget set of a value that is known for held-out samples.
+
+        A forget sample counts with the mean of its class, or with the mean of all values if no held-out sample has the
+        class.
+
+        Args:
+            values: float [n], values of held-out samples.
+            labels: int [n], their labels.
+            unknown: Value of a forget sample whose class the retain set does not have.
+        """
         of_class = {label: values[labels == label].mean() for label in np.unique(labels)}
         known = [of_class.get(label, values.mean()) for label in self.context.forget.labels]
         return float(np.where(self.known, known, unknown).mean())
@@ -139,11 +152,12 @@ class GSLoRA(Method):
         return {"forget_bounded": self.bounded(cross_entropy(model, batch))}
 
     def bounded(self, forget_ce: Tensor) -> Tensor:
+        """Return the bounded forget loss of a batch, from its mean cross-entropy."""
         assert self.bound is not None  # prepared
         return self.config.beta * F.relu(self.bound - forget_ce)
 
     def group_lasso(self) -> dict[str, Tensor]:
-        """The weighted sum over blocks of the length of all their updates; nothing while it is left out."""
+        """Return the weighted sum over blocks of the norm of all their updates; empty during the warm-up."""
         if self._epochs < self.config.warmup or not self.config.alpha:
             return {}
         weights = [

@@ -4,12 +4,13 @@ prototypes, the mean features of each class in the original.
     L = L_GS-LoRA + w_f ReLU(BND_p - KL_f) + w_r KL_r
     KL = mean_i KL(softmax(prototype of y_i) || softmax(features of x_i))
 
-softmax runs over the features, what the last linear layer reads, as in the public code. Forget samples leave the
-prototype of their class, retained samples stay at it.
+softmax runs over the features, the input of the last linear layer, as in the public code. Features of forget samples
+move away from the prototype of their class, those of retain samples stay at it.
 
-Ours: prototypes are means over the training samples, forget and retained, not augmented. BND_p is the original's KL on
-held-out samples, by the rule of GS-LoRA's BND; 18, as published, where no retained sample has the class. The published
-runs have w_r = 0 or near; here it is w_f by default. No moving average of the weights, no few-shot augmentation.
+Our choices: prototypes are means over the training samples, forget and retain set, not augmented. BND_p is the
+original's KL on held-out samples, by the rule of GS-LoRA's BND; 18, as published, if the retain set does not have the
+class. The published runs have w_r = 0 or near; here it is w_f by default. There is no moving average of the weights
+and no few-shot augmentation.
 """
 
 from __future__ import annotations
@@ -38,9 +39,12 @@ UNKNOWN = 18.0
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GSLoRAPPConfig(GSLoRAConfig):
-    """Options of GS-LoRA, and the weights of the prototype terms: forget_prototype (w_f), retain_prototype (w_r).
+    """Options of GS-LoRA++: those of GS-LoRA and the following.
 
-    prototype_bound: nats that KL_f is raised to; null: as held-out samples.
+    Attributes:
+        forget_prototype: w_f, weight of the forget samples' prototype term.
+        retain_prototype: w_r, weight of the retain samples' prototype term.
+        prototype_bound: BND_p, value in nats up to which KL_f is raised; null: that of held-out samples.
     """
 
     forget_prototype: float = tunable(0.1, Range(0.01, 1.0, log=True))
@@ -64,7 +68,7 @@ class GSLoRAPP(GSLoRA):
     def __init__(self, config: GSLoRAPPConfig, context: Context) -> None:
         super().__init__(config, context)
         if context.run.compile:
-            raise UserError("option compile=true: gs_lora_pp reads features on the way to the logits; leave it out")
+            raise UserError("option compile=true: gs_lora_pp reads features inside the forward pass; leave it out")
         self.prototype_bound = config.prototype_bound
         self._prototypes: Tensor | None = None
 
@@ -81,7 +85,7 @@ class GSLoRAPP(GSLoRA):
         super().prepare(phase)
         loader = self.context.loader(self.context.samples_of(dataclasses.replace(phase, samples="all")), "none")
         features, labels = loader.rows(lambda batch: (self._features(batch), batch.labels))
-        features, labels = features[labels >= 0], labels[labels >= 0]  # without images left out as bad
+        features, labels = features[labels >= 0], labels[labels >= 0]  # without images that cannot be read
         member = F.one_hot(labels, self.context.num_classes).to(features.dtype)
         self._prototypes = (member.T @ features) / member.sum(0).clamp(min=1)[:, None]
         if self.prototype_bound is None:
@@ -113,7 +117,7 @@ class GSLoRAPP(GSLoRA):
         self._prototypes, self.prototype_bound = prepared["prototypes"], float(prepared["prototype_bound"])
 
     def distances(self, features: Tensor, labels: Tensor) -> Tensor:
-        """KL [B] of features [B, D] from the prototypes of their classes, labels [B]."""
+        """Return KL [B] of features [B, D] from the prototypes of their classes, labels [B]."""
         assert self._prototypes is not None  # prepared
         return divergence(features, self._prototypes.to(features.device)[labels])
 
@@ -133,10 +137,10 @@ class GSLoRAPP(GSLoRA):
 
 
 def logits_and_features(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    """`engine.models.vit.outputs` of both kinds, float32, from one pass."""
+    """Return logits [B, C] and features [B, D] from one pass, float32, as `engine.models.vit.outputs` defines them."""
     read: list[Tensor] = []
     with contextlib.ExitStack() as hooks:
-        for head in classifiers(model):  # DeiT has two, and takes the mean
+        for head in classifiers(model):  # DeiT has two heads and averages them
             hooks.callback(head.register_forward_pre_hook(lambda _head, inputs: read.append(inputs[0])).remove)
         logits = outputs(model, images)
     return logits.float(), torch.stack(read).mean(0).float()

@@ -2,22 +2,23 @@
 Machine Learning Models", AISTATS 2021, arXiv 2002.10077), with WoodFisher's inverse (Singh & Alistarh, NeurIPS 2020,
 arXiv 2004.14340), as in l1-sparse (Jia et al., NeurIPS 2023, arXiv 2304.04934) and SalUn's comparisons.
 
-    v = n_f / n (mean of grad CE over forget samples - mean over retained ones)         n: all training samples
-    F = damping I + mean over N retained samples of g_i g_i^T,    g_i: gradient of one sample's CE
+    v = n_f / n (mean of grad CE over the forget set - mean over the retain set)        n: all training samples
+    F = damping I + mean over N retain samples of g_i g_i^T,    g_i: gradient of one sample's CE
     theta <- theta + alpha F^-1 v
 
-v is what leaves the gradient of the training loss when the weight 1 / n of the forget samples is dealt out to the
-retained ones; alpha = 1 is the Newton step, and the field tunes alpha. Here it is searched by default (`line_search`):
-until the forget samples are answered as held-out ones are, or held-out accuracy has fallen by `max_drop` points.
+v is the gradient of the training loss after the weight 1 / n of each forget sample is distributed over the retain set.
+alpha = 1 is the Newton step; in the literature alpha is tuned. Here it is searched by default (`line_search`): until
+the accuracy on the forget set is that of held-out samples, or held-out accuracy has fallen by `max_drop` points.
 
-WoodFisher reaches F^-1 v by the recursion of Sherman and Morrison, one sample at a time; exact, it holds N vectors as
-long as the model. Here the same F^-1 v is solved for by conjugate gradients: a product F u is one pass of directional
-derivatives (g_i . u, forward mode) and one backward pass over the N samples, and nothing is held but a few vectors. The
-public code of l1-sparse and SalUn holds a single vector that it shrinks along each gradient, in place of F_i^-1 g_i,
-which gives no inverse of F; so their alphas do not carry over. N = 1000 is theirs; damping was 1 in effect (they start
-from the identity). Ours: damping and alpha below, and the solver's tolerance.
+WoodFisher computes F^-1 v by the recursion of Sherman and Morrison, one sample at a time; the exact form keeps N
+vectors of the model's size. Here the same F^-1 v is found by conjugate gradients: a product F u is one pass of
+directional derivatives (g_i . u, forward mode) and one backward pass over the N samples, and only a few vectors are
+kept. The public code of l1-sparse and SalUn keeps one vector that it shrinks along each gradient, in place of
+F_i^-1 g_i. That is not an inverse of F, so their alphas do not carry over. N = 1000 is theirs; damping was 1 in effect
+(they start from the identity). Our choices: damping and alpha below, and the solver's tolerance.
 
-Everything is in float32 and explicit attention, whatever the run's: fused attention has no directional derivatives.
+All passes use float32 and explicit attention, whatever the run's options: fused attention has no directional
+derivatives.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ from engine.data import Loader
 from engine.errors import UserError
 from engine.methods.common.edits import Edit, EditConfig
 from engine.methods.common.gradients import dot, gradient, mean_gradient, norm, trainable
-from engine.methods.common.line_search import LineSearch, SearchConfig, go, looks
+from engine.methods.common.line_search import LineSearch, SearchConfig, apply_step, search_passes
 from engine.models.attention import attention_backend
 from engine.models.losses import cross_entropy
 
-# The largest alpha that is looked at.
+# The largest alpha that is evaluated.
 MOST = 4.0
 
 
@@ -49,12 +50,18 @@ MOST = 4.0
 class InfluenceConfig(SearchConfig, EditConfig):
     """Options of influence unlearning, and of the repair that may follow it.
 
-    alpha: what the step is multiplied with; null: searched in [0, 4]. max_drop, search_steps, held_out_samples: of the
-    search. fisher_samples: N above, drawn among the retained samples.
-    damping: see above; small: the step goes far where the retained samples do not care.
-    tolerance: of the solver, the length of what is left of v relative to v. solver_steps: products F u at most.
-    retain_epochs: passes over the retained samples after the edit, to repair it; 0: none, as published.
-    lr: peak rate of that repair; null: 0.192 / width.
+    Attributes:
+        alpha: Factor on the step; null: searched in [0, 4].
+        max_drop: Percentage points of held-out accuracy that the search may lose.
+        search_steps: Step sizes that the search evaluates.
+        held_out_samples: Most samples of the held-out set, and of the forget set, that the search evaluates.
+        fisher_samples: N, drawn from the retain set.
+        damping: Multiple of the identity in F. If it is small, the step is long in directions in which the loss on the
+            retain set hardly changes.
+        tolerance: Tolerance of the solver: norm of the residual relative to that of v.
+        solver_steps: Most products F u.
+        retain_epochs: Passes over the retain set after the edit, to repair the model; 0: none, as published.
+        lr: Peak learning rate of that repair; null: 0.192 / width.
     """
 
     alpha: float | None = None
@@ -90,7 +97,7 @@ class Influence(Edit):
         ):
             if given:
                 raise UserError(
-                    f"option {option}: influence takes directional derivatives, and it cannot; use {remedy}"
+                    f"option {option}: influence needs directional derivatives, which it rules out; use {remedy}"
                 )
 
     def passes(self, phases: list[Phase], number: int, taken: StepCounts) -> list[ExtraPasses]:
@@ -98,10 +105,10 @@ class Influence(Edit):
             return []
         forget, retain = len(self.context.forget), len(self.context.retain)
         products = self.config.solver_steps * min(self.config.fisher_samples, retain)
-        # A product is a forward pass that carries a derivative along, about two, and one that is gone back through.
+        # A product is a forward pass with a directional derivative, about two passes, and one with a backward pass.
         curvature = ExtraPasses(name="products of the Fisher matrix", images=products, forward=3, backward=1)
-        looked = [] if self.config.alpha else [looks(self.config, 1, taken.held_out, forget)]
-        return [ExtraPasses(name="gradients", images=forget + retain, backward=1, kind="training"), curvature, *looked]
+        search = [] if self.config.alpha else [search_passes(self.config, 1, taken.held_out, forget)]
+        return [ExtraPasses(name="gradients", images=forget + retain, backward=1, kind="training"), curvature, *search]
 
     def change(self, model: nn.Module) -> None:
         context, config = self.context, self.config
@@ -118,17 +125,24 @@ class Influence(Edit):
             step = solve(
                 lambda u: fisher_product(model, loader, u, config.damping), v, config.tolerance, config.solver_steps
             )
-        go(model, step, config.alpha or MOST, self.search)
+        apply_step(model, step, config.alpha or MOST, self.search)
 
 
 def fisher_product(model: nn.Module, loader: Loader, u: Sequence[Tensor], damping: float) -> list[Tensor]:
-    """(damping I + mean over samples of g g^T) u, g the gradient of a sample's cross-entropy; in eval mode."""
+    """Return (damping I + mean over samples of g g^T) u, with g the gradient of a sample's cross-entropy.
+
+    Args:
+        model: The model; set to eval mode, with explicit attention.
+        loader: Loader of the samples.
+        u: One tensor for each parameter that requires a gradient.
+        damping: Multiple of the identity.
+    """
     model.eval()
     named = {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
     direction = dict(zip(named, u, strict=True))
     total, count = [torch.zeros_like(each) for each in u], 0
     for batch in loader.ordered():
-        if not batch.weight:  # no image of it can be read
+        if not batch.weight:  # none of its images can be read
             continue
 
         def losses(weights: dict[str, Tensor], batch=batch) -> Tensor:  # type: ignore[no-untyped-def]
@@ -146,23 +160,27 @@ def fisher_product(model: nn.Module, loader: Loader, u: Sequence[Tensor], dampin
 def solve(
     product: Callable[[Sequence[Tensor]], list[Tensor]], v: Sequence[Tensor], tolerance: float, steps: int
 ) -> list[Tensor]:
-    """x with product(x) = v for a positive definite product, by conjugate gradients.
+    """Return x with product(x) = v, by conjugate gradients.
 
-    Ends when |v - product(x)| <= tolerance |v|, or after `steps` products.
+    Args:
+        product: A positive definite linear map of lists of tensors.
+        v: Right-hand side.
+        tolerance: End when |v - product(x)| <= tolerance |v|.
+        steps: Most products.
     """
     x = [torch.zeros_like(each) for each in v]
-    left = [each.clone() for each in v]
-    towards = [each.clone() for each in v]
-    squared, goal = dot(left, left), tolerance * norm(v)
+    residual = [each.clone() for each in v]
+    direction = [each.clone() for each in v]
+    squared, goal = dot(residual, residual), tolerance * norm(v)
     for _ in range(steps):
         if squared.sqrt() <= goal:
             break
         with torch.enable_grad():
-            image = product(towards)
-        length = squared / dot(towards, image)
-        torch._foreach_add_(x, torch._foreach_mul(towards, length))
-        torch._foreach_sub_(left, torch._foreach_mul(image, length))
-        squared, before = dot(left, left), squared
-        torch._foreach_mul_(towards, squared / before)
-        torch._foreach_add_(towards, left)
+            image = product(direction)
+        length = squared / dot(direction, image)
+        torch._foreach_add_(x, torch._foreach_mul(direction, length))
+        torch._foreach_sub_(residual, torch._foreach_mul(image, length))
+        squared, before = dot(residual, residual), squared
+        torch._foreach_mul_(direction, squared / before)
+        torch._foreach_add_(direction, residual)
     return x

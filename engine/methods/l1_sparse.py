@@ -1,14 +1,14 @@
 """l1-sparse unlearning (Jia et al., Model Sparsity Can Simplify Machine Unlearning, NeurIPS 2023, arXiv 2304.04934):
-fine-tuning on the retained samples with an l1 penalty that pulls weights to zero and fades out.
+fine-tuning on the retain set with an l1 penalty that pulls weights to zero and fades out.
 
     L = CE(D_r) + alpha * (1 - e / E) * ||theta||_1        e = 0 .. E - 1, the epoch
 
-theta: every weight that is trained, biases, norms and embeddings with it, as in the paper's code; of the paper's three
-schedules this, the decreasing one, is what it recommends and its code runs. Key biases have no gradient in this engine
-(`engine.models.attention.zero_key_bias_grads`), so they alone do not feel the penalty.
+theta: every weight that is trained, including biases, norms and embeddings, as in the paper's code. Of the paper's
+three schedules this, the decreasing one, is what it recommends and its code runs. Key biases have no gradient in this
+engine (`engine.models.attention.zero_key_bias_grads`), so the penalty has no effect on them.
 
-AdamW and one cycle stand for the paper's SGD. Under Adam the penalty is a part of one normalised step: a weight whose
-loss gradient is well below alpha shrinks at about the full rate, whatever alpha is, so that alpha sets how many weights
+AdamW and one cycle replace the paper's SGD. Under Adam the penalty is a part of one normalised step: a weight whose
+loss gradient is well below alpha shrinks at about the full rate, whatever alpha is. So alpha sets how many weights
 shrink rather than how fast. The default alpha is ours.
 """
 
@@ -30,9 +30,12 @@ from engine.methods.finetune import Finetune, FinetuneConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class L1SparseConfig(FinetuneConfig):
-    """retain_epochs: passes over the retained samples, E above. lr: peak rate; null: as fine-tuning's.
+    """Options of l1-sparse unlearning.
 
-    alpha: weight of the l1 norm in the first epoch.
+    Attributes:
+        retain_epochs: Passes over the retain set, E.
+        lr: Peak learning rate; null: as in fine-tuning.
+        alpha: Weight of the l1 norm in the first epoch.
     """
 
     alpha: float = tunable(1e-4, Range(1e-6, 1e-3, log=True))
@@ -47,7 +50,7 @@ class L1Sparse(Finetune):
     name = "l1_sparse"
     summary = "cross-entropy on the retained samples with an l1 penalty that fades out, 10 epochs"
     Config = L1SparseConfig
-    one_process = "its penalty reads every weight whole, outside of the model's own pass"
+    one_process = "its penalty needs every weight whole, outside the forward pass"
 
     def __init__(self, config: L1SparseConfig, context: Context) -> None:
         super().__init__(config, context)

@@ -1,21 +1,23 @@
 """LAF (Shen et al., "Label-Agnostic Forgetting: A Supervision-Free Unlearning in Deep Models", ICLR 2024): features of
-forget samples leave what a small autoencoder knows of them, features of retained ones stay, and no label is read.
+forget samples move away from what a small autoencoder reconstructs, those of retain samples stay; no label is used.
 
-s_i, u_j are the model's features of retained and of forget images, s_i0, u_j0 the original's. Two variational
-autoencoders are fitted to the original's features, A_r to those of retained samples, A_f to those of forget samples, by
+s_i, u_j are the model's features of retain and of forget images, s_i0, u_j0 the original's. Two variational
+autoencoders are fitted to the original's features, A_r to those of the retain set, A_f to those of the forget set, by
 sum_d (A(z) - z)_d^2 + 0.025 KL(posterior || N(0, 1)). With m = mean_d (A(z) - z)_d^2 and E = exp(m / (m + 1)),
 
     extraction   mean_i E(A_r; s_i) - mean_j E(A_f; u_j)
     alignment    mean_i (1 - cos(s_i, s_i0)) - log mean_j exp((1 - cos(u_j, u_j0)) / t)
 
-is minimised; the second line is the paper's sum_i log[exp(1 - cos_i) / sum_j exp((1 - cos_j) / t)], a sample, less its
-constant. Afterwards, where labels may be used, a repair by cross-entropy on the retained samples (the paper's LAF+R).
+is minimised. The second line is the paper's sum_i log[exp(1 - cos_i) / sum_j exp((1 - cos_j) / t)], per sample and
+without its constant. If labels may be used, a repair by cross-entropy on the retain set follows (the paper's LAF+R).
 
-Departures. The paper takes a step on each line in turn, with an Adam and a rate of its own; here both are one loss, the
-second weighted by `alignment`, in one AdamW step. The autoencoders answer with the mean of their posterior, not a draw;
-they end in a linear layer, not a sigmoid, since a ViT's features are signed, and m is a mean over features, not a sum,
-which saturates E for wide ones. The repair trains all weights, not the head alone. Under several ranks, or with
-accumulation, the logarithm is taken over each micro-batch.
+Departures:
+- The paper takes a step on each line in turn, each with its own Adam and rate. Here both are one loss, the second
+  weighted by `alignment`, in one AdamW step.
+- The autoencoders return the mean of their posterior, not a draw. They end in a linear layer, not a sigmoid, since a
+  ViT's features are signed. m is a mean over features, not a sum, which saturates E for wide ones.
+- The repair trains all weights, not the head alone.
+- On several ranks, or with accumulation, the logarithm is taken over each micro-batch.
 """
 
 from __future__ import annotations
@@ -37,9 +39,9 @@ from engine.methods.finetune import RETAIN_LR_PER_WIDTH
 from engine.models.losses import cross_entropy
 from engine.models.vit import outputs
 
-# Rate of the forget phase times the width of the model.
+# Learning rate of the forget phase times the width of the model.
 FORGET_LR_PER_WIDTH = 3.84e-3
-# The paper's: batches and rate of the autoencoders, and the weight of their prior.
+# As published: batch size and rate of the autoencoders, and the weight of their prior.
 _BATCH, _LR, _PRIOR = 128, 1e-3, 0.025
 
 
@@ -47,13 +49,16 @@ _BATCH, _LR, _PRIOR = 128, 1e-3, 0.025
 class LafConfig:
     """Options of LAF.
 
-    forget_epochs: passes over the forget samples, each step beside as many retained ones.
-    forget_lr: constant rate; null: 3.84e-3 / width.
-    alignment: weight of the alignment loss. temperature: t above.
-    vae_epochs: passes over the features by which each autoencoder is fitted. latent: its latent dimensions.
-    vae_samples: most retained samples that A_r is fitted to.
-    repair_epochs: passes over the retained samples by cross-entropy afterwards; 0 reads no labels at all.
-    lr: peak rate of the repair; null: 0.192 / width.
+    Attributes:
+        forget_epochs: Passes over the forget set; each step takes as many retain samples as forget samples.
+        forget_lr: Constant learning rate of those steps; null: 3.84e-3 / width.
+        alignment: Weight of the alignment loss.
+        temperature: t in the alignment loss.
+        vae_epochs: Passes over the features by which each autoencoder is fitted.
+        latent: Latent dimensions of an autoencoder.
+        vae_samples: Most retain samples that A_r is fitted to.
+        repair_epochs: Passes over the retain set by cross-entropy afterwards; 0 uses no labels at all.
+        lr: Peak learning rate of the repair; null: 0.192 / width.
     """
 
     forget_epochs: float = tunable(5.0, Range(1, 10, step=1))
@@ -79,7 +84,12 @@ class LafConfig:
 
 
 class Autoencoder(nn.Module):
-    """A variational autoencoder of features [B, width], with the paper's layers of 128 and 32 units."""
+    """A variational autoencoder of features [B, width], with the paper's layers of 128 and 32 units.
+
+    Args:
+        width: Number of features.
+        latent: Number of latent dimensions.
+    """
 
     def __init__(self, width: int, latent: int) -> None:
         super().__init__()
@@ -90,11 +100,11 @@ class Autoencoder(nn.Module):
         )
 
     def forward(self, features: Tensor) -> Tensor:
-        """Features [B, width] from the mean of their posterior."""
+        """Return the features [B, width] that the mean of their posterior is decoded to."""
         return self.decoder(self.posterior(self.encoder(features)).chunk(2, 1)[0])
 
     def objective(self, features: Tensor) -> Tensor:
-        """The negative evidence bound, a mean over the batch; draws from the posterior."""
+        """Return the negative evidence bound, a mean over the batch; draws from the posterior."""
         mean, log_variance = self.posterior(self.encoder(features)).chunk(2, 1)
         drawn = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
         prior = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).sum(1)
@@ -102,7 +112,14 @@ class Autoencoder(nn.Module):
 
 
 def fitted(features: Tensor, latent: int, epochs: int, seed: int) -> Autoencoder:
-    """An autoencoder fitted to features [n, width], frozen; the same for a seed, the global generators untouched."""
+    """Return a frozen autoencoder fitted to features; the global random generators stay as they are.
+
+    Args:
+        features: Features [n, width].
+        latent: Number of latent dimensions.
+        epochs: Passes over the features.
+        seed: Seed of the initial weights, of the order and of the draws.
+    """
     with torch.random.fork_rng(devices=[features.device] if features.is_cuda else []):
         torch.manual_seed(seed)
         autoencoder = Autoencoder(features.shape[1], latent).to(features.device)
@@ -116,7 +133,7 @@ def fitted(features: Tensor, latent: int, epochs: int, seed: int) -> Autoencoder
 
 
 def extraction(autoencoder: Autoencoder, features: Tensor) -> Tensor:
-    """E [B] of features [B, width]: between 1, all of them is known, and e."""
+    """Return E [B] of features [B, width], between 1 (perfect reconstruction) and e."""
     error = ((autoencoder(features) - features) ** 2).mean(1)
     return torch.exp(error / (error + 1))
 
@@ -124,7 +141,7 @@ def extraction(autoencoder: Autoencoder, features: Tensor) -> Tensor:
 @register
 class Laf(Distillation):
     name = "laf"
-    summary = "LAF: features of forget samples away from what an autoencoder knows of them, without labels"
+    summary = "LAF: features of forget samples away from what an autoencoder reconstructs, without labels"
     Config = LafConfig
     needs = frozenset({"logits", "features"})
 
@@ -156,14 +173,14 @@ class Laf(Distillation):
         return phase.name == "forget"
 
     def needs_original(self, phase: Phase, prepared: bool) -> bool:
-        return phase.name == "forget"  # for the retained samples beside, of which few are seen twice
+        return phase.name == "forget"  # for the paired retain samples, few of which occur twice
 
     def taught(self, batch: Batch, phase: Phase) -> Tensor:
         return outputs(self.context.original, batch.images, "features")
 
     def passes(self, phases: list[Phase], number: int, taken: StepCounts) -> list[ExtraPasses]:
         found = super().passes(phases, number, taken)
-        if phases[number].name == "forget":  # the retained samples beside are asked for as they come
+        if phases[number].name == "forget":  # outputs for the paired retain samples are computed in each step
             fitted = min(self.config.vae_samples, len(self.context.retain))
             found.append(ExtraPasses(name="teacher outputs", images=fitted + taken.paired))
         return found
@@ -174,7 +191,7 @@ class Laf(Distillation):
             return
         context, config = self.context, self.config
         some = evenly_spaced(context.retain, config.vae_samples, "for the autoencoder")
-        (retained,) = context.loader(some, "none").rows(lambda batch: (self._ask(batch, phase),))
+        (retained,) = context.loader(some, "none").rows(lambda batch: (self._teacher_outputs(batch, phase),))
         for which, features in (("forget", self._rows["forget"]), ("retain", retained)):
             self._autoencoders[which] = fitted(
                 features.to(context.device), config.latent, config.vae_epochs, context.run.seed
@@ -211,7 +228,7 @@ class Laf(Distillation):
 
     def paired_loss(self, model: nn.Module, batch: Batch, phase: Phase) -> dict[str, Tensor]:
         features = outputs(model, batch.images, "features").float()
-        away = 1 - F.cosine_similarity(features, self._ask(batch, phase))
+        away = 1 - F.cosine_similarity(features, self._teacher_outputs(batch, phase))
         return {
             "retain_extraction": extraction(self._autoencoders["retain"], features).mean(),
             "retain_alignment": self.config.alignment * away.mean(),

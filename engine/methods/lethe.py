@@ -1,21 +1,20 @@
-"""LetheViT (arXiv 2508.01569): contrast on masked and unmasked forget images, then repair on the retained ones.
+"""LetheViT (arXiv 2508.01569): contrast on masked and unmasked forget images, then repair on the retain set.
 
-Forget stage, on each forget image x, with f_u the model being changed and f_o the frozen original:
+Forget phase, on each forget image x, with f_u the model being changed and f_o the frozen original:
 
     x_masked = x with the k most attended patches (5%) set to a constant
     Z = f_u(x),  Z_p = f_o(x_masked),  Z_n = f_o(x)
     L = -log( e^{s(Z, Z_p)/t} / (e^{s(Z, Z_p)/t} + sum_n e^{s(Z, Z_n)/t}) )
 
-Retain stage: cross-entropy on the retained samples.
+Retain phase: cross-entropy on the retain set.
 
 Known from the paper: two epochs, then eight; 5%; zeroed pixels; the roles of Z, Z_p, Z_n; logits. Not published, so
-options here: s, t, the attention source, one or in-batch negatives, learning rates. See docs/lab for how the
-defaults were chosen.
+options here: s, t, the attention source, one or in-batch negatives, learning rates. docs/lab has the choice of
+the defaults.
 
-f_o runs once for each forget image and its masked copy: forget images are not augmented by default, so both of its
-outputs are cached before the stage (2 x forget samples x classes floats, in host memory). Where the model allows it,
-the masked copy is never made: its patch tokens are those of the image but for the masked ones
-(`engine.models.masked_tokens`).
+f_o runs once for each forget image and its masked copy: forget images are not augmented by default, so both outputs
+are cached before the phase (2 x forget samples x classes floats, in host memory). If the model supports it, the masked
+copy is not computed: its patch tokens are those of the image, except the masked ones (`engine.models.masked_tokens`).
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ from engine.models.masked_tokens import capture_patch_tokens, masked_outputs, ma
 from engine.models.vit import outputs
 from lethe_kernels import info_nce, mask_patches
 
-# Rate of the forget stage times the width of the model: 3e-5 at width 128. See docs/lab/2026-11-21.md.
+# Learning rate of the forget phase times the width of the model: 3e-5 at width 128. See docs/lab/2026-11-21.md.
 FORGET_LR_PER_WIDTH = 3.84e-3
 
 
@@ -48,15 +47,20 @@ FORGET_LR_PER_WIDTH = 3.84e-3
 class LetheConfig:
     """Options of LetheViT.
 
-    forget_epochs, retain_epochs: passes over forget and retained samples; 0 leaves a stage out.
-    lr: peak rate of the retain stage; null: 0.192 / width.
-    forget_lr: constant rate of the forget stage; null: 3.84e-3 / width.
-    mask_source: rollout | last | mean (attention), lowest | random (controls). head_fusion: mean | max | min.
-    mask_share: share of patches that is masked, at least one patch.
-    mask_value: zero (after normalisation) | black (before it) | mean (of the forget images, a channel each).
-    contrast: logits | features. similarity: cosine | dot. temperature: t above.
-    negatives: paired (the same image's Z_n) | in_batch (every Z_n of the batch).
-    augment_forget: augment forget images too; the original then runs on every batch instead of once.
+    Attributes:
+        forget_epochs, retain_epochs: Passes over the forget set and over the retain set; 0 leaves a phase out.
+        lr: Peak learning rate of the retain phase; null: 0.192 / width.
+        forget_lr: Constant learning rate of the forget phase; null: 3.84e-3 / width.
+        mask_source: Patches to mask: the most attended by rollout | last | mean attention, or lowest | random
+            (controls).
+        head_fusion: How attention heads are combined: mean | max | min.
+        mask_share: Share of patches that is masked, at least one patch.
+        mask_value: zero (after normalisation) | black (before it) | mean (of the forget images, for each channel).
+        contrast: Outputs that are compared: logits | features.
+        similarity: s: cosine | dot.
+        temperature: t.
+        negatives: paired (Z_n of the same image) | in_batch (every Z_n of the batch).
+        augment_forget: Augment forget images too; the original then runs on every batch instead of once.
     """
 
     forget_epochs: float = tunable(2.0, Range(0.5, 4, step=0.5))
@@ -99,7 +103,7 @@ class Lethe(Method):
         if config.negatives == "in_batch" and context.run.accumulation_steps > 1:
             raise UserError(
                 "option negatives='in_batch' takes its negatives from the whole step, and accumulation_steps="
-                f"{context.run.accumulation_steps} shows a step in parts; use negatives=paired, or a larger batch_size"
+                f"{context.run.accumulation_steps} splits a step; use negatives=paired, or a larger batch_size"
             )
         self.k = count_masked(context.patches, config.mask_share)
         self._cache: tuple[Tensor, Tensor] | None = None
@@ -174,7 +178,7 @@ class Lethe(Method):
         return {"contrast": loss}
 
     def _of_all_ranks(self, negatives: Tensor, batch: Batch) -> Tensor:
-        """The negatives [M, D] of the whole step: those of every rank, without the placeholders of empty ranks."""
+        """Return the negatives [M, D] of the whole step: of every rank, without placeholders of empty ranks."""
         world = self.context.world
         if world.size == 1:
             return negatives
@@ -182,9 +186,9 @@ class Lethe(Method):
 
     @torch.no_grad()
     def teacher(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(Z_p, Z_n) [B, D] float32: the original's outputs on the masked images and on the images."""
+        """Return (Z_p, Z_n) [B, D] float32: the original's outputs for the masked images and for the images."""
         config, context = self.config, self.context
-        # The first pass alone: that on masked tokens is not to be captured.
+        # Capture the first pass only; the pass on masked tokens must not be captured.
         capture: contextlib.AbstractContextManager[list[Tensor]] = contextlib.nullcontext([])
         if self._by_tokens:
             capture = capture_patch_tokens(context.original)
@@ -208,7 +212,7 @@ class Lethe(Method):
         return positives.float(), negatives.float()
 
     def _outputs_when_masked(self, batch: Batch, mask: Tensor, tokens: list[Tensor]) -> Tensor:
-        """The original's outputs on masked images, from the tokens of the images where the model allows it."""
+        """Return the original's outputs for masked images, from the tokens of the images if the model supports it."""
         original, what, backend = self.context.original, self.config.contrast, self.context.run.kernels.backend
         if not self._by_tokens:
             patch_size = self.context.patches.patch_size
@@ -219,7 +223,7 @@ class Lethe(Method):
         return masked_outputs(original, tokens[0], mask, self._token, what=what, backend=backend)
 
     def fill(self, batch: Batch) -> Tensor:
-        """Value [C] of a masked pixel, in normalised units."""
+        """Return the value [C] of a masked pixel, in normalised units."""
         if self._fill is None:
             self._fill = self._mask_fill()
         return self._fill.to(batch.images)

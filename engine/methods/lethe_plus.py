@@ -1,30 +1,32 @@
-"""LetheViT+: distil what a model that never saw the forget samples would say of them. Our own method.
+"""LetheViT+: distil an estimate of the predictions of a model that was not trained on the forget set. Our own method.
 
-LetheViT pulls a forget image towards the original's answer on its masked copy, and repairs afterwards. Measured against
-retrained models, that answer is further from theirs than the original's plain one is, and the repair undoes most of the
-stage (docs/lab/2026-11-21.md). So here the target is another, and both stages are one. With f_o the frozen original:
+LetheViT pulls the output for a forget image towards the original's output for its masked copy, and repairs afterwards.
+Measured against retrained models, that target is further from their outputs than the original's plain output is, and
+the repair undoes most of the forget phase (docs/lab/2026-11-21.md). So the target here is another one, and there is one
+phase. With f_o the frozen original:
 
     p(x) = mean over small shifts T of softmax f_o(T x)
-    q(x) = p(x), the log-odds of its true class y set to the quantile of f_o's log-odds on held-out samples of class y
-           at which x stands among the forget samples of class y when they are ordered by the log-odds of p
-    L    = CE(f(x_r), y_r) + w KL(q_s(x_f) || f(x_f))       retained x_r and forget x_f in every step
+    q(x) = p(x), with the log-odds of its true class y set to a quantile of f_o's log-odds on held-out samples of class
+           y: the quantile of the rank that x has by the log-odds of p among the forget samples of class y
+    L    = CE(f(x_r), y_r) + w KL(q_s(x_f) || f(x_f))       retain x_r and forget x_f in every step
 
-q_s is q with s added to the log-odds of y, and s, 0 at first, follows what is left of the memory: after every step
+q_s is q with s added to the log-odds of y. s starts at 0 and follows the remaining memorisation. After every step
 
     s <- s - c / (all steps) mean over its forget samples of l(f(x)) - l(q(x))
-    l: log-odds of y, cut to [-5, 5]: how sure is sure does not matter, and would outweigh the rest where all is easy
+    l: log-odds of y, clipped to [-5, 5]: differences between confident predictions do not matter, and would dominate
+       if all samples are easy
 
-A target is never quite reached, least where memory is strongest; so the aim goes lower until the forget samples are
-answered as surely, in the mean, as held-out samples are. That begins after a tenth of the steps: what is left before is
-what has not been learned yet, and to answer it would lower the aim too far.
+A target is never reached exactly, least for the most memorised samples. s lowers the target until the mean log-odds on
+the forget set are those of held-out samples. It starts after a tenth of the steps: before that, the difference is due
+to targets that are not yet learned, and following it would lower the target too far.
 
-p, because what a model has memorised of an image is tied to its pixels, and a shifted copy (1/16 and 1/8 of the side,
-edges mirrored) shows what it would have said without. q, because a mean over views is unsure of everything, while a
-model that never saw x answers with the confidence it has on held-out images. Where nothing of a class is retained, no
-such model knows the class: q gives it nothing.
+Why p: memorisation of an image depends on its exact pixels, so shifted copies (1/16 and 1/8 of the side, edges
+mirrored) estimate the prediction without it. Why q: a mean over views is underconfident, while a model that was not
+trained on x predicts with the confidence that it has on held-out images. If the retain set has no sample of a class, q
+gives the class probability 0, as a model trained without it would.
 
-Retained images are not augmented: they are shown to keep what is known of them, which is of the image itself. Forget
-images are, so that it is forgotten in all views that were trained on.
+Retain images are not augmented: they preserve the predictions for the images themselves. Forget images are augmented,
+so that all views of the training are forgotten.
 """
 
 from __future__ import annotations
@@ -45,13 +47,13 @@ from engine.data import Batch
 from engine.models.losses import cross_entropy
 from engine.models.vit import outputs
 
-# Peak rate times the width of the model; see docs/lab/2026-11-21-lethe-plus.md.
+# Peak learning rate times the width of the model; see docs/lab/2026-11-21-lethe-plus.md.
 LR_PER_WIDTH = 0.0768
-# Share of the steps after which the aim is corrected.
+# Share of the steps after which s is updated.
 _WARMUP_FRACTION = 0.1
-# Log-odds beyond which an answer counts as sure: 99.3%.
+# Log-odds beyond which a prediction counts as confident: 99.3%.
 _LOG_ODDS_CLIP = 5.0
-# Of log-probabilities, so that a class that no view names can be raised by its log-odds.
+# Smallest mean probability, so that the log-odds of a class with probability 0 in every view can be raised.
 _MIN_PROB = 1e-9
 
 
@@ -59,13 +61,16 @@ _MIN_PROB = 1e-9
 class LethePlusConfig:
     """Options of LetheViT+.
 
-    epochs: passes over the retained samples, at least. forget_passes: forget samples taken in the same steps, in passes
-    over all of them; where they are so many that a step would hold more forget than retained samples, the steps are
-    more instead. lr: peak rate; null: 0.0768 / width. forget_weight: w above.
-    views: p is the mean over shifted images; false: the original's answer on the image itself.
-    correction: c above; 0: s stays 0.
-    calibrate: q has the log-odds of held-out samples; false: those of p.
-    augment_retain: augment retained images as the run says.
+    Attributes:
+        epochs: Passes over the retain set, at least. More steps are taken if a step would otherwise hold more forget
+            samples than retain samples.
+        forget_passes: Passes over the forget set in the same steps.
+        lr: Peak learning rate; null: 0.0768 / width.
+        forget_weight: w.
+        correction: c; 0: s stays 0.
+        views: p is the mean over shifted images; false: the original's prediction for the image itself.
+        calibrate: q has the log-odds of held-out samples; false: those of p.
+        augment_retain: Augment retain images by the run's option `augment`.
     """
 
     epochs: float = tunable(2.25, Range(0.75, 6, step=0.75))
@@ -88,17 +93,18 @@ class LethePlusConfig:
 @register
 class LethePlus(Method):
     name = "lethe_plus"
-    summary = "distils what a model that never saw the forget samples would say, beside the retained ones"
+    summary = "distils estimated predictions of a model not trained on the forget set; cross-entropy on the retain set"
     Config = LethePlusConfig
 
     def __init__(self, config: LethePlusConfig, context: Context) -> None:
         super().__init__(config, context)
         self.shift = torch.zeros((), dtype=torch.float64, device=context.device)  # s
-        self._left = self.shift.new_zeros(2)  # of this step, on this rank: sum and number of the mean's terms
+        self._differences = self.shift.new_zeros(2)  # of this step, on this rank: sum and number of the differences
 
     def phases(self) -> list[Phase]:
         config = self.config
-        ratio = config.forget_passes * len(self.context.forget) / len(self.context.retain)  # in retained passes
+        # Forget samples that are taken for each retain sample.
+        ratio = config.forget_passes * len(self.context.forget) / len(self.context.retain)
         epochs = max(config.epochs, ratio)
         return [
             paired_phase(
@@ -120,12 +126,14 @@ class LethePlus(Method):
         context, config = self.context, self.config
         labels = torch.from_numpy(context.forget.labels)
         loader = context.loader(context.forget, "none")
-        (logits,) = loader.rows(self._views_mean if config.views else self._answers)
+        (logits,) = loader.rows(self._views_mean if config.views else self._original_logits)
         known = torch.zeros(context.num_classes, dtype=torch.bool)
         known[torch.from_numpy(context.retain.labels).unique()] = True
         if config.calibrate:
-            held_out = self.held_out("to answer as it answers on those")
-            answers, true = context.loader(held_out, "none").rows(lambda batch: (*self._answers(batch), batch.labels))
+            held_out = self.held_out("whose log-odds the targets take over")
+            answers, true = context.loader(held_out, "none").rows(
+                lambda batch: (*self._original_logits(batch), batch.labels)
+            )
             logits = with_log_odds_of(logits, labels, log_odds(answers, true), true)
         self.targets = logits.masked_fill(~known, -torch.inf).softmax(1)
 
@@ -143,22 +151,22 @@ class LethePlus(Method):
         target = self.targets[batch.index].to(logits.device)
         true = batch.labels[:, None]
         if batch.weight:
-            known = target.gather(1, true)[:, 0] > 0  # something of the class is retained
+            known = target.gather(1, true)[:, 0] > 0  # the retain set has the class
             predicted, wanted = (
                 log_odds(z, batch.labels).clamp(-_LOG_ODDS_CLIP, _LOG_ODDS_CLIP)
                 for z in (logits.detach(), target.log())
             )
-            self._left += torch.stack([((predicted - wanted) * known).sum(), known.sum()])
+            self._differences += torch.stack([((predicted - wanted) * known).sum(), known.sum()])
         aim = target.log().scatter_add(1, true, self.shift.to(target).expand_as(true)).softmax(1)
         divergence = F.kl_div(logits.log_softmax(1), aim, reduction="none").sum(1)
         return {"forget_kl": self.config.forget_weight * divergence.mean()}
 
     def after_step(self, model: nn.Module, phase: Phase) -> None:
         if self.step + 1 > _WARMUP_FRACTION * self.total_steps:
-            left, count = self.context.world.sum(self._left)
+            difference, count = self.context.world.sum(self._differences)
             rate = self.config.correction / self.total_steps
-            self.shift = self.shift - rate * left / count.clamp_min(1)
-        self._left = torch.zeros_like(self._left)
+            self.shift = self.shift - rate * difference / count.clamp_min(1)
+        self._differences = torch.zeros_like(self._differences)
 
     def state(self) -> dict[str, Any]:
         return {"shift": float(self.shift)}
@@ -167,65 +175,77 @@ class LethePlus(Method):
         self.shift = torch.full_like(self.shift, state["shift"])
 
     @torch.no_grad()
-    def _answers(self, batch: Batch) -> tuple[Tensor]:
-        """Logits [B, C] float32 of the original."""
+    def _original_logits(self, batch: Batch) -> tuple[Tensor]:
+        """Return the original's logits [B, C], float32."""
         with self.context.autocast():
             return (outputs(self.context.original, batch.images).float(),)
 
     def _views_mean(self, batch: Batch) -> tuple[Tensor]:
-        """Log of the mean probability [B, C] over shifted views."""
+        """Return the log of the mean probability [B, C] over shifted views."""
         predicted = [
-            self._answers(dataclasses.replace(batch, images=shifted))[0].softmax(1) for shifted in shifts(batch.images)
+            self._original_logits(dataclasses.replace(batch, images=shifted))[0].softmax(1)
+            for shifted in shifts(batch.images)
         ]
         return (torch.stack(predicted).mean(0).clamp_min(_MIN_PROB).log(),)
 
 
 def shifts(images: Tensor) -> Iterator[Tensor]:
-    """Copies [B, C, H, W] moved by 1/16 and 1/8 of the side along an axis, or 3/32 along both; edges mirrored."""
+    """Yield copies [B, C, H, W] moved by 1/16 and 1/8 of the side along an axis, or 3/32 along both; edges mirrored."""
     height, width = images.shape[-2:]
-    down, across = _most(height), _most(width)
+    down, across = _max_shift(height), _max_shift(width)
     padded = F.pad(images, (across, across, down, down), mode="reflect")
     for i, j in offsets(height, width):
         yield padded[..., down + i : down + i + height, across + j : across + j + width]
 
 
 def offsets(height: int, width: int) -> list[tuple[int, int]]:
-    """The shifts of images of a size in pixels; of small images several are the same."""
+    """Return the (vertical, horizontal) shifts in pixels for a size of image, without repeats of small images."""
     steps = [(i * size, j * size) for size in (1 / 16, 1 / 8) for i, j in ((1, 0), (-1, 0), (0, 1), (0, -1))]
     steps += [(i * 3 / 32, j * 3 / 32) for i in (1, -1) for j in (1, -1)]
-    return list(dict.fromkeys((_pixels(i, height, _most(height)), _pixels(j, width, _most(width))) for i, j in steps))
+    return list(
+        dict.fromkeys(
+            (_shift_in_pixels(i, height, _max_shift(height)), _shift_in_pixels(j, width, _max_shift(width)))
+            for i, j in steps
+        )
+    )
 
 
-def _most(side: int) -> int:
-    """The largest shift along a side, in pixels."""
+def _max_shift(side: int) -> int:
+    """Return the largest shift along a side, in pixels."""
     return max(1, side // 8)
 
 
-def _pixels(share: float, side: int, most: int) -> int:
-    """A shift in whole pixels, at least one and at most `most`, where it is any."""
+def _shift_in_pixels(share: float, side: int, most: int) -> int:
+    """Return a shift in whole pixels: 0 for a share of 0, else at least one pixel and at most `most`."""
     count = min(most, max(1, round(abs(share) * side))) if share else 0
     return count if share > 0 else -count
 
 
 def log_odds(logits: Tensor, labels: Tensor) -> Tensor:
-    """Log-odds [n] float64 of the class `labels` [n] by logits [n, C]: z_y - logsumexp of the others."""
+    """Return the log-odds [n], float64, of classes `labels` [n] by logits [n, C]: z_y - logsumexp of the others."""
     others = logits.double().scatter(1, labels[:, None], -torch.inf)
     return logits.double().gather(1, labels[:, None])[:, 0] - others.logsumexp(1)
 
 
 def with_log_odds_of(logits: Tensor, labels: Tensor, odds: Tensor, classes: Tensor) -> Tensor:
-    """Logits [n, C] whose true classes have the distribution of other log-odds, the order among samples kept.
+    """Return logits [n, C] whose true classes have another distribution of log-odds, in the same order of samples.
 
-    In each class, the sample of rank i of m gets the quantile (i + 1/2) / m of those `odds` [h] whose `classes` [h] are
-    its own; of all of them where the class has none. Logits of other classes stay as they are.
+    In each class, the sample of rank i of m gets the quantile (i + 1/2) / m of the `odds` of that class, or of all
+    `odds` if there are none of the class. Logits of other classes stay as they are.
+
+    Args:
+        logits: Logits [n, C].
+        labels: True classes [n].
+        odds: Log-odds [h] to take over.
+        classes: Their classes [h].
     """
-    mine = log_odds(logits, labels)
+    own = log_odds(logits, labels)
     changed = logits.clone()
     for label in labels.unique():
         members = torch.where(labels == label)[0]
-        theirs = odds[classes == label] if (classes == label).any() else odds
-        ranks = mine[members].argsort().argsort()
-        wanted = torch.quantile(theirs, (ranks.double() + 0.5) / len(members))
+        target = odds[classes == label] if (classes == label).any() else odds
+        ranks = own[members].argsort().argsort()
+        wanted = torch.quantile(target, (ranks.double() + 0.5) / len(members))
         others = logits[members].double()
         others[:, label] = -torch.inf
         changed[members, label] = (others.logsumexp(1) + wanted).to(logits.dtype)

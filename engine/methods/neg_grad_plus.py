@@ -1,16 +1,16 @@
 """NegGrad+ (Kurmanji et al., Towards Unbounded Machine Unlearning, NeurIPS 2023, arXiv 2302.09880): every step descends
-on retained samples and ascends on forget samples.
+on retain samples and ascends on forget samples.
 
     L = CE(D_r) - beta * CE(D_f)
 
-The paper writes b CE(D_r) - (1 - b) CE(D_f). Adam does not see the scale of a loss, so beta = (1 - b) / b is the same
-method but for clipping; b = 0.95, the paper's for small models, is beta = 0.053. The default is lower: with 0.05 forget
-samples of digits ended well below held-out ones.
+The paper writes b CE(D_r) - (1 - b) CE(D_f). Adam does not depend on the scale of a loss, so beta = (1 - b) / b is the
+same method except for clipping; b = 0.95, the paper's for small models, is beta = 0.053. The default is lower: with
+0.05, accuracy on the forget set of digits ended well below that on held-out samples.
 
-Ours: a forget sample counts min(CE, bound), so that beyond ln(classes), the loss of a uniform guess, it is left alone;
-without a bound L has no minimum. `bound=inf` is the published loss. AdamW and one cycle stand for the paper's SGD; the
-forget batch is a quarter of the retain batch, because the forget set is the smaller one, and a step then costs 1.25 of
-fine-tuning's, not 2.
+Ours: a forget sample counts min(CE, bound), so that it has no gradient beyond ln(classes), the loss of a uniform
+prediction; without a bound L has no minimum. `bound=inf` is the published loss. AdamW and one cycle replace the paper's
+SGD. The forget batch is a quarter of the retain batch, because the forget set is the smaller one, and a step then costs
+1.25 of fine-tuning's, not 2.
 """
 
 from __future__ import annotations
@@ -32,11 +32,14 @@ from engine.models.vit import outputs
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NegGradPlusConfig(FinetuneConfig):
-    """retain_epochs: passes over the retained samples. lr: peak rate; null: as fine-tuning's.
+    """Options of NegGrad+.
 
-    beta: weight of the forget samples' cross-entropy, which is maximised; that of the retained samples' is 1.
-    bound: nats of cross-entropy at which a forget sample is left alone; null: ln(classes); inf: never.
-    forget_share: forget samples a step, relative to the retained ones.
+    Attributes:
+        retain_epochs: Passes over the retain set.
+        lr: Peak learning rate; null: as in fine-tuning.
+        beta: Weight of the forget samples' cross-entropy, which is maximised; that of the retain samples is 1.
+        bound: Cross-entropy in nats beyond which a forget sample has no gradient; null: ln(classes); inf: none.
+        forget_share: Size of the forget batch relative to the retain batch.
     """
 
     retain_epochs: float = tunable(8.0, Range(1, 10, step=1))

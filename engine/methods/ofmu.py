@@ -4,19 +4,19 @@ forgetting as the inner problem of a bi-level one, retaining as the outer.
     inner, T steps    climb   P = L_f - b cos(grad L_f, grad L_r)
     outer, one step   descend L_r + rho |grad P|^2,  whose gradient is grad L_r + 2 rho (Hessian of P) grad P
 
-then again. L_f, L_r: cross-entropy on a forget and on a retained batch. The cosine keeps forgetting out of the
-direction in which the retained loss moves; the penalty keeps the outer step where the inner problem is solved.
+and so on in turns. L_f, L_r: cross-entropy on a forget batch and on a retain batch. The cosine keeps forgetting out of
+the direction in which the retain loss changes; the penalty keeps the outer step near solutions of the inner problem.
 
-P holds gradients, so its own is a Hessian-vector product, and the outer step's another of that. All are exact, by
-differentiating the backward pass. Fused attention cannot be differentiated twice, and torch's layer norm not three
-times (in 2.15 the third derivative is wrong, without a warning), so this method's passes run explicit attention and
-layer norms written out, whatever the run's are; attention maps of N x N for each head are then kept. torch.compile,
-xformers and recomputed blocks are refused.
+P contains gradients, so its gradient is a Hessian-vector product, and the outer step needs another product of that. All
+are exact, by differentiating the backward pass. Fused attention cannot be differentiated twice, and torch's layer norm
+not three times (in 2.15 the third derivative is wrong, without a warning). So this method's passes use explicit
+attention and layer norms written out, whatever the run's options; attention maps of N x N for each head are then kept
+in memory. torch.compile, xformers and gradient checkpointing are refused.
 
 Departures: AdamW takes all steps and both kinds share its moments, where the paper has two rates for plain gradient
-steps; their ratio is `ascent` here, which multiplies the inner objective. With accumulation, cos and |grad P|^2 are
-those of each micro-batch. The penalty's weight is constant. Our choices: all defaults, as the paper's are for language
-models and no public code is known to us.
+steps; their ratio is `ascent` here, a factor on the inner objective. With accumulation, cos and |grad P|^2 are those of
+each micro-batch. The penalty's weight is constant. Our choices: all defaults, since the paper's are for language models
+and no public code is known to us.
 """
 
 from __future__ import annotations
@@ -47,10 +47,14 @@ LR_PER_WIDTH = 0.032
 class OfmuConfig:
     """Options of OFMU.
 
-    epochs: steps of both kinds, in passes over the retained samples; every step takes a forget batch too.
-    lr: peak rate; null: 0.032 / width. ascent_steps: T above. ascent: weight of the inner objective.
-    similarity: b above. stationarity: rho above; 0: the outer step is plain descent, and cheap.
-    forget_share: size of the forget batch relative to the run's.
+    Attributes:
+        epochs: Steps of both kinds, in passes over the retain set; every step also takes a forget batch.
+        lr: Peak learning rate; null: 0.032 / width.
+        ascent_steps: T.
+        ascent: Weight of the inner objective.
+        similarity: b.
+        stationarity: rho; 0: the outer step is plain descent, without second derivatives.
+        forget_share: Size of the forget batch relative to the retain batch.
     """
 
     epochs: float = 1.0
@@ -87,8 +91,10 @@ class Ofmu(Method):
             (run.gradient_checkpointing, "gradient_checkpointing=true", "a smaller batch_size"),
         ):
             if given:
-                raise UserError(f"option {option}: ofmu differentiates the backward pass, and it cannot; use {remedy}")
-        self._retain: Tensor | None = None  # loss of the retained batch, until the forget batch beside it is there
+                raise UserError(
+                    f"option {option}: ofmu differentiates the backward pass, which that option rules out; use {remedy}"
+                )
+        self._retain: Tensor | None = None  # loss of the retain batch, kept for `paired_loss`
 
     def phases(self) -> list[Phase]:
         lr = self.learning_rate(self.config.lr, LR_PER_WIDTH)
@@ -98,7 +104,7 @@ class Ofmu(Method):
         config = self.config
         cycle = config.ascent_steps + 1
         inner = sum(step % cycle < config.ascent_steps for step in range(taken.steps)) / max(1, taken.steps)
-        # A pass forward and back takes 3 forward passes; differentiated, three times that; that again, nine times.
+        # Forward and backward cost 3 forward passes; differentiated once, three times that; twice, nine times.
         both, again = taken.images + taken.paired, "gradients of gradients"
         if config.stationarity:
             outer = ExtraPasses(name=again, images=(1 - inner) * both, forward=0, backward=12)
@@ -108,6 +114,7 @@ class Ofmu(Method):
 
     @property
     def inner(self) -> bool:
+        """Whether the current step is an inner one."""
         return self.step % (self.config.ascent_steps + 1) < self.config.ascent_steps
 
     def loss(self, model: nn.Module, batch: Batch, phase: Phase) -> dict[str, Tensor]:
@@ -134,6 +141,7 @@ class Ofmu(Method):
             return {"inner": torch.zeros_like(forget), "stationarity": config.stationarity * dot(slope, slope)}
 
     def _cosine(self, forget: Tensor, retain: Tensor, weights: list[Tensor]) -> Tensor:
+        """Return the differentiable cosine of the gradients of two losses."""
         g_f, g_r = (
             torch.autograd.grad(loss, weights, create_graph=True, allow_unused=True, materialize_grads=True)
             for loss in (forget, retain)
@@ -142,14 +150,14 @@ class Ofmu(Method):
 
     @contextlib.contextmanager
     def _full_precision(self) -> Iterator[None]:
-        """Backward passes are not to be run under autocast."""
+        """Disable autocast: backward passes must not run under it."""
         with torch.autocast(self.context.device.type, enabled=False):
             yield
 
 
 @contextlib.contextmanager
 def _differentiable(model: nn.Module) -> Iterator[None]:
-    """Within it, what the model computes can be differentiated any number of times."""
+    """Make the model's forward passes differentiable any number of times within the context."""
     with attention_backend(model, "eager"), contextlib.ExitStack() as replaced:
         for module in model.modules():
             if isinstance(module, nn.LayerNorm):
@@ -158,7 +166,8 @@ def _differentiable(model: nn.Module) -> Iterator[None]:
 
 
 def _layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    x = x.float() if x.itemsize < 4 else x  # as autocast has it
+    """Compute a layer norm from elementary operations."""
+    x = x.float() if x.itemsize < 4 else x  # as under autocast
     dims = tuple(range(-len(norm.normalized_shape), 0))
     centred = x - x.mean(dims, keepdim=True)
     x = centred * (centred.square().mean(dims, keepdim=True) + norm.eps).rsqrt()

@@ -1,6 +1,8 @@
-"""Random labels (Golatkar et al. 2020, arXiv 1911.04933): forget samples get a wrong label each, drawn once and
-uniformly among the others, and the model is trained on them together with the retained samples. SalUn's code draws them
-anew in every epoch or batch, the right one included.
+"""Random labels (Golatkar et al. 2020, arXiv 1911.04933): train on the forget set with wrong labels and on the retain
+set.
+
+Each forget sample gets one wrong label, drawn once and uniformly among the other classes. SalUn's code draws labels
+anew in every epoch or batch, and the true label may be drawn.
 """
 
 from __future__ import annotations
@@ -23,7 +25,12 @@ from engine.models.losses import cross_entropy
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RandomLabelsConfig:
-    """epochs: passes over forget and retained samples together. lr: peak rate; null: as fine-tuning's."""
+    """Options of random labels.
+
+    Attributes:
+        epochs: Passes over forget set and retain set together.
+        lr: Peak learning rate; null: as in fine-tuning.
+    """
 
     epochs: float = tunable(10.0, Range(1, 10, step=1))
     lr: float | None = tunable(None, rate(RETAIN_LR_PER_WIDTH))
@@ -46,7 +53,7 @@ class RandomLabels(Method):
         rng = np.random.default_rng([context.run.seed, len(context.forget)])
         shift = rng.integers(1, context.num_classes, size=len(context.forget))
         wrong = (context.forget.labels + shift) % context.num_classes
-        # Samples of "all" are the forget samples first, then the retained ones.
+        # Samples of "all" are the forget set followed by the retain set.
         self.labels = torch.from_numpy(np.concatenate([wrong, context.retain.labels])).to(context.device)
 
     def phases(self) -> list[Phase]:

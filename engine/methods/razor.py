@@ -1,7 +1,7 @@
 """RAZOR (Ranjan, Grover, Lin, Polyzou, "RAZOR: Ratio-Aware Layer Editing for Targeted Unlearning in Vision Transformers
-and Diffusion Models", CVPR 2026 Findings, arXiv 2603.14819): a corrective step on the few layers and heads that the
-forget samples need and the retained ones do not. With g_f, g_r the gradients of the cross-entropy on forget and on
-retained samples, for a layer or head l:
+and Diffusion Models", CVPR 2026 Findings, arXiv 2603.14819): a corrective step on the few layers and heads that matter
+to the forget set and not to the retain set. With g_f, g_r the gradients of the cross-entropy on the forget set and on
+the retain set, for a layer or head l:
 
     phi(l) = |g_f| / (|theta_l| + eps) (1 - cos(g_f, g_r))^alpha
     edit set = {l: phi(l) > tau}
@@ -9,15 +9,15 @@ retained samples, for a layer or head l:
     eta_l by binary search on a small held-out set; then again, with the best layer that is not in the set yet;
     6 rounds at most
 
-Not published in what we could read, so options or choices of ours:
-- tau, alpha, rho, the lambdas. tau at null is the mean of the scores and one standard deviation; the best layer is
-  edited where none is above it.
-- L_mismatch: cross-entropy of the forget samples to a random wrong label each.
-- eta_l = eta |theta_l| / |bracket_l|: eta, one for all of the set, is the share of its length by which each moves.
-- The search: eta in [0, max_change], halved `search_steps` times. A step is allowed where held-out accuracy is at most
-  `max_drop` points below the original's. It is enough where accuracy on the forget samples is no higher than what the
-  original has on held-out ones, weighted by the forget samples' classes, a class that is forgotten whole counting
-  zero. The smallest step that is enough is taken, or else the largest that is allowed; enough ends the rounds.
+Not published in the sources available to us, so options or choices of ours:
+- tau, alpha, rho, the lambdas. tau at null is the mean of the scores and one standard deviation; if no score is above
+  it, the layer with the highest score is edited.
+- L_mismatch: cross-entropy of the forget samples to one random wrong label each.
+- eta_l = eta |theta_l| / |bracket_l|: eta, one for the whole set, is the share of its norm by which each layer moves.
+- The search: eta in [0, max_change], halved `search_steps` times. A step is allowed if held-out accuracy is at most
+  `max_drop` points below the original's. It is sufficient if accuracy on the forget set is at most the original's on
+  held-out samples, weighted by the classes of the forget set, where a class that is forgotten as a whole counts zero.
+  The smallest sufficient step is taken, or else the largest allowed one; a sufficient step ends the rounds.
 - A head is its rows of q, k and v and its columns of the projection. Other layers are the linear and convolutional
   ones. Norms, tokens, position embeddings and the projection's bias are never edited.
 """
@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.config import require
-from engine.core.heldout import LOOKS
+from engine.core.heldout import ACCURACY_PASSES
 from engine.core.method import Context, register
 from engine.core.phase import ExtraPasses, Phase, StepCounts
 from engine.core.search_space import Range, tunable
@@ -41,12 +41,12 @@ from engine.data import Batch, Samples
 from engine.errors import UserError
 from engine.methods.common.edits import Edit, EditConfig
 from engine.methods.common.gradients import mean_gradient
-from engine.methods.common.line_search import LineSearch, SearchConfig, looks
+from engine.methods.common.line_search import LineSearch, SearchConfig, search_passes
 from engine.models.losses import cross_entropy
 
 _EPS = 1e-8
 
-# Parts of parameters, by name and index, that are edited together.
+# Parts of parameters, as (name, index), that are edited together.
 Unit = list[tuple[str, Any]]
 Named = dict[str, Tensor]
 
@@ -55,13 +55,18 @@ Named = dict[str, Tensor]
 class RazorConfig(SearchConfig, EditConfig):
     """Options of RAZOR, and of the repair that may follow it.
 
-    rounds: at most. tau: score above which a layer is edited; null: mean and one standard deviation of all scores.
-    alpha: weight of the angle between the gradients. rho, lambda_f, lambda_m: see above.
-    max_change: largest step, as a share of a layer's length.
-    max_drop, search_steps, held_out_samples: of the search, see `line_search`.
-    gradient_samples: of each set, at most, that a round's gradients are taken on.
-    retain_epochs: passes over the retained samples after the edit, to repair it; 0: none, as published.
-    lr: peak rate of that repair; null: 0.192 / width.
+    Attributes:
+        rounds: Most rounds.
+        tau: Score above which a layer is edited; null: mean and one standard deviation of all scores.
+        alpha: Weight of the angle between the gradients.
+        rho, lambda_f, lambda_m: Weights in d theta_l.
+        max_change: Largest step, as a share of a layer's norm.
+        max_drop: Percentage points of held-out accuracy that the search may lose.
+        search_steps: Step sizes that a search evaluates.
+        held_out_samples: Most samples of the held-out set, and of the forget set, that a search evaluates.
+        gradient_samples: Most samples of each set for a round's gradients.
+        retain_epochs: Passes over the retain set after the edit, to repair the model; 0: none, as published.
+        lr: Peak learning rate of that repair; null: 0.192 / width.
     """
 
     rounds: int = 6
@@ -88,7 +93,7 @@ class RazorConfig(SearchConfig, EditConfig):
 @register
 class Razor(Edit):
     name = "razor"
-    summary = "RAZOR: corrective steps on the layers and heads that forget samples need and retained ones do not"
+    summary = "RAZOR: corrective steps on the layers and heads that matter to forget samples and not to retained ones"
     Config = RazorConfig
 
     def __init__(self, config: RazorConfig, context: Context) -> None:
@@ -98,7 +103,7 @@ class Razor(Edit):
             raise UserError("razor: a model with one class has no wrong labels")
         rng = np.random.default_rng([context.run.seed, len(context.forget), len(context.retain)])
         shift = rng.integers(1, context.num_classes, size=len(context.forget))
-        # (set, wrong labels of its samples) that gradients are taken on.
+        # Samples for the gradients, and a wrong label for each forget sample.
         chosen = rng.permutation(len(context.forget))[: config.gradient_samples]
         self.on_forget = context.forget.subset(chosen)
         self.wrong = torch.from_numpy((context.forget.labels + shift) % context.num_classes)[chosen].to(context.device)
@@ -110,11 +115,11 @@ class Razor(Edit):
         config, forget = self.config, len(self.context.forget)
         some = min(config.gradient_samples, forget)
         of_round = 2 * some + min(config.gradient_samples, len(self.context.retain))
-        looked = config.rounds * min(config.held_out_samples, forget)  # before each round
+        evaluated = config.rounds * min(config.held_out_samples, forget)  # before each round
         return [
             ExtraPasses(name="gradients", images=config.rounds * of_round, backward=1, kind="training"),
-            ExtraPasses(name=LOOKS, images=looked),
-            looks(config, config.rounds, taken.held_out, forget),
+            ExtraPasses(name=ACCURACY_PASSES, images=evaluated),
+            search_passes(config, config.rounds, taken.held_out, forget),
         ]
 
     def change(self, model: nn.Module) -> None:
@@ -134,7 +139,7 @@ class Razor(Edit):
             self.search.along(model, steps, self.config.max_change)
 
     def gradients(self, model: nn.Module) -> Iterator[Named]:
-        """Of the cross-entropy on forget and on retained samples, and of L_mismatch; by name."""
+        """Yield the gradients, by name, of cross-entropy on forget set and retain set, and of L_mismatch."""
         context = self.context
 
         def mismatch(model: nn.Module, batch: Batch) -> Tensor:
@@ -151,7 +156,13 @@ class Razor(Edit):
             yield dict(zip(names, found, strict=True))
 
     def steps(self, edited: dict[str, Unit], weights: Named, g_f: Named, g_r: Named, g_m: Named) -> Named:
-        """What eta = 1 adds to the parameters that the edit set lies in, each whole; zero outside the set."""
+        """Return the step of eta = 1 for each parameter that the edit set is a part of; zero outside the edit set.
+
+        Args:
+            edited: The edit set, by name.
+            weights: The weights, by name.
+            g_f, g_r, g_m: Gradients of the three losses, by name.
+        """
         config = self.config
         found = {name: torch.zeros_like(weights[name]) for unit in edited.values() for name, _ in unit}
         for unit in edited.values():
@@ -168,7 +179,7 @@ class Razor(Edit):
 
 
 def units(model: nn.Module) -> dict[str, Unit]:
-    """The heads and layers of a model that may be edited, by name: parts of parameters that require a gradient."""
+    """Return the heads and layers that may be edited, by name: parts of parameters that require a gradient."""
     found: dict[str, Unit] = {}
     by_heads: set[str] = set()
     for name, module in model.named_modules():
@@ -189,19 +200,34 @@ def units(model: nn.Module) -> dict[str, Unit]:
 
 
 def part(tensors: Named, unit: Unit) -> Tensor:
-    """The entries of a unit [n], one after the other."""
+    """Return the entries [n] of a unit, concatenated."""
     return torch.cat([tensors[name].detach()[index].flatten() for name, index in unit])
 
 
 def score(theta: Tensor, g_f: Tensor, g_r: Tensor, alpha: float) -> float:
-    """phi above, of vectors of one length."""
+    """Return phi.
+
+    Args:
+        theta: Weights [n] of a layer or head.
+        g_f, g_r: Their gradients [n] on the forget set and on the retain set.
+        alpha: Exponent of the angle term.
+    """
     lengths = (g_f.norm() * g_r.norm()).clamp_min(torch.finfo(torch.float32).tiny)
     apart = (1 - g_f @ g_r / lengths).clamp_min(0)
     return float(g_f.norm() / (theta.norm() + _EPS) * apart**alpha)
 
 
 def grow(scores: dict[str, float], edited: set[str], tau: float | None) -> set[str]:
-    """The first edit set: all that score above tau, the best where none does; later: one more, the best new one."""
+    """Return the next edit set.
+
+    The first set holds all layers with a score above tau, or the one with the highest score if there is none. A later
+    set has one more layer: the one with the highest score outside the set.
+
+    Args:
+        scores: phi by name.
+        edited: The edit set so far; empty at first.
+        tau: Threshold; null: mean and one standard deviation of the scores.
+    """
     new = [name for name in scores if name not in edited]
     if not edited:
         values = np.array(list(scores.values()))

@@ -1,8 +1,8 @@
-"""Retraining: the same architecture on the retained samples alone. Exact, and the cost to beat.
+"""Retraining: the same architecture, trained on the retain set alone. Exact, and the cost that other methods must beat.
 
-The default recipe is that of a small ViT on small images from fresh weights (AdamW 1e-3, one cycle, 30 epochs); a model
-trained by another recipe is retrained by that one. A model that was fine-tuned is retrained from the same base
-(`lethe train --init`), which must never have seen the forget samples.
+The default recipe is that of a small ViT on small images from fresh weights (AdamW 1e-3, one cycle, 30 epochs). A model
+trained by another recipe is retrained by that recipe. A model that was fine-tuned is retrained from the same base
+(`lethe train --init`), which must not have been trained on the forget set.
 """
 
 from __future__ import annotations
@@ -26,13 +26,16 @@ from engine.models.vit import outputs
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RetrainConfig:
-    """epochs: passes over the retained samples. lr: peak rate of the one-cycle schedule.
+    """Options of retraining.
 
-    base: fresh (weights drawn from the seed) | given (those of the model that is trained; `lethe train --init`).
-    layer_decay: factor (0, 1] on the rate of each layer, counted from the head; 1: one rate for all. What is frozen
-        says `trainable`.
-    mixup, cutmix: parameter of the Beta distribution that the share of the mixed image is drawn from; 0: off.
-    label_smoothing: share [0, 1) of a target that is spread over all classes.
+    Attributes:
+        epochs: Passes over the retain set.
+        lr: Peak learning rate of the one-cycle schedule.
+        base: Initial weights: fresh (drawn from the seed) | given (those of the model passed in; `lethe train --init`).
+        layer_decay: Factor (0, 1] on the rate of each layer, counted from the head; 1: one rate for all. Which layers
+            are frozen is set by the run's option `trainable`.
+        mixup, cutmix: Parameter of the Beta distribution of the share of the mixed image; 0: off.
+        label_smoothing: Share [0, 1) of a target that is spread over all classes.
     """
 
     epochs: float = 30.0
@@ -64,13 +67,15 @@ class Retrain(Method):
         super().__init__(config, context)
         if config.base == "given" and len(context.forget):
             raise UserError(
-                "retrain: base=given would start from the model that saw the forget samples; start from its base: "
+                "retrain: base=given would start from the model trained on the forget samples; start from its base: "
                 "lethe train --init BASE --forget FILE"
             )
         if config.layer_decay < 1 and context.run.trainable.startswith("lora"):
             raise UserError("retrain: layer_decay is for whole weights; leave it or trainable=lora:R out")
         if (config.mixup or config.cutmix) and context.run.retain_pruning != "none":
-            raise UserError("retrain: the losses of mixed images say nothing of one; leave mixup or retain_pruning out")
+            raise UserError(
+                "retrain: the loss of a mixed image is not that of one sample; leave mixup or retain_pruning out"
+            )
 
     def initial_model(self, model: nn.Module) -> nn.Module:
         return model if self.config.base == "given" else spec_of(model).build(seed=self.context.run.seed)

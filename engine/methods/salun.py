@@ -3,15 +3,15 @@
 
     m = 1[ |grad CE(D_f; theta_o)| >= gamma ]        theta = m * (theta_o + d) + (1 - m) * theta_o
 
-theta_o is the original, d what training on relabelled forget samples and on the retained ones (`random_labels`)
-changes. gamma is one threshold over all weights of the model; it keeps `saliency_share` of them, half by default.
+theta_o is the original, d the change by training on relabelled forget samples and on the retain set (`random_labels`).
+gamma is one threshold over all weights of the model; it keeps `saliency_share` of them, half by default.
 
-Decided here: of n weights exactly floor(share x n) are salient, at least one; equal gradients go to the lowest place
-in the order of the model's parameters. The gradient is that of the mean over all forget samples at theta_o, as the
-paper writes it. Labels are drawn once, among the wrong ones; its code draws them anew in every epoch, the right one
-among them. Weights that are not salient get no gradient, and weight decay is undone after each step: they end bit for
-bit as they were. AdamW and one cycle stand for the paper's SGD. Epochs and rate are half of random labels' and a
-third: with those the wrong labels are memorised, and forget samples end far below held-out ones.
+Our choices: of n weights exactly floor(share x n) are salient, at least one; among equal gradients, the first in the
+order of the model's parameters. The gradient is that of the mean over the whole forget set at theta_o, as in the paper.
+Labels are drawn once, among the wrong ones; the paper's code draws them anew in every epoch, and the true label may be
+drawn. Weights that are not salient get no gradient, and weight decay is undone after each step, so they keep their
+bits. AdamW and one cycle replace the paper's SGD. Epochs are half of random labels', and the rate a third: with those
+of random labels the wrong labels are memorised, and accuracy on the forget set ends far below that on held-out samples.
 """
 
 from __future__ import annotations
@@ -31,15 +31,18 @@ from engine.data import Loader
 from engine.errors import UserError
 from engine.methods.random_labels import RandomLabels, RandomLabelsConfig
 
-# Peak rate times the width of the model: 5e-4 at width 128.
+# Peak learning rate times the width of the model: 5e-4 at width 128.
 LR_PER_WIDTH = 0.064
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SalUnConfig(RandomLabelsConfig):
-    """epochs: passes over forget and retained samples together. lr: peak rate; null: 0.064 / width.
+    """Options of SalUn.
 
-    saliency_share: share of all weights that may change.
+    Attributes:
+        epochs: Passes over forget set and retain set together.
+        lr: Peak learning rate; null: 0.064 / width.
+        saliency_share: Share of all weights that may change.
     """
 
     epochs: float = tunable(5.0, Range(1, 10, step=1))
@@ -89,7 +92,7 @@ class SalUn(RandomLabels):
         self.masks = [part.view_as(w) for part, w in zip(parts, weights, strict=True)]
 
     def needs_original(self, phase: Phase, prepared: bool) -> bool:
-        return True  # `after_step` puts its weights back
+        return True  # `after_step` restores weights from it
 
     def before_step(self, model: nn.Module, phase: Phase) -> None:
         for weight, mask in zip(model.parameters(), self.masks, strict=True):
@@ -102,9 +105,9 @@ class SalUn(RandomLabels):
             weight.copy_(torch.where(mask, weight, kept))
 
     def forget_gradient(self, loader: Loader) -> list[Tensor]:
-        """Gradient of the mean cross-entropy over the samples, one tensor for each weight of the original."""
+        """Return the gradient of the mean cross-entropy over samples, one tensor for each weight of the original."""
         original = self.context.original
-        # The original is frozen, and may be the caller's own model: views of its weights take the gradient instead.
+        # The original is frozen, and may be the caller's own model, so the gradient is taken by detached views.
         weights = {name: weight.detach().requires_grad_() for name, weight in original.named_parameters()}
         total = [torch.zeros_like(weight) for weight in weights.values()]
         for batch in loader.ordered():
@@ -117,7 +120,12 @@ class SalUn(RandomLabels):
 
 
 def largest(values: Tensor, share: float) -> Tensor:
-    """Marks the floor(share x n) largest of `values` [n], at least one; of equal ones those that come first."""
+    """Return a mask of the floor(share x n) largest values, at least one.
+
+    Args:
+        values: Values [n]; among equal ones, those that come first are marked.
+        share: Share (0, 1] of the values.
+    """
     count = max(1, math.floor(share * len(values)))
     threshold = values.kthvalue(len(values) - count + 1).values
     mask = values > threshold

@@ -1,20 +1,20 @@
 """SCRUB and SCRUB+R (Kurmanji et al., "Towards Unbounded Machine Unlearning", NeurIPS 2023, arXiv 2302.09880).
 
-The model is a student that obeys the original on retained samples and disobeys it on forget samples. Epochs alternate,
-f_o the original, f_u the model, d = KL_t (see `distillation`):
+The model is a student that follows the original on the retain set and departs from it on the forget set. Epochs
+alternate, with f_o the original, f_u the model, d = KL_t (see `distillation`):
 
-    max epoch, forget samples:    maximise  mean d(f_o(x) || f_u(x))
-    min epoch, retained samples:  minimise  alpha mean d(f_o(x) || f_u(x)) + gamma mean CE(f_u(x), y)
+    max epoch, forget set:    maximise  mean d(f_o(x) || f_u(x))
+    min epoch, retain set:    minimise  alpha mean d(f_o(x) || f_u(x)) + gamma mean CE(f_u(x), y)
 
-The first `forget_epochs` min epochs each have a max epoch before them; the others follow. The paper writes d without a
-temperature; its code has t = 4.
+A max epoch comes before each of the first `forget_epochs` min epochs; the other min epochs follow. The paper writes d
+without a temperature; its code has t = 4.
 
-SCRUB+R (`scrub_r`) keeps the weights after every min epoch, and goes back to those whose error on the forget samples is
-nearest to the error of the last ones on held-out samples of the same classes (`calibration`): forgotten just enough.
+SCRUB+R (`scrub_r`) keeps the weights after every min epoch. It ends with those whose error on the forget set is nearest
+to the error of the last ones on held-out samples of the same classes (`engine.core.heldout`).
 
-Departures. AdamW in place of SGD; each epoch is a phase of its own with fresh moments, at a constant rate where it
-maximises and through one cycle where it minimises, so that all weights that SCRUB+R may go back to are annealed.
-Where a class has no held-out samples, SCRUB+R takes the error over all of them.
+Departures. AdamW in place of SGD; each epoch is a phase of its own with fresh moments, at a constant rate if it
+maximises and through one cycle if it minimises, so that all weights that SCRUB+R may choose are annealed. For a class
+without held-out samples, SCRUB+R takes the error over all held-out samples.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.config import positive_or_null, require
-from engine.core.heldout import LOOKS, matched_accuracy, predictions_of
+from engine.core.heldout import ACCURACY_PASSES, matched_accuracy, predictions_of
 from engine.core.method import Context, register
 from engine.core.phase import ExtraPasses, Phase, StepCounts
 from engine.core.search_space import rate, tunable
@@ -38,7 +38,7 @@ from engine.models.vit import outputs
 
 logger = logging.getLogger(__name__)
 
-# Rate of the max epochs times the width of the model.
+# Learning rate of the max epochs times the width of the model.
 FORGET_LR_PER_WIDTH = 1.28e-3
 
 
@@ -46,11 +46,14 @@ FORGET_LR_PER_WIDTH = 1.28e-3
 class ScrubConfig:
     """Options of SCRUB.
 
-    forget_epochs: max epochs, each a pass over the forget samples. retain_epochs: min epochs, at least as many.
-    lr: peak rate of the min epochs; null: 0.192 / width. forget_lr: constant rate of the max epochs; null: 1.28e-3 /
-    width.
-    alpha, gamma: weights of the divergence and of cross-entropy in the min epochs. temperature: t above.
-    augment_forget: augment forget images too; the original then runs on every batch instead of once an image.
+    Attributes:
+        forget_epochs: Max epochs, each a pass over the forget set.
+        retain_epochs: Min epochs, at least as many.
+        lr: Peak learning rate of the min epochs; null: 0.192 / width.
+        forget_lr: Constant learning rate of the max epochs; null: 1.28e-3 / width.
+        alpha, gamma: Weights of the divergence and of cross-entropy in the min epochs.
+        temperature: t in KL_t.
+        augment_forget: Augment forget images too; the original then runs on every batch instead of once per image.
     """
 
     forget_epochs: int = 2
@@ -91,7 +94,7 @@ class Scrub(Distillation):
         )
         lr = self.learning_rate(config.lr, RETAIN_LR_PER_WIDTH)
         retain = Phase(name="retain", samples="retain", epochs=1, lr=lr)
-        # Phases of one name add up in what is reported of their seconds and samples.
+        # Phases of one name are summed in the reported seconds and samples.
         return [forget, retain] * config.forget_epochs + [retain] * (config.retain_epochs - config.forget_epochs)
 
     def teachers_run(self, phase: Phase) -> bool:
@@ -118,16 +121,19 @@ class Scrub(Distillation):
 
 @register
 class ScrubRewind(Scrub):
-    """Keeps a copy of all weights for every min epoch in host memory, and in every checkpoint of the run folder."""
+    """SCRUB with a choice among the weights after each min epoch.
+
+    A copy of all weights for every min epoch is kept in host memory, and in every checkpoint of the run folder.
+    """
 
     name = "scrub_r"
-    summary = "SCRUB+R: SCRUB, taken back to the epoch that forgot as much as held-out samples say"
-    one_process = "it goes back to whole weights that it kept"
+    summary = "SCRUB+R: SCRUB, with the weights of the epoch whose forget error is nearest to that on held-out samples"
+    one_process = "it restores whole weights of an earlier epoch"
 
     def __init__(self, config: ScrubConfig, context: Context) -> None:
         super().__init__(config, context)
-        self._held_out = self.held_out("to tell when enough is forgotten")
-        self._last = ""  # name of the phase before
+        self._held_out = self.held_out("to choose the epoch to go back to")
+        self._last = ""  # name of the previous phase
         self._kept: list[dict[str, Tensor]] = []
         self._accuracies: list[float] = []
 
@@ -140,9 +146,9 @@ class ScrubRewind(Scrub):
 
     def passes(self, phases: list[Phase], number: int, taken: StepCounts) -> list[ExtraPasses]:
         found = super().passes(phases, number, taken)
-        if phases[number].name == "rewind":  # each min epoch was followed by a look at the forget samples
-            looks = self.config.retain_epochs * len(self.context.forget) + taken.held_out
-            found.append(ExtraPasses(name=LOOKS, images=looks))
+        if phases[number].name == "rewind":  # accuracy on the forget set after each min epoch
+            images = self.config.retain_epochs * len(self.context.forget) + taken.held_out
+            found.append(ExtraPasses(name=ACCURACY_PASSES, images=images))
         return found
 
     def edit(self, model: nn.Module, phase: Phase) -> None:

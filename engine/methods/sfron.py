@@ -1,5 +1,5 @@
 """SFR-on (Huang et al., NeurIPS 2024, "Unified Gradient-Based Machine Unlearning with Remain Geometry Enhancement",
-arXiv 2409.19732): salient forgetting steps, each followed by repair on retained samples.
+arXiv 2409.19732): salient forgetting steps, each followed by repair on retain samples.
 
 Before the first step, with F the mean over batches of the squared gradient of the original's batch cross-entropy:
 
@@ -9,13 +9,13 @@ Forget step t of T, on forget samples i with cross-entropy l_i, ascent along
 
     M * grad( A_t sum_i c_i l_i / sum_i c_i ),  c_i = l_i^-q (a constant),  A_t = A (1 + cos(pi t/T)) / 2
 
-then `repair_steps` steps of cross-entropy on retained samples, and again. So well-remembered samples are pushed
-hardest, and only weights that matter more to them than to the retained samples are pushed.
+then `repair_steps` steps of cross-entropy on retain samples, and so on. So the samples with the smallest loss are
+pushed hardest, and only weights that matter more to the forget set than to the retain set are changed.
 
 As in the authors' setting for transformers, AdamW takes all steps and both kinds share its moments (they use SGD for
 ResNets). Their code also interpolates weights after each step, with a coefficient that leaves them as they are: left
-out. Our choices: A, `repair_steps` and the rate, found for ViTs; the loop's clipping, which they have on forget steps
-alone, at 7; l_i no smaller than 1e-6 in c_i, as a loss that rounds to zero would take the whole weight.
+out. Our choices: A, `repair_steps` and the rate, found for ViTs; the training loop's clipping, which they have on
+forget steps alone, at 7; l_i no smaller than 1e-6 in c_i, since a loss that rounds to zero would take all the weight.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from engine.models.losses import cross_entropy
 from engine.models.vit import outputs
 
 LR_PER_WIDTH = 0.064
-# Cross-entropies below count as this in c_i.
+# Smallest cross-entropy in c_i.
 _LEAST_LOSS = 1e-6
 # Added to both squared gradients: 0/0 counts as 1, as in the authors' code.
 _EPS = 1e-15
@@ -47,9 +47,13 @@ _EPS = 1e-15
 class SfronConfig:
     """Options of SFR-on.
 
-    epochs: optimizer steps of both kinds, in passes over the retained samples. lr: peak rate; null: 0.064 / width.
-    ascent: A above, the weight of a forget step. exponent: q above; 0: all forget samples alike.
-    repair_steps: steps on retained samples after each forget step. saliency_threshold: g above; 0: all weights move.
+    Attributes:
+        epochs: Optimizer steps of both kinds, in passes over the retain set.
+        lr: Peak learning rate; null: 0.064 / width.
+        ascent: A, the weight of a forget step.
+        exponent: q; 0: all forget samples weigh the same.
+        repair_steps: Steps on retain samples after each forget step.
+        saliency_threshold: g; 0: all weights may change.
     """
 
     epochs: float = tunable(9.0, Range(1, 10, step=1))
@@ -73,7 +77,7 @@ class Sfron(Method):
     name = "sfron"
     summary = "SFR-on: weighted ascent on salient weights, alternating with repair on the retained samples"
     Config = SfronConfig
-    one_process = "it masks gradients weight by weight before each step, which are in shards under DeepSpeed"
+    one_process = "it masks gradients weight by weight before each step, and DeepSpeed partitions them"
 
     def __init__(self, config: SfronConfig, context: Context) -> None:
         super().__init__(config, context)
@@ -120,7 +124,7 @@ class Sfron(Method):
         return {"forget_ascent": -self._ascent() * (coefficients * losses).sum() / coefficients.sum()}
 
     def _ascent(self) -> float:
-        """A_t: falls to zero over the steps of the phase."""
+        """Return A_t, which falls to zero over the steps of the phase."""
         return self.config.ascent * (1 + math.cos(math.pi * self.step / self.total_steps)) / 2
 
     def before_step(self, model: nn.Module, phase: Phase) -> None:

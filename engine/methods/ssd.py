@@ -2,22 +2,21 @@
 Selective Synaptic Dampening", AAAI 2024, arXiv 2308.07707), and its label-free form LFSSD (the same, "Loss-Free Machine
 Unlearning", ICLR 2024 Tiny Papers, arXiv 2402.19308).
 
-    F_S,i = mean over groups of S of (d CE / d theta_i)^2             S: the forget samples (F_f), all samples (F_D)
-    where F_f,i > a F_D,i:   theta_i <- theta_i min(l F_D,i / F_f,i, 1)
+    F_S,i = mean over groups of S of (d CE / d theta_i)^2             S: the forget set (F_f), all samples (F_D)
+    if F_f,i > a F_D,i:   theta_i <- theta_i min(l F_D,i / F_f,i, 1)
 
-LFSSD puts mean |d / d theta_i of the mean of |f(x)|^2| in place of F: the absolute gradient, as the authors' published
-change to their code has it, not its square. The other weights stay bit for bit as they are.
+LFSSD has mean |d / d theta_i of the mean of |f(x)|^2| in place of F: the absolute gradient, as in the authors'
+published change to their code, not its square. The other weights keep their bits.
 
-alpha. F_D is a mean over the forget samples too, so with one sample a group F_f / F_D is at most 1 / s, where s is the
-share of the forget samples, whatever the model: the published a = 10 (found for 0.2% of CIFAR) cannot select a single
-weight when 10% are forgotten. Left at null, a is what the authors' adaptive form takes (Schoepf, Foster, Brintrup,
-arXiv 2402.10098): the percentile 100 - ln(1 + 100 s) of all F_f / F_D, so that ln(1 + 100 s) percent of the weights are
-dampened.
+alpha. F_D is a mean over the forget set too, so with one sample per group F_f / F_D is at most 1 / s, where s is the
+share of the forget set, for any model: the published a = 10 (found for 0.2% of CIFAR) cannot select a single weight if
+10% are forgotten. At null, a is that of the authors' adaptive form (Schoepf, Foster, Brintrup, arXiv 2402.10098): the
+percentile 100 - ln(1 + 100 s) of all F_f / F_D, so that ln(1 + 100 s) percent of the weights are dampened.
 
-Groups. The square of a group's mean gradient is the squared mean plus the variance / size, so large groups, of which a
-small forget set has few, make F_f a noisy number and the choice of weights with it; the authors have batches of 128.
-Groups that differ in size between the two sets would scale F_f / F_D, so batches are cut evenly, where theirs end in a
-short one. Weights are looked at in eval mode.
+Groups. The square of a group's mean gradient is the squared mean plus the variance / size. With large groups, of which
+a small forget set has few, F_f is a noisy estimate, and so is the choice of weights; the authors have batches of 128.
+Groups that differ in size between the two sets would scale F_f / F_D, so batches are cut evenly; the authors' end in a
+short one. Gradients are taken in eval mode.
 """
 
 from __future__ import annotations
@@ -45,14 +44,16 @@ from engine.models.vit import outputs
 class SsdConfig(EditConfig):
     """Options of SSD, and of the repair that may follow it.
 
-    labels: true: SSD; false: LFSSD, which reads no labels.
-    alpha: a above, how many times more a weight must matter to the forget samples than to all; null: adaptive.
-    dampening: l above; null: 1 with labels, as published; 0.1 without, where the two importances differ by so little
-        that 1 changes nothing.
-    fisher_batch_size: samples of a group, at most batch_size; 1 is the Fisher diagonal itself, and takes a backward
-        pass a sample.
-    retain_epochs: passes over the retained samples after the edit, to repair it; 0: none, as published.
-    lr: peak rate of that repair; null: 0.192 / width.
+    Attributes:
+        labels: true: SSD; false: LFSSD, which uses no labels.
+        alpha: a, factor by which the importance of a weight for the forget set must exceed that for all samples; null:
+            adaptive.
+        dampening: l; null: 1 with labels, as published; 0.1 without, because the two importances then differ by so
+            little that 1 has no effect.
+        fisher_batch_size: Samples of a group, at most batch_size; 1 is the Fisher diagonal itself, with one backward
+            pass per sample.
+        retain_epochs: Passes over the retain set after the edit, to repair the model; 0: none, as published.
+        lr: Peak learning rate of that repair; null: 0.192 / width.
     """
 
     labels: bool = True
@@ -101,7 +102,7 @@ class Ssd(Edit):
         dampen(trainable(model), on_forget, on_all, alpha, dampening)
 
     def importance(self, model: nn.Module, samples: Samples) -> list[Tensor]:
-        """F above, or its label-free form, of every weight."""
+        """Return F, or its label-free form, of every weight for a set of samples."""
         labels = self.config.labels
         return mean_importance(
             model,
@@ -114,15 +115,21 @@ class Ssd(Edit):
 
 
 def squared_length(model: nn.Module, batch: Batch) -> Tensor:
-    """Mean of |f(x)|^2 over a batch, f the logits."""
+    """Return the mean over a batch of |f(x)|^2, with f the logits."""
     return outputs(model, batch.images).float().square().sum(1).mean()
 
 
 def adaptive_alpha(on_forget: list[Tensor], on_all: list[Tensor], share: float) -> float:
-    """The percentile 100 - ln(1 + 100 share) of the ratios of two importances, over all weights that matter to any."""
+    """Return the percentile 100 - ln(1 + 100 share) of the ratios of two importances, over weights with an importance
+    above 0.
+
+    Args:
+        on_forget, on_all: Importance of the weights for the forget set and for all samples.
+        share: Share (0, 1) of the forget set in all samples.
+    """
     ratios = torch.cat([(f[d > 0] / d[d > 0]).flatten() for f, d in zip(on_forget, on_all, strict=True)])
     if not len(ratios):
-        return math.inf  # a model that no sample moves
+        return math.inf  # no sample has a gradient
     above = math.floor(math.log(1 + 100 * share) / 100 * len(ratios))
     return float(ratios.kthvalue(len(ratios) - above).values)
 
@@ -131,7 +138,14 @@ def adaptive_alpha(on_forget: list[Tensor], on_all: list[Tensor], share: float) 
 def dampen(
     weights: list[Tensor], on_forget: list[Tensor], on_all: list[Tensor], alpha: float, dampening: float
 ) -> None:
-    """Scales weights down where they matter more than alpha times as much to the forget samples as to all."""
+    """Scale down, in place, the weights whose importance for the forget set is above alpha times that for all samples.
+
+    Args:
+        weights: The weights to change.
+        on_forget, on_all: Importance of each weight for the forget set and for all samples.
+        alpha: a.
+        dampening: l.
+    """
     for weight, f, d in zip(weights, on_forget, on_all, strict=True):
         scale = (dampening * d / f).clamp_max(1)
         weight.copy_(torch.where(f > alpha * d, weight * scale, weight))

@@ -1,7 +1,7 @@
 """Adaptive reweighting with three-stage gradients (Lu et al., CVPR 2026, "Machine Unlearning via Adaptive Gradient
 Reweighting and Multi-stage Objective Optimization"; its code is not public).
 
-Two losses at every step, on a batch of forget samples i and one of retained samples, K classes, p the prediction:
+Two losses at every step, on a batch of forget samples i and one of retain samples, K classes, p the prediction:
 
     H_i = -sum_k p_k(x_i) log p_k(x_i) / log K                         entropy, in [0, 1]
     L_f = -sum_i w_i H_i / sum_i w_i,   w_i = sigmoid(a_i)             one learned number a_i for each forget sample
@@ -9,15 +9,15 @@ Two losses at every step, on a batch of forget samples i and one of retained sam
 
 Their gradients, each over all weights as one vector, become one direction d in three stages:
 
-    rectify     f = g_f/|g_f|, r = g_r/|g_r|;  where f.r < 0: f' = f - (f.r) r, r' = r - (f.r) f;  else f' = f, r' = r
+    rectify     f = g_f/|g_f|, r = g_r/|g_r|;  if f.r < 0: f' = f - (f.r) r, r' = r - (f.r) f;  else f' = f, r' = r
     stabilise   m_f = e m_f + (1 - e) f',  m_r = e m_r + (1 - e) r',  e = 0.9; both start as the first f' and r'
     combine     d = l m_f + (1 - l) m_r, l in [0, 1] such that cos(d, m_f) = cos(d, m_r): l = |m_r| / (|m_f| + |m_r|)
 
 Known to us from summaries alone: the roles of entropy and sigmoid weights, the rectification, the average with 0.9, and
-that l balances the cosines. Our choices: how a_i learns, which is not published: it climbs L_f,
-a_i += weight_lr * B * dL_f/da_i for a batch of B, so that weight moves to the samples that are least forgotten; cosines
-are those with the averages, for which l has the closed form above; the factors 1 / log K and 1 / sum_i w_i, which do
-not change f. The weights that the paper gives to vulnerable retained classes, for the forgetting of whole classes, are
+that l balances the cosines. Not published: how a_i is learned. Our choices: a_i climbs L_f,
+a_i += weight_lr * B * dL_f/da_i for a batch of B, so that weight moves to the samples that are least forgotten; the
+cosines are those with the averages, for which l has the closed form above; the factors 1 / log K and 1 / sum_i w_i,
+which do not change f. The weights of vulnerable retain classes, which the paper has for forgetting whole classes, are
 left out. Departure: AdamW takes the step along d, so that it is smoothed and scaled once more.
 """
 
@@ -47,9 +47,12 @@ LR_PER_WIDTH = 3.84e-3
 class ThreeStageConfig:
     """Options of the three-stage method.
 
-    epochs: passes over the retained samples; every step takes a forget batch too, so a pass costs about two.
-    lr: peak rate; null: 3.84e-3 / width. forget_share: size of the forget batch relative to the run's.
-    ema: e above, what an average keeps of itself at each step. weight_lr: rate of a_i; 0: all samples weigh the same.
+    Attributes:
+        epochs: Passes over the retain set; every step also takes a forget batch, so a pass costs about two.
+        lr: Peak learning rate; null: 3.84e-3 / width.
+        forget_share: Size of the forget batch relative to the retain batch.
+        ema: e, decay of the averages at each step.
+        weight_lr: Rate of a_i; 0: all samples weigh the same.
     """
 
     epochs: float = tunable(5.0, Range(1, 8, step=1))
@@ -77,9 +80,9 @@ class ThreeStage(Method):
         super().__init__(config, context)
         if context.num_classes < 2:
             raise UserError("three_stage: a model with one class has no entropy to raise; use another method")
-        # a_i, by position in the forget samples.
+        # a_i, by position in the forget set.
         self.logits = torch.zeros(len(context.forget), device=context.device)
-        self.averages: list[list[Tensor]] = []  # m_f and m_r, once there was a step
+        self.averages: list[list[Tensor]] = []  # m_f and m_r, after the first step
 
     def phases(self) -> list[Phase]:
         lr = self.learning_rate(self.config.lr, LR_PER_WIDTH)
@@ -96,7 +99,7 @@ class ThreeStage(Method):
         weights = logits.sigmoid()
         loss = -(weights.detach() * entropy).sum() / weights.detach().sum()
         (slope,) = torch.autograd.grad(-(weights * entropy.detach()).sum() / weights.sum(), logits)
-        if batch.weight:  # else its image stands for one that cannot be read
+        if batch.weight:  # else the images are placeholders for unreadable ones
             self.logits[index] += self.config.weight_lr * len(batch) * slope
         return {"forget_entropy": loss}
 

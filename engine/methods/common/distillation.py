@@ -1,8 +1,8 @@
-"""Distillation from frozen teachers: the divergence between outputs, and teachers that run once an image if they can.
+"""Distillation from frozen teachers: a divergence between outputs, and a cache of the teachers' outputs.
 
     KL_t(p || q) = t^2 sum_c p_c (log p_c - log q_c),  p = softmax(teacher / t),  q = softmax(student / t)
 
-t^2 keeps the size of the gradient from falling with the temperature (Hinton et al. 2015, arXiv 1503.02531).
+The factor t^2 keeps the size of the gradient from falling with the temperature (Hinton et al. 2015, arXiv 1503.02531).
 """
 
 from __future__ import annotations
@@ -19,30 +19,42 @@ from engine.data import Batch
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL_t [B] of the student's logits [B, C] from the teacher's, in nats."""
+    """Return KL_t [B] of the student's logits [B, C] from the teacher's logits [B, C], in nats.
+
+    Args:
+        student: Logits [B, C] that the gradient flows through.
+        teacher: Logits [B, C] to match.
+        temperature: t in the formula on top of this file; 1 is the plain divergence.
+    """
     p, q = (F.log_softmax(logits.float() / temperature, 1) for logits in (teacher, student))
     return temperature**2 * F.kl_div(q, p, reduction="none", log_target=True).sum(1)
 
 
 class Distillation(Method):
-    """Base of methods that compare a model's outputs with `taught` ones.
+    """Base class of methods that compare a model's outputs with teacher outputs, which a subclass defines in `taught`.
 
-    Where a phase does not augment, teachers see the same image in every epoch: what they say of the phase's samples is
-    then computed once, before the phase, and kept in host memory (samples x outputs floats).
+    A phase without augmentation shows the teachers the same image in every epoch. Their outputs for the samples of such
+    a phase are computed once, before it, and cached in host memory (samples x outputs floats).
+
+    Attributes:
+        teachers: Forward passes per image that `taught` takes.
     """
 
-    teachers = 1.0  # passes of teachers that `taught` takes
+    teachers = 1.0
 
     def __init__(self, config: Any, context: Context) -> None:
         super().__init__(config, context)
         self._rows: dict[str, Tensor] = {}
 
     def taught(self, batch: Batch, phase: Phase) -> Tensor:
-        """What the teachers say [B, D] of the images of a batch; runs without gradients, under the run's autocast."""
+        """Return the teacher outputs [B, D] for a batch.
+
+        Runs without gradients, under the run's autocast.
+        """
         raise NotImplementedError
 
     def teachers_run(self, phase: Phase) -> bool:
-        """Whether a phase has teachers at all."""
+        """Return whether a phase uses teacher outputs."""
         return True
 
     def passes(self, phases: list[Phase], number: int, taken: StepCounts) -> list[ExtraPasses]:
@@ -62,10 +74,10 @@ class Distillation(Method):
     def prepare(self, phase: Phase) -> None:
         if self.teachers_run(phase) and not phase.augment and phase.samples not in self._rows:
             loader = self.context.loader(self.context.samples_of(phase), "none")
-            (self._rows[phase.samples],) = loader.rows(lambda batch: (self._ask(batch, phase),))
+            (self._rows[phase.samples],) = loader.rows(lambda batch: (self._teacher_outputs(batch, phase),))
 
     def cache_state(self, phase: Phase) -> dict[str, Tensor]:
-        # Every phase keeps what it reads: a resumed run restores those alone that it still goes through.
+        # Each phase returns the rows that it reads: a resumed run loads only the state of the phases that remain.
         return {"rows": self._rows[phase.samples]} if self._cached(phase) else {}
 
     def load_cache_state(self, phase: Phase, prepared: dict[str, Tensor]) -> None:
@@ -76,15 +88,18 @@ class Distillation(Method):
         return self.teachers_run(phase) and not self._cached(phase)
 
     def teacher(self, batch: Batch, phase: Phase) -> Tensor:
-        """`taught` of a batch of `phase.samples`, float32: looked up, or computed where images are augmented."""
+        """Return the teacher outputs [B, D], float32, for a batch of `phase.samples`.
+
+        They come from the cache, or are computed if the phase augments its images.
+        """
         if self._cached(phase):
             return self._rows[phase.samples][batch.index].to(batch.images.device)
-        return self._ask(batch, phase)
+        return self._teacher_outputs(batch, phase)
 
     def _cached(self, phase: Phase) -> bool:
         return self.teachers_run(phase) and not phase.augment and phase.samples in self._rows
 
     @torch.no_grad()
-    def _ask(self, batch: Batch, phase: Phase) -> Tensor:
+    def _teacher_outputs(self, batch: Batch, phase: Phase) -> Tensor:
         with self.context.autocast():
             return self.taught(batch, phase).float()

@@ -1,4 +1,4 @@
-"""What the methods that edit weights at once share: one edit, then, where it is asked for, a repair."""
+"""Base class of methods that edit weights in one step, with an optional repair on the retain set."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from engine.models.losses import cross_entropy
 class EditConfig:
     """Options of every edit.
 
-    retain_epochs: passes over the retained samples after the edit, to repair it; 0: none, as published.
-    lr: peak rate of that repair; null: 0.192 / width.
+    Attributes:
+        retain_epochs: Passes over the retain set after the edit, to repair the model; 0: none, as published.
+        lr: Peak learning rate of that repair; null: 0.192 / width.
     """
 
     retain_epochs: float = tunable(0.0, Range(0, 8, step=1))
@@ -33,7 +34,7 @@ class EditConfig:
 
 
 class Edit(Method):
-    """A method that gives `change` in place of `phases` and `loss`."""
+    """Base class of edits. A subclass defines `change` in place of `phases` and `loss`."""
 
     one_process = "it edits weights by hand, which needs each of them and its gradient whole"
 
@@ -41,8 +42,8 @@ class Edit(Method):
         super().__init__(config, context)
         if context.run.trainable.startswith("lora"):
             raise UserError(
-                f"option trainable={context.run.trainable!r}: {self.name} edits the weights that are there, and "
-                "low-rank updates begin at zero; use trainable=all, head or last:N"
+                f"option trainable={context.run.trainable!r}: {self.name} edits the weights of the model, and "
+                "low-rank updates start at zero; use trainable=all, head or last:N"
             )
 
     def phases(self) -> list[Phase]:
@@ -59,7 +60,11 @@ class Edit(Method):
             self.change(model)
 
     def change(self, model: nn.Module) -> None:
-        """Edits the weights that require a gradient; called once, with the weights of the original."""
+        """Edit the weights that require a gradient; called once.
+
+        Args:
+            model: The model to edit, with the weights of the original.
+        """
         raise NotImplementedError
 
     def loss(self, model: nn.Module, batch: Batch, phase: Phase) -> dict[str, Tensor]:

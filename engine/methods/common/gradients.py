@@ -1,7 +1,7 @@
-"""Gradients as lists of tensors, one for each parameter: products, lengths, and what they are over sets of samples.
+"""Gradients as lists of tensors: inner products, norms, and means over a set of samples.
 
-The passes over a set run the model in eval mode, look at every sample once and unaugmented, and leave `.grad` alone.
-Lists hold one tensor for each parameter that requires a gradient, in the model's order.
+Passes over a set run the model in eval mode, use each sample once without augmentation, and leave `.grad` unchanged. A
+list holds one tensor for each parameter that requires a gradient, in the model's order.
 """
 
 from __future__ import annotations
@@ -16,35 +16,42 @@ from torch import Tensor, nn
 
 from engine.data import Batch, Loader
 
-# The mean of something over a batch, a scalar.
+# Computes a scalar mean over a batch.
 Loss = Callable[[nn.Module, Batch], Tensor]
 Autocast = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
 def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-    """Inner product, a scalar; can be differentiated."""
+    """Return the inner product, a differentiable scalar."""
     return torch.stack([(x * y).sum() for x, y in zip(a, b, strict=True)]).sum()
 
 
 def norm(a: Sequence[Tensor]) -> Tensor:
-    """Euclidean length, a scalar."""
+    """Return the Euclidean norm, a scalar."""
     return dot(a, a).sqrt()
 
 
 def trainable(model: nn.Module) -> list[Tensor]:
-    """The parameters that require a gradient."""
+    """Return the parameters that require a gradient."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def gradient(model: nn.Module, loss: Tensor) -> list[Tensor]:
-    """Gradient of a scalar; zero for parameters that it does not reach."""
+    """Return the gradient of a scalar; zero for parameters that it does not depend on."""
     return list(torch.autograd.grad(loss, trainable(model), allow_unused=True, materialize_grads=True))
 
 
 def mean_gradient(
     model: nn.Module, loader: Loader, loss: Loss, autocast: Autocast = contextlib.nullcontext
 ) -> list[Tensor]:
-    """Gradient of the mean of `loss` over all samples of a loader that can be read."""
+    """Return the gradient of the mean of `loss` over all readable samples of a loader.
+
+    Args:
+        model: The model; set to eval mode.
+        loader: Loader of the samples.
+        loss: Computes a scalar mean over a batch.
+        autocast: Returns the context manager of the forward pass; none by default, which keeps the model's precision.
+    """
     model.eval()
     total, count = [torch.zeros_like(parameter) for parameter in trainable(model)], 0
     for batch in _readable(loader.ordered()):
@@ -65,11 +72,18 @@ def mean_importance(
     power: Literal[1, 2],
     autocast: Autocast = contextlib.nullcontext,
 ) -> list[Tensor]:
-    """Mean over groups of samples of |gradient of the group's mean loss| ** power; power 2 is the diagonal of the
-    empirical Fisher matrix where size is 1.
+    """Return the mean over groups of samples of |gradient of the group's mean loss| ** power.
 
-    The samples are in random order, that of the loader's seed; each batch is cut into groups of about equal size, at
-    most `size`.
+    With power 2 and size 1 this is the diagonal of the empirical Fisher matrix. Samples come in a random order that
+    depends on the loader's seed. Each batch is cut into groups of about equal size.
+
+    Args:
+        model: The model; set to eval mode.
+        loader: Loader of the samples.
+        loss: Computes a scalar mean over a batch.
+        size: Largest number of samples in a group.
+        power: 1: absolute gradient; 2: squared gradient.
+        autocast: Returns the context manager of the forward pass; none by default, which keeps the model's precision.
     """
     raised = Tensor.square if power == 2 else Tensor.abs
     model.eval()
@@ -87,5 +101,5 @@ def mean_importance(
 
 
 def _readable(batches: Iterable[Batch]) -> Iterable[Batch]:
-    """Without the black images that stand for batches of which no image can be read."""
+    """Yield the batches, without the black placeholders for batches of which no image can be read."""
     return (batch for batch in batches if batch.weight)

@@ -1,8 +1,8 @@
-"""Mixup, CutMix and label smoothing of a batch, as timm does them.
+"""Mixup, CutMix and label smoothing of a batch, as in timm.
 
-Mixup: Zhang et al., ICLR 2018, arXiv 1710.09412. CutMix: Yun et al., ICCV 2019, arXiv 1905.04899. One draw a batch;
-each image is mixed with the one at its mirrored place. The draw comes from torch's generator on the CPU, which the loop
-seeds by seed and step, so that a resumed run has the same bits.
+Mixup: Zhang et al., ICLR 2018, arXiv 1710.09412. CutMix: Yun et al., ICCV 2019, arXiv 1905.04899. There is one draw for
+each batch; each image is mixed with the image at the mirrored position of the batch. The draw comes from torch's
+generator on the CPU, which the training loop seeds by seed and step, so a resumed run has the same bits.
 """
 
 from __future__ import annotations
@@ -16,10 +16,15 @@ from torch import Tensor
 def mixed(
     images: Tensor, labels: Tensor, num_classes: int, *, mixup: float, cutmix: float, smoothing: float
 ) -> tuple[Tensor, Tensor]:
-    """Images [B, C, H, W] and soft targets [B, classes].
+    """Return mixed images [B, C, H, W] and soft targets [B, classes].
 
-    mixup, cutmix: parameter of the Beta distribution of the share; 0: off. Both: each is drawn half of the time.
-    smoothing: share of a target that is spread over all classes.
+    Args:
+        images: Images [B, C, H, W].
+        labels: Labels [B].
+        num_classes: Number of classes.
+        mixup, cutmix: Parameter of the Beta distribution of the mixing share; 0: off. If both are on, each is drawn
+            half of the time.
+        smoothing: Share of a target that is spread over all classes.
     """
     share = 1.0
     if mixup or cutmix:
@@ -35,7 +40,7 @@ def mixed(
 
 
 def _cut(images: Tensor, share: float, draws: np.random.Generator) -> tuple[Tensor, float]:
-    """(images with a box of their partners, the share of their own that is left)."""
+    """Return images with a box of their partners pasted in, and the share of the image that is left."""
     height, width = images.shape[-2:]
     side = (1 - share) ** 0.5
     box_height, box_width = int(height * side), int(width * side)

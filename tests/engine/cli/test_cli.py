@@ -153,7 +153,7 @@ def test_methods_lists_all_and_one(lethe: Lethe, tmp_path: Path) -> None:
     assert {"lethe", "retrain", "finetune", "gradient_ascent", "random_labels"} <= set(found)
     assert (found["lethe"]["one_process"], found["s3t"]["needs_checkpoint"]) == ("", "`lethe train --sliced`")
     code, out, _ = lethe("methods", "s3t")
-    assert "Runs on one process: every stage freezes other weights" in out
+    assert "Runs on one process: each stage freezes other weights" in out
     assert "Takes checkpoints of `lethe train --sliced` alone." in out
     code, out, _ = lethe("methods", "lethe")
     assert "temperature" in out

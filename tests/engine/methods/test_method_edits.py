@@ -225,7 +225,7 @@ def test_influence_draws_its_retained_samples_by_the_seed(train: Samples) -> Non
 
 @pytest.mark.parametrize("option", ["compile", "gradient_checkpointing"])
 def test_influence_refuses_what_has_no_directional_derivatives(train: Samples, option: str) -> None:
-    with pytest.raises(UserError, match=f"option {option}=true: influence takes directional derivatives"):
+    with pytest.raises(UserError, match=f"option {option}=true: influence needs directional derivatives"):
         make("influence", train, alpha=1.0, **{option: True})
 
 
@@ -475,7 +475,7 @@ def test_an_edit_keeps_to_the_weights_that_may_change(train: Samples, name: str)
     differing = {key for key, value in tiny_vit().state_dict().items() if not torch.equal(value, changed[key])}
     assert differing
     assert all(key.startswith(("head.", "norm.", "fc_norm.")) for key in differing)
-    with pytest.raises(UserError, match=f"option trainable='lora:2': {name} edits the weights that are there"):
+    with pytest.raises(UserError, match=f"option trainable='lora:2': {name} edits the weights of the model"):
         run(name, train, config=config | {"trainable": "lora:2"})
 
 

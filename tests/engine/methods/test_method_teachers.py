@@ -242,7 +242,7 @@ def test_scrub_refuses_what_makes_no_sense(train: Samples) -> None:
     ):
         with pytest.raises(UserError, match=text):
             make("scrub", train, **options)
-    with pytest.raises(UserError, match="scrub_r: needs samples that the model was not trained on, to tell when"):
+    with pytest.raises(UserError, match="scrub_r: needs samples that the model was not trained on, to choose"):
         make("scrub_r", train)
 
 
@@ -400,7 +400,7 @@ def test_lotus_expects_nothing_of_a_class_that_is_gone(train: Samples, trained: 
 
 
 def test_lotus_needs_held_out_samples_and_no_original_once_prepared(train: Samples) -> None:
-    with pytest.raises(UserError, match="lotus: needs samples that the model was not trained on, to tell when the"):
+    with pytest.raises(UserError, match="lotus: needs samples that the model was not trained on, to find when"):
         make("lotus", train)
     made = ready(train, tiny_vit(), "lotus")
     assert not made.method.needs_original(made.phases[0], prepared=True)

@@ -198,7 +198,7 @@ def test_resuming_with_another_number_of_ranks_or_stage_is_refused(tmp_path: Pat
 
 
 def test_the_negatives_of_a_step_cannot_be_shown_in_parts(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"negatives='in_batch' .* accumulation_steps=2 shows a step in parts"):
+    with pytest.raises(UserError, match=r"negatives='in_batch' .* accumulation_steps=2 splits a step"):
         run(tmp_path / "run", None, 8, **LETHE, negatives="in_batch", accumulation_steps=2)
     assert not (tmp_path / "run").exists()
 
