@@ -1,1 +1,1 @@
-"""Models: checkpoints, geometry, logits and features, attention."""
+"""Models: opening and saving checkpoints, geometry, attention, predictions, and which weights are trained."""

@@ -1,4 +1,6 @@
-"""Finds out how a checkpoint's model is built: from what the file says, and from the shapes of its weights."""
+"""Infer how a checkpoint's model is built, from the settings stored with the weights and from the shapes of the
+weights.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,11 @@ from torch import Tensor, nn
 
 from engine.errors import UserError, nearest
 
-# Where training scripts keep their settings in a file of weights.
+# Keys under which training scripts store their settings in a file of weights.
 _SETTINGS = ("args", "hparams", "hyper_parameters", "config", "cfg")
 _ARCH_KEYS = ("arch", "architecture", "model_name", "model", "timm_model", "backbone", "name")
 _LABEL_KEYS = ("label_names", "class_names", "classes", "categories")
-# Names of weights of LoRA and other adapters, and of the weights that they are put beside.
+# Names of weights of LoRA and other adapters, and of the weights that they adapt.
 _ADAPTER = re.compile(r"(^|[._])(lora_\w+|lora|base_layer|modules_to_save|ia3_l|hada_w\w+|lokr_w\w+|vera_\w+)(\.|$)")
 # Settings that change the model, by timm's name for them.
 _MODEL_KEYS = {"patch_size": "patch_size", "in_chans": "in_chans", "global_pool": "global_pool", "gp": "global_pool"}
@@ -29,11 +31,16 @@ _SIZES = ("depth", "embed_dim", "num_heads")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Described:
-    """What a file says of its model; every part may be missing.
+    """Description of a model that is stored with its weights; every part may be missing.
 
-    architecture: timm's name. said_by: where it stands. model_args: arguments of timm.create_model. img_size: of the
-    training, the side of a square or [height, width]. preprocessing: keys of pretrained_cfg. label_names: class names
-    by label. unknown: a name that is not timm's.
+    Attributes:
+        architecture: timm's name.
+        said_by: Key or file that the name comes from.
+        model_args: Arguments of timm.create_model.
+        img_size: Image size of the training in pixels, the side of a square or [height, width].
+        preprocessing: Keys of pretrained_cfg.
+        label_names: Class names by label.
+        unknown: A name of an architecture that timm does not have.
     """
 
     architecture: str | None = None
@@ -46,7 +53,12 @@ class Described:
 
 
 def described(contents: Any, path: Path) -> Described:
-    """Reads `arch`, `args`, `hparams` and the like of a file, and args.yaml or hparams.yaml beside it."""
+    """Read `arch`, `args`, `hparams` and the like of a file, and args.yaml or hparams.yaml in its folder.
+
+    Args:
+        contents: Contents of the file, as plain values and tensors.
+        path: Path of the file.
+    """
     places: list[tuple[str, Mapping[str, Any]]] = []
     if isinstance(contents, Mapping):
         places.append(("", contents))
@@ -76,7 +88,7 @@ def described(contents: Any, path: Path) -> Described:
 
 
 def _img_size(settings: Mapping[str, Any]) -> int | list[int] | None:
-    """A side or [height, width] of `img_size`, `image_size`, or timm's `input_size` (channels, height, width)."""
+    """Return a side or [height, width]: `img_size`, `image_size`, or timm's `input_size` (channels, height, width)."""
     for key in ("img_size", "image_size", "input_size"):
         value = settings.get(key)
         given = value[-2:] if isinstance(value, list) and len(value) in (2, 3) else [value, value]
@@ -95,7 +107,7 @@ def _yaml(path: Path) -> Mapping[str, Any]:
 
 
 def is_architecture(name: str) -> bool:
-    """Whether timm has an architecture, a tag of pretrained weights (`NAME.TAG`) aside."""
+    """Return whether timm has an architecture; a tag of pretrained weights (`NAME.TAG`) is ignored."""
     return bool(timm.is_model(name.partition(".")[0]))
 
 
@@ -116,7 +128,7 @@ def _architecture(places: Sequence[tuple[str, Mapping[str, Any]]]) -> tuple[str 
 
 
 def _preprocessing(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """timm's keys of a training's preprocessing; those that were not set are left to the architecture."""
+    """Return timm's keys of the training's preprocessing; values that are not stored are left to the architecture."""
     found: dict[str, Any] = {}
     for key in ("mean", "std"):
         value = settings.get(key)
@@ -146,9 +158,11 @@ def _label_names(settings: Mapping[str, Any]) -> list[str]:
 
 
 def names_of_config(config: Mapping[str, Any]) -> list[str]:
-    """Class names by label of a config.json in timm's layout, as a list or a table; empty if it gives none.
+    """Return the class names by label of a config.json in timm's layout, stored as a list or a table; empty if there
+    are none.
 
-    Raises UserError for names in another form.
+    Raises:
+        UserError: The names have another form.
     """
     cfg = config.get("pretrained_cfg")
     for place in (config, cfg if isinstance(cfg, Mapping) else {}):
@@ -166,7 +180,11 @@ def names_of_config(config: Mapping[str, Any]) -> list[str]:
 
 
 def read_label_names(path: Path) -> list[str]:
-    """Class names by label from a file: one name a line, a JSON list, or JSON {name: label} or {label: name}."""
+    """Return the class names by label in a file: one name a line, a JSON list, or JSON {name: label} or {label: name}.
+
+    Raises:
+        UserError: The file is missing, cannot be read, or does not hold one name for each label.
+    """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -195,9 +213,10 @@ def read_label_names(path: Path) -> list[str]:
 
 
 def config_of(folder: Path) -> dict[str, Any] | None:
-    """config.json of a folder in timm's layout; None if there is none.
+    """Return config.json of a folder in timm's layout; None if there is none.
 
-    Raises UserError for one that is not JSON.
+    Raises:
+        UserError: The file is not JSON.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -212,21 +231,24 @@ def config_of(folder: Path) -> dict[str, Any] | None:
 
 
 def unknown_architecture(name: str) -> str:
-    """The hint of an error about a name that timm does not have."""
+    """Return the hint of an error message for a name that timm does not have."""
     return nearest(name, timm.list_models()).split(" known:")[0].rstrip(";")
 
 
 def classifier_names(model: nn.Module) -> list[str]:
-    """Names of the weights and biases of a model's head, or of DeiT's two."""
+    """Return the names of the weights and biases of a model's head, or of DeiT's two heads."""
     head = model.get_classifier()  # type: ignore[operator]
     heads = {id(p) for each in (head if isinstance(head, tuple) else (head,)) for p in each.parameters()}
     return [name for name, p in model.named_parameters() if id(p) in heads]
 
 
 def inferred_args(model: nn.Module, weights: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of timm.create_model that the shapes of weights leave no choice about.
+    """Return the arguments of timm.create_model that the shapes of the weights determine.
 
-    model: the architecture with the arguments that are known, on the meta device. given: those; they are never changed.
+    Args:
+        model: The architecture with the arguments that are given, on the meta device.
+        weights: The weights by name.
+        given: Arguments that are given; they are never changed.
     """
     found: dict[str, Any] = {}
     expected = model.state_dict()
@@ -245,7 +267,10 @@ def inferred_args(model: nn.Module, weights: Mapping[str, Tensor], given: Mappin
 
 
 def inferred_size(model: nn.Module, weights: Mapping[str, Tensor]) -> int | None:
-    """The side of a square image that a position embedding is made for; None if it is the model's own, or no square."""
+    """Return the side in pixels of the square image that a position embedding is made for.
+
+    None if the size is the model's own or the image is not a square.
+    """
     table, patch = weights.get("pos_embed"), weights.get("patch_embed.proj.weight")
     own = getattr(model, "pos_embed", None)
     if table is None or patch is None or own is None or table.ndim != 3 or patch.ndim != 4:
@@ -264,7 +289,13 @@ def _patch(model: nn.Module) -> int:
 
 
 def advice(model: nn.Module, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
-    """What may make weights fit that do not, in words; empty if nothing is known."""
+    """Return a remedy for weights that do not fit a model, as text; empty if none is known.
+
+    Args:
+        model: The model.
+        expected: Its state dict.
+        found: The weights of the file by name.
+    """
     missing, extra = set(expected) - set(found), set(found) - set(expected)
     if any(_ADAPTER.search(key) for key in extra):
         return (
@@ -274,7 +305,7 @@ def advice(model: nn.Module, expected: Mapping[str, Tensor], found: Mapping[str,
     if any(tensor.numel() == 0 for tensor in found.values()):
         return (
             "its tensors are empty, as ZeRO-3 and FSDP leave them in the file of one rank: gather the shards first, by "
-            "zero_to_fp32.py beside a DeepSpeed checkpoint"
+            "zero_to_fp32.py in the folder of a DeepSpeed checkpoint"
         )
     if any(key.startswith(("conv_proj", "encoder.layers.encoder_layer_")) for key in extra):
         return "these are the names of torchvision's ViT, not timm's; load a timm model"

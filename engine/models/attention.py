@@ -1,4 +1,4 @@
-"""Attention of a model: which implementation it runs, and its queries and keys or its maps, captured."""
+"""Attention of a model: its implementation, and captures of its queries and keys or of its maps."""
 
 from __future__ import annotations
 
@@ -21,9 +21,14 @@ _UNCHANGED = (nn.Identity, type(None))
 
 @contextlib.contextmanager
 def attention_backend(model: nn.Module, implementation: str) -> Iterator[None]:
-    """Within it, every block of the model runs timm's fused (`sdpa`) or explicit (`eager`) attention, or `xformers`'.
+    """Run every block of the model with another implementation of attention within the context.
 
-    Raises UserError for xformers where the model's attention is windowed or cannot be captured.
+    Args:
+        model: The model.
+        implementation: `sdpa` (timm's fused attention), `eager` (explicit) or `xformers`.
+
+    Raises:
+        UserError: xformers, for a model whose attention is windowed or cannot be captured.
     """
     if implementation == "xformers" and not is_swin(model) and attention_modules(model) and not plain_attention(model):
         raise UserError(
@@ -56,31 +61,32 @@ def _without_windows(model: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def capture_queries_keys(model: nn.Module) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Collects the final q and k [B, H, N, d] of every block during one forward pass, first block first.
+    """Collect the final q and k [B, H, N, d] of every block in one forward pass, first block first.
 
-    timm's attention passes q and k through `q_norm` and `k_norm` even where those are Identity, so hooks there
-    see the strided views that fused attention reads: nothing is copied and nothing is switched off.
+    timm's attention passes q and k through `q_norm` and `k_norm` even if those are Identity, so hooks there get the
+    strided views that fused attention reads: nothing is copied and nothing is switched off.
     """
     queries: list[Tensor] = []
     keys: list[Tensor] = []
     with contextlib.ExitStack() as hooks:
         for module in _usable_attention(model):
             for norm, sink in ((module.q_norm, queries), (module.k_norm, keys)):
-                handle = norm.register_forward_hook(functools.partial(_hand_on, sink.append))  # type: ignore[union-attr]
+                handle = norm.register_forward_hook(functools.partial(_pass_to_sink, sink.append))  # type: ignore[union-attr]
                 hooks.callback(handle.remove)
         yield queries, keys
 
 
 @contextlib.contextmanager
 def stream_attention(model: nn.Module, sink: Callable[[Tensor], None]) -> Iterator[None]:
-    """Hands the attention [B, H, N, N] of every block to `sink` as a forward pass makes it, first block first.
+    """Pass the attention [B, H, N, N] of every block to `sink` during a forward pass, first block first.
 
-    Within it the model's attention is explicit, and its maps pass through `attn_drop`, where they can be seen.
+    Within the context the model's attention is explicit, and its maps pass through `attn_drop`, where a hook reads
+    them.
     """
     with contextlib.ExitStack() as hooks:
         hooks.enter_context(attention_backend(model, "eager"))
         for module in _usable_attention(model):
-            handle = module.attn_drop.register_forward_hook(functools.partial(_hand_on, sink))  # type: ignore[union-attr]
+            handle = module.attn_drop.register_forward_hook(functools.partial(_pass_to_sink, sink))  # type: ignore[union-attr]
             hooks.callback(handle.remove)
         yield
 
@@ -94,17 +100,18 @@ def _usable_attention(model: nn.Module) -> list[nn.Module]:
     return modules
 
 
-def _hand_on(sink: Callable[[Tensor], None], _module: nn.Module, _inputs: Any, output: Tensor) -> None:
+def _pass_to_sink(sink: Callable[[Tensor], None], _module: nn.Module, _inputs: Any, output: Tensor) -> None:
     sink(output.detach())
 
 
 def zero_key_bias_grads(model: nn.Module) -> list[Any]:
-    """Sets the gradient of key biases to zero, which it is but for rounding; returns the handles of the hooks.
+    """Set the gradient of key biases to zero, its exact value, and return the handles of the hooks.
 
-    A key bias adds the same number to all logits of a query, and softmax does not see it. Adam divides what rounding
-    leaves of its gradient by its own size, so the bias would wander at full rate, elsewhere on every number of ranks.
-    Only in classes whose `qkv` is known to be queries, keys and values in that order, with a softmax over the keys as
-    they are: DaViT's channels, TinyViT's and MaxViT's order by heads, and rotated or normalised keys feel the bias.
+    A key bias adds the same number to all logits of a query, which softmax cancels, so its gradient is zero except for
+    rounding. Adam divides the rounding error by its own size, so the bias would drift at the full rate, and differently
+    for each number of ranks. Hooks are set only in classes whose `qkv` is known to be queries, keys and values in that
+    order, with a softmax over unchanged keys: DaViT's channels, the head order of TinyViT and MaxViT, and rotated or
+    normalised keys have a gradient for the bias.
     """
     handles = []
     for module in model.modules():

@@ -1,9 +1,9 @@
-"""Which patches a model attends to most, and the mask over them, in one forward pass of the model.
+"""The mask over the patches that a model attends to most, computed in one forward pass of the model.
 
 ViT and DeiT: attention rollout, by `lethe_kernels.rollout_topk_mask` on the captured q and k of all blocks, or on the
 CPU in float32 by `lethe_kernels.StreamedRollout` on the maps as explicit attention makes them.
 
-Swin has windows, and no token that reads the whole image. The rule here: in the last block of the last stage, with
+Swin has windows, and no token that attends to the whole image. The rule here: in the last block of the last stage, with
 A_w = softmax(q k^T scale + relative position bias + shift mask) of window w, averaged over heads, the score of a
 token is the attention it receives, sum_i A_w[i, j] / n_w. Every window weighs the same, and a maskable patch is a
 token of the last stage (32 x 32 pixels for patch 4). At 224 pixels that stage is a single window of 7 x 7 tokens, so
@@ -30,12 +30,12 @@ MaskSource = Literal["rollout", "last", "mean", "lowest", "random"]
 HeadFusion = Literal["mean", "max", "min"]
 Backend = Literal["auto", "triton", "eager"]
 
-# Patches per width up to which reading the maps as they are made is no slower than the class row from q and k.
+# Patches per width up to which streaming the maps is no slower than computing the class row from q and k.
 _STREAMED_PER_WIDTH = 2
 
 
 def count_masked(info: ViTInfo, share: float) -> int:
-    """Patches that a share of them comes to: rounded to the nearest, at least one, never all."""
+    """Return the number of patches of a share (0, 1): rounded to the nearest, at least one, never all."""
     return min(max(1, round(share * info.num_patches)), info.num_patches - 1)
 
 
@@ -50,9 +50,19 @@ def scores_and_outputs(
     what: str = "logits",
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Attention scores [B, P] float32 of each patch, and the outputs (`vit.outputs`) of the same forward pass.
+    """Return attention scores [B, P], float32, and the outputs of the same forward pass.
 
-    source: rollout, last or mean (`lethe_kernels.attention_rollout`'s modes); lowest is rollout too.
+    Args:
+        model: The model.
+        images: Normalised images [B, C, H, W].
+        info: Geometry of the patches.
+        source: rollout, last or mean (modes of `lethe_kernels.attention_rollout`); lowest is rollout too.
+        head_fusion: How heads are combined: mean, max or min.
+        what: Outputs to return, see `vit.outputs`.
+        backend: Backend of the kernels.
+
+    Raises:
+        UserError: The source is not available for a windowed model (Swin).
     """
     return _guided(model, images, info, None, source, head_fusion, what, backend)
 
@@ -69,7 +79,21 @@ def mask_and_outputs(
     what: str = "logits",
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Mask [B, P] bool of the k most attended patches (least for source="lowest"), and the outputs, as above."""
+    """Return a mask [B, P], bool, of k patches, and the outputs of the same forward pass.
+
+    Args:
+        model: The model.
+        images: Normalised images [B, C, H, W].
+        info: Geometry of the patches.
+        k: Number of masked patches for each image.
+        source: rollout, last or mean: the most attended patches; lowest: the least attended by rollout.
+        head_fusion: How heads are combined: mean, max or min.
+        what: Outputs to return, see `vit.outputs`.
+        backend: Backend of the kernels.
+
+    Raises:
+        UserError: The source is not available for a windowed model (Swin).
+    """
     return _guided(model, images, info, k, source, head_fusion, what, backend)
 
 
@@ -117,13 +141,13 @@ def _guided(
 
 
 def _streams(model: nn.Module, info: ViTInfo, device: torch.device, backend: Backend) -> bool:
-    """Whether the maps are read as explicit attention makes them, rather than computed again from q and k.
+    """Return whether the maps are taken from explicit attention, rather than computed again from q and k.
 
-    On the CPU, where explicit attention is no slower than fused (docs/lab) and q and k of all layers take as much
-    memory as the maps; elsewhere where the model's attention is explicit anyway. Not in half precision: its maps come
-    of rounded logits, and would mask other patches than q and k in float32 do, which every backend reads alike. Nor
-    with many patches for the width: maps come first layer first, so that reading them costs N^3 a layer, against the
-    N^2 x width of the class row from q and k (docs/lab/2026-11-21.md has the times).
+    True on the CPU, where explicit attention is no slower than fused (docs/lab) and q and k of all layers take as
+    much memory as the maps; on other devices if the model's attention is explicit already. Not in half precision: its
+    maps come from rounded logits, and would mask other patches than q and k in float32, which are the same for every
+    backend. Not with many patches for the width: the maps arrive first layer first, so that the rollout costs N^3 a
+    layer, compared with N^2 x width for the class row from q and k (docs/lab/2026-11-21.md has the times).
     """
     if info.num_patches > _STREAMED_PER_WIDTH * info.width or not (plain_attention(model) or _relative(model)):
         return False
@@ -136,21 +160,27 @@ def _streams(model: nn.Module, info: ViTInfo, device: torch.device, backend: Bac
 
 
 def _relative(model: nn.Module) -> bool:
-    """timm's relative position attention, whose maps can be seen as it makes them; without attention pooling."""
+    """Return whether all attention is timm's relative position attention, without attention pooling."""
     modules = attention_modules(model)
     pooled = getattr(model, "attn_pool", None) is not None
     return bool(modules) and not pooled and all(type(module) is RelPosAttention for module in modules)
 
 
 def top_mask(scores: Tensor, k: int, source: str) -> Tensor:
-    """Mask [B, P] of the k highest scores (the lowest for source="lowest"); ties go to the lowest index."""
+    """Return a mask [B, P] of the k highest scores (the lowest for source="lowest"); ties go to the lowest index."""
     return topk_mask(-scores if source == "lowest" else scores, k)
 
 
 def random_masks(positions: Iterable[int], info: ViTInfo, k: int, seed: int) -> Tensor:
-    """Mask [B, P], on the CPU, of k patches drawn at random: the control for attention guidance.
+    """Return a mask [B, P], on the CPU, of k patches drawn at random: the control for attention guidance.
 
-    A pure function of the seed and of each sample's position in the forget set, so the batch size changes nothing.
+    It depends on the seed and on each sample's position in the forget set alone, so not on the batch size.
+
+    Args:
+        positions: Positions of the samples in the forget set.
+        info: Geometry of the patches.
+        k: Number of masked patches for each image.
+        seed: Seed of the run.
     """
     draws = [
         torch.rand(info.num_patches, generator=torch.Generator().manual_seed(seed * 1_000_003 + int(position)))
@@ -163,7 +193,7 @@ def _swin_scores_and_outputs(model: nn.Module, images: Tensor, what: str) -> tup
     block: Any = model.layers[-1].blocks[-1]  # type: ignore[index, union-attr]
     captured: list[Tensor] = []
     cosine = cosine_attention(block.attn)
-    module = block.attn.attn_drop if cosine else block.attn.qkv  # behind the softmax, and before it
+    module = block.attn.attn_drop if cosine else block.attn.qkv  # after the softmax, or before it
     handle = module.register_forward_hook(lambda _m, _i, out: captured.append(out))
     try:
         result = outputs(model, images, what)
@@ -184,7 +214,7 @@ def _swin_scores_and_outputs(model: nn.Module, images: Tensor, what: str) -> tup
 
 
 def _swin_maps(block: Any, qkv: Tensor) -> Tensor:
-    """softmax(q k^T scale + relative position bias + shift mask) [B * windows, H, N, N] of Swin's attention."""
+    """Return softmax(q k^T scale + relative position bias + shift mask) [B * windows, H, N, N] of Swin's attention."""
     attn = block.attn
     windows_BWN, tokens, _ = qkv.shape
     queries, keys, _ = qkv.float().reshape(windows_BWN, tokens, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)

@@ -1,18 +1,18 @@
 """Attention of a model as it calls `scaled_dot_product_attention`: queries, keys, scale and additive bias.
 
-One mechanism for every model whose attention is fused, whatever happens to q and k before the call (rotary embeddings,
-norms, cosine attention) and whatever is added to the logits in it (relative position bias, padding masks): a
-TorchFunctionMode reads the arguments of the call and changes nothing. Modules that compute explicitly, but can be
-switched (timm's `fused_attn`), are switched within it.
+One mechanism serves every model with fused attention, whatever is applied to q and k before the call (rotary
+embeddings, norms, cosine attention) and whatever is added to the logits in it (relative position bias, padding masks):
+a TorchFunctionMode reads the arguments of the call and changes nothing. Modules that compute attention explicitly but
+can be switched (timm's `fused_attn`) are switched within it.
 
-The map of a call is softmax(scale q k^T + bias). A model is taken where its maps are a chain over the same tokens:
+The map of a call is softmax(scale q k^T + bias). A model is supported if its maps are a chain over the same tokens:
 
 * each block calls at least once, with as many queries as keys as the model has prefix and patch tokens;
 * the calls of parallel attentions of one block are heads of one map;
-* behind the blocks, attention pooling may call with fewer queries than tokens: its first query's row starts the chain.
+* after the blocks, attention pooling may call with fewer queries than tokens: its first query's row starts the chain.
 
 Everything else (windows, pooled or cross attention, attention over channels, causal masks, differences of maps) is
-refused in words.
+refused with the reason.
 """
 
 from __future__ import annotations
@@ -31,14 +31,22 @@ from torch.overrides import TorchFunctionMode
 from engine.errors import UserError
 from engine.models.info import black_image, configured_model, evaluating, input_size_of, one_line
 
-# Model attribute that holds what a pass on one image showed, or why its attention cannot be read.
+# Model attribute that holds the result of a pass on one image: pooling, or why the attention cannot be read.
 _PROBED = "_lethe_attention"
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionCall:
-    """One call. query [B, H, N, d], key [B, H, M, d], bias broadcast to [B, H, N, M] or None. block: its index in the
-    model's blocks; None outside of them. causal: keys behind a query are hidden."""
+    """One call of scaled_dot_product_attention.
+
+    Attributes:
+        query: [B, H, N, d].
+        key: [B, H, M, d].
+        bias: Broadcast to [B, H, N, M], or None.
+        scale: Factor on the logits.
+        block: Index in the model's blocks; None outside of them.
+        causal: Keys after a query are hidden.
+    """
 
     query: Tensor
     key: Tensor
@@ -50,10 +58,13 @@ class AttentionCall:
 
 @dataclasses.dataclass(frozen=True)
 class Captured:
-    """Attention of all layers, first layer first, as `kernels.attention_rollout` takes it.
+    """Attention of all layers, first layer first, as arguments of `kernels.attention_rollout`.
 
-    queries, keys: [B, H, N, d]; scale: of all of them. biases: None if no layer has one, else one a layer, broadcast to
-    [B, H, N, N]. start: weights [B, N] float32 of the tokens that attention pooling reads; None without it.
+    Attributes:
+        queries, keys: [B, H, N, d] of each layer.
+        scale: Factor on the logits of all layers.
+        biases: One for each layer, broadcast to [B, H, N, N]; None if no layer has one.
+        start: Weights [B, N] float32 of the tokens in attention pooling; None without it.
     """
 
     queries: list[Tensor]
@@ -65,8 +76,10 @@ class Captured:
 
 @contextlib.contextmanager
 def attention_calls(model: nn.Module) -> Iterator[list[AttentionCall]]:
-    """Collects the attention calls of the passes within it, in order; fused attention is on, compiled graphs are not
-    used."""
+    """Collect the attention calls of the forward passes within the context, in order.
+
+    Within it fused attention is on and compiled graphs are not used.
+    """
     calls: list[AttentionCall] = []
     current: list[int] = []
     explicit = [m for m in model.modules() if getattr(m, "fused_attn", True) is False]
@@ -116,7 +129,7 @@ def _call_of(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> AttentionCall:
-    """The call with the arguments of `scaled_dot_product_attention`."""
+    """Return the call for arguments of `scaled_dot_product_attention`."""
     if enable_gqa and key.dim() == 4 and key.shape[1] != query.shape[1]:
         key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     bias = None if attn_mask is None else attn_mask.detach()
@@ -127,7 +140,7 @@ def _call_of(
 
 
 def blocks_of_core(model: nn.Module) -> list[nn.Module] | None:
-    """The transformer blocks of a model, or of the one that it wraps; None where it lists none as `blocks`."""
+    """Return the transformer blocks of a model, or of the model that it wraps; None if it has no `blocks`."""
     blocks = getattr(configured_model(model) or model, "blocks", None)
     return list(blocks) if isinstance(blocks, (nn.ModuleList, nn.Sequential)) and len(blocks) else None
 
@@ -136,7 +149,16 @@ def blocks_of_core(model: nn.Module) -> list[nn.Module] | None:
 
 
 def assemble(calls: Sequence[AttentionCall], tokens: int, prefix: int) -> Captured:
-    """The chain of maps over `tokens` tokens, of which the first `prefix` are no patches. See `check_calls`."""
+    """Return the chain of maps over the tokens of a model that passed `check_calls`.
+
+    Args:
+        calls: Calls of one forward pass.
+        tokens: Number of tokens N.
+        prefix: Number of leading tokens that are not patches.
+
+    Raises:
+        UserError: No call is over so many tokens.
+    """
     layers: dict[int, list[AttentionCall]] = {}
     pooled = None
     for number, call in enumerate(calls):
@@ -165,15 +187,15 @@ def assemble(calls: Sequence[AttentionCall], tokens: int, prefix: int) -> Captur
 
 
 def _joined(calls: list[AttentionCall]) -> AttentionCall:
-    """The calls of parallel attentions as heads of one call."""
+    """Return the calls of parallel attentions as heads of one call."""
     first = calls[0]
     if len(calls) == 1:
-        return dataclasses.replace(first, bias=None if first.bias is None else _four(first.bias))
+        return dataclasses.replace(first, bias=None if first.bias is None else _as_4d(first.bias))
     bias = None
     if any(call.bias is not None for call in calls):
         shape = (*first.query.shape[:3], first.key.shape[2])
         bias = torch.cat(
-            [(first.query.new_zeros(1) if c.bias is None else _four(c.bias)).expand(shape) for c in calls], 1
+            [(first.query.new_zeros(1) if c.bias is None else _as_4d(c.bias)).expand(shape) for c in calls], 1
         )
     queries = [call.query if call.scale == first.scale else call.query * (call.scale / first.scale) for call in calls]
     return dataclasses.replace(
@@ -181,17 +203,17 @@ def _joined(calls: list[AttentionCall]) -> AttentionCall:
     )
 
 
-def _four(bias: Tensor) -> Tensor:
-    """A bias with four dimensions, as broadcasting reads it."""
+def _as_4d(bias: Tensor) -> Tensor:
+    """Return a bias with four dimensions, by the rule of broadcasting."""
     return bias.view(*[1] * (4 - bias.dim()), *bias.shape)
 
 
 def _pooling_row(call: AttentionCall, tokens: int, prefix: int) -> Tensor:
-    """Weights [B, N] float32 with which the first query of attention pooling reads the tokens, mean over heads."""
+    """Return the weights [B, N] float32 of the tokens for the first query of attention pooling, a mean over heads."""
     query, key = call.query[:, :, :1].float(), call.key.float()
     logits = query @ key.transpose(-2, -1) * call.scale
     if call.bias is not None:
-        logits = logits + _four(call.bias).float()[:, :, :1]
+        logits = logits + _as_4d(call.bias).float()[:, :, :1]
     row = logits.softmax(-1).mean(1).squeeze(1)
     if row.shape[0] != call.query.shape[0]:
         row = row.expand(call.query.shape[0], -1)
@@ -202,9 +224,15 @@ def _pooling_row(call: AttentionCall, tokens: int, prefix: int) -> Tensor:
 
 
 def check_calls(model: nn.Module, tokens: int, prefix: int) -> bool:
-    """Whether the model pools by attention, from one pass on a black image, made once for each input size.
+    """Return whether the model pools by attention, from one pass on a black image for each input size.
 
-    Raises UserError, saying what was found, for a model whose attention is no chain of maps over `tokens` tokens.
+    Args:
+        model: The model.
+        tokens: Number of tokens N.
+        prefix: Number of leading tokens that are not patches.
+
+    Raises:
+        UserError: The attention is not a chain of maps over `tokens` tokens; the message has the reason.
     """
     size = (input_size_of(model), tokens, prefix)
     known = getattr(model, _PROBED, None)
@@ -219,9 +247,17 @@ def check_calls(model: nn.Module, tokens: int, prefix: int) -> bool:
 
 
 def pool_of_head(model: nn.Module, prefix: int) -> Literal["token", "avg"]:
-    """What the head of a model reads that does not declare it, by the logits' gradient at the last block's tokens.
+    """Return which tokens a head depends on, by the gradient of the logits at the last block's tokens.
 
-    Raises UserError where that is neither the first token alone nor all of the patches alone.
+    Args:
+        model: A model that does not declare its pooling.
+        prefix: Number of leading tokens that are not patches.
+
+    Returns:
+        "token": the first token alone; "avg": all patches alone.
+
+    Raises:
+        UserError: The head depends on other tokens.
     """
     tokens: list[Tensor] = []
 
@@ -238,7 +274,7 @@ def pool_of_head(model: nn.Module, prefix: int) -> Literal["token", "avg"]:
         read = gradient[0].abs().sum(-1) > 0
     except (RuntimeError, AttributeError, IndexError, TypeError) as error:
         raise UserError(
-            f"{type(model).__name__}: what its head reads cannot be found out ({one_line(error)})"
+            f"{type(model).__name__}: the tokens that its head depends on cannot be found ({one_line(error)})"
         ) from None
     finally:
         handle.remove()
@@ -262,7 +298,7 @@ def _probe(model: nn.Module, tokens: int, prefix: int) -> tuple[str, bool]:
 
 
 def _reason(model: nn.Module, calls: list[AttentionCall], tokens: int, prefix: int) -> tuple[str, bool]:
-    """(why the calls are no chain of maps, or nothing; whether attention pooling follows)."""
+    """Return why the calls are not a chain of maps, empty if they are, and whether attention pooling follows."""
     blocks = blocks_of_core(model)
     if not calls:
         return "it does not compute attention by scaled_dot_product_attention, where its maps could be read", False
@@ -285,7 +321,7 @@ def _reason(model: nn.Module, calls: list[AttentionCall], tokens: int, prefix: i
         for index, count in enumerate(counts):
             if count > 1 and not _parallel(blocks[index], count):
                 return f"block {index + 1} combines {count} attention maps, which are not heads of one", False
-    outside = [call for call in calls if call not in _Same(inside)]
+    outside = [call for call in calls if call not in _IdentitySet(inside)]
     for call in outside:
         pools = call.key.shape[-2] in (tokens, tokens - prefix) and call.query.shape[-2] < call.key.shape[-2]
         if not pools or pooled or call.query.shape[0] not in (1,) or call.causal:
@@ -294,8 +330,8 @@ def _reason(model: nn.Module, calls: list[AttentionCall], tokens: int, prefix: i
     return "", pooled
 
 
-class _Same:
-    """Calls by identity: comparing them would compare tensors."""
+class _IdentitySet:
+    """A set of calls by identity; comparing them would compare tensors."""
 
     def __init__(self, calls: Sequence[AttentionCall]) -> None:
         self.ids = {id(call) for call in calls}
@@ -320,6 +356,6 @@ def _problem(call: AttentionCall, tokens: int, prefix: int) -> str:
 
 
 def _parallel(block: nn.Module, count: int) -> bool:
-    """Whether the calls of a block come of as many attentions side by side (timm's ParallelThingsBlock)."""
+    """Return whether a block has as many parallel attentions as calls (timm's ParallelThingsBlock)."""
     attentions = getattr(block, "attns", None)
     return isinstance(attentions, nn.ModuleList) and len(attentions) == count

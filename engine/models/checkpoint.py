@@ -1,9 +1,9 @@
 """Checkpoints: build, load and save a model.
 
 A checkpoint is a folder in timm's / Hugging Face's layout: `config.json` (architecture, num_classes, model_args,
-pretrained_cfg) and `model.safetensors`. `timm.create_model("local-dir:FOLDER", pretrained=True)` opens every one
-that is written here. Files of other training scripts are opened too (`engine.models.weight_files`, `unwrap`,
-`architecture`). Nothing of a user's is ever unpickled.
+pretrained_cfg) and `model.safetensors`. `timm.create_model("local-dir:FOLDER", pretrained=True)` opens every
+checkpoint that is written here. Files of other training scripts are opened too (`engine.models.weight_files`,
+`unwrap`, `architecture`). User files are never unpickled without restriction: a pickle is read as inert data.
 """
 
 from __future__ import annotations
@@ -55,10 +55,9 @@ from engine.runtime.files import replacing
 
 logger = logging.getLogger(__name__)
 
-# And the folder that it was loaded from.
 # Keys of config.json that `save_checkpoint` writes itself.
 _CONFIG_KEYS = ("architecture", "num_classes", "num_features", "global_pool", "model_args", "pretrained_cfg")
-# Weights that timm's filters resample where their shape differs.
+# Weights that timm's filters resample if their shape differs.
 _RESAMPLED = ("pos_embed", "patch_embed.proj.weight", "relative_position_bias_table")
 _HEADS = ("head.weight", "head.fc.weight", "fc.weight", "classifier.weight")
 
@@ -71,19 +70,19 @@ def load_checkpoint(
     weights: Kind | None = None,
     headless: bool = False,
 ) -> nn.Module:
-    """Opens a checkpoint in eval mode, on the CPU.
+    """Open a checkpoint in eval mode, on the CPU.
 
     Args:
-        checkpoint: A folder or file of weights, `timm:NAME` (pretrained weights of timm) or `hf-hub:ID`; with the
-            arguments below after a question mark, such as `model.pth?arch=vit_tiny_patch16_224&img_size=32`.
-        architecture: timm's name, for a file that does not say it.
-        model_args: Arguments of `timm.create_model`, for a file that does not say them.
-        weights: raw or ema, of a file with both; by default EMA weights, as timm takes them.
-        headless: Take a file without a classifier too, as a model with `num_classes` 0.
+        checkpoint: A folder or file of weights, `timm:NAME` (pretrained weights of timm) or `hf-hub:ID`. The arguments
+            below may follow after a question mark, as in `model.pth?arch=vit_tiny_patch16_224&img_size=32`.
+        architecture: timm's name, for a file without it.
+        model_args: Arguments of `timm.create_model`, for a file without them.
+        weights: raw or ema, for a file with both; by default EMA weights, as in timm.
+        headless: Accept a file without a classifier, as a model with `num_classes` 0.
 
     Raises:
-        UserError: weights that are missing, damaged, do not fit the architecture, hold values that are not finite, or
-            are a pickle with code in it.
+        UserError: Weights are missing, damaged, do not fit the architecture, hold values that are not finite, or are a
+            pickle with code in it.
     """
     source = CheckpointSource.parse(checkpoint)
     source = dataclasses.replace(
@@ -139,16 +138,16 @@ def _load_named(source: CheckpointSource) -> nn.Module:
 def _refuse_arguments(source: CheckpointSource) -> None:
     given = "arch" if source.architecture else f"model-arg {next(iter(source.model_args))}" if source.model_args else ""
     if given:
-        raise UserError(f"--{given}: the checkpoint {source.place} already says how the model is built; leave it out")
+        raise UserError(f"--{given}: the checkpoint {source.place} already defines the model; leave it out")
 
 
 def _fits_config(source: CheckpointSource, config: Mapping[str, Any]) -> bool:
-    """Whether config.json beside a file is meant: nothing else was asked for."""
+    """Return whether the config.json next to a file applies: no other architecture or arguments are given."""
     return "architecture" in config and not source.model_args and source.architecture in (None, config["architecture"])
 
 
 def _open_configured(spec: ModelSpec, file: WeightFile, source: CheckpointSource) -> nn.Module:
-    """A model that config.json describes, with the weights of a file."""
+    """Return a model that config.json describes, with the weights of a file."""
     model = spec.build()
     expected = model.state_dict()
     chosen = fit(choose(file.contents, source.weights, str(file.path)), expected)
@@ -165,29 +164,29 @@ def _open_configured(spec: ModelSpec, file: WeightFile, source: CheckpointSource
 
 
 def _open_described(file: WeightFile, source: CheckpointSource, headless: bool) -> nn.Module:
-    """A model that the file itself describes, or `--arch` and `--model-arg`."""
-    says = described(file.contents, file.path)
+    """Return a model that the file itself describes, or `--arch` and `--model-arg`."""
+    stored = described(file.contents, file.path)
     chosen = choose(file.contents, source.weights, str(file.path))
-    name = source.architecture or says.architecture
+    name = source.architecture or stored.architecture
     if name is None:
-        raise UserError(_without_architecture(file, says, chosen))
+        raise UserError(_without_architecture(file, stored, chosen))
     if not is_architecture(name):
         raise UserError(
             f"unknown architecture {name!r}{unknown_architecture(name)} (timm.list_models() has all); give --arch"
         )
-    same = source.architecture in (None, says.architecture)
+    same = source.architecture in (None, stored.architecture)
     spec = ModelSpec(
         architecture=name,
         num_classes=_guessed_classes(chosen),
-        model_args={**(says.model_args if same else {}), **source.model_args},
-        pretrained_cfg=says.preprocessing,
+        model_args={**(stored.model_args if same else {}), **source.model_args},
+        pretrained_cfg=stored.preprocessing,
     )
     model = _on_meta(spec)
     found = _with_outer_head(fit(chosen, model.state_dict()), model)
     inferred = inferred_args(model, found.tensors, spec.model_args)
-    if isinstance(says.img_size, list):  # positions alone would be taken for a square
+    if isinstance(stored.img_size, list):  # the number of positions alone would imply a square
         inferred.pop("img_size", None)
-    sized = _sized(dataclasses.replace(spec, model_args={**spec.model_args, **inferred}), says, model)
+    sized = _sized(dataclasses.replace(spec, model_args={**spec.model_args, **inferred}), stored, model)
     if sized != spec:
         spec, model = sized, _on_meta(sized)
     found = _remapped(found, model)
@@ -201,28 +200,35 @@ def _open_described(file: WeightFile, source: CheckpointSource, headless: bool) 
         )
     note: dict[str, Any] = {
         **_note(file, found, always=True),
-        "architecture_from": "--arch" if source.architecture else says.said_by,
+        "architecture_from": "--arch" if source.architecture else stored.said_by,
         "inferred": {**inferred, "num_classes": spec.num_classes},
     }
     extra: dict[str, Any] = {IMPORTED: note}
-    if "crop_pct" in says.preprocessing:
+    if "crop_pct" in stored.preprocessing:
         extra[CROP_FITTING] = True
-    if len(says.label_names) == spec.num_classes:
-        extra["label_names"] = says.label_names
-    elif says.label_names:
-        note["label_names"] = f"{len(says.label_names)} names for {spec.num_classes} classes, not taken"
+    if len(stored.label_names) == spec.num_classes:
+        extra["label_names"] = stored.label_names
+    elif stored.label_names:
+        note["label_names"] = f"{len(stored.label_names)} names for {spec.num_classes} classes, not taken"
     setattr(model, _SPEC, dataclasses.replace(spec, extra=extra))
     return _filled(model, file, found, note)
 
 
 def _guessed_classes(found: StateDict) -> int:
-    """Classes by what heads are usually called; `_head_size` knows it by the architecture."""
+    """Return the number of classes by the usual names of heads; `_head_size` determines it by the architecture."""
     sizes = [int(t.shape[0]) for key, t in found.tensors.items() if key.endswith(_HEADS) and t.ndim == 2]
     return sizes[0] if len(sizes) == 1 else 1000
 
 
 def _filled(model: nn.Module, file: WeightFile, found: StateDict, note: Mapping[str, Any]) -> nn.Module:
-    """A model with weights that fit it. note: on how they were read, to be printed."""
+    """Load weights that fit into a model.
+
+    Args:
+        model: The model.
+        file: The file, for messages.
+        found: Its weights.
+        note: How they were read; logged if not empty.
+    """
     expected = model.state_dict()
     for key, tensor in found.tensors.items():
         if problem := _unreadable(tensor, expected[key]):
@@ -238,7 +244,7 @@ def _filled(model: nn.Module, file: WeightFile, found: StateDict, note: Mapping[
 
 
 def _unreadable(tensor: Tensor, expected: Tensor) -> str:
-    """Why a tensor cannot be copied into a model's weight as it is, in words; empty if it can be."""
+    """Return why a tensor cannot be copied into a weight of the model, as text; empty if it can be."""
     if tensor.is_meta:
         return "has a shape and no values (a tensor on the meta device); save the weights themselves"
     if tensor.layout is not torch.strided:
@@ -253,7 +259,7 @@ def _unreadable(tensor: Tensor, expected: Tensor) -> str:
 
 
 def import_line(model: nn.Module, note: Mapping[str, Any]) -> str:
-    """One line on how a file was read, of the note that `load_checkpoint` leaves in `ModelSpec.extra`."""
+    """Return one line on how a file was read, from the note that `load_checkpoint` stores in `ModelSpec.extra`."""
     spec = spec_of(model)
     parts = [f"{spec.architecture}, {spec.num_classes} classes"]
     if note.get("architecture_from"):
@@ -275,13 +281,13 @@ def import_line(model: nn.Module, note: Mapping[str, Any]) -> str:
 
 
 def imported(model: nn.Module) -> dict[str, Any]:
-    """How the file that a model was loaded from was read; empty for a folder that `save_checkpoint` wrote."""
+    """Return how the file of a model was read; empty for a folder that `save_checkpoint` wrote."""
     spec = getattr(model, _SPEC, None)
     return dict(spec.extra.get(IMPORTED, {})) if isinstance(spec, ModelSpec) else {}
 
 
 def _note(file: WeightFile, found: StateDict, always: bool = False) -> dict[str, Any]:
-    """How a file was read; empty if it was a plain state dict in single precision."""
+    """Return how a file was read; empty if it was a plain state dict in single precision."""
     kinds = sorted({str(t.dtype).removeprefix("torch.") for t in found.tensors.values() if t.is_floating_point()})
     note = {
         "file": file.path.name,
@@ -296,17 +302,17 @@ def _note(file: WeightFile, found: StateDict, always: bool = False) -> dict[str,
 
 
 def _on_meta(spec: ModelSpec) -> nn.Module:
-    """The architecture without memory for its weights, where its code allows."""
+    """Build the architecture without memory for its weights, if its code supports that."""
     try:
         with torch.device("meta"):
             return spec.build()
-    except (UserError, RuntimeError):  # of what cannot be built at all, too: then this says so
+    except (UserError, RuntimeError):  # if it cannot be built at all, this raises the reason
         return spec.build()
 
 
-def _without_architecture(file: WeightFile, says: Described, chosen: StateDict) -> str:
+def _without_architecture(file: WeightFile, stored: Described, chosen: StateDict) -> str:
     where = file.path
-    head = f"{says.unknown}, which timm does not have" if says.unknown else "nothing in it says its architecture"
+    head = f"{stored.unknown}, which timm does not have" if stored.unknown else "it does not name its architecture"
     keys = ", ".join(list(chosen.tensors)[:3])
     return (
         f"checkpoint {where}: there is no config.json and {head} ({len(chosen.tensors)} tensors: {keys}, ...); give "
@@ -321,7 +327,7 @@ def _because(model: nn.Module, expected: Mapping[str, Tensor], found: StateDict)
 
 
 def _with_outer_head(found: StateDict, model: nn.Module) -> StateDict:
-    """Takes a linear layer beside a backbone (`fc.weight`, `fc.bias`) as its head, if nothing else is left over."""
+    """Use a linear layer next to a backbone (`fc.weight`, `fc.bias`) as its head, if no other names are left over."""
     names = classifier_names(model)
     expected = model.state_dict()
     extras = {key for key in found.tensors if key not in expected}
@@ -335,16 +341,16 @@ def _with_outer_head(found: StateDict, model: nn.Module) -> StateDict:
     return dataclasses.replace(found, tensors=moved, stripped=(*found.stripped, f"{stem}. -> {head}."))
 
 
-def _sized(spec: ModelSpec, says: Described, model: nn.Module) -> ModelSpec:
-    """With the image size of the training, where no weight has its shape from it."""
-    size = says.img_size
+def _sized(spec: ModelSpec, stored: Described, model: nn.Module) -> ModelSpec:
+    """Add the image size of the training, if no weight has a shape that depends on it."""
+    size = stored.img_size
     known = getattr(model, "pos_embed", None) is not None and not isinstance(size, list)
     if size is None or "img_size" in spec.model_args or known:
         return spec
     sized = dataclasses.replace(spec, model_args={**spec.model_args, "img_size": size})
     try:
         _on_meta(sized)
-    except UserError:  # an architecture for images of any size
+    except UserError:  # the architecture takes images of any size
         channels = int(spec.model_args.get("in_chans", 3))
         cfg = {**spec.pretrained_cfg, "input_size": [channels, *(size if isinstance(size, list) else (size, size))]}
         return dataclasses.replace(spec, pretrained_cfg=cfg)
@@ -371,7 +377,7 @@ def _head_size(model: nn.Module, found: StateDict, file: WeightFile, headless: b
 
 
 def _remapped(found: StateDict, model: nn.Module) -> StateDict:
-    """Renames the original authors' names to timm's, by timm's own filter; never with resampled weights."""
+    """Rename the original authors' names to timm's, by timm's own filter; weights are never resampled."""
     expected = model.state_dict()
     if set(expected) == set(found.tensors):
         return found
@@ -380,7 +386,7 @@ def _remapped(found: StateDict, model: nn.Module) -> StateDict:
         return found
     try:
         renamed = convert(dict(found.tensors), model)
-    except Exception:  # of any of timm's filters, for a file that is not meant by it
+    except Exception:  # a filter of timm may fail for a file that it is not made for
         return found
     if not isinstance(renamed, dict) or len(set(renamed) & set(expected)) < len(set(found.tensors) & set(expected)):
         return found
@@ -423,9 +429,13 @@ def _read_spec(folder: Path) -> ModelSpec:
 
 
 def save_checkpoint(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
-    """Writes `config.json` and `model.safetensors` as timm reads them; returns the folder.
+    """Write `config.json` and `model.safetensors` in timm's layout, and return the folder.
 
-    Each file is written under another name and renamed, so a failure (no space left) leaves the earlier one whole.
+    Each file is written under another name and renamed, so a failure (no space left) leaves the earlier file whole.
+
+    Args:
+        model: The model, of timm or of transformers (then in its `save_pretrained` layout).
+        folder: The folder; created if it does not exist.
     """
     from engine.models.huggingface import as_classifier
 
@@ -453,7 +463,7 @@ def save_checkpoint(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """SHA-256 over names, shapes, types and bytes of all weights: equal for equal models, whatever file holds them."""
+    """Return the SHA-256 over names, shapes, types and bytes of all weights; it does not depend on the file format."""
     digest = hashlib.sha256()
     for key, tensor in sorted(model.state_dict().items()):
         digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}\n".encode())

@@ -1,4 +1,4 @@
-"""A checkpoint as one string names it, with what is to be said of it."""
+"""Parse the string that names a checkpoint and its options."""
 
 from __future__ import annotations
 
@@ -16,10 +16,13 @@ from engine.models.unwrap import Kind
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointSource:
-    """A checkpoint as one string names it: `PLACE`, or `PLACE?arch=NAME&weights=ema&img_size=32`.
+    """A checkpoint and its options: `PLACE`, or `PLACE?arch=NAME&weights=ema&img_size=32`.
 
-    place: file, folder, `timm:NAME` or `hf-hub:ID`. architecture, model_args: of a file that does not say how its model
-    is built. weights: raw or ema, of a file that has both.
+    Attributes:
+        place: File, folder, `timm:NAME` or `hf-hub:ID`.
+        architecture: timm's name, for a file that does not define its model.
+        model_args: Arguments of `timm.create_model`, for such a file.
+        weights: raw or ema, for a file that has both.
     """
 
     place: str
@@ -29,10 +32,14 @@ class CheckpointSource:
 
     @classmethod
     def parse(cls, text: str | os.PathLike[str]) -> CheckpointSource:
-        """Raises UserError for weights that are neither raw nor ema."""
+        """Parse the string.
+
+        Raises:
+            UserError: `weights` is neither raw nor ema.
+        """
         name = os.fspath(text)
-        place, asked, query = name.partition("?")
-        if not asked or Path(name).exists():
+        place, mark, query = name.partition("?")
+        if not mark or Path(name).exists():
             return cls(place=name)
         given = dict(parse_qsl(query, keep_blank_values=True))
         weights = given.pop("weights", None)
@@ -52,16 +59,16 @@ class CheckpointSource:
 
     @property
     def is_named(self) -> bool:
-        """Whether it is a model of timm or of the Hub, by name."""
+        """Whether the source is a model of timm or of the Hub, by name."""
         return self.place.startswith(("timm:", "hf-hub:"))
 
     @property
     def folder(self) -> Path:
-        """Where a run would have left its files beside the weights."""
+        """Folder in which a run writes its files next to the weights."""
         path = Path(self.place)
         return path.parent if path.name == "model.safetensors" else path
 
     def is_configured(self) -> bool:
-        """Whether a config.json in timm's or Hugging Face's layout says how the model is built."""
+        """Return whether a config.json in timm's or Hugging Face's layout defines the model."""
         path = Path(self.place)
         return self.is_named or (path.is_dir() and (path / "config.json").is_file())

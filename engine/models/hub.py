@@ -1,4 +1,4 @@
-"""Pretrained weights of timm and of the Hugging Face Hub: what goes wrong on the way, in one line."""
+"""Pretrained weights of timm and of the Hugging Face Hub, with one-line errors."""
 
 from __future__ import annotations
 
@@ -13,13 +13,17 @@ import timm
 
 from engine.errors import UserError, nearest
 
-# Packages whose errors mean that weights were not fetched.
+# Packages whose errors mean that the download failed.
 _NETWORK = ("huggingface_hub", "requests", "httpx", "httpcore", "urllib3", "urllib", "socket", "ssl")
 
 
 @contextlib.contextmanager
 def fetching(name: str) -> Iterator[None]:
-    """Turns errors of `timm.create_model(..., pretrained=True)` into UserError. name: `timm:NAME` or `hf-hub:ID`."""
+    """Turn errors of `timm.create_model(..., pretrained=True)` into UserError.
+
+    Args:
+        name: `timm:NAME` or `hf-hub:ID`, for the message.
+    """
     try:
         yield
     except UserError:
@@ -68,7 +72,7 @@ def _explained(name: str, error: Exception) -> str | None:
 
 
 def hub_folder(name: str) -> tuple[Path, dict[str, Any]] | None:
-    """The local copy of a model of transformers on the Hub, and its config.json; None if it is timm's.
+    """Return the local copy of a transformers model on the Hub, and its config.json; None for a timm model.
 
     Args:
         name: `owner/name` or `owner/name@revision`.

@@ -1,8 +1,8 @@
-"""Image classifiers of Hugging Face transformers: opened, wrapped as the engine's models are, and written back.
+"""Image classifiers of Hugging Face transformers: open, wrap and write them.
 
-`HuggingFaceClassifier` keeps the transformers module as it is and gives it the attributes of a timm classifier. Its
-checkpoint is a `save_pretrained` folder: `AutoModelForImageClassification.from_pretrained` opens what is written.
-A TimmWrapper is opened as the timm model that it holds.
+`HuggingFaceClassifier` keeps the transformers module as it is and adds the attributes of a timm classifier. Its
+checkpoint is a `save_pretrained` folder, which `AutoModelForImageClassification.from_pretrained` opens. A TimmWrapper
+is opened as the timm model that it holds.
 """
 
 from __future__ import annotations
@@ -39,16 +39,19 @@ logger = logging.getLogger(__name__)
 
 _INSTALL = "pip install 'lethe-unlearning[huggingface]'"
 _TIMM_WRAPPER = "TimmWrapperForImageClassification"
-# Names that the library gives labels that have none.
+# Prefix of the library's placeholder names of labels.
 _PLACEHOLDER = "LABEL_"
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """What differs between the supported classes of models.
+    """Properties of a supported class of models.
 
-    prefix: tokens before the patch tokens, registers not counted. pool: see `ViTInfo`. heads: attributes of the
-    classifiers; logits are their mean. any_size: position embeddings are resized to the image, or there are none.
+    Attributes:
+        prefix: Tokens before the patch tokens, without registers.
+        pool: See `ViTInfo`.
+        heads: Attributes of the classifiers; logits are their mean.
+        any_size: Position embeddings are resized to the image, or there are none.
     """
 
     prefix: int
@@ -73,10 +76,12 @@ FAMILIES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HuggingFaceSpec(ModelSpec):
-    """All that is needed to build and to write a transformers classifier.
+    """All that is needed to build and to write a transformers classifier. `architecture` is its class.
 
-    architecture: its class. config: `PreTrainedConfig.to_dict()`. processor: text of preprocessor_config.json, empty
-    if there is none. processor_cfg: the `pretrained_cfg` that `processor` stands for.
+    Attributes:
+        config: `PreTrainedConfig.to_dict()`.
+        processor: Text of preprocessor_config.json, empty if there is none.
+        processor_cfg: The `pretrained_cfg` that is equivalent to `processor`.
     """
 
     config: dict[str, Any]
@@ -86,7 +91,7 @@ class HuggingFaceSpec(ModelSpec):
     @property
     def label_names(self) -> list[str]:
         """Class names by label from `id2label`; empty if they are the library's placeholders."""
-        if self.extra.get("label_names"):  # given since it was loaded
+        if self.extra.get("label_names"):  # set after loading
             return [str(name) for name in self.extra["label_names"]]
         names = self.config.get("label_names")  # TimmWrapper
         if names is None:
@@ -94,14 +99,14 @@ class HuggingFaceSpec(ModelSpec):
             if sorted(id2label) != list(range(len(id2label))):
                 raise UserError(
                     f"config.json: id2label has the labels {sorted(id2label)[:6]}, expected 0 to {len(id2label) - 1}; "
-                    "correct it, or the class names stand for other outputs"
+                    "correct it, or class names belong to other outputs"
                 )
             names = [id2label[label] for label in sorted(id2label)]
         placeholders = [f"{_PLACEHOLDER}{label}" for label in range(len(names))]
         return [] if names == placeholders or len(names) != self.num_classes else [str(name) for name in names]
 
     def module(self) -> nn.Module:
-        """The transformers module with fresh weights."""
+        """Build the transformers module with fresh weights."""
         transformers = require_transformers()
         config = copy.deepcopy(self.config)
         if self.num_classes != _count_labels(config):
@@ -121,9 +126,9 @@ class HuggingFaceSpec(ModelSpec):
             return _adapt(self.module().float(), self)
 
     def write(self, model: nn.Module, folder: Path) -> Path:
-        """Writes a `save_pretrained` folder: config.json, model.safetensors, preprocessor_config.json.
+        """Write a `save_pretrained` folder: config.json, model.safetensors, preprocessor_config.json.
 
-        Each file is written elsewhere and renamed, so a failure (no space left) leaves the earlier one whole.
+        Each file is written elsewhere and renamed, so a failure (no space left) leaves the earlier file whole.
         """
         folder.mkdir(parents=True, exist_ok=True)
         module, text = self.module_of(model), self.processor
@@ -144,7 +149,7 @@ class HuggingFaceSpec(ModelSpec):
         return folder
 
     def module_of(self, model: nn.Module) -> nn.Module:
-        """The transformers module with the weights of `model`, for `save_pretrained`."""
+        """Return the transformers module with the weights of `model`, for `save_pretrained`."""
         if isinstance(model, HuggingFaceClassifier):
             return model.model
         with torch.device("meta"), _quiet():
@@ -157,7 +162,7 @@ class HuggingFaceClassifier(nn.Module):
     """A transformers image classifier with the interface of a timm classifier.
 
     Args:
-        model: module of a class in `FAMILIES`; it is kept, not copied.
+        model: Module of a class in `FAMILIES`; it is kept, not copied.
         pretrained_cfg: timm's keys for its preprocessing (mean, std, input_size, interpolation, crop_pct, crop_mode).
 
     Example:
@@ -177,11 +182,11 @@ class HuggingFaceClassifier(nn.Module):
         self.num_features = int((heads[0] if isinstance(heads, tuple) else heads).in_features)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits [B, num_classes] of normalised images [B, C, H, W]."""
+        """Return logits [B, num_classes] of normalised images [B, C, H, W]."""
         return self.model(pixel_values=images).logits
 
     def get_classifier(self) -> Any:
-        """The linear layer that gives the logits; a tuple of two where their mean does."""
+        """Return the linear layer whose outputs are the logits; a tuple of two if the logits are their mean."""
         heads = tuple(getattr(self.model, name) for name in self.family.heads)
         return heads if len(heads) > 1 else heads[0]
 
@@ -194,46 +199,46 @@ class HuggingFaceClassifier(nn.Module):
             getattr(self.model, f"{kind}_checkpointing_disable")()
 
     def set_attention(self, implementation: str) -> str:
-        """Sets what computes attention (sdpa, eager), where the model has a choice; returns what did before."""
+        """Set the implementation of attention (sdpa, eager) if the model has a choice; return the previous one."""
         before = str(getattr(self.model.config, "_attn_implementation", "eager"))
         choice = getattr(self.model, "_supports_sdpa", False) and hasattr(self.model, "set_attn_implementation")  # 4.54
         if choice and implementation != before:
-            with _quiet():  # it warns of CLIP's text model, which is not there
+            with _quiet():  # it warns about CLIP's text model, which the classifier does not have
                 self.model.set_attn_implementation(implementation)
         return before
 
     @property
     def backbone(self) -> nn.Module:
-        """What comes before the classifier."""
+        """The module before the classifier."""
         return next(module for name, module in self.model.named_children() if name not in self.family.heads)
 
     @property
     def patch_embed(self) -> nn.Module:
-        """Gives the tokens that the first block reads."""
+        """The module that computes the tokens of the first block."""
         return self.backbone.embeddings  # type: ignore[return-value]
 
     @property
     def blocks(self) -> nn.ModuleList:
-        """All blocks in the order of the pass, over all stages of a Swin."""
+        """All blocks in the order of the forward pass, over all stages of a Swin."""
         return nn.ModuleList(block for part in self._parts() for block in getattr(part, "blocks", [part]))
 
     @property
     def layers(self) -> list[Any]:
-        """Stages of a Swin with what joins each to the stage before it, as timm's have; empty for other models."""
+        """Stages of a Swin with the downsampling before each, as in timm; empty for other models."""
         stages = [part for part in self._parts() if hasattr(part, "blocks")]
         joints = [None, *(getattr(stage, "downsample", None) for stage in stages)]
         return [SimpleNamespace(blocks=s.blocks, downsample=joint) for s, joint in zip(stages, joints, strict=False)]
 
     @property
     def tail(self) -> list[nn.Module]:
-        """What comes behind the blocks: norms, pooling, heads."""
+        """The modules after the blocks: norms, pooling, heads."""
         before = ("embeddings", "pre_layrnorm", "encoder", "layers")
         children = [module for name, module in self.backbone.named_children() if name not in before]
         heads = self.get_classifier()
         return [*children, *(heads if isinstance(heads, tuple) else (heads,))]
 
     def _parts(self) -> list[nn.Module]:
-        """The outermost list of layers: the blocks, or the stages of a Swin."""
+        """Return the outermost list of layers: the blocks, or the stages of a Swin."""
         named = self.backbone.named_modules()
         return list(
             next(m for name, m in named if isinstance(m, nn.ModuleList) and name.split(".")[-1] in ("layer", "layers"))
@@ -241,12 +246,16 @@ class HuggingFaceClassifier(nn.Module):
 
     @property
     def attention_problem(self) -> str:
-        """Why attention cannot be read; empty where it can."""
+        """Why attention cannot be read; empty if it can."""
         name = type(self.model).__name__
         return f"{name} attends within windows, whose maps are no chain over all patches" if self.layers else ""
 
     def vit_info(self) -> ModelInfo:
-        """Geometry of the patches. Raises UserError for an input size that the model does not take."""
+        """Return the geometry of the patches.
+
+        Raises:
+            UserError: The input size of the preprocessing does not fit the model.
+        """
         config = vision_config(self.model.config)
         input_size = self.pretrained_cfg.get("input_size")
         height, width = pair(input_size[1:] if input_size else config.image_size)
@@ -283,12 +292,16 @@ class HuggingFaceClassifier(nn.Module):
 
 
 def vision_config(config: Any) -> Any:
-    """The part of a configuration that is about images: `vision_config` of CLIP and SigLIP, else all of it."""
+    """Return the part of a configuration for images: `vision_config` of CLIP and SigLIP, else all of it."""
     return getattr(config, "vision_config", config)
 
 
 def require_transformers() -> Any:
-    """The transformers package. Raises UserError, with the command that installs it, if it is not there."""
+    """Return the transformers package.
+
+    Raises:
+        UserError: It is not installed; the message has the command.
+    """
     try:
         import transformers
     except ImportError:
@@ -298,7 +311,7 @@ def require_transformers() -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Within it, transformers draws no progress bars and logs errors alone."""
+    """Hide progress bars of transformers, and log its errors alone, within the context."""
     transformers_logging = require_transformers().utils.logging
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
@@ -312,21 +325,21 @@ def _quiet() -> Iterator[None]:
 
 
 def is_transformers_model(model: Any) -> bool:
-    """Whether a model is a module of transformers; imports nothing."""
+    """Return whether a model is a module of transformers; imports nothing."""
     transformers = sys.modules.get("transformers")
     return transformers is not None and isinstance(model, getattr(transformers, "PreTrainedModel", ()))
 
 
 def as_classifier(model: nn.Module, processor: Any = None) -> nn.Module:
-    """The model that the engine works on: a transformers classifier wrapped, any other model as it is.
+    """Return the model for the engine: a transformers classifier is wrapped, any other model is returned unchanged.
 
     Args:
-        model: a module of transformers; it is wrapped, not copied. Or any other module.
-        processor: its image processor, whose mean, std and size are the preprocessing. None: the one in the folder or
+        model: A module of transformers, which is wrapped, not copied; or any other module.
+        processor: Its image processor, whose mean, std and size are the preprocessing. None: the one in the folder or
             the local cache that the model was loaded from, if there is one.
 
     Raises:
-        UserError: for a class that is not supported, or a model that does not give one label an image.
+        UserError: The class is not supported, or the model does not predict one label for each image.
     """
     if not is_transformers_model(model):
         return model
@@ -338,7 +351,7 @@ def as_classifier(model: nn.Module, processor: Any = None) -> nn.Module:
 
 
 def as_given(model: nn.Module, given: Any) -> nn.Module:
-    """A result in the form that the caller's model has: a transformers module if `given` is one."""
+    """Return a result in the type of the caller's model: a transformers module if `given` is one."""
     if not is_transformers_model(given):
         return model
     if isinstance(model, HuggingFaceClassifier):
@@ -351,14 +364,14 @@ def as_given(model: nn.Module, given: Any) -> nn.Module:
 
 
 def load(folder: Path, config: Mapping[str, Any]) -> nn.Module:
-    """Opens a `save_pretrained` folder; in eval mode, float32, on the CPU.
+    """Open a `save_pretrained` folder, in eval mode, float32, on the CPU.
 
     Args:
-        folder: holds config.json and weights: model.safetensors, shards with their index, or pytorch_model.bin.
-        config: what config.json holds.
+        folder: Folder with config.json and weights: model.safetensors, shards with their index, or pytorch_model.bin.
+        config: Contents of config.json.
 
     Raises:
-        UserError: if transformers is missing, the class is not supported, or the weights do not fit.
+        UserError: transformers is missing, the class is not supported, or the weights do not fit.
     """
     where = f"checkpoint {folder}"
     transformers = require_transformers()
@@ -392,7 +405,7 @@ def _from_pretrained(model_class: Any, folder: Path, where: str) -> tuple[Any, d
             folder,
             local_files_only=True,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # `load` has the words
+            ignore_mismatched_sizes=True,  # `load` raises the error
             **{_dtype_option(): torch.float32},
         )
     except Exception as error:  # the library raises many kinds
@@ -403,13 +416,13 @@ def _from_pretrained(model_class: Any, folder: Path, where: str) -> tuple[Any, d
 
 
 def _dtype_option() -> str:
-    """The name of from_pretrained's option for the type of the weights."""
+    """Return the name of from_pretrained's option for the type of the weights."""
     version = require_transformers().__version__.split(".")
     return "dtype" if (int(version[0]), int(version[1])) >= (4, 56) else "torch_dtype"
 
 
 def _class_name(config: Mapping[str, Any], where: str) -> str:
-    """The class of an image classifier for a config.json. Raises UserError where it names a model of another task."""
+    """Return the class of an image classifier for a config.json; UserError for a model of another task."""
     named = [str(name) for name in config.get("architectures") or []]
     if named:
         return named[0]
@@ -467,7 +480,7 @@ def _spec(name: str, config: dict[str, Any], processor: Any, text: str) -> Huggi
 
 
 def vision_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """As `vision_config`, of a configuration as a dict."""
+    """Return the part of a configuration for images, as `vision_config` does, for a configuration as a dict."""
     return config.get("vision_config") or config
 
 

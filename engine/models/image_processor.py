@@ -1,4 +1,4 @@
-"""The image processor of a Hugging Face model as timm's preprocessing keys, and back."""
+"""Convert the image processor of a Hugging Face model to timm's preprocessing keys, and back."""
 
 from __future__ import annotations
 
@@ -12,23 +12,21 @@ from torch import nn
 from engine.errors import UserError
 
 PROCESSOR = "preprocessor_config.json"
-# Where else the library keeps an image processor.
+# Files in which the library stores an image processor.
 _PROCESSORS = (PROCESSOR, "processor_config.json")
-# Model attribute that is set where nothing tells mean and std.
+# Model attribute that is set if mean and std are not known.
 UNKNOWN_PREPROCESSING = "_lethe_unknown_preprocessing"
-# PIL's numbers of filters; by torch's names those that torch has.
+# PIL's numbers of filters, with torch's names for those that torch has.
 _RESAMPLE = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}
 _PIL_FILTERS = {1: "lanczos", 4: "box", 5: "hamming"}
-# From this size on, ConvNeXt's processor leaves crop_pct out of account.
+# From this size on, ConvNeXt's processor ignores crop_pct.
 _CONVNEXT_SQUASHES = 384
-
-
-# Processors that take a size of one number for the shorter side; all others for both.
+# Processors for which a size of one number is the shorter side; for all others it is both sides.
 _SHORTEST = ("CLIP", "ChineseCLIP", "ConvNext", "Bit", "Levit", "LeViT", "MobileNet", "MobileViT", "PoolFormer")
 
 
 def unknown_preprocessing(model: nn.Module) -> str:
-    """Why mean and std of a model's images are not known, with the remedy; empty where they are."""
+    """Return why mean and std of a model's images are not known, with the remedy; empty if they are."""
     spec = getattr(model, "_lethe_spec", None)
     known = dict(getattr(spec or model, "pretrained_cfg", None) or {})
     if not getattr(model, UNKNOWN_PREPROCESSING, False) or {"mean", "std"} <= set(known):
@@ -41,7 +39,14 @@ def unknown_preprocessing(model: nn.Module) -> str:
 
 
 def processor_of(source: str) -> Any:
-    """The image processor that is stored with a model, or None; source: a folder, or an id in the local cache."""
+    """Return the image processor that is stored with a model, or None.
+
+    Args:
+        source: A folder, or an id in the local cache.
+
+    Raises:
+        UserError: The folder has a processor that cannot be read.
+    """
     if not source:
         return None
     folder = Path(source)
@@ -59,23 +64,23 @@ def processor_of(source: str) -> Any:
 
 
 def read_preprocessing(processor: Any, channels: int) -> dict[str, Any]:
-    """An image processor of transformers as timm's keys; empty for None. See `preprocessing_keys`."""
+    """Return timm's keys for an image processor of transformers; empty for None. See `preprocessing_keys`."""
     if processor is None:
         return {}
     return preprocessing_keys(processor.to_dict(), type(processor).__name__, channels)
 
 
 def preprocessing_keys(given: Mapping[str, Any], name: str, channels: int | None = None) -> dict[str, Any]:
-    """The values of an image processor as timm's keys.
+    """Return timm's keys for the values of an image processor.
 
     Args:
-        given: As in preprocessor_config.json.
-        name: What they are called in errors.
-        channels: Of the model's images; the values are complete. None: they may be a part, and only what they say is
-            in the result.
+        given: Values as in preprocessor_config.json.
+        name: Name of the values in errors.
+        channels: Channels of the model's images; the values are then complete. None: the values may be incomplete, and
+            the result has only those that are given.
 
     Raises:
-        UserError: For a step that these keys cannot express.
+        UserError: A step cannot be expressed by these keys.
     """
     for step in ("do_pad", "do_flip_channel_order", "rescale_offset", "do_thumbnail", "do_align_long_axis"):
         if given.get(step):
@@ -104,9 +109,11 @@ def _interpolation(resample: Any, name: str) -> str:
 
 
 def _geometry(given: Mapping[str, Any], name: str) -> tuple[tuple[int, int], dict[str, Any]]:
-    """(height and width of what the model gets, crop_pct and crop_mode)."""
+    """Return (height, width) of the model's input, and crop_pct and crop_mode."""
     resized, crop_mode = _resized(given, name)
-    if given.get("crop_pct") and not _is_cropped(given) and crop_mode == "center":  # ConvNeXt's, with timm's meaning
+    if (
+        given.get("crop_pct") and not _is_cropped(given) and crop_mode == "center"
+    ):  # ConvNeXt: crop_pct has timm's meaning
         squash = resized[0] >= _CONVNEXT_SQUASHES
         return resized, {
             "crop_pct": 1.0 if squash else given["crop_pct"],
@@ -123,7 +130,7 @@ def _is_cropped(given: Mapping[str, Any]) -> bool:
 
 
 def resolved_preprocessing(pretrained_cfg: dict[str, Any] | None) -> dict[str, Any]:
-    """timm's keys of a TimmWrapper's configuration, with the values that its image processor takes for absent ones."""
+    """Return timm's keys of a TimmWrapper, with its image processor's defaults for absent values."""
     if not pretrained_cfg:
         return {}
     from timm.data.config import resolve_data_config
@@ -132,7 +139,7 @@ def resolved_preprocessing(pretrained_cfg: dict[str, Any] | None) -> dict[str, A
 
 
 def _sides(size: Any, name: str) -> dict[str, int]:
-    """A size as Hugging Face writes it, by name: height and width, or shortest_edge."""
+    """Return a size in Hugging Face's form by name: height and width, or shortest_edge."""
     if isinstance(size, int):
         size = [size, size]
     if isinstance(size, (list, tuple)) and len(size) == 2:
@@ -144,10 +151,10 @@ def _sides(size: Any, name: str) -> dict[str, int]:
 
 
 def _resized(given: Mapping[str, Any], name: str) -> tuple[tuple[int, int], str]:
-    """(height, width) that an image is resized to, and timm's crop_mode: squash, or center where the shape is kept."""
+    """Return (height, width) after resizing, and timm's crop_mode: squash, or center if the aspect ratio is kept."""
     size = _sides(given.get("size"), name)
     kind = str(given.get("image_processor_type") or given.get("feature_extractor_type") or "")
-    if isinstance(given.get("size"), int) and kind.startswith(_SHORTEST):  # as older files have it
+    if isinstance(given.get("size"), int) and kind.startswith(_SHORTEST):  # form of older files
         return (size["height"], size["width"]), "center"
     if set(size) == {"height", "width"}:
         return (size["height"], size["width"]), "squash"
@@ -157,7 +164,7 @@ def _resized(given: Mapping[str, Any], name: str) -> tuple[tuple[int, int], str]
 
 
 def _cropped(given: Mapping[str, Any], name: str, resized: tuple[int, int]) -> tuple[int, int]:
-    """(height, width) of what the model gets."""
+    """Return (height, width) of the model's input."""
     if not _is_cropped(given):
         if "shortest_edge" in _sides(given.get("size"), name):
             raise UserError(f"{name}: without do_center_crop, size with shortest_edge gives images of many shapes")
@@ -174,9 +181,10 @@ def _cropped(given: Mapping[str, Any], name: str, resized: tuple[int, int]) -> t
 
 
 def _crop_pct(cropped: tuple[int, int], resized: tuple[int, int], name: str) -> float:
-    """The share for which int(cropped / share) is `resized`.
+    """Return the share for which int(cropped / share) is `resized`.
 
-    Raises UserError where height and width would need two shares.
+    Raises:
+        UserError: Height and width would need two shares.
     """
     for share in (cropped[0] / resized[0], cropped[0] / (resized[0] + 1e-6), cropped[1] / (resized[1] + 1e-6)):
         if all(int(c / share) == r for c, r in zip(cropped, resized, strict=True)):
@@ -185,7 +193,7 @@ def _crop_pct(cropped: tuple[int, int], resized: tuple[int, int], name: str) -> 
 
 
 def _normalisation(given: Mapping[str, Any], name: str, channels: int | None) -> dict[str, Any]:
-    """Mean and std for pixels in [0, 1], whatever the processor's own scale of pixels is."""
+    """Return mean and std for pixels in [0, 1], for any scale of pixels in the processor."""
     factor = (given.get("rescale_factor") or 1 / 255) if given.get("do_rescale", True) else 1.0
     if not isinstance(factor, (int, float)):
         raise UserError(f"{name}: rescale_factor {factor!r}: expected a number, such as {1 / 255:.6g}")
@@ -212,15 +220,15 @@ def _channels(values: Any, channels: int, name: str) -> tuple[float, ...]:
 
 
 def processor_text(text: str, stands_for: dict[str, Any], pretrained_cfg: dict[str, Any]) -> str:
-    """preprocessor_config.json for a model's preprocessing.
+    """Return the text of preprocessor_config.json for a model's preprocessing.
 
     Args:
-        text: the file as it came, empty if there was none.
-        stands_for: timm's keys as `text` gives them.
-        pretrained_cfg: timm's keys as they are now, such as after `--mean`.
+        text: The file as it was loaded, empty if there was none.
+        stands_for: timm's keys that are equivalent to `text`.
+        pretrained_cfg: timm's keys now, such as after `--mean`.
 
     Returns:
-        `text` as it is if nothing has changed; empty if mean and std are not known.
+        `text` if nothing has changed, or if mean and std are not known.
     """
     if dict(pretrained_cfg) == dict(stands_for):
         return text

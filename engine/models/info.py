@@ -1,13 +1,13 @@
-"""What every classifier gives: input size, channels, classes, width, and the layers that end in the logits.
+"""Properties of every classifier: input size, channels, classes, width, and the layers whose outputs are the logits.
 
 The input size of a model is, in this order:
 
-1. the size its patch embedding was built for, unless that takes any size (timm's `dynamic_img_size`);
-2. `pretrained_cfg["input_size"]` where it was changed from timm's own;
+1. the size that its patch embedding was built for, unless that accepts any size (timm's `dynamic_img_size`);
+2. `pretrained_cfg["input_size"]` if it differs from timm's own;
 3. the argument `img_size` that the model was built with;
 4. `pretrained_cfg["input_size"]`, or the attribute `input_size`, `img_size` or `image_size` of the module.
 
-A module that wraps exactly one model with a `pretrained_cfg` takes that model's configuration.
+A module that wraps exactly one model with a `pretrained_cfg` has that model's configuration.
 """
 
 from __future__ import annotations
@@ -30,12 +30,17 @@ logger = logging.getLogger(__name__)
 # Model attribute that holds the number of classes of a module that has no `num_classes`.
 _CLASSES = "_lethe_num_classes"
 _SIZES = ("input_size", "img_size", "image_size")
-# Packages of layers whose weights are quantised.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelInfo:
-    """What any classifier gives. in_chans: channels. input_size: (height, width) in pixels. width: of the features."""
+    """Properties of any classifier.
+
+    Attributes:
+        in_chans: Channels of an image.
+        input_size: (height, width) in pixels.
+        width: Number of features.
+    """
 
     in_chans: int
     input_size: tuple[int, int]
@@ -43,20 +48,24 @@ class ModelInfo:
 
 
 def model_info(model: nn.Module) -> ModelInfo:
-    """Channels, input size and width of a classifier. Raises UserError, with the remedy, where one is not declared."""
+    """Return channels, input size and width of a classifier.
+
+    Raises:
+        UserError: One of them is not declared; the message has the remedy.
+    """
     if (declared := declared_info(model)) is not None:
         return declared
     return ModelInfo(in_chans=_channels(model), input_size=input_size_of(model), width=_width(model))
 
 
 def declared_info(model: nn.Module) -> Any:
-    """What the model's own `vit_info()` returns; None if it has no such method."""
+    """Return the result of the model's own `vit_info()`; None if it has no such method."""
     method = getattr(model, "vit_info", None)
     return method() if callable(method) else None
 
 
 def configuration(model: nn.Module) -> dict[str, Any]:
-    """The `pretrained_cfg` of a model, or of the only model that it wraps; empty if there is none."""
+    """Return the `pretrained_cfg` of a model, or of the only model that it wraps; empty if there is none."""
     own = getattr(model, "pretrained_cfg", None)
     if own:
         return dict(own)
@@ -66,7 +75,7 @@ def configuration(model: nn.Module) -> dict[str, Any]:
 
 
 def configured_model(model: nn.Module) -> nn.Module | None:
-    """The outermost submodule with a `pretrained_cfg`, if there is exactly one; the model itself if it has one."""
+    """Return the outermost submodule with a `pretrained_cfg` if there is exactly one, or the model if it has one."""
     if getattr(model, "pretrained_cfg", None):
         return model
     found = [child for child in map(configured_model, model.children()) if child is not None]
@@ -74,7 +83,7 @@ def configured_model(model: nn.Module) -> nn.Module | None:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside `torch.compile`, `DataParallel` and `DistributedDataParallel`; the same object otherwise."""
+    """Return the module inside `torch.compile`, `DataParallel` and `DistributedDataParallel`, else the same object."""
     while True:
         inner = getattr(model, "_orig_mod", None)
         if inner is None and isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
@@ -92,7 +101,11 @@ def pair(value: Any) -> tuple[int, int]:
 
 
 def input_size_of(model: nn.Module) -> tuple[int, int]:
-    """(height, width) in pixels of the images that a model takes, see the top of the file."""
+    """Return (height, width) in pixels of a model's images, by the order on top of this file.
+
+    Raises:
+        UserError: The model does not declare a size.
+    """
     core, config = configured_model(model) or model, configuration(model)
     embed = getattr(core, "patch_embed", None)
     embedded = getattr(embed, "img_size", None)
@@ -117,7 +130,7 @@ def _takes_any_size(model: nn.Module, embed: Any) -> bool:
 
 
 def _changed(config: dict[str, Any]) -> bool:
-    """Whether `input_size` is not the one that timm registered for the architecture and tag."""
+    """Return whether `input_size` differs from the one that timm registered for the architecture and tag."""
     name, tag = config.get("architecture"), config.get("tag")
     if not name:
         return False
@@ -162,7 +175,7 @@ def _channels(model: nn.Module) -> int:
 
 
 def _folded(model: nn.Module) -> int:
-    """Pixels that a model folds into channels before its first convolution (TResNet); 1 for others."""
+    """Return the number of pixels that are folded into channels before the first convolution (TResNet); else 1."""
     module = next((m for m in model.modules() if isinstance(m, SpaceToDepth)), None)
     return 1 if module is None else module.bs**2
 
@@ -171,9 +184,10 @@ def _folded(model: nn.Module) -> int:
 
 
 def num_classes_of(model: nn.Module) -> int:
-    """Classes of a model's head: its `num_classes`, or the width of its logits, from one pass on a black image.
+    """Return the number of classes: `num_classes`, or the width of the logits of one pass on a black image.
 
-    Raises UserError for a model without a head, and for one whose output is not logits [images, classes].
+    Raises:
+        UserError: The model has no head, or its output is not logits [images, classes].
     """
     declared = getattr(model, "num_classes", None)
     if isinstance(declared, int):
@@ -215,14 +229,14 @@ def _logits_of_one_image(model: nn.Module) -> Tensor:
 
 
 def black_image(model: nn.Module) -> Tensor:
-    """One image [1, C, H, W] of zeros, where the model's weights are, in their dtype."""
+    """Return one image [1, C, H, W] of zeros, on the device and in the dtype of the model's weights."""
     weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     return torch.zeros(1, _channels(model), *input_size_of(model), dtype=weight.dtype, device=weight.device)
 
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within it, the model and its submodules are in eval mode; afterwards each is as it was."""
+    """Put the model and its submodules in eval mode within the context; afterwards restore each."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -237,9 +251,13 @@ def one_line(error: Exception) -> str:
 
 
 def classifiers(model: nn.Module) -> list[nn.Module]:
-    """The layers whose outputs are the logits: timm's `get_classifier()`, or the last linear layer of that width.
+    """Return the layers whose outputs are the logits: timm's `get_classifier()`, or the last linear layer of that
+    width.
 
-    Two for DeiT's distilled models, whose logits are the mean. Raises UserError where there is none.
+    DeiT's distilled models have two, and their logits are the mean.
+
+    Raises:
+        UserError: There is none.
     """
     method = getattr(model, "get_classifier", None)
     found = method() if callable(method) else None
@@ -259,7 +277,7 @@ def classifiers(model: nn.Module) -> list[nn.Module]:
 
 
 def _width(model: nn.Module) -> int:
-    """Features that the classifier reads; of a timm ViT, its `num_features`."""
+    """Return the number of features at the input of the classifier; for a timm ViT, its `num_features`."""
     declared = getattr(model, "num_features", None)
     if isinstance(declared, int) and hasattr(model, "blocks"):
         return declared

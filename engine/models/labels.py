@@ -1,4 +1,4 @@
-"""Class names of a model: its checkpoint's, or ImageNet's by the number of its classes."""
+"""Class names of a model: those of its checkpoint, or ImageNet's by the number of classes."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from engine.errors import UserError
 from engine.models.info import num_classes_of
 from engine.models.spec import set_spec, spec_of
 
-_PLACEHOLDER = re.compile(r"LABEL_\d+")  # what transformers writes where nobody gave names
+_PLACEHOLDER = re.compile(r"LABEL_\d+")  # placeholder that transformers writes if no names were given
 _WORDNET = re.compile(r"n\d{8}")
-_SAME = 0.9  # share of names that have to be ImageNet's for the list to be taken as its
+_MIN_MATCHING = 0.9  # share of names that must match for a list to count as ImageNet's
 
 
 def label_names(model: nn.Module) -> list[str]:
-    """Class names by label as the checkpoint gives them; empty if it gives none.
+    """Return the class names by label in the checkpoint; empty if it has none.
 
-    Raises UserError for a list of another length than the head's.
+    Raises:
+        UserError: The list has another length than the head.
     """
     try:
         spec = spec_of(model)
-    except UserError:  # no timm model: nothing to ask
+    except UserError:  # not a timm model: no names are stored
         return []
     names = spec.label_names
     if not names or all(_PLACEHOLDER.fullmatch(name) for name in names):
@@ -41,7 +42,7 @@ def label_names(model: nn.Module) -> list[str]:
 
 
 def set_label_names(model: nn.Module, names: Sequence[str]) -> None:
-    """Has a model's checkpoints name its classes; nothing is done for names of another number than the head's."""
+    """Set the class names for a model's checkpoints; does nothing if their number differs from the head's."""
     try:
         spec = spec_of(model)
     except UserError:
@@ -51,10 +52,14 @@ def set_label_names(model: nn.Module, names: Sequence[str]) -> None:
 
 
 def names_for(model: nn.Module, found: Sequence[str]) -> tuple[list[str], str]:
-    """(class names of a model by label in the form that the data uses, where they are from); empty if there are none.
+    """Return the class names of a model by label, in the form that the data uses, and their source.
 
-    found: class names of the data. WordNet ids (n01440764) are matched with ImageNet's order where the checkpoint gives
-    no names, or ImageNet's names in words.
+    The names are empty if there are none. WordNet ids (n01440764) are matched with ImageNet's order if the checkpoint
+    has no names, or ImageNet's names in words.
+
+    Args:
+        model: The model.
+        found: Class names of the data.
     """
     names = label_names(model)
     wordnet = bool(found) and all(_WORDNET.fullmatch(name) for name in found)
@@ -65,24 +70,24 @@ def names_for(model: nn.Module, found: Sequence[str]) -> tuple[list[str], str]:
 
 
 def _are_imagenet(names: Sequence[str], synsets: Sequence[str]) -> bool:
-    """Whether names in words are those of the synsets, in the same order."""
+    """Return whether names in words are those of the synsets, in the same order."""
     words = imagenet_words(len(synsets))
     same = sum(
         name.split(",")[0].casefold() == word.split(",")[0].casefold() for name, word in zip(names, words, strict=True)
     )
-    return same >= _SAME * len(synsets)
+    return same >= _MIN_MATCHING * len(synsets)
 
 
 @functools.cache
 def imagenet_synsets(classes: int) -> tuple[str, ...]:
-    """WordNet ids by label of timm's ImageNet models with so many classes; empty where there are none."""
+    """Return the WordNet ids by label of timm's ImageNet models with so many classes; empty if there are none."""
     info = _imagenet(classes)
     return tuple(info.label_names()) if info else ()
 
 
 @functools.cache
 def imagenet_words(classes: int) -> tuple[str, ...]:
-    """The same in words."""
+    """Return the names in words by label of timm's ImageNet models with so many classes; empty if there are none."""
     info = _imagenet(classes)
     return tuple(info.label_descriptions()) if info else ()
 

@@ -1,7 +1,7 @@
-"""The last block of a ViT, computed for the tokens that the head reads.
+"""The last block of a ViT, computed only for the tokens that the head depends on.
 
-Where the class token is the head's input, nothing reads what the last block's MLP makes of the patch tokens: left out,
-outputs and gradients stay what they are. Its attention is whole: class tokens look at all patches, and hooks still see
+If the head's input is the class token, the outputs of the last block's MLP for patch tokens are not used. Leaving them
+out changes neither outputs nor gradients. The attention stays whole: class tokens attend to all patches, and hooks get
 every row of its maps.
 """
 
@@ -21,9 +21,9 @@ from engine.models.vit import forwarding
 
 @contextlib.contextmanager
 def truncate_last_block(model: nn.Module) -> Iterator[None]:
-    """Within it, the last block of a model that is known to read class tokens alone returns only these.
+    """Return only the class tokens from the last block within the context, for models known to use only these.
 
-    Does nothing for other models: averaged patch tokens, attention pooling, Swin, blocks that are not timm's plain one.
+    Other models are unchanged: averaged patch tokens, attention pooling, Swin, blocks that are not timm's plain one.
     """
     count = prefix_tokens_read(model)
     if not count:
@@ -35,7 +35,7 @@ def truncate_last_block(model: nn.Module) -> Iterator[None]:
 
 
 def prefix_tokens_read(model: nn.Module) -> int:
-    """How many leading tokens the last block has to give; 0 where it has to give all, or that is not known."""
+    """Return the number of leading tokens that the last block must return; 0: all, or not known."""
     if type(model) not in (VisionTransformer, VisionTransformerDistilled):
         return 0
     token = model.global_pool == "token" and getattr(model, "attn_pool", None) is None
@@ -47,7 +47,7 @@ def _last(model: nn.Module) -> nn.Module:
 
 
 def _forward(block: Any, count: int, x_BND: Tensor, *arguments: Any, **options: Any) -> Tensor:
-    """timm's Block.forward with the class tokens [B, count, D] alone behind the attention."""
+    """Compute timm's Block.forward with the class tokens [B, count, D] alone after the attention."""
     attended = block.attn(block.norm1(x_BND), *arguments, **options)[:, :count]
     x = x_BND[:, :count] + block.drop_path1(block.ls1(attended))
     return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))

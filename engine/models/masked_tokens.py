@@ -1,14 +1,14 @@
-"""A model on masked images without the masked images: replace the tokens of masked patches instead.
+"""Outputs of a model for masked images, by replacing the tokens of masked patches.
 
-A patch whose pixels are one constant per channel embeds to the same token wherever it lies, so a second pass needs
-the tokens that the first one had anyway, and one token more:
+A patch whose pixels are one constant per channel embeds to the same token at every position. So a second pass needs
+only the tokens of the first pass and one more token:
 
     with capture_patch_tokens(model) as captured:
         logits = model(images)
     token = masked_patch_token(model, value)  # once
     masked_logits = masked_outputs(model, captured[0], mask, token)
 
-equals `model(mask_patches(images, mask, patch_size=..., value=value))` but for rounding, where `supports_tokens`.
+equals `model(mask_patches(images, mask, patch_size=..., value=value))` except for rounding, if `supports_tokens`.
 """
 
 from __future__ import annotations
@@ -30,12 +30,14 @@ Backend = Literal["auto", "triton", "eager"]
 
 
 def supports_tokens(model: nn.Module) -> bool:
-    """Whether the token form gives what masked images give.
+    """Return whether replacing tokens is equivalent to masking images.
 
-    It does where each maskable patch becomes one token that depends on its own pixels alone: timm's plain patch
-    embedding, its output [B, P, D] or (dynamic_img_size) [B, gh, gw, D]. It does not for Swin, whose maskable patch
-    is many tokens, nor where patches overlap, are padded, or go through a convolutional stem.
-    Raises UserError for models that `engine.models.vit.attention_info` refuses.
+    It is if each maskable patch becomes one token that depends on its own pixels alone: timm's plain patch embedding,
+    with output [B, P, D] or (dynamic_img_size) [B, gh, gw, D]. It is not for Swin, whose maskable patch is many tokens,
+    nor if patches overlap, are padded, or pass through a convolutional stem.
+
+    Raises:
+        UserError: `engine.models.vit.attention_info` refuses the model.
     """
     attention_info(model)
     embed = getattr(model, "patch_embed", None)
@@ -68,9 +70,10 @@ def _patch_embed(model: nn.Module) -> Any:
 
 @contextlib.contextmanager
 def capture_patch_tokens(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Collects what the patch embedding gives in each forward pass: [B, P, D], or [B, gh, gw, D]; nothing is copied.
+    """Collect the outputs of the patch embedding in each forward pass: [B, P, D], or [B, gh, gw, D]; nothing is copied.
 
-    Raises UserError unless `supports_tokens(model)`.
+    Raises:
+        UserError: `supports_tokens(model)` is false.
     """
     captured: list[Tensor] = []
     handle = _patch_embed(model).register_forward_hook(lambda _module, _inputs, output: captured.append(output))
@@ -82,10 +85,17 @@ def capture_patch_tokens(model: nn.Module) -> Iterator[list[Tensor]]:
 
 @torch.no_grad()
 def masked_patch_token(model: nn.Module, value: Tensor) -> Tensor:
-    """The token [D] of a patch whose pixels are `value` [C] (normalised units), in the dtype of the model's tokens.
+    """Return the token [D] of a patch of constant pixels, in the dtype of the model's tokens.
 
-    Convolution, bias and norm of the patch embedding are the model's own. Call it under the same autocast as the
-    passes it is for. Raises UserError unless `supports_tokens(model)`, or for a value that is not [C].
+    Convolution, bias and norm of the patch embedding are the model's own. Call it under the same autocast as the passes
+    that use it.
+
+    Args:
+        model: The model.
+        value: Pixel value [C], in normalised units.
+
+    Raises:
+        UserError: `supports_tokens(model)` is false, or the value is not [C].
     """
     embed = _patch_embed(model)
     if value.shape != (embed.proj.in_channels,):
@@ -100,9 +110,20 @@ def masked_patch_token(model: nn.Module, value: Tensor) -> Tensor:
 def masked_outputs(
     model: nn.Module, tokens: Tensor, mask: Tensor, token: Tensor, *, what: str = "logits", backend: Backend = "auto"
 ) -> Tensor:
-    """`vit.outputs` of a model whose patch tokens are `tokens`, as captured, with `token` where mask [B, P].
+    """Return `vit.outputs` of a model with the tokens of masked patches replaced.
 
-    Neither images nor patch embedding are needed. Raises UserError unless `supports_tokens(model)`.
+    Neither images nor the patch embedding are needed.
+
+    Args:
+        model: The model.
+        tokens: Patch tokens as captured, [B, P, D] or [B, gh, gw, D].
+        mask: Masked patches [B, P], bool.
+        token: Token [D] of a masked patch.
+        what: Outputs to return.
+        backend: Backend of the kernel.
+
+    Raises:
+        UserError: `supports_tokens(model)` is false.
     """
     masked = mask_tokens(tokens.flatten(1, -2), mask, token, backend=backend).view(tokens.shape)
     with forwarding(_patch_embed(model), lambda tokens: tokens):

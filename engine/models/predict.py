@@ -1,4 +1,4 @@
-"""What a model says of some samples: the raw material of every question asked afterwards."""
+"""Predictions of a model for a set of samples, the input of every measure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ from engine.runtime.device import autocast
 
 @dataclasses.dataclass(frozen=True)
 class Predictions:
-    """logits: float32 [n, classes]. labels: int64 [n]. In the order of the samples."""
+    """Predictions for samples, in their order.
+
+    Attributes:
+        logits: float32 [n, classes].
+        labels: int64 [n].
+    """
 
     logits: np.ndarray
     labels: np.ndarray
@@ -25,12 +30,12 @@ class Predictions:
 
     @property
     def accuracy(self) -> float:
-        """Top-1, a fraction in [0, 1]."""
+        """Top-1 accuracy in [0, 1]."""
         return float((self.logits.argmax(1) == self.labels).mean())
 
     @property
     def log_probabilities(self) -> np.ndarray:
-        """float64 [n, classes]."""
+        """Log-probabilities, float64 [n, classes]."""
         shifted = self.logits.astype(np.float64) - self.logits.max(1, keepdims=True)
         return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
 
@@ -48,21 +53,23 @@ class Predictions:
         return Predictions(self.logits[indices], self.labels[indices])
 
 
-@torch.no_grad()  # not inference_mode: ZeRO-3 may keep what it gathers here for the next step
+@torch.no_grad()  # not inference_mode: ZeRO-3 may reuse the weights gathered here in the next step
 def predict(model: nn.Module, loader: Loader, precision: str = "fp32") -> Predictions:
-    """Runs the model in eval mode over all samples of a loader, in order; each rank takes its share of them.
+    """Run the model in eval mode over all readable samples of a loader, in order; each rank computes its share.
 
-    Images that the loader leaves out as bad are left out. precision: of autocast, for a model whose weights are
-    float32; others keep their own.
+    Args:
+        model: The model.
+        loader: Loader of the samples.
+        precision: Autocast precision for a model with float32 weights; other models keep their own.
     """
     model.eval()
     if next(model.parameters()).dtype.itemsize < 4:
         precision = "fp32"
 
-    def answer(batch: Batch) -> tuple[Tensor, Tensor]:
+    def compute(batch: Batch) -> tuple[Tensor, Tensor]:
         with autocast(loader.device, precision):
             return outputs(model, batch.images).float(), batch.labels
 
-    logits, labels = loader.rows(answer)
+    logits, labels = loader.rows(compute)
     found = labels >= 0
     return Predictions(logits[found].numpy(), labels[found].numpy())

@@ -1,4 +1,4 @@
-"""Preprocessing of a model's images: read from its pretrained_cfg (timm's keys), checked, and changed on request."""
+"""Preprocessing of a model's images: read it from pretrained_cfg (timm's keys), check it, and change it."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "unit": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
 _SYNONYMS = {"openai": "clip"}
-# Keys of timm's pretrained_cfg that say how images are prepared, and those that do not.
+# Keys of timm's pretrained_cfg that define the preprocessing, and all other keys.
 _KEYS = ("input_size", "mean", "std", "crop_pct", "interpolation", "crop_mode")
 _OTHER_KEYS = tuple(field.name for field in dataclasses.fields(PretrainedCfg) if field.name not in _KEYS)
 _HUGGING_FACE = ("image_mean", "image_std", "image_processor_type", "feature_extractor_type", "do_normalize")
 
 
 def preprocessing_of(model: nn.Module) -> Preprocessing:
-    """How a model takes its images, from its pretrained_cfg (timm's keys).
+    """Return the preprocessing of a model's images, from its pretrained_cfg (timm's keys).
 
     Raises:
-        UserError: values that cannot be used.
+        UserError: A value cannot be used.
     """
     info, config = model_info(model), configuration(model)
     mean, std = _numbers("mean", config.get("mean", (0.5,))), _numbers("std", config.get("std", (0.5,)))
@@ -67,17 +67,17 @@ def preprocessing_of(model: nn.Module) -> Preprocessing:
 
 
 def origins(model: nn.Module, changes: Changes) -> dict[str, str]:
-    """Where each value comes from: `given` on the command line, the `checkpoint`, or timm's `default`."""
+    """Return the origin of each value: `given` on the command line, the `checkpoint`, or timm's `default`."""
     given, kept = changes.values(), _spec(model)
     stated = kept.pretrained_cfg if kept is not None else {}
     where = {key: "given" if key in given else "checkpoint" if stated.get(key) else "default" for key in _KEYS}
     if where["input_size"] == "default":
-        where["input_size"] = "checkpoint"  # the model's own: its weights fit no other
+        where["input_size"] = "checkpoint"  # fixed by the model's weights
     return where
 
 
 def origins_line(model: nn.Module, changes: Changes) -> str:
-    """The same in words: `mean, std from the command; crop_pct, ... from timm's default`."""
+    """Return the origins as text: `mean, std as given; crop_pct, ... timm's default`."""
     words = {"given": "as given", "checkpoint": "from the checkpoint", "default": "timm's default"}
     where = origins(model, changes)
     groups = {word: [key for key in _KEYS if where[key] == kind] for kind, word in words.items()}
@@ -89,10 +89,14 @@ def origins_line(model: nn.Module, changes: Changes) -> str:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Changes:
-    """Values that replace those of a model's pretrained_cfg; None leaves a value as it is.
+    """Values that replace those of a model's pretrained_cfg; None keeps a value.
 
-    input_size: (height, width). mean, std: one value for all channels or one a channel; three for a model of another
-    number of channels only by name (`STATISTICS`), of which the mean is taken as timm does.
+    Attributes:
+        mean, std: One value for all channels, or one for each channel. For a model with another number of channels,
+            three values are accepted only by name (`STATISTICS`), and their mean is used, as in timm.
+        crop_pct, interpolation, crop_mode: As in timm.
+        input_size: (height, width) in pixels.
+        named: mean or std was given by name.
     """
 
     mean: tuple[float, ...] | None = None
@@ -114,9 +118,15 @@ class Changes:
         input_size: str | None = None,
         file: Path | None = None,
     ) -> Changes:
-        """From the options of the command; a file (`--preprocessing`) lies under the single options.
+        """Return the changes from the options of a command; single options take precedence over the file.
 
-        Raises UserError for values that cannot be used, and for mean without std or std without mean.
+        Args:
+            mean, std: Numbers separated by commas, or a name of `STATISTICS`.
+            crop_pct, interpolation, input_size: As on the command line.
+            file: File of `--preprocessing`.
+
+        Raises:
+            UserError: A value cannot be used, or only one of mean and std is given.
         """
         found: dict[str, Any] = dict(read_file(file)) if file is not None else {}
         given: dict[str, Any] = {"mean": _statistic("mean", mean), "std": _statistic("std", std)}
@@ -137,14 +147,16 @@ class Changes:
         return cls(**values, named=any(each is not None and not _is_number(each) for each in (mean, std)))
 
     def values(self) -> dict[str, Any]:
-        """Those that are given."""
+        """Return the values that are given."""
         return {key: value for key in _KEYS if (value := getattr(self, key)) is not None}
 
     def apply(self, model: nn.Module) -> None:
-        """Changes `model.pretrained_cfg` and its ModelSpec, so that every checkpoint written from it has the values.
+        """Change `model.pretrained_cfg` and its ModelSpec, so that every checkpoint of the model has the values.
 
-        Another input size resizes the model (timm's `set_input_size`, position embeddings resampled). Raises UserError
-        where the model cannot take a value.
+        Another input size resizes the model (timm's `set_input_size`; position embeddings are resampled).
+
+        Raises:
+            UserError: The model does not support a value.
         """
         if not self.values():
             return
@@ -171,14 +183,15 @@ def _update(model: nn.Module, values: Mapping[str, Any], **model_args: Any) -> N
 def _spec(model: nn.Module) -> ModelSpec | None:
     try:
         return spec_of(model)
-    except UserError:  # a model of another library's: there is nothing to write it back to
+    except UserError:  # a model of another library: there is no spec to change
         return None
 
 
 def resize_model(model: nn.Module, size: tuple[int, int]) -> None:
-    """Makes a model take images of another size, its position embeddings resampled.
+    """Change the input size of a model, resampling its position embeddings.
 
-    Raises UserError where the architecture has no way to do that, or takes only multiples of its patches.
+    Raises:
+        UserError: The architecture cannot be resized, or the size is not a multiple of its patches.
     """
     before = model_info(model).input_size
     wanted = f"--input-size {size[0]}x{size[1]}: {type(model).__name__} takes {before[0]} x {before[1]} pixels"
@@ -207,8 +220,13 @@ def resize_model(model: nn.Module, size: tuple[int, int]) -> None:
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """Values by timm's keys, from YAML or JSON: a pretrained_cfg, a config.json that holds one, or Hugging Face's
-    preprocessor_config.json. Raises UserError for a file that is none of them."""
+    """Read values by timm's keys, from YAML or JSON.
+
+    The file is a pretrained_cfg, a config.json that holds one, or Hugging Face's preprocessor_config.json.
+
+    Raises:
+        UserError: The file is none of them.
+    """
     name = f"--preprocessing {path}"
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
@@ -236,7 +254,7 @@ def _is_number(text: str) -> bool:
 
 
 def _statistic(key: str, text: str | None) -> tuple[float, ...] | None:
-    """Numbers separated by commas, or a name of `STATISTICS`."""
+    """Return numbers separated by commas, or those of a name of `STATISTICS`."""
     if text is None:
         return None
     if _is_number(text):
@@ -303,7 +321,7 @@ def _crop_mode(value: Any) -> str:
 
 
 def _input_size(value: Any) -> tuple[int, int]:
-    """(height, width) of `224`, `224x192`, [224, 192] or timm's [3, 224, 192]."""
+    """Return (height, width) of `224`, `224x192`, [224, 192] or timm's [3, 224, 192]."""
     parts = re.split(r"[x,\s]+", value.strip().lower()) if isinstance(value, str) else value
     parts = list(parts) if isinstance(parts, (list, tuple)) else [parts]
     try:

@@ -1,21 +1,21 @@
-"""The stages of a model that was trained in slices: what a deletion needs beside the checkpoint, in its folder.
+"""The stages of a model that was trained in slices, stored next to its checkpoint for later deletions.
 
 stages.safetensors holds
 
     base.NAME          the weights before the first stage, head included
     stage.K.I.A, .B    the low-rank updates of stage K, of layer I of its blocks
-    stage.K.head.NAME  the head as stage K left it
-    stage.1.plain.NAME all other weights as stage 1 left them, where it trained them
-    sequence.S.stage.* the same of sequence S, from the second on
-    members            int64, sorted: a token of every sample that the stages may have seen
+    stage.K.head.NAME  the head after stage K
+    stage.1.plain.NAME all other weights after stage 1, if it trained them
+    sequence.S.stage.* the same for sequence S, from the second on
+    members            int64, sorted: a token of every sample that the stages may have been trained on
 
-and, as its metadata, the recipe and the SHA-256 of the weights that the stages make. It is opened without unpickling.
+and, as its metadata, the recipe and the SHA-256 of the weights of base and stages. It is opened without unpickling.
 
 The token of a sample is the first 64 bits of SHA-256 of (seed, id), and token mod slices is its slice: no other sample
-has a say in it. Sequence S takes the slices in the order S, .., L, 1, .., S - 1.
+affects it. Sequence S takes the slices in the order S, .., L, 1, .., S - 1.
 
-Who holds the ids can tell by the tokens which samples were trained on: this file is for those who handle deletions, and
-a model is served without it.
+The tokens and the ids together reveal which samples were trained on. So this file is for those who handle deletions,
+and a model is served without it.
 """
 
 from __future__ import annotations
@@ -44,10 +44,14 @@ STAGES = "stages.safetensors"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stages:
-    """What stages.safetensors holds, see above.
+    """Contents of stages.safetensors.
 
-    recipe: options of the training, by name. served: `checkpoint.weights_sha256` of base and stages, merged.
-    kept: of each sequence, one dict a stage, the first stage first; stages that were dropped are not in it.
+    Attributes:
+        recipe: Options of the training, by name.
+        served: `checkpoint.weights_sha256` of base and stages, merged.
+        members: Tokens of the samples, int64, sorted.
+        base: Weights before the first stage.
+        kept: For each sequence, one dict for each stage, the first stage first, without dropped stages.
     """
 
     recipe: dict[str, Any]
@@ -57,6 +61,7 @@ class Stages:
     kept: list[list[dict[str, Tensor]]]
 
     def write(self, folder: Path) -> None:
+        """Write stages.safetensors into a folder."""
         tensors = {"members": torch.from_numpy(self.members), **{f"base.{k}": v for k, v in self.base.items()}}
         for sequence, stages in enumerate(self.kept, 1):
             for number, stage in enumerate(stages, 1):
@@ -71,7 +76,11 @@ class Stages:
 
     @classmethod
     def read(cls, folder: Path) -> Stages:
-        """Raises UserError for a file that is damaged or is not one of these."""
+        """Read stages.safetensors of a folder.
+
+        Raises:
+            UserError: The file is damaged or has another format.
+        """
         try:
             with safetensors.safe_open(folder / STAGES, framework="pt") as file:
                 payload = json.loads(file.metadata()["lethe"])
@@ -102,13 +111,13 @@ def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def stages_of(model: nn.Module) -> Stages | None:
-    """The stages of a model that `load_checkpoint` or a run with an output folder gave; None where it has none."""
+    """Return the stages in the folder of a model, from `load_checkpoint` or a run; None if there are none."""
     folder = folder_of(model)
     return Stages.read(folder) if folder is not None and (folder / STAGES).is_file() else None
 
 
 def copy_stages(model: nn.Module, folder: Path) -> None:
-    """Puts the stages of a model, where it has any, beside a copy of it."""
+    """Copy the stages of a model, if there are any, into the folder of a copy of it."""
     source = folder_of(model)
     if source is not None and (source / STAGES).is_file():
         with replacing(folder / STAGES) as temporary:
@@ -116,25 +125,30 @@ def copy_stages(model: nn.Module, folder: Path) -> None:
 
 
 def tokens_of(samples: Samples, seed: int) -> np.ndarray:
-    """int64 [n]: the token of each sample."""
+    """Return the token of each sample, int64 [n]."""
     digests = (hashlib.sha256(f"{seed}\0{sample_id}".encode()).digest()[:8] for sample_id in samples.ids)
     return np.frombuffer(b"".join(digests), dtype="<i8").astype(np.int64)
 
 
 def slices_of(tokens: np.ndarray, slices: int) -> np.ndarray:
-    """int64 [n]: the slice of each token, from 1 to `slices`."""
+    """Return the slice of each token, int64 [n], from 1 to `slices`."""
     return (tokens.view(np.uint64) % np.uint64(slices)).astype(np.int64) + 1
 
 
 def places_of(slices: np.ndarray, sequence: int, count: int) -> np.ndarray:
-    """int64 [n]: the place, from 1 on, at which a sequence takes each of these slices, of `count` slices in all."""
+    """Return the place, int64 [n], from 1, at which a sequence takes each slice, of `count` slices in all."""
     return (slices - sequence) % count + 1
 
 
 def untouched(stages: Stages, retain: Samples, forget: Samples) -> list[int]:
-    """How many stages of each sequence, counted from its first, never saw a sample that is to be forgotten.
+    """Return the number of stages of each sequence, from its first, that were trained on no forget sample.
 
-    Raises UserError where the samples are not those of the training, less those of earlier deletions.
+    Args:
+        stages: The stages.
+        retain, forget: Retain set and forget set.
+
+    Raises:
+        UserError: The samples are not those of the training without those of earlier deletions.
     """
     seed, slices, members = stages.recipe["seed"], stages.recipe["slices"], stages.members
     retained, forgotten = tokens_of(retain, seed), tokens_of(forget, seed)
@@ -167,7 +181,7 @@ def untouched(stages: Stages, retain: Samples, forget: Samples) -> list[int]:
 
 
 def with_fresh_head(given: nn.Module, num_classes: int, seed: int = 0) -> nn.Module:
-    """A copy of a model whose head is new, for so many classes."""
+    """Return a copy of a model with a new head of so many classes."""
     model = dataclasses.replace(spec_of(given), num_classes=num_classes).build(seed=seed)
     heads = {id(weight) for weight in classifier_weights(model).values()}
     fresh = {name for name, weight in model.named_parameters() if id(weight) in heads}
@@ -176,5 +190,5 @@ def with_fresh_head(given: nn.Module, num_classes: int, seed: int = 0) -> nn.Mod
 
 
 def classifier_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The weights of the head, or of DeiT's two, by name."""
+    """Return the weights of the head, or of DeiT's two heads, by name."""
     return {f"{i}.{name}": p for i, each in enumerate(classifiers(model)) for name, p in each.named_parameters()}

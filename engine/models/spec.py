@@ -1,4 +1,4 @@
-"""How a model is built again: its architecture, arguments and the other keys of its config.json."""
+"""How a model is built again: architecture, arguments and the other keys of config.json."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from engine.models.architecture import (
     unknown_architecture,
 )
 
-# Model attribute that holds the ModelSpec; timm itself does not keep the arguments a model was built with.
+# Model attribute that holds the ModelSpec; timm does not keep the arguments that a model was built with.
 _SPEC = "_lethe_spec"
 # Model attribute that holds the checkpoint folder.
 _FOLDER = "_lethe_folder"
 
-# Key of config.json, and of `ModelSpec.extra`, that says how a file of another program was read.
+# Key of config.json, and of `ModelSpec.extra`, with how a file of another program was read.
 IMPORTED = "lethe_import"
-# Likewise, where crop_pct was chosen for this model, by the command or by its training script (`Preprocessing`).
+# The same, set if crop_pct was chosen for this model, by the command or its training script (`Preprocessing`).
 CROP_FITTING = "lethe_crop_fitting"
 
 _CFG_FIELDS = {field.name for field in dataclasses.fields(PretrainedCfg)} - {"architecture"}
@@ -33,9 +33,14 @@ _CFG_FIELDS = {field.name for field in dataclasses.fields(PretrainedCfg)} - {"ar
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """All that is needed to build the same architecture again: timm's name, and what was passed to it.
+    """All that is needed to build the same architecture again.
 
-    extra: the other keys of config.json, such as `label_names`; kept in every checkpoint that is written.
+    Attributes:
+        architecture: timm's name.
+        num_classes: Number of classes.
+        model_args: Arguments of `timm.create_model`.
+        pretrained_cfg: timm's configuration.
+        extra: The other keys of config.json, such as `label_names`; kept in every checkpoint that is written.
     """
 
     architecture: str
@@ -46,12 +51,20 @@ class ModelSpec:
 
     @property
     def label_names(self) -> list[str]:
-        """Class names by label, as the checkpoint gives them; empty if it gives none."""
+        """Class names by label in the checkpoint; empty if there are none."""
         names = self.extra.get("label_names") or self.pretrained_cfg.get("label_names") or []
         return [str(name) for name in names]
 
     def build(self, seed: int | None = None) -> nn.Module:
-        """A freshly initialised model; with a seed the same weights each time, the global generator untouched."""
+        """Return a newly initialised model.
+
+        Args:
+            seed: The weights depend on it alone, and the global generator is unchanged; None: draw from the global
+                generator.
+
+        Raises:
+            UserError: The architecture is unknown, or its arguments are wrong.
+        """
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
@@ -70,7 +83,7 @@ class ModelSpec:
                         "(timm.list_models() has all)"
                     ) from None
                 if isinstance(error, NotImplementedError) or "meta" in str(error):
-                    raise  # of a constructor that needs values: `_on_meta` builds it with memory
+                    raise  # the constructor needs values: `_on_meta` builds the model with memory
                 raise UserError(
                     f"architecture {self.architecture!r} cannot be built with its model_args {self.model_args}: "
                     f"{str(error).splitlines()[0][:120]}"
@@ -84,15 +97,16 @@ class ModelSpec:
         return model
 
     def write(self, model: nn.Module, folder: Path) -> Path | None:
-        """Writes a model in a layout of its own; None where its layout is timm's."""
+        """Write a model in a layout other than timm's and return the folder; None: the layout is timm's."""
         return None
 
 
 def spec_of(model: nn.Module) -> ModelSpec:
-    """The spec of a model built here, or by `timm.create_model`.
+    """Return the spec of a model that was built here, or by `timm.create_model`.
 
-    Raises UserError where the architecture cannot be told: then the model cannot be saved in timm's layout or
-    retrained from scratch, though it can be unlearned in memory.
+    Raises:
+        UserError: The architecture is not known. The model then cannot be saved in timm's layout or retrained from
+            scratch, but it can be unlearned in memory.
     """
     known = getattr(model, _SPEC, None)
     if known is not None:
@@ -101,7 +115,7 @@ def spec_of(model: nn.Module) -> ModelSpec:
     architecture = pretrained_cfg.get("architecture")
     if not architecture:
         raise UserError(
-            f"{type(model).__name__} does not say which timm architecture it is; build it with timm.create_model, "
+            f"{type(model).__name__} has no record of its timm architecture; build it with timm.create_model, "
             "or load it with engine.load_checkpoint, so that it can be saved and built again"
         )
     spec = ModelSpec(
@@ -121,12 +135,12 @@ def spec_of(model: nn.Module) -> ModelSpec:
 
 
 def set_spec(model: nn.Module, spec: ModelSpec) -> None:
-    """Sets what `spec_of` gives."""
+    """Set the result of `spec_of`."""
     setattr(model, _SPEC, spec)
 
 
 def remember_model_args(model: nn.Module, **model_args: Any) -> None:
-    """Notes the keyword arguments that `timm.create_model` was given, which older timm releases do not keep."""
+    """Store the keyword arguments of `timm.create_model`, which older timm releases do not keep."""
     pretrained_cfg = dict(getattr(model, "pretrained_cfg", None) or {})
     setattr(
         model,
@@ -165,7 +179,7 @@ def _is_json(value: Any) -> bool:
 
 
 def _difference(expected: dict[str, Any], found: dict[str, Any]) -> str:
-    """The first way in which two state dicts do not fit, in words; empty where they do."""
+    """Return the first difference of two state dicts as text; empty if they match."""
     for key in expected:
         if key not in found:
             return f"{key} is missing"
@@ -176,7 +190,12 @@ def _difference(expected: dict[str, Any], found: dict[str, Any]) -> str:
 
 
 def describing(model: nn.Module, names: Sequence[str]) -> nn.Module:
-    """Sets what config.json will say of a model that is trained anew, in place: its class names, and no others'."""
+    """Set the class names in config.json of a model that is trained anew, in place.
+
+    Args:
+        model: The model.
+        names: Class names by label; other numbers than the head's leave the model without names.
+    """
     spec = spec_of(model)
     old = (IMPORTED, "label_names", "label_descriptions")
     extra = {key: value for key, value in spec.extra.items() if key not in old}
@@ -188,9 +207,15 @@ def describing(model: nn.Module, names: Sequence[str]) -> nn.Module:
 
 
 def with_label_names(model: nn.Module, names: Sequence[str], said_by: str) -> nn.Module:
-    """Sets the class names of a model, in place.
+    """Set the class names of a model, in place.
 
-    Raises UserError for another number of names than the model has classes.
+    Args:
+        model: The model.
+        names: Class names by label.
+        said_by: Option or file that the names come from, for the message.
+
+    Raises:
+        UserError: The number of names differs from the number of classes.
     """
     spec = spec_of(model)
     if len(names) != spec.num_classes:
@@ -200,11 +225,13 @@ def with_label_names(model: nn.Module, names: Sequence[str], said_by: str) -> nn
 
 
 def folder_of(model: nn.Module) -> Path | None:
-    """The checkpoint folder that a model, or the one it was copied from, was loaded from; its weights may have changed
-    since."""
+    """Return the checkpoint folder that a model, or the model it was copied from, was loaded from.
+
+    The weights may have changed since.
+    """
     return getattr(model, _FOLDER, None)
 
 
 def set_folder(model: nn.Module, folder: Path | None) -> None:
-    """Notes what `folder_of` gives."""
+    """Set the result of `folder_of`."""
     setattr(model, _FOLDER, folder)

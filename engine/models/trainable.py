@@ -1,14 +1,14 @@
-"""Which weights a run may change: all, the head, the last blocks, or low-rank updates of the linear layers.
+"""The weights that a run may change: all, the head, the last blocks, or low-rank updates of the linear layers.
 
 With `lora:R` (Hu et al., ICLR 2022, arXiv 2106.09685) the linear layers of attention and MLP in every block (timm's
 qkv, proj, fc1, fc2) compute with
 
     W + B A,   A [R, in] uniform in +-1/sqrt(in), B [out, R] zero at first,
 
-and A and B alone are trained: no alpha / R scale (a rate does the same), no dropout, no biases. W + B A is made anew
-at every call (torch.nn.utils.parametrize), so every method runs on it unchanged and the merge is exact; the price is
-that the gradient of W + B A is computed whole, as in full training. What is not trained gets no gradient, no
-optimizer state and no weight decay, and ends as the bits that it was.
+and A and B alone are trained: no alpha / R scale (a learning rate has the same effect), no dropout, no biases. W + B A
+is computed at every call (torch.nn.utils.parametrize), so every method runs on it unchanged and the merge is exact; the
+price is that the gradient of W + B A is computed whole, as in full training. Weights that are not trained have no
+gradient, no optimizer state and no weight decay, and keep their bits.
 """
 
 from __future__ import annotations
@@ -33,7 +33,12 @@ _BLOCK = re.compile(r"(layers\.\d+\.)?blocks\.\d+")
 
 
 class LowRank(nn.Module):
-    """W + B A for a weight W [out, in]; A [rank, in], B [out, rank]."""
+    """W + B A for a weight W [out, in].
+
+    Attributes:
+        A: Parameter [rank, in].
+        B: Parameter [out, rank].
+    """
 
     def __init__(self, weight: Tensor, rank: int, generator: torch.Generator) -> None:
         super().__init__()
@@ -42,16 +47,22 @@ class LowRank(nn.Module):
         self.B = nn.Parameter(weight.new_zeros(weight.shape[0], rank))
 
     def forward(self, weight: Tensor) -> Tensor:
-        # Not in the half precision of autocast: the passes are to see the weight that the merge leaves.
+        # Not in the half precision of autocast: forward passes must use the same weight as the merge.
         with torch.autocast(weight.device.type, enabled=False):
             return weight + self.B @ self.A
 
 
 def restrict(model: nn.Module, spec: str, seed: int, parts: Sequence[str] = ("attn", "mlp")) -> None:
-    """Freezes what a run must not change, and adds the low-rank updates where they are what is trained.
+    """Freeze the weights that a run must not change, and add low-rank updates for `lora:R`; undone by `merge`.
 
-    model: timm's ViT, DeiT or Swin; changed in place, until `merge`. spec: `RunConfig.trainable`. seed: of A.
-    parts: modules of a block whose linear layers get updates. Raises UserError where the model has no such part.
+    Args:
+        model: timm's ViT, DeiT or Swin; changed in place.
+        spec: `RunConfig.trainable`.
+        seed: Seed of A.
+        parts: Modules of a block whose linear layers get updates.
+
+    Raises:
+        UserError: The model has no such part.
     """
     if spec == "all":
         return
@@ -71,17 +82,17 @@ def restrict(model: nn.Module, spec: str, seed: int, parts: Sequence[str] = ("at
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """Makes a plain model of what `restrict` made, in place: W + B A in the place of W, gradients as before."""
+    """Replace W by W + B A, in place, and unfreeze the weights that `restrict` froze."""
     for layer in [module for module in model.modules() if parametrize.is_parametrized(module, "weight")]:
         parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
-        layer._parameters["bias"] = layer._parameters.pop("bias")  # behind the weight again: order is part of a model
+        layer._parameters["bias"] = layer._parameters.pop("bias")  # keep the order: weight, bias
     for name in vars(model).pop(_FROZEN, ()):
         model.get_parameter(name).requires_grad_(True)
     return model
 
 
 def merge_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same for the state dict of a restricted model; one of a plain model as it is."""
+    """Return the merged state dict of a restricted model; that of a plain model is unchanged."""
     merged = {}
     for key, value in state.items():
         owner, parametrized, which = key.partition(_PARAMETRIZED)
@@ -93,7 +104,11 @@ def merge_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def refuse_sharding(model: nn.Module, zero: Mapping[str, Any]) -> None:
-    """Raises UserError for a restricted model under a DeepSpeed configuration that cannot keep what is promised."""
+    """Check that a DeepSpeed configuration supports a restricted model.
+
+    Raises:
+        UserError: Frozen weights would be rounded, or ZeRO-3 would not gather them.
+    """
     if not hasattr(model, _FROZEN):
         return
     if zero["bf16"]["enabled"]:
@@ -109,18 +124,18 @@ def refuse_sharding(model: nn.Module, zero: Mapping[str, Any]) -> None:
 
 
 def low_ranks(model: nn.Module) -> list[list[LowRank]]:
-    """The low-rank updates of each block, first block first."""
+    """Return the low-rank updates of each block, first block first."""
     return [[m for m in block.modules() if isinstance(m, LowRank)] for block in blocks_of(model)]
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The blocks in the order of the pass, over all stages of a Swin."""
+    """Return the blocks in the order of the forward pass, over all stages of a Swin."""
     found = [module for name, module in model.named_modules() if _BLOCK.fullmatch(name)]
     return found or list(getattr(model, "blocks", ()))
 
 
 def after_blocks(model: nn.Module) -> list[nn.Module]:
-    """What comes behind the blocks: norms, pooling, heads."""
+    """Return the modules after the blocks: norms, pooling, heads."""
     if hasattr(model, "tail"):  # not a model of timm
         return list(model.tail)  # type: ignore[arg-type]
     children = dict(model.named_children())
@@ -148,7 +163,7 @@ def _last(model: nn.Module, spec: str, count: int) -> list[nn.Module]:
         )
     first = len(blocks) - count
     seen, between = 0, []
-    for stage in getattr(model, "layers", ()):  # Swin: what joins two blocks that are trained is trained
+    for stage in getattr(model, "layers", ()):  # Swin: the downsampling between two trained blocks is trained
         if seen > first:
             between.append(stage.downsample)
         seen += len(stage.blocks)
@@ -176,7 +191,7 @@ def _linear_layers(model: nn.Module, parts: Sequence[str], spec: str, rank: int)
 
 
 def _part_of_block(name: str) -> str:
-    """The part of a block that a linear layer belongs to, in timm's words; empty for one that makes a position bias."""
+    """Return timm's name of the part of a block that a linear layer is in; empty for the layer of a position bias."""
     first, _, rest = name.partition(".")
     if first in _PARTS:  # transformers nests its layers deeper
         return "" if "position_bias" in rest else _PARTS[first]

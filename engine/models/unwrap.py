@@ -1,4 +1,4 @@
-"""Takes a state dict out of what a training script saved: its container, raw or EMA weights, and name prefixes."""
+"""Extract a state dict from a training script's file: its container, raw or EMA weights, and name prefixes."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ _CONTAINERS: dict[Kind, tuple[str, ...]] = {
         "module",
     ),
 }
-# What a container may hold the state dict in again.
+# Keys of a container that may hold the state dict one level deeper.
 _INNER = ("module", "state_dict", "model", "model_state_dict", "ema", "shadow", "params")
-# Wrappers of a model, by the prefix that each puts before its names.
+# Prefixes of names that wrappers of a model add.
 _WRAPPERS = (
     "module",
     "_orig_mod",
@@ -57,11 +57,11 @@ _WRAPPERS = (
     "base_model",
 )
 _EMA_WRAPPERS = ("ema", "ema_model", "model_ema", "ema_net", "averaged_model", "teacher_ema")
-# Buffers that a model computes itself, and counters that profilers and AveragedModel leave.
+# Buffers that a model computes itself, and counters of profilers and AveragedModel.
 _HARMLESS = re.compile(
     r"(^|\.)(attn_mask|relative_position_index|relative_coords_table|n_averaged|total_ops|total_params)$"
 )
-# What stands beside the model in a training module: losses and metrics.
+# Parts of a training module other than the model: losses and metrics.
 _TRAINING = re.compile(r"^(criterion|loss\w*|\w*_loss|metrics?|\w+_metrics?|\w*acc(uracy)?\w*|mixup\w*)\.")
 
 
@@ -69,9 +69,12 @@ _TRAINING = re.compile(r"^(criterion|loss\w*|\w*_loss|metrics?|\w+_metrics?|\w*a
 class StateDict:
     """Weights as a file held them.
 
-    container: the key that they were under, empty for a bare state dict. kind: of the weights, as far as the file has
-    both; None for a file with one kind alone that is not marked as EMA. stripped: prefixes taken off, outermost first.
-    passed_over: keys that are no weights of the model.
+    Attributes:
+        tensors: Weights by name.
+        container: Key that they were under, empty for a bare state dict.
+        kind: raw or ema, if the file has both; None for a file with one kind that is not marked as EMA.
+        stripped: Prefixes that were removed, outermost first.
+        passed_over: Keys that are not weights of the model.
     """
 
     tensors: dict[str, Tensor]
@@ -82,9 +85,15 @@ class StateDict:
 
 
 def choose(contents: Any, weights: Kind | None, name: str) -> StateDict:
-    """The state dict of a file, EMA weights first.
+    """Return the state dict of a file, EMA weights first.
 
-    weights: which ones to take. name: of the file, for errors. Raises UserError if the file has none, or not these.
+    Args:
+        contents: Contents of the file.
+        weights: Kind to take; None: EMA weights if there are any, else raw ones.
+        name: Name of the file, for errors.
+
+    Raises:
+        UserError: The file has no weights, or none of this kind.
     """
     if not isinstance(contents, Mapping):
         raise UserError(
@@ -101,7 +110,7 @@ def choose(contents: Any, weights: Kind | None, name: str) -> StateDict:
             f"checkpoint {name}: has no {weights} weights, only {has[0]} ones (under "
             f"{', '.join(repr(each.container) or 'no key' for each in found)}); leave --weights {weights} out"
         )
-    wanted.sort(key=lambda each: each.kind != "ema")  # stable: timm's order within a kind
+    wanted.sort(key=lambda each: each.kind != "ema")  # the sort is stable: timm's order within a kind
     chosen = wanted[0]
     if weights != "raw" and chosen.kind != "ema" and (nameless := _without_names(contents)):
         raise UserError(
@@ -143,7 +152,10 @@ def _candidates(contents: Mapping[Any, Any]) -> list[StateDict]:
 
 
 def _averaged_by_callbacks(contents: Mapping[Any, Any], found: list[StateDict]) -> list[StateDict]:
-    """With the EMA weights that callbacks of Lightning keep; `WeightAveraging` puts them in place of the raw ones."""
+    """Add the EMA weights of Lightning's callbacks.
+
+    `WeightAveraging` stores them in place of the raw ones.
+    """
     current = _held(contents.get("current_model_state"), "current_model_state", "raw")
     if current is not None:
         found = [dataclasses.replace(e, kind="ema") if e.container == "state_dict" else e for e in found] + [current]
@@ -157,7 +169,7 @@ def _averaged_by_callbacks(contents: Mapping[Any, Any], found: list[StateDict]) 
 
 
 def _without_names(contents: Mapping[Any, Any]) -> str:
-    """Where EMA weights stand as a list of tensors (`shadow_params`), which no name can be given; empty if nowhere."""
+    """Return the key of EMA weights that are a list without names (`shadow_params`); empty if there is none."""
     for key in _CONTAINERS["ema"]:
         value = contents.get(key)
         for inner, item in value.items() if isinstance(value, Mapping) else ((None, value),):
@@ -167,13 +179,13 @@ def _without_names(contents: Mapping[Any, Any]) -> str:
 
 
 def _alike(one: StateDict, other: StateDict) -> bool:
-    """Whether two state dicts are of models of one kind, by the ends of their names."""
+    """Return whether two state dicts are of similar models, by the last parts of their names."""
     first, second = ({tuple(key.split(".")[-2:]) for key in each.tensors} for each in (one, other))
     return 2 * len(first & second) > min(len(first), len(second))
 
 
 def _held(value: Any, container: str, kind: Kind | None, depth: int = 0) -> StateDict | None:
-    """The state dict in a value: the value itself, or one level or two below."""
+    """Return the state dict in a value: the value itself, or up to three levels deeper."""
     if not isinstance(value, Mapping) or not value or depth > 3:
         return None
     if tensors := _tensors(value):
@@ -185,14 +197,14 @@ def _held(value: Any, container: str, kind: Kind | None, depth: int = 0) -> Stat
 
 
 def _tensors(value: Mapping[Any, Any]) -> dict[str, Tensor]:
-    """The tensors of a state dict by name; empty for a dict that is none."""
+    """Return the tensors of a state dict by name; empty for another dict."""
     tensors = {key: item for key, item in value.items() if isinstance(key, str) and isinstance(item, Tensor)}
     named = sum("." in key for key in tensors)
     return {key: item.detach() for key, item in tensors.items()} if named and 2 * len(tensors) > len(value) else {}
 
 
 def _split_ema(found: StateDict) -> list[StateDict]:
-    """EMA weights that stand beside the raw ones in one state dict (`model.*` and `ema_model.*`), apart."""
+    """Split EMA weights from the raw ones of the same state dict (`model.*` and `ema_model.*`)."""
     averaged = {key: item for key, item in found.tensors.items() if key.partition(".")[0] in _EMA_WRAPPERS}
     rest = {key: item for key, item in found.tensors.items() if key not in averaged}
     if not averaged or not rest:
@@ -206,15 +218,17 @@ def _split_ema(found: StateDict) -> list[StateDict]:
 
 
 def _same(one: StateDict, other: StateDict) -> bool:
-    """Whether they hold the same weights in the same order, whatever prefix their names have."""
+    """Return whether both have the same weights in the same order, for any prefix of their names."""
     pairs = zip(one.tensors.values(), other.tensors.values(), strict=False)
     return len(one.tensors) == len(other.tensors) and all(a is b or torch.equal(a, b) for a, b in pairs)
 
 
 def fit(found: StateDict, expected: Iterable[str]) -> StateDict:
-    """Takes off the prefixes without which the names are those of a model; harmless extra keys are passed over.
+    """Remove the prefixes that keep the names from matching a model, and harmless extra keys.
 
-    expected: names in the model's state dict. Names that do not fit any way are left, for the caller's error.
+    Args:
+        found: The state dict.
+        expected: Names in the model's state dict. Names that do not match are left, for the caller's error.
     """
     wanted = set(expected)
     best, score = found, -1
@@ -236,7 +250,7 @@ def fit(found: StateDict, expected: Iterable[str]) -> StateDict:
 
 
 def _without(found: StateDict, prefix: str) -> StateDict | None:
-    """Without a prefix of some or all names; None where two names would become one."""
+    """Return the state dict without a prefix of some or all names; None if two names would become one."""
     renamed: dict[str, Tensor] = {}
     for key, item in found.tensors.items():
         name = key.removeprefix(prefix)

@@ -1,4 +1,4 @@
-"""The module that a run works on, of what a user gave."""
+"""Prepare a user's model for a run."""
 
 from __future__ import annotations
 
@@ -18,10 +18,16 @@ _QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch
 
 
 def usable(model: nn.Module, inplace: bool = False) -> nn.Module:
-    """The module to work on: `unwrapped`, and in float32 in place of 16 bits, in which small updates are lost.
+    """Return the module to work on: `unwrapped`, with 16-bit weights converted to float32.
 
-    A copy is made for the latter unless `inplace`. A classifier of transformers is wrapped, see `as_classifier`.
-    Raises UserError for what is no module, and for weights that are quantised or on the meta device.
+    Small updates are lost in 16 bits. A classifier of transformers is wrapped, see `as_classifier`.
+
+    Args:
+        model: The user's model.
+        inplace: Convert the weights in place; by default a converted model is a copy.
+
+    Raises:
+        UserError: It is not a module, or its weights are quantised or on the meta device.
     """
     if not isinstance(model, nn.Module):
         raise UserError(f"model is a {type(model).__name__}, expected a torch.nn.Module or a checkpoint's path")
@@ -36,14 +42,18 @@ def usable(model: nn.Module, inplace: bool = False) -> nn.Module:
 
 
 def _refuse_untrainable(model: nn.Module) -> None:
-    """Raises UserError for a model some of whose weights no step could change, though it gives logits."""
+    """Check that every weight of a model can be trained.
+
+    Raises:
+        UserError: Weights are quantised or on the meta device.
+    """
     name = type(model).__name__
     for path, module in model.named_modules():
         integers = any(not (p.is_floating_point() or p.is_complex()) for p in module.parameters(recurse=False))
         if integers or type(module).__module__.startswith(_QUANTISED):
             raise UserError(
                 f"{name}: {path or 'it'} ({type(module).__name__}) is quantised, and its weights cannot be changed; "
-                "give the model before its quantisation, and quantise what comes out"
+                "give the model before its quantisation, and quantise the result"
             )
     if any(p.is_meta for p in model.parameters()):
         raise UserError(f"{name}: its weights are on the meta device, without values; load them first")

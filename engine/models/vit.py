@@ -28,14 +28,18 @@ from engine.models.info import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ViTInfo(ModelInfo):
-    """Geometry of a model's patches, as the mask sees them.
+    """Geometry of a model's patches, for masks.
 
-    patch_size: (height, width) in pixels of one maskable patch. grid: patches down and across.
-    num_prefix_tokens: class, distillation and register tokens before the patch tokens.
-    pool: "token" where the class token is read by the head, "avg" where patch tokens are averaged, "map" where
-    attention pooling reads all of them.
-    in_chans, input_size: channels; (height, width) in pixels. windowed: Swin's rule applies
-    (`engine.models.attention_masking`).
+    Attributes:
+        in_chans: Channels of an image.
+        input_size: (height, width) in pixels.
+        width: Number of features.
+        patch_size: (height, width) in pixels of one maskable patch.
+        grid: Patches down and across.
+        num_prefix_tokens: Class, distillation and register tokens before the patch tokens.
+        pool: "token": the head's input is the class token; "avg": the mean of the patch tokens; "map": attention
+            pooling over all of them.
+        windowed: Swin's rule applies (`engine.models.attention_masking`).
     """
 
     patch_size: tuple[int, int]
@@ -50,9 +54,10 @@ class ViTInfo(ModelInfo):
 
 
 def describe(model: nn.Module) -> ModelInfo:
-    """A `ViTInfo` of a model whose attention can be read, else a `ModelInfo`.
+    """Return a `ViTInfo` of a model whose attention can be read, else a `ModelInfo`.
 
-    Raises UserError only where the model does not declare its input size.
+    Raises:
+        UserError: The model does not declare its input size.
     """
     if (declared := declared_info(model)) is not None:
         return declared
@@ -63,9 +68,10 @@ def describe(model: nn.Module) -> ModelInfo:
 
 
 def attention_info(model: nn.Module) -> ViTInfo:
-    """Patches, prefix tokens and pooling of a model whose attention can be read.
+    """Return patches, prefix tokens and pooling of a model whose attention can be read.
 
-    Raises UserError, with what was found in place of it, for every other model.
+    Raises:
+        UserError: It cannot be read; the message has the reason.
     """
     if (declared := declared_info(model)) is not None:
         if isinstance(declared, ViTInfo):
@@ -103,7 +109,7 @@ def attention_info(model: nn.Module) -> ViTInfo:
 
 
 def _swin_info(model: Any) -> ViTInfo:
-    """A maskable patch is a token of the last stage: its scores are what Swin's rule gives."""
+    """Return the geometry of a Swin: a maskable patch is a token of the last stage, as in Swin's rule."""
     general = model_info(model)
     grid = pair(model.layers[-1].blocks[-1].input_resolution)
     return ViTInfo(
@@ -117,15 +123,17 @@ def _swin_info(model: Any) -> ViTInfo:
 
 
 def plain_attention(model: nn.Module) -> bool:
-    """Whether q and k of every block are the final ones behind `q_norm` and `k_norm`, with nothing added to the logits:
-    timm's `Attention` alone, without rotary embeddings and without attention pooling."""
+    """Return whether all attention is timm's `Attention`, without rotary embeddings and attention pooling.
+
+    Then q and k after `q_norm` and `k_norm` are final, and nothing is added to the logits.
+    """
     modules = attention_modules(model)
     pooled = getattr(model, "attn_pool", None) is not None or getattr(model, "rope", None) is not None
     return bool(modules) and not pooled and all(type(module) is Attention for module in modules)
 
 
 def _grid_of(embed: Any, image: tuple[int, int]) -> tuple[int, int]:
-    """Patches down and across of an image of the input size."""
+    """Return patches down and across of an image of the input size."""
     patch = pair(embed.patch_size)
     built = getattr(embed, "img_size", None)
     if getattr(embed, "grid_size", None) is not None and (built is None or pair(built) == image):
@@ -139,7 +147,11 @@ def _grid_of(embed: Any, image: tuple[int, int]) -> tuple[int, int]:
 
 
 def _patch_of(model: nn.Module, image: tuple[int, int], grid: tuple[int, int]) -> tuple[int, int]:
-    """(height, width) in pixels of a cell of the grid. Raises UserError where the cells do not tile the image."""
+    """Return (height, width) in pixels of a cell of the grid.
+
+    Raises:
+        UserError: The cells do not tile the image.
+    """
     if image[0] % grid[0] or image[1] % grid[1]:
         raise UserError(
             f"{type(model).__name__}: its {grid[0]} x {grid[1]} tokens do not tile its input of {image[0]} x "
@@ -157,15 +169,23 @@ def is_swin(model: nn.Module) -> bool:
 
 
 def cosine_attention(attention: Any) -> bool:
-    """Whether it is SwinV2's: explicit attention of normalised q and k, with a bias from a small network."""
+    """Return whether it is SwinV2's attention: explicit, of normalised q and k, with a bias from a small network."""
     return all(hasattr(attention, name) for name in ("logit_scale", "cpb_mlp", "attn_drop"))
 
 
 def outputs(model: nn.Module, images: Tensor, what: str = "logits") -> Tensor:
-    """`logits` [B, classes], or `features` [B, width]: what the last linear layer reads. In the precision of the pass.
+    """Return logits or features of images, in the precision of the pass.
 
-    Always one call of the model itself, never of its parts, and what that call returns: DeepSpeed gathers sharded
-    weights at the call, and begins the backward pass at what was returned.
+    This is always one call of the model itself, never of its parts, and returns what that call returns: DeepSpeed
+    gathers sharded weights at the call, and starts the backward pass at the returned tensor.
+
+    Args:
+        model: The model.
+        images: Normalised images [B, C, H, W].
+        what: `logits` [B, classes], or `features` [B, width], the input of the last linear layer.
+
+    Raises:
+        UserError: A norm over the batch got a batch of one image.
     """
     images = images.to(next(model.parameters()).dtype)
     try:
@@ -189,8 +209,11 @@ def _outputs(model: nn.Module, images: Tensor, what: str) -> Tensor:
 
 
 def check_features(model: nn.Module) -> None:
-    """Raises UserError where a model's features cannot be read, or are not one vector of `model_info().width` an
-    image."""
+    """Check that a model's features can be read, as one vector of `model_info().width` for each image.
+
+    Raises:
+        UserError: They cannot.
+    """
     expected = (1, model_info(model).width)
     try:
         with evaluating(model), torch.no_grad():
@@ -204,7 +227,11 @@ def check_features(model: nn.Module) -> None:
 
 
 def checkpoint_blocks(model: nn.Module) -> None:
-    """Turns gradient checkpointing on. Raises UserError where the model has none."""
+    """Turn gradient checkpointing on.
+
+    Raises:
+        UserError: The model does not support it.
+    """
     try:
         model.set_grad_checkpointing(True)  # type: ignore[operator]
     except (AttributeError, AssertionError, TypeError):
@@ -216,7 +243,7 @@ def checkpoint_blocks(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def forwarding(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Within it, a module computes something else; its hooks still run."""
+    """Replace the forward function of a module within the context; its hooks still run."""
     before = vars(module).get("forward")  # another wrapper's, if there is one
     module.forward = forward
     try:
@@ -228,7 +255,7 @@ def forwarding(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterat
 
 
 def attention_modules(model: nn.Module) -> list[nn.Module]:
-    """The attention of each block, first block first; empty where a block has none that can be captured."""
+    """Return the attention of each block, first block first; empty if one of them cannot be captured."""
     modules = [getattr(block, "attn", None) for block in getattr(model, "blocks", [])]
     usable = [m for m in modules if m is not None and hasattr(m, "q_norm") and hasattr(m, "k_norm")]
     return usable if len(usable) == len(modules) else []

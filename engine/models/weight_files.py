@@ -1,7 +1,7 @@
-"""Files of weights as people have them: found in a folder, and read as inert data.
+"""Find the file of weights in a folder, and read it as inert data.
 
-A pickle is opened by `torch.load(weights_only=True)` alone. Settings that training scripts keep beside the weights
-(argparse.Namespace, OmegaConf, yacs, pathlib, numpy scalars) become stand-ins that hold data and run nothing.
+A pickle is opened by `torch.load(weights_only=True)` alone. Settings that training scripts store with the weights
+(argparse.Namespace, OmegaConf, yacs, pathlib, numpy scalars) become stand-ins that hold data and run no code.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 
 from engine.errors import UserError
 
-# In this order: what a folder's weights are called by timm, Hugging Face and `engine.save_checkpoint`.
+# Names of weights in folders of timm, Hugging Face and `engine.save_checkpoint`, in order of preference.
 _STANDARD = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -32,7 +32,7 @@ _STANDARD = (
     "pytorch_model.bin.index.json",
 )
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
-# Files beside the weights that hold something else.
+# Files of other contents in a folder of weights.
 _NO_WEIGHTS = re.compile(
     r"(^|[._-])(optim(izer)?|optimizers|sched(uler)?|rng_state|random_states|scaler|training_args|trainer_state|stages)"
     r"([._-]|\d|$)"
@@ -42,10 +42,12 @@ _SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 
 @dataclasses.dataclass(frozen=True)
 class WeightFile:
-    """What a file of weights holds.
+    """A file of weights.
 
-    contents: of a safetensors file its tensors, of a pickle whatever was saved, as plain Python values and tensors.
-    path: of the file, or of the index of its shards. passed_over: names of files in the folder without weights.
+    Attributes:
+        contents: The tensors of a safetensors file, or the object in a pickle, as plain Python values and tensors.
+        path: Path of the file, or of the index of its shards.
+        passed_over: Names of files in the folder without weights.
     """
 
     contents: Any
@@ -54,9 +56,10 @@ class WeightFile:
 
 
 def read_weights(place: Path) -> WeightFile:
-    """Reads a file of weights, or the one that a folder holds.
+    """Read a file of weights, or the one in a folder.
 
-    Raises UserError for a folder with no or several such files, and for a file that is damaged or holds code.
+    Raises:
+        UserError: The folder has no or several such files, or the file is damaged or holds code.
     """
     path, passed_over = (place, ()) if place.is_file() else _find(place)
     return WeightFile(_read(path), path, passed_over)
@@ -89,7 +92,7 @@ def _find(folder: Path) -> tuple[Path, tuple[str, ...]]:
 
 
 def _elsewhere(folder: Path) -> str:
-    """Where the weights are that a folder itself does not have, in words; empty if that is not known."""
+    """Return where the weights of a folder without weights are, as text; empty if that is not known."""
     if any(folder.glob("*.distcp")):
         return (
             "; it is a distributed checkpoint of PyTorch: write one file with `python -m "
@@ -123,7 +126,7 @@ def _read(path: Path) -> Any:
 
 
 def _no_checkpoint(path: Path, start: bytes) -> str:
-    """What a file is that is none of weights, by its first bytes; empty otherwise."""
+    """Return the kind of a file that holds no weights, by its first bytes; empty for others."""
     if not start:
         return "the file is empty; copy it again"
     if start.startswith(b"version https://"):
@@ -169,7 +172,7 @@ def _read_shards(index: Path) -> dict[str, Any]:
     lost = sorted(set(weight_map) - set(weights))
     if lost:
         raise UserError(
-            f"checkpoint {index.parent}: {lost[0]} is not in {weight_map[lost[0]]} as {index.name} says; copy the "
+            f"checkpoint {index.parent}: {lost[0]} is not in {weight_map[lost[0]]} as {index.name} states; copy the "
             "shards again"
         )
     return weights
@@ -196,7 +199,7 @@ def _refusal(path: Path, error: Exception) -> str:
 
 
 class _Record:
-    """Holds what an object of a settings class was made of."""
+    """Constructor arguments and state of an object of a settings class."""
 
     def __init__(self, *args: Any) -> None:
         self.args = args
@@ -212,7 +215,7 @@ class _Record:
 
 
 class _Dict:
-    """Makes a plain dict where a subclass of dict was saved (yacs' CfgNode, EasyDict, AttributeDict)."""
+    """Create a plain dict in place of a subclass of dict (yacs' CfgNode, EasyDict, AttributeDict)."""
 
     def __new__(cls, *args: Any) -> Any:
         return OrderedDict(args[0]) if args and isinstance(args[0], Mapping) else OrderedDict()
@@ -231,7 +234,7 @@ def _sequence(*args: Any) -> list[Any]:
 
 
 def _numpy_scalar(dtype: Any, data: Any = b"") -> Any:
-    """A number of Python for a scalar of numpy; None for what is no number."""
+    """Return a Python number for a numpy scalar; None if it is not a number."""
     code = dtype.args[0] if isinstance(dtype, _Record) and dtype.args else None
     if not isinstance(code, str) or not re.fullmatch(r"[biuf]\d", code) or not isinstance(data, bytes):
         return None
@@ -288,7 +291,7 @@ _STAND_INS = _stand_ins()
 
 
 def plain(value: Any, depth: int = 0) -> Any:
-    """Stand-ins as dicts, lists and numbers; tensors as they are; None for what has no such form."""
+    """Return stand-ins as dicts, lists and numbers, and tensors unchanged; None if there is no such form."""
     if depth > 12:
         return None
     if isinstance(value, _Record):

@@ -1,8 +1,8 @@
-"""xformers' memory-efficient attention in the place of `scaled_dot_product_attention`, and whether it runs here.
+"""Memory-efficient attention of xformers in place of `scaled_dot_product_attention`, and a check that it runs here.
 
-timm's attention stays as it is, with its q_norm and k_norm, its dropout, norm and projection: only the call of
-`F.scaled_dot_product_attention` inside it goes to `xformers.ops.memory_efficient_attention`, which computes the same
-softmax(q k^T scale) v on [B, N, H, d] instead of [B, H, N, d].
+timm's attention stays as it is, with its q_norm and k_norm, its dropout, norm and projection. Only the call of
+`F.scaled_dot_product_attention` inside it is redirected to `xformers.ops.memory_efficient_attention`, which computes
+the same softmax(q k^T scale) v on [B, N, H, d] instead of [B, H, N, d].
 """
 
 from __future__ import annotations
@@ -27,9 +27,15 @@ _OPTION = "option attention='xformers'"
 def resolve_attention(
     name: Literal["auto", "sdpa", "eager", "xformers"], device: torch.device, precision: str = "fp32"
 ) -> Literal["sdpa", "eager", "xformers"]:
-    """auto is fused attention on an accelerator and explicit attention on the CPU.
+    """Return the implementation for a device: for auto, fused attention on an accelerator and explicit on the CPU.
 
-    Raises UserError for xformers where it is not installed, or does not run on this device in this precision.
+    Args:
+        name: The option.
+        device: Device of the run.
+        precision: Precision of the run.
+
+    Raises:
+        UserError: xformers is not installed, or does not run on this device in this precision.
     """
     if name == "xformers":
         check_xformers(device, precision)
@@ -39,10 +45,11 @@ def resolve_attention(
 
 
 def check_xformers(device: torch.device, precision: str = "fp32") -> None:
-    """Runs a small attention, forward and backward, as a run on this device in this precision would.
+    """Run a small attention, forward and backward, on this device in this precision.
 
-    Raises UserError where xformers is not installed, or none of its operators runs: with the reason each of them
-    gives, and the one for which its compiled extension did not load.
+    Raises:
+        UserError: xformers is not installed, or none of its operators runs; the message has the reason of each
+            operator, and why the compiled extension did not load.
     """
     try:
         operators = _operators()
@@ -61,7 +68,7 @@ def check_xformers(device: torch.device, precision: str = "fp32") -> None:
 
 @contextlib.contextmanager
 def through_xformers(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Within it, what these modules pass to `F.scaled_dot_product_attention` is computed by xformers."""
+    """Compute the calls of `F.scaled_dot_product_attention` of these modules by xformers within the context."""
     operators = _operators()
     before = {module: vars(module).get("forward") for module in modules}  # another wrapper's, if there is one
     for module in modules:
@@ -104,7 +111,7 @@ class _Redirect(TorchFunctionMode):
     ) -> Tensor:
         if attn_mask is not None or is_causal:
             raise UserError(f"{_OPTION}: this model masks its attention, which is not passed on; use attention=sdpa")
-        # Under autocast a q_norm or k_norm gives float32 beside a half-precision v; xformers wants one type.
+        # Under autocast q_norm or k_norm returns float32, and v is in half precision; xformers needs one type.
         BNHd = (tensor.to(value.dtype).transpose(1, 2) for tensor in (query, key, value))
         try:
             output_BNHd = self.operators.memory_efficient_attention(*BNHd, p=dropout_p, scale=scale)
@@ -114,7 +121,7 @@ class _Redirect(TorchFunctionMode):
 
 
 def _operators() -> Any:
-    """The module xformers.ops. What it logs when its extension does not load is kept for the refusal."""
+    """Return the module xformers.ops, without its log message about an extension that does not load."""
     logger = logging.getLogger("xformers")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -126,18 +133,18 @@ def _operators() -> Any:
 
 
 def _refusal(error: NotImplementedError, what: str) -> str:
-    """One line of what xformers says over many: each operator with its reasons."""
+    """Return the reasons of all operators of xformers on one line."""
     reasons = [
         f"{name} ({', '.join(line.strip() for line in lines.strip().splitlines())})"
         for name, lines in re.findall(r"`([^`]+)` is not supported because:\n((?: {4}.*\n?)*)", str(error))
     ]
-    told = "; ".join(reasons) or _one_line(str(error))
+    found = "; ".join(reasons) or _one_line(str(error))
     extension = _extension_problem()
-    return f"{_OPTION}: no operator of xformers takes {what}: {told}{extension}; use attention=sdpa"
+    return f"{_OPTION}: no operator of xformers takes {what}: {found}{extension}; use attention=sdpa"
 
 
 def _extension_problem() -> str:
-    """Why the compiled extension of xformers did not load, in its own words; empty where it did."""
+    """Return why the compiled extension of xformers did not load, as its own message; empty if it did."""
     try:
         from xformers._cpp_lib import _cpp_library_load_exception as problem
     except ImportError:

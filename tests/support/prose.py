@@ -34,7 +34,6 @@ NOT_YET = (
     "engine/evaluate",
     "engine/forget_sets",
     "engine/jobs",
-    "engine/models",
     "engine/plan",
     "engine/report",
     "engine/requests",

@@ -140,7 +140,7 @@ def test_options_that_contradict_each_other(base: Path, tmp_path: Path) -> None:
         (["--init", base, "--set", "base=fresh"], "contradicts --init"),
         (["--arch", base, "--set", "base=given"], "give it by --init"),
         (["--arch", base, "--weights", "ema"], "for a file that is given by --init"),
-        (["--init", base, "--arch", "vit_tiny_patch16_224"], "already says how the model is built"),
+        (["--init", base, "--arch", "vit_tiny_patch16_224"], "already defines the model"),
         (["--init", tmp_path / "nowhere.pth"], "is not a folder and not a file"),
         (["--init", base, "--set", "layer_decay=1.5"], "expected in (0, 1]"),
         (["--init", base, "--set", "layer_decay=0.5", "--set", "trainable=lora:2"], "layer_decay is for whole weights"),
@@ -154,7 +154,7 @@ def test_options_that_contradict_each_other(base: Path, tmp_path: Path) -> None:
 
 
 def test_a_retrain_never_starts_from_the_original(tmp_path: Path, digits: Source) -> None:
-    with pytest.raises(UserError, match=r"base=given would start from the model that saw.*lethe train --init"):
+    with pytest.raises(UserError, match=r"base=given would start from the model trained on.*lethe train --init"):
         engine.unlearn(
             tiny_vit(), few(digits.train, 10), few(digits.train, 40), method="retrain", config={"base": "given"}
         )

@@ -95,7 +95,7 @@ def test_what_is_not_of_the_model_is_named(tmp_path: Path) -> None:
 
 def test_a_folder_that_says_how_it_is_built_takes_no_arguments(checkpoint: Path) -> None:
     for given in ({"architecture": ARCH}, {"model_args": {"img_size": 8}}):
-        with pytest.raises(UserError, match="already says how the model is built"):
+        with pytest.raises(UserError, match="already defines the model"):
             load_checkpoint(checkpoint, **given)
     with pytest.raises(UserError, match="has no ema weights"):
         load_checkpoint(checkpoint, weights="ema")
@@ -180,7 +180,7 @@ def test_import_refuses_before_it_writes(tmp_path: Path, checkpoint: Path) -> No
         ([path, "--arch", ARCH, *args, "--label-names", tmp_path / "same"], "the same name twice"),
         ([path, "--arch", ARCH, *args, "--label-names", tmp_path / "none"], "does not exist"),
         ([tmp_path / "nowhere.pth"], "is not a folder and not a file"),
-        ([checkpoint, "--arch", ARCH], "already says how the model is built"),
+        ([checkpoint, "--arch", ARCH], "already defines the model"),
     ):
         code, output = lethe("import", *words, "--out", tmp_path / "c")
         assert code == 2, output

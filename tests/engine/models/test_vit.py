@@ -60,7 +60,7 @@ def test_saving_a_model_that_timm_made(tmp_path: Path) -> None:
 
 def test_a_bare_module_says_what_is_missing_when_it_is_saved(tmp_path: Path) -> None:
     bare = timm.models.vision_transformer.VisionTransformer(**SMALL)
-    with pytest.raises(UserError, match="does not say which timm architecture"):
+    with pytest.raises(UserError, match="has no record of its timm architecture"):
         save_checkpoint(bare, tmp_path / "c")
 
 
