@@ -1,4 +1,4 @@
-"""Data sources, forget requests and loaders."""
+"""Data: sources, samples with ids, forget requests, and loaders."""
 
 from engine.data.forget import ForgetRequest, read_forget_request
 from engine.data.loading import Batch, Loader

@@ -1,4 +1,4 @@
-"""The order of classes: which label a class name has.
+"""The order of classes: the label of each class name.
 
 Without a list of names, classes are in timm's order: natural and case-blind (`1 2 ... 10`, `apple Banana`).
 """
@@ -19,7 +19,9 @@ from engine.errors import UserError
 
 
 def natural_order(names: Iterable[str]) -> list[str]:
-    """Names in the order of timm's `natural_key`; names that are equal but for case are in the order of their text."""
+    """Return names in the order of timm's `natural_key`; names that differ in case alone are in the order of their
+    text.
+    """
     return sorted(names, key=lambda name: (_natural_key(name), name))
 
 
@@ -29,10 +31,14 @@ def _natural_key(name: str) -> list[int | str]:
 
 
 def read_class_map(path: str | Path) -> list[str]:
-    """Class names by label, from a file.
+    """Return the class names by label in a file.
 
-    Text: one name a line, the first has label 0. JSON or YAML (by suffix): a list of names, {name: label} or
-    {label: name}, with labels 0, 1, 2, ... Raises UserError for anything else.
+    Args:
+        path: Text with one name a line, the first with label 0; or JSON or YAML (by suffix) with a list of names,
+            {name: label} or {label: name}, with labels 0, 1, 2, ...
+
+    Raises:
+        UserError: The file has another form.
     """
     path = Path(path).expanduser()
     try:
@@ -90,28 +96,30 @@ def _names_of(content: Any, path: Path) -> list[str]:
 
 
 def relabelled(splits: Mapping[str, Samples], names: Sequence[str], where: str) -> dict[str, Samples]:
-    """Samples whose labels are positions in `names`, matched by the data's own class names.
+    """Return samples whose labels are positions in `names`, matched by the data's own class names.
 
-    Data without class names keeps its labels and takes the names. Names without samples are allowed.
+    Data without class names keeps its labels and gets the names. Names without samples are allowed.
 
     Args:
-        splits: samples by split.
-        names: class names in the wanted order.
-        where: what the names come from, for errors.
+        splits: Samples by split.
+        names: Class names in the wanted order.
+        where: Source of the names, for errors.
 
     Raises:
-        UserError: a class of the data is not among the names, or a label has no name.
+        UserError: A class of the data is not among the names, or a label has no name.
     """
     return {split: _relabelled(samples, list(names), where) for split, samples in splits.items()}
 
 
 def nfc(name: str) -> str:
-    """The name in Unicode's form NFC, in which equal text is equal; macOS writes names of folders in another."""
+    """Return the name in Unicode's form NFC, in which equal text is equal; macOS writes names of folders in another
+    form.
+    """
     return unicodedata.normalize("NFC", name)
 
 
 def label_finder(names: Sequence[str]) -> Callable[[str], int | None]:
-    """Gives the label of a class name, in any Unicode form; None for one that is not among the names."""
+    """Return a function from a class name, in any Unicode form, to its label; None for other names."""
     exact = {name: label for label, name in enumerate(names)}
     forms = {nfc(name): label for label, name in enumerate(names)}
 

@@ -1,4 +1,4 @@
-"""Which columns of a parquet file are images and labels, and what number a label is."""
+"""Columns of images and labels in a parquet file, and the number of each label."""
 
 from __future__ import annotations
 
@@ -20,7 +20,13 @@ _LABEL_NAMES = ("label", "labels", "target", "targets", "class", "category", "fi
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """Names of the columns of one file. class_names: of its labels by number, where the file says so."""
+    """Names of the columns of one file.
+
+    Attributes:
+        image, label: Names of the columns.
+        has_ids: There is a column `id`.
+        class_names: Class names by number, if the file has them.
+    """
 
     image: str
     label: str
@@ -30,7 +36,13 @@ class Columns:
 
 @dataclasses.dataclass(frozen=True)
 class Labels:
-    """Labels of one file: whole numbers (int64) with their names, or text. file: for errors."""
+    """Labels of one file.
+
+    Attributes:
+        file: Path, for errors.
+        values: Whole numbers, int64 [n], or texts.
+        class_names: Class names by number; empty for texts.
+    """
 
     file: str
     values: np.ndarray | list[str]
@@ -38,7 +50,17 @@ class Labels:
 
 
 def find_columns(schema: Any, name: str, path: Path, options: DataOptions) -> Columns:
-    """The columns of one file. Raises UserError where a column is missing or may be one of several."""
+    """Return the columns of one file.
+
+    Args:
+        schema: Arrow schema of the file.
+        name: Name of the split, for errors.
+        path: Path of the file, for errors.
+        options: Columns that are given.
+
+    Raises:
+        UserError: A column is missing, or several columns are candidates.
+    """
     double = next((column for column in schema.names if schema.names.count(column) > 1), None)
     if double is not None:
         raise UserError(f"{name}: {path} has {schema.names.count(double)} columns {double!r}; rename all but one")
@@ -53,7 +75,7 @@ def find_columns(schema: Any, name: str, path: Path, options: DataOptions) -> Co
 
 
 def _features(schema: Any) -> dict[str, Any]:
-    """Hugging Face's description of each column, empty where there is none."""
+    """Return Hugging Face's description of each column, empty if there is none."""
     try:
         info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {})
         features = info.get("features", {})
@@ -78,7 +100,7 @@ def _like_labels(schema: Any, features: Mapping[str, Any]) -> list[str]:
 
 
 def _with_named(typed: Sequence[str], named: Sequence[str]) -> list[str]:
-    """Columns of the wanted type, and those of a usual name: of a dataset with both, either may be meant."""
+    """Return the columns of the right type and those of a usual name; of a dataset with both, either may be meant."""
     return [*typed, *(column for column in named if column not in typed)]
 
 
@@ -97,7 +119,7 @@ def _column(schema: Any, name: str, path: Path, kind: str, given: str | None, li
 
 
 def _struct_fields(kind: Any) -> list[str]:
-    """Those of `bytes` and `path` that a struct type has."""
+    """Return which of `bytes` and `path` a struct type has."""
     import pyarrow.types as types
 
     if not types.is_struct(kind):
@@ -118,7 +140,16 @@ def _check_image_type(kind: Any, name: str, path: Path, column: str) -> None:
 
 
 def read_labels(path: Path, columns: Columns, name: str) -> Labels:
-    """The labels of one file. Raises UserError for missing and soft ones, naming the file."""
+    """Return the labels of one file.
+
+    Args:
+        path: Path of the file.
+        columns: Its columns.
+        name: Name of the split, for errors.
+
+    Raises:
+        UserError: Labels are missing, soft or negative.
+    """
     import pyarrow
     import pyarrow.parquet
     import pyarrow.types as types
@@ -153,10 +184,16 @@ def read_labels(path: Path, columns: Columns, name: str) -> Labels:
 
 
 def one_numbering(splits: Mapping[str, Sequence[Labels]]) -> dict[str, tuple[np.ndarray, list[str]]]:
-    """(labels int64 [n], class names) of each split, in one numbering.
+    """Return labels int64 [n] and class names of each split, in one numbering.
 
-    Text: classes are those of the training samples, in timm's order. Numbers: names are the first file's; those of
-    another file in another order are matched by name. Raises UserError where files cannot be brought together.
+    Text: classes are those of the training samples, in timm's order. Numbers: the names are those of the first file;
+    labels of a file with another order are matched by name.
+
+    Args:
+        splits: Labels of the files of each split.
+
+    Raises:
+        UserError: The labels of two files do not fit together.
     """
     train = splits["train"]
     texts = {each.file: isinstance(each.values, list) for files in splits.values() for each in files}
@@ -176,7 +213,7 @@ def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _numbers(labels: Labels, names: Sequence[str]) -> np.ndarray:
-    """The labels of a file as positions in `names`."""
+    """Return the labels of a file as positions in `names`."""
     find = label_finder(names)
     if isinstance(labels.values, list):
         unknown = next((text for text in labels.values if find(text) is None), None)

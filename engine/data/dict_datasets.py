@@ -18,12 +18,13 @@ LABEL_KEYS = ("label", "labels")
 
 
 class Pairs(Dataset[Any]):
-    """A dataset of dicts as one of (image, label).
+    """Wrap a dataset of dicts as a dataset of (image, label).
 
     Args:
-        dataset: map-style; its items hold an image under `image_key` and a label under `label_key`.
-        labels: of all items, if they are known without reading them.
-        classes: names by label.
+        dataset: Map-style; its items hold an image under `image_key` and a label under `label_key`.
+        image_key, label_key: Keys of an item.
+        labels: Labels of all items, if they are known without reading the items.
+        classes: Class names by label.
     """
 
     def __init__(
@@ -47,15 +48,15 @@ class Pairs(Dataset[Any]):
 
 
 def as_pairs(dataset: Any, name: str) -> Any:
-    """A dataset whose items are dicts as `Pairs`; any other dataset as it is.
+    """Return a dataset whose items are dicts as `Pairs`; any other dataset unchanged.
 
     Args:
-        dataset: map-style; its items hold an image under one of `IMAGE_KEYS` and a label under one of `LABEL_KEYS`.
-            A column of another name is found if it is the only one of its kind: Image, ClassLabel.
-        name: of the set, for messages.
+        dataset: Map-style; its items hold an image under one of `IMAGE_KEYS` and a label under one of `LABEL_KEYS`. A
+            column of another name is found if it is the only one of its kind: Image, ClassLabel.
+        name: Name of the set, for messages.
 
     Raises:
-        UserError: for keys that are not known, with those that were found.
+        UserError: The keys are not known; the message lists those that were found.
     """
     kind = _kind(dataset)
     if kind == "DatasetDict":
@@ -68,7 +69,7 @@ def as_pairs(dataset: Any, name: str) -> Any:
         return _of_columns(dataset, name)
     try:
         first = dataset[0]
-    except Exception:  # an image that does not decode: the pairs' own reader has the words
+    except Exception:  # an image that does not decode: reading it later raises the error
         return dataset
     if not isinstance(first, Mapping):
         return dataset
@@ -78,7 +79,7 @@ def as_pairs(dataset: Any, name: str) -> Any:
 
 
 def _kind(dataset: Any) -> str:
-    """The class of an object of the package `datasets`, which is not imported for it; empty for any other."""
+    """Return the class name of an object of the package `datasets`, without importing it; empty for others."""
     for cls in type(dataset).__mro__:
         if cls.__module__.partition(".")[0] == "datasets":
             return cls.__name__ if cls.__name__ in ("DatasetDict", "IterableDataset", "Dataset") else ""
@@ -86,7 +87,15 @@ def _kind(dataset: Any) -> str:
 
 
 def _key(keys: Sequence[str], wanted: Sequence[str], what: str, name: str, only: Sequence[str] = ()) -> str:
-    """The key of images or labels. only: keys of which one alone is taken without being named so."""
+    """Return the key of images or labels.
+
+    Args:
+        keys: Keys of an item.
+        wanted: Known names, in order of preference.
+        what: image or label, for errors.
+        name: Name of the set, for errors.
+        only: Keys of the right type; one alone is accepted under any name.
+    """
     for key in wanted:
         if key in keys:
             return key
@@ -100,7 +109,7 @@ def _key(keys: Sequence[str], wanted: Sequence[str], what: str, name: str, only:
 
 
 def _of_columns(dataset: Any, name: str) -> Pairs:
-    """A `datasets.Dataset`: labels come from its column, without decoding images."""
+    """Wrap a `datasets.Dataset`: labels come from its column, without decoding images."""
     features = dataset.features
     transformed = dataset.format["type"] == "custom"
     # Its images as they are stored, unless the dataset has a transform of its own.
@@ -120,17 +129,17 @@ def _of_columns(dataset: Any, name: str) -> Pairs:
 
 
 def _agrees(dataset: Any, key: str, labels: Sequence[Any]) -> bool:
-    """Whether the dataset's own transform leaves labels as they are stored; one sample of each class is read."""
+    """Return whether the dataset's own transform keeps labels as they are stored; one sample of each class is read."""
     firsts = {str(label): index for index, label in reversed(list(enumerate(labels)))}
     return all(np.array_equal(np.asarray(dataset[index][key]), np.asarray(labels[index])) for index in firsts.values())
 
 
 def as_image(value: Any) -> Any:
-    """A PIL image, or a tensor [C, H, W], of what an item holds.
+    """Return a PIL image, or a tensor [C, H, W], for the image of an item.
 
     Args:
-        value: a PIL image, a tensor, an array or lists: floats [C, H, W] that are normalised, or uint8 [H, W] or
-            [H, W, C]; or the encoded bytes or the path of an image as `datasets.Image(decode=False)` gives them.
+        value: A PIL image, a tensor, an array or lists: floats [C, H, W] that are normalised, or uint8 [H, W] or [H, W,
+            C]; or the encoded bytes or the path of an image, as from `datasets.Image(decode=False)`.
     """
     if isinstance(value, Mapping) and {"bytes", "path"} & set(value):
         return Image.open(io.BytesIO(value["bytes"]) if value.get("bytes") is not None else value["path"])

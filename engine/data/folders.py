@@ -1,4 +1,4 @@
-"""What sources that lie in folders share: the folder itself, which names count, and what was left out."""
+"""Common parts of sources that are folders: the folder, the names that count, and messages about the rest."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ logger = logging.getLogger(__name__)
 
 # torchvision's IMG_EXTENSIONS; timm's are fewer.
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"))
-# Folders that tools leave behind; those whose name begins with a dot are hidden too.
+# Folders that tools create; folders whose name begins with a dot are hidden too.
 _TOOL_FOLDERS = frozenset(("__pycache__", "__MACOSX", "@eaDir", "lost+found"))
 _TOOL_FILES = frozenset((".DS_Store", "Thumbs.db", "desktop.ini", ".gitkeep", ".gitignore", ".keep"))
 
 
 def is_hidden(folder: str) -> bool:
-    """Whether a folder of this name holds no data: `.ipynb_checkpoints`, `.git`, `__MACOSX`."""
+    """Return whether a folder of this name holds no data: `.ipynb_checkpoints`, `.git`, `__MACOSX`."""
     return folder.startswith(".") or folder in _TOOL_FOLDERS
 
 
 def is_image(file: str) -> bool:
-    """Whether a file of this name is an image. `._NAME` is not: macOS keeps attributes of the file NAME there."""
+    """Return whether a file of this name is an image; `._NAME` is not, macOS stores attributes of NAME there."""
     return not file.startswith("._") and os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES
 
 
@@ -34,7 +34,11 @@ def _is_of_a_tool(file: str) -> bool:
 
 
 def existing_folder(kind: str, location: str) -> Path:
-    """The folder of a location. Raises UserError where there is none."""
+    """Return the folder of a location.
+
+    Raises:
+        UserError: There is none.
+    """
     folder = Path(location).expanduser()
     if not location or not folder.is_dir():
         raise UserError(
@@ -44,7 +48,7 @@ def existing_folder(kind: str, location: str) -> Path:
 
 
 def note_left_out(name: str, place: Path | str, files: Sequence[str]) -> None:
-    """Logs how many files were left out, by their suffixes, with the first of them; files of tools do not count."""
+    """Log how many files were left out, by suffix, and the first of them; files of tools do not count."""
     files = [file for file in files if not _is_of_a_tool(os.path.basename(file))]
     if not files:
         return
@@ -57,8 +61,8 @@ def note_left_out(name: str, place: Path | str, files: Sequence[str]) -> None:
 
 
 def note_not_read(name: str, place: Path | str, what: Iterable[str]) -> None:
-    """Logs files or folders that belong to no split and are not read."""
+    """Log files or folders that belong to no split and are not read."""
     found = sorted(what)
     if found:
         listed = ", ".join(found[:5])
-        logger.warning("%s: not read, since the name says no split: %s (%d in %s)", name, listed, len(found), place)
+        logger.warning("%s: not read, since the name has no split: %s (%d in %s)", name, listed, len(found), place)

@@ -1,4 +1,4 @@
-"""Forget requests: which samples are to be forgotten, from a file of ids or a shorthand."""
+"""Forget requests: read the forget set from a file of ids or a shorthand."""
 
 from __future__ import annotations
 
@@ -20,8 +20,11 @@ from engine.errors import UserError, nearest
 class ForgetRequest:
     """A request resolved against the training samples.
 
-    indices: sorted positions in the training samples. duplicates: ids that were named more than once, merged.
-    provenance: further columns of the request file by id.
+    Attributes:
+        spec: The request as it was given.
+        indices: Sorted positions in the training samples.
+        duplicates: Number of repeated ids, which were merged.
+        provenance: Further columns of the request file by id.
     """
 
     spec: str
@@ -30,7 +33,7 @@ class ForgetRequest:
     provenance: dict[str, dict[str, str]]
 
     def split(self, train: Samples) -> tuple[Samples, Samples]:
-        """(forget, retain): the named samples and all the others."""
+        """Return forget set and retain set: the named samples and all others."""
         keep = np.ones(len(train), dtype=bool)
         keep[self.indices] = False
         return train.subset(self.indices, f"{train.name} (forget)"), train.subset(
@@ -39,9 +42,14 @@ class ForgetRequest:
 
 
 def read_forget_request(spec: str, train: Samples) -> ForgetRequest:
-    """Resolves a file (text, CSV with an `id` column, JSON lines), `class:NAME` or `random:FRACTION@SEED`.
+    """Resolve a forget request.
 
-    Raises UserError for ids that the data does not hold, an empty set, and a set that leaves nothing to retain.
+    Args:
+        spec: A file (text, CSV with an `id` column, JSON lines), `class:NAME` or `random:FRACTION@SEED`.
+        train: The training samples.
+
+    Raises:
+        UserError: An id is not in the data, or the forget set or the retain set would be empty.
     """
     provenance: dict[str, dict[str, str]] = {}
     duplicates = 0
@@ -54,7 +62,7 @@ def read_forget_request(spec: str, train: Samples) -> ForgetRequest:
         named = {row.pop("id"): row for row in map(dict, rows)}
         positions = train.positions(list(named), f"forget request {spec}")
         _check_rows(named, train, spec)
-        indices = np.unique(positions)  # an id may be named in two Unicode forms
+        indices = np.unique(positions)  # an id may occur in two Unicode forms
         duplicates = len(rows) - len(indices)
         provenance = {train.ids[at]: row for at, row in zip(positions.tolist(), named.values(), strict=True) if row}
     if len(indices) == 0:
@@ -68,7 +76,11 @@ def read_forget_request(spec: str, train: Samples) -> ForgetRequest:
 
 
 def _check_rows(named: Mapping[str, Mapping[str, str]], train: Samples, spec: str) -> None:
-    """Refuses a list whose field `rows` says that its positions are of another number of rows."""
+    """Check that positions in a list are for the current number of rows.
+
+    Raises:
+        UserError: The field `rows` of the list has another number.
+    """
     rows = train.id_kind.rows if train.id_kind else None
     for sample_id, row in named.items():
         if rows is not None and row.get("rows", str(rows)) != str(rows):
@@ -101,7 +113,11 @@ def _random(spec: str, train: Samples) -> np.ndarray:
 
 
 def _decoded(content: bytes, path: Path) -> str:
-    """UTF-8 text. Raises UserError for other encodings, naming the likely one and the command that converts it."""
+    """Return UTF-8 text.
+
+    Raises:
+        UserError: Another encoding; the message names the likely one and the command that converts it.
+    """
     try:
         text = content.decode("utf-8-sig")
         if "\0" not in text:
@@ -120,7 +136,7 @@ def _decoded(content: bytes, path: Path) -> str:
 
 
 def _likely_encoding(content: bytes) -> str | None:
-    """The name of an encoding for iconv, None for what is no text."""
+    """Return the name of an encoding for iconv, None for content that is not text."""
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         return "UTF-16"
     zeros = [content[start::2].count(0) for start in (0, 1)]

@@ -1,4 +1,4 @@
-"""A million sample ids in one Arrow array: no Python object an id, and taking, matching and counting in C++."""
+"""Sample ids in one Arrow array: no Python object for each id; taking, matching and counting run in C++."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import pyarrow.compute as pc
 
 from engine.errors import UserError
 
-_CHUNK = 1 << 16  # ids that are Python strings at a time while iterating
+_CHUNK = 1 << 16  # ids that are converted to Python strings at a time while iterating
 
 
 class Ids(Sequence[str]):
-    """An unchanging sequence of strings; equal to any other sequence of the same strings."""
+    """An immutable sequence of strings; equal to any other sequence of the same strings."""
 
     arrow: pa.Array
 
@@ -31,7 +31,12 @@ class Ids(Sequence[str]):
 
     @classmethod
     def from_bytes(cls, text: np.ndarray, ends: np.ndarray) -> Ids:
-        """Ids that lie one after the other in `text` (uint8, UTF-8), the i-th up to `ends[i]`."""
+        """Return ids from concatenated text.
+
+        Args:
+            text: UTF-8 bytes of all ids, uint8.
+            ends: End of each id in `text`, int64 [n].
+        """
         offsets = np.concatenate([[0], ends]).astype(np.int64)
         buffers = [None, pa.py_buffer(offsets), pa.py_buffer(np.ascontiguousarray(text, dtype=np.uint8))]
         array = pa.Array.from_buffers(pa.large_string(), len(ends), buffers)
@@ -74,16 +79,16 @@ class Ids(Sequence[str]):
         return Ids(self.arrow.take(pa.array(positions)))
 
     def positions(self, wanted: Sequence[str]) -> np.ndarray:
-        """int64 [len(wanted)]: where each of them first stands here, -1 for those that do not."""
+        """Return int64 [len(wanted)]: the first position of each wanted id, -1 if it is not there."""
         found = pc.index_in(Ids(wanted).arrow, value_set=self.arrow)
         return found.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
 
     def normalised(self) -> Ids:
-        """The ids in Unicode's form NFC, in which equal text is equal bytes."""
+        """Return the ids in Unicode's form NFC, in which equal text is equal bytes."""
         return Ids(pc.utf8_normalize(self.arrow, form="NFC"))
 
     def first_double(self) -> str | None:
-        """The first id that stands here a second time, or None."""
+        """Return the first id that occurs a second time, or None."""
         if pc.count_distinct(self.arrow).as_py() == len(self):
             return None
         first = pc.index_in(self.arrow, value_set=self.arrow).to_numpy()

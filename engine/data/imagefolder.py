@@ -1,4 +1,4 @@
-"""Images in folders: FOLDER/{train,validation,val,test}/CLASS/FILE."""
+"""Data source of images in folders: FOLDER/{train,validation,val,test}/CLASS/FILE."""
 
 from __future__ import annotations
 
@@ -21,7 +21,15 @@ from engine.errors import UserError
 
 
 def open_imagefolder(location: str, options: DataOptions) -> dict[str, Samples]:
-    """Samples by split. Classes are the folders of train/ in timm's order; hidden folders are none."""
+    """Return samples by split. Classes are the folders of train/ in timm's order, without hidden folders.
+
+    Args:
+        location: The folder.
+        options: Options of the source; with `classes`, an empty class folder is allowed.
+
+    Raises:
+        UserError: There are no training images, or the folders are not split and class folders.
+    """
     folder = existing_folder("imagefolder", location)
     below = _folders_of(folder)
     roots = by_split({word: folder / word for word in SPLIT_WORDS if word in below}, f"imagefolder:{location}")
@@ -41,7 +49,11 @@ def _folders_of(folder: Path) -> list[str]:
 
 
 def _listed(folder: Path | str) -> list[os.DirEntry[str]]:
-    """What a folder holds, by name. Raises UserError where it may not be read."""
+    """Return the entries of a folder by name.
+
+    Raises:
+        UserError: It cannot be read.
+    """
     try:
         with os.scandir(folder) as entries:
             return sorted(entries, key=lambda entry: entry.name)
@@ -50,7 +62,11 @@ def _listed(folder: Path | str) -> list[os.DirEntry[str]]:
 
 
 def _check_no_class_empty(train: Samples, root: Path) -> None:
-    """A class without images moves the labels of all after it, or does not: timm and torchvision differ."""
+    """Check that each class has images. An empty class shifts later labels in torchvision, but not in timm.
+
+    Raises:
+        UserError: A class folder is empty.
+    """
     counts = np.bincount(train.labels, minlength=len(train.class_names))
     if not counts.all():
         empty = [train.class_names[i] for i in np.flatnonzero(counts == 0)]
@@ -90,9 +106,9 @@ def _folder_split(name: str, root: Path, classes: list[str]) -> Samples:
 
 
 def _images_below(root: str, below: str, above: tuple[str, ...], left_out: list[str]) -> Iterator[str]:
-    """Paths relative to the root, in the order of sorted(Path): by name within each folder, links followed.
+    """Yield paths relative to the root, by name within each folder as sorted(Path) does; links are followed.
 
-    Hidden folders are passed over. Files that are no images by their names are added to `left_out`.
+    Hidden folders are skipped. Files that are not images by their names are added to `left_out`.
     """
     folder = f"{root}/{below}"
     if os.path.islink(folder.rstrip("/")):

@@ -1,4 +1,4 @@
-"""Labels of the data in the order of a model's class names, matched by name."""
+"""Match labels of the data with a model's classes by name."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from engine.data.sources import Source
 from engine.errors import UserError
 
 _REMEDY = (
-    "rename it, give the data's names in the checkpoint's words by --class-map FILE, or keep the data's own numbers by "
+    "rename it, give the checkpoint's names of the classes by --class-map FILE, or keep the data's own numbers by "
     "--label-order data"
 )
 
 
 def match_names(found: Sequence[str], wanted: Sequence[str], who: str) -> np.ndarray:
-    """Position [len(found)] in `wanted` of each name of the data.
+    """Return the position in `wanted`, int64 [len(found)], of each name of the data.
 
-    Names are compared as they are, in any Unicode form. If one has no equal, case, spaces, `_` and `-` are left out of
-    account, as long as that leaves one candidate.
+    Names are compared as they are, in any Unicode form. If one has no equal, case, spaces, `_` and `-` are ignored, if
+    that leaves one candidate.
 
     Args:
-        found: class names of the data by label.
-        wanted: class names of the model by label.
-        who: whose names `wanted` are, for errors.
+        found: Class names of the data by label.
+        wanted: Class names of the model by label.
+        who: Owner of the names `wanted`, for errors.
 
     Raises:
-        UserError: a name of the data that the model does not have, one that stands for several of its classes, or two
-            that stand for the same.
+        UserError: The model does not have a class of the data, several of its classes match one name, or two names
+            match the same class.
     """
     if list(found) == list(wanted):
         return np.arange(len(found))
@@ -78,17 +78,23 @@ def _plain(name: str) -> str:
 
 
 def same_names(first: Sequence[str], second: Sequence[str]) -> bool:
-    """Whether two lists name the same classes in the same order."""
+    """Return whether two lists name the same classes in the same order."""
     return list(map(_plain, first)) == list(map(_plain, second))
 
 
 def shown(names: Sequence[str]) -> str:
-    """First and last name, in quotes."""
+    """Return the first and the last name, in quotes."""
     return " ... ".join(repr(name) for name in (names if len(names) < 3 else (names[0], names[-1])))
 
 
 def relabelled(samples: Samples, mapping: np.ndarray, names: Sequence[str]) -> Samples:
-    """The same samples with label `mapping[label]`; names: the classes by their new labels."""
+    """Return the same samples with label `mapping[label]`.
+
+    Args:
+        samples: The samples.
+        mapping: New label of each label, int64.
+        names: Class names by new label.
+    """
     if len(samples) and samples.labels.max() >= len(mapping):
         raise UserError(
             f"{samples.name}: label {samples.labels.max()} has no class name; the data names {len(mapping)}"
@@ -100,7 +106,7 @@ def relabelled(samples: Samples, mapping: np.ndarray, names: Sequence[str]) -> S
 
 
 def relabelled_source(source: Source, mapping: np.ndarray, names: Sequence[str]) -> Source:
-    """The same with the three splits of a source."""
+    """Return the source with its three splits relabelled, see `relabelled`."""
     train, validation, test = (
         relabelled(samples, mapping, names) for samples in (source.train, source.validation, source.test)
     )

@@ -1,7 +1,7 @@
-"""From samples to normalised batches, the same for every number of worker processes.
+"""Loaders: from samples to normalised batches, the same for every number of worker processes.
 
-Every random choice is a pure function of (seed, epoch, sample): a table drawn once an epoch and indexed by the
-sample's position. So the order and the augmentation do not depend on workers, on batch size or on ranks.
+Every random choice is a function of (seed, epoch, sample): a table drawn once an epoch and indexed by the sample's
+position. So order and augmentation do not depend on workers, batch size or ranks.
 """
 
 from __future__ import annotations
@@ -30,16 +30,21 @@ from engine.runtime.process_group import ProcessGroup
 logger = logging.getLogger(__name__)
 
 _CACHE_BYTES = 1 << 30
-_AHEAD_BYTES = 256 << 20  # of decoded images that a worker may have ready, two batches at least
+_AHEAD_BYTES = 256 << 20  # decoded images that a worker prefetches, at least two batches
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """images: normalised float32 [B, C, H, W]. labels: int64 [B]. index: int64 [B], positions in the samples.
+    """A batch of samples on the device.
 
-    weight: what the mean over these samples counts in the mean over the step, see `engine.data.sampling`; 0 for
-    a batch that is there only to keep this rank in step. An image left out as bad lowers it, as if its gradient were
-    zero. total: samples of the step, over all ranks.
+    Attributes:
+        images: Normalised float32 [B, C, H, W].
+        labels: int64 [B].
+        index: int64 [B], positions in the samples.
+        weight: Weight of the mean over these samples in the mean over the step, see `engine.data.sampling`. 0 for a
+            placeholder batch, which a rank needs for the collectives. An image left out as bad lowers it, as if its
+            gradient were zero.
+        total: Samples of the step, over all ranks.
     """
 
     images: Tensor
@@ -53,14 +58,30 @@ class Batch:
 
 
 class Loader:
-    """Batches of some samples as one model wants them.
+    """Batches of samples, preprocessed for one model.
 
-    Decoded images are kept in memory where all of them fit into 1 GiB, unless they are cropped at random.
+    Decoded images are kept in memory if all of them fit into 1 GiB, unless they are cropped at random.
 
-    on_bad_image: raise BadImageError, or skip: an image that does not decode is left out of its batch, logged, and kept
-    in `bad_ids`; more than `max_bad_share` of the samples stop the run. decode: see RunConfig.
-    counts, chosen: where epochs take a part of the samples: how many each takes, and the positions of an epoch's.
-    waited: seconds that passes of this loader have waited for their batches.
+    Args:
+        samples: The samples.
+        preprocessing: Preprocessing of the model.
+        batch_size: Samples of a micro-batch on one rank.
+        seed: Seed of order and augmentation.
+        augment: none, flip, crop, or auto (by the samples).
+        workers: Worker processes; None: none if the images are kept in memory, else up to 8.
+        device: Device of the batches.
+        world: Process group; each rank loads its share.
+        micro: Micro-batches in a step.
+        on_bad_image: raise BadImageError, or skip: an image that does not decode is left out of its batch, logged, and
+            recorded in `bad_ids`.
+        max_bad_share: With skip, share [0, 1] of the samples above which the run stops.
+        decode: See RunConfig.
+        counts: Samples of each epoch, if epochs use a part of the samples.
+        chosen: Returns the positions of an epoch's samples, in that case.
+
+    Attributes:
+        bad_ids: Error message by id of each image that was left out.
+        waited: Seconds that passes of this loader have waited for batches.
     """
 
     def __init__(
@@ -87,7 +108,7 @@ class Loader:
         self.samples, self.preprocessing, self.seed = samples, preprocessing, seed
         self.device = torch.device(device)
         self.on_bad_image, self.max_bad_share = on_bad_image, max_bad_share
-        self.bad_ids: dict[str, str] = {}  # with what is wrong with each
+        self.bad_ids: dict[str, str] = {}
         self.waited = 0.0
         channels = len(preprocessing.mean)
         size = len(samples) * channels * preprocessing.size[0] * preprocessing.size[1]
@@ -109,29 +130,38 @@ class Loader:
                 continue
             fits = all(side <= wanted for side, wanted in zip(first.shape[-2:], self.preprocessing.size, strict=True))
             return "flip" if fits else "crop"
-        return "none"  # unreachable but for max_bad_share=1: no image is left to augment
+        return "none"  # only with max_bad_share=1: no image is readable
 
     def steps(self) -> int:
-        """Optimizer steps of one pass; `micro` batches each."""
+        """Return the number of optimizer steps in one pass; each has `micro` batches."""
         return self.sampler.steps()
 
     def ordered(self) -> Iterator[Batch]:
-        """Every sample once, in order, never augmented; this rank's share of them."""
+        """Yield this rank's share of all samples, each once, in order, without augmentation."""
         yield from self._batches(np.arange(len(self.samples)), None)
 
     def epoch(
         self, epoch: int, start: int = 0, stop: int | None = None, wanted: Callable[[int], bool] = lambda step: True
     ) -> Iterator[Batch]:
-        """Every sample that the epoch takes, once, in the order of (seed, epoch), augmented; of the steps [start, stop)
-        if given, without those that are not wanted."""
+        """Yield the batches of an epoch, in an order that depends on seed and epoch, augmented.
+
+        Args:
+            epoch: Number of the epoch.
+            start, stop: Steps [start, stop) of the epoch.
+            wanted: Returns whether a step's batches are needed; others are skipped.
+        """
         order, table = epoch_order(self.seed, epoch, len(self.samples), 0 if self.augment == "none" else 5)
         if self._chosen is not None:
             order = order[np.isin(order, self._chosen(epoch))]
         yield from self._batches(order, table, start, stop, wanted)
 
     def steps_of(self, start: int, stop: int, wanted: Callable[[int], bool] = lambda step: True) -> Iterator[Batch]:
-        """The batches of the steps [start, stop), counted from epoch 0 on, whatever epochs they lie in; without those
-        of steps that are not wanted."""
+        """Yield the batches of the steps [start, stop), counted from epoch 0 over all epochs.
+
+        Args:
+            start, stop: The steps.
+            wanted: Returns whether a step's batches are needed; others are skipped.
+        """
         while start < stop:
             epoch, first, end = self.epochs.place(start)
             end = min(end, stop)
@@ -144,9 +174,12 @@ class Loader:
             start = end
 
     def rows(self, of: Callable[[Batch], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """What `of` gives for every sample [n, ...], in order, on the CPU of every rank; each rank computes its share.
+        """Return the rows [n, ...] of a function for every sample, in order, on the CPU of every rank.
 
-        The row of a sample that was left out as bad is 0, or -1 where rows are whole numbers.
+        Each rank computes its share. The row of a sample that was left out as bad is 0, or -1 for whole numbers.
+
+        Args:
+            of: Computes tensors [B, ...] for a batch.
         """
         kept: list[tuple[Tensor, ...]] = []
         for batch in self.ordered():
@@ -177,7 +210,7 @@ class Loader:
             num_workers=self.workers,
             prefetch_factor=min(8, max(2, ahead)) if self.workers else None,
             pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),  # else every pass draws from the caller's global one
+            generator=torch.Generator(),  # otherwise every pass would draw from the global generator
         )
         batches = iter(loader)
         try:
@@ -187,7 +220,7 @@ class Loader:
                 self.waited += time.perf_counter() - began
                 for position, error in bad:
                     self._leave_out(position, error)
-                if images is None:  # nothing is left: a black image keeps this rank in step
+                if images is None:  # no image is left: a black placeholder, for the collectives of this rank
                     index = torch.as_tensor(piece.index[:1])
                     labels = self._dataset.labels[index]
                     images = torch.zeros(1, len(self.preprocessing.mean), *self.preprocessing.size, dtype=torch.uint8)
@@ -198,11 +231,11 @@ class Loader:
                 weight = piece.weight * (1 - len(bad) / len(piece.index))
                 yield Batch(normalised, labels.to(self.device, non_blocking=True), index, weight, piece.total)
         finally:
-            # Ends the workers now: found by the garbage collector after an error, they would be waited for in vain.
+            # End the workers now. After an error, the garbage collector would wait for them until a timeout.
             del batches
 
     def _leave_out(self, index: int, error: UserError) -> None:
-        """Notes a bad image, or raises its error where that is what was asked for."""
+        """Record a bad image, or raise its error with on_bad_image=raise."""
         if self.on_bad_image == "raise" or not isinstance(error, BadImageError):
             raise error
         sample_id = self.samples.ids[index]
@@ -210,7 +243,7 @@ class Loader:
             return
         self.bad_ids[sample_id] = str(error)
         logger.warning("left out: %s", error)
-        mine = math.ceil(len(self.samples) / self.world.size)  # each rank sees about as many
+        mine = math.ceil(len(self.samples) / self.world.size)  # samples of one rank, about
         if len(self.bad_ids) > self.max_bad_share * mine:
             raise RunStopped(
                 f"{self.samples.name}: {len(self.bad_ids)} of {mine} images are bad, more than "
@@ -219,7 +252,7 @@ class Loader:
 
 
 def _spread(rows: Tensor, index: Tensor, count: int) -> Tensor:
-    """Rows at their places among `count`."""
+    """Return rows at their positions among `count` rows."""
     full = torch.full((count, *rows.shape[1:]), 0 if rows.is_floating_point() else -1, dtype=rows.dtype)
     full[index] = rows
     return full
@@ -230,7 +263,7 @@ def _identity(batch: Any) -> Any:
 
 
 class _Decoded(Dataset[Any]):
-    """Decodes and resizes whole batches (`__getitems__`); keeps what it decoded where told to."""
+    """A dataset that decodes and resizes whole batches (`__getitems__`), with an optional cache."""
 
     def __init__(self, samples: Samples, preprocessing: Preprocessing, augment: str, decode: str, cached: bool) -> None:
         self.samples, self.preprocessing, self.augment = samples, preprocessing, augment
@@ -244,9 +277,9 @@ class _Decoded(Dataset[Any]):
         return len(self.samples)
 
     def __getitems__(self, indices: np.ndarray) -> tuple[Tensor | None, Tensor, Tensor, list[tuple[int, UserError]]]:
-        """Images (None where none is good), labels, positions, and the errors of those that are left out.
+        """Return images (None if none is readable), labels, positions, and errors of the images that are left out.
 
-        Errors are handed over, because a worker that raises would put its traceback into the message.
+        Errors are returned, because a worker that raises would put its traceback into the message.
         """
         good: list[int] = []
         images: list[Tensor] = []
@@ -298,14 +331,17 @@ class _Decoded(Dataset[Any]):
 
 
 def _crop_reduction(height: int, width: int, draws: np.ndarray, preprocessing: Preprocessing) -> int:
-    """How many times smaller an image may be decoded, so that its crop is still as large as the model's input."""
+    """Return by which factor an image may be decoded smaller, with its crop still as large as the model's input."""
     _, _, h, w = _crop_box(height, width, draws)
     return min(h // preprocessing.size[0], w // preprocessing.size[1])
 
 
 def _crop_box(height: int, width: int, draws: np.ndarray) -> tuple[int, int, int, int]:
-    """Top, left, height and width of the inception crop: area share in [0.08, 1], aspect ratio in [3/4, 4/3], uniform
-    place; from four uniform draws, so that an image decoded smaller is cropped at the same place but for rounding."""
+    """Return top, left, height and width of the inception crop, from four uniform draws.
+
+    Area share in [0.08, 1], aspect ratio in [3/4, 4/3], uniform position. An image that is decoded smaller is cropped
+    at the same position, except for rounding.
+    """
     area = height * width * (0.08 + 0.92 * float(draws[0]))
     ratio = float(np.exp(np.log(3 / 4) + (np.log(4 / 3) - np.log(3 / 4)) * float(draws[1])))
     w, h = min(width, max(1, round((area * ratio) ** 0.5))), min(height, max(1, round((area / ratio) ** 0.5)))

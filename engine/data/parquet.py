@@ -1,13 +1,13 @@
-"""Images in parquet files, as Hugging Face's datasets have them.
+"""Data source of images in parquet files, in the layouts of Hugging Face's datasets.
 
-Layouts, of which the first that is there counts:
+The first of these layouts that is found is used:
 
     FOLDER/train-00000-of-00002.parquet, FOLDER/train.parquet    a split word in the name of the file
     FOLDER/train/0000.parquet                                    or of its folder
-    FOLDER/data/..., FOLDER/CONFIG/...                           the same one folder further down, if there is one alone
+    FOLDER/data/..., FOLDER/CONFIG/...                           the same one folder deeper, if only one has data
 
 An image is encoded bytes, the path of a file (below the folder, or absolute), or a struct of `bytes` and `path`. A
-label is a whole number, or text (plain or dictionary-encoded): then classes are in timm's order. Names of numbers come
+label is a whole number, or text (plain or dictionary-encoded), whose classes are in timm's order. Names of numbers come
 from Hugging Face's ClassLabel. Ids are the column `id`, else the positions of rows.
 """
 
@@ -30,7 +30,15 @@ from engine.errors import UserError
 
 
 def open_parquet(location: str, options: DataOptions) -> dict[str, Samples]:
-    """Samples by split. Images are read when they are asked for, a row group at a time."""
+    """Return samples by split. An image is read when it is needed, a row group at a time.
+
+    Args:
+        location: The folder.
+        options: Columns, if given.
+
+    Raises:
+        UserError: There are no training files, files are missing or damaged, or a column is not found.
+    """
     folder = existing_folder("parquet", location)
     spec = f"parquet:{location}"
     found = _find(folder, spec, 2)
@@ -46,7 +54,7 @@ def open_parquet(location: str, options: DataOptions) -> dict[str, Samples]:
 
 
 def _find(folder: Path, spec: str, deeper: int) -> dict[str, list[Path]]:
-    """Files by split word."""
+    """Return the files by split word."""
     files = _by_name(folder, spec)
     add_folders(files, folder, _parquet_files, spec)
     for word in SPLIT_WORDS:
@@ -69,7 +77,7 @@ def _find(folder: Path, spec: str, deeper: int) -> dict[str, list[Path]]:
 
 
 def _parquet_files(folder: Path) -> list[Path]:
-    """The parquet files of a folder, if it is one, in the order of their names; without hidden ones."""
+    """Return the parquet files of a folder by name, without hidden ones; empty if it is not a folder."""
     if not folder.is_dir():
         return []
     return sorted(
@@ -78,7 +86,7 @@ def _parquet_files(folder: Path) -> list[Path]:
 
 
 def _by_name(folder: Path, spec: str) -> dict[str, list[Path]]:
-    """The files of a folder by the split word in their names; where there are `WORD-*`, they alone are the split."""
+    """Return the files of a folder by the split word in their names; `WORD-*` take precedence over others."""
     found: dict[str, list[Path]] = {}
     unread: list[Path] = []
     for path in _parquet_files(folder):
@@ -152,7 +160,7 @@ def _split(
 
 
 def _ids(name: str, files: Sequence[Path], columns: Sequence[Columns]) -> list[str] | None:
-    """The column `id`, None if no file has one."""
+    """Return the column `id`, None if no file has one."""
     import pyarrow.parquet
 
     with_ids = [each.has_ids for each in columns]

@@ -1,4 +1,4 @@
-"""How images are resized, cropped and normalised for a model."""
+"""Resizing, cropping and normalisation of images for a model."""
 
 from __future__ import annotations
 
@@ -24,19 +24,25 @@ INTERPOLATIONS = {
     "bilinear": InterpolationMode.BILINEAR,
     "bicubic": InterpolationMode.BICUBIC,
 }
-# center: shorter side to size / crop_pct, then the centre. squash: both sides to size / crop_pct, whatever the shape.
+# center: shorter side to size / crop_pct, then the centre. squash: both sides to size / crop_pct, for any shape.
 CROP_MODES = ("center", "squash")
 
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """How a model takes its images, from its pretrained_cfg (timm's keys).
+    """Preprocessing of a model's images, from its pretrained_cfg (timm's keys).
 
-    size: (height, width) in pixels. mean, std: a value a channel, of pixels scaled to [0, 1]. crop_pct: size of the
-    centre crop by that of the resized image. crop_mode: see `CROP_MODES`. crop_rounds_down: the place of the crop is
-    rounded down, as Hugging Face's processors do, not to the nearest even number of pixels as torchvision does.
-    crop_fitting: uint8 images of exactly `size` are resized and cropped too, as timm and Hugging Face do; False leaves
-    them as they are, since crop_pct is then timm's default and was not chosen for such images.
+    Attributes:
+        size: (height, width) in pixels.
+        mean, std: One value for each channel, of pixels scaled to [0, 1].
+        crop_pct: Size of the centre crop relative to the resized image.
+        interpolation: Interpolation of the resizing.
+        crop_mode: See `CROP_MODES`.
+        unknown: Why mean and std are not known, empty if they are; if not, only normalised images are accepted.
+        crop_rounds_down: The position of the crop is rounded down, as in Hugging Face's processors, not to the nearest
+            even number of pixels as in torchvision.
+        crop_fitting: uint8 images of exactly `size` are resized and cropped too, as in timm and Hugging Face. False
+            leaves them unchanged, since crop_pct is then timm's default and was not chosen for such images.
     """
 
     size: tuple[int, int]
@@ -45,12 +51,19 @@ class Preprocessing:
     crop_pct: float
     interpolation: InterpolationMode
     crop_mode: str = "center"
-    unknown: str = ""  # why mean and std are not known; then only images that are already normalised are taken
+    unknown: str = ""
     crop_rounds_down: bool = False
     crop_fitting: bool = False
 
     def check(self, samples: Any) -> None:
-        """Raises UserError where mean and std are not known and the samples (`engine.data.Samples`) not normalised."""
+        """Check that the samples can be normalised, and warn about floats that do not look normalised.
+
+        Args:
+            samples: `engine.data.Samples`.
+
+        Raises:
+            UserError: mean and std are not known, and the samples are not normalised.
+        """
         if self.unknown and len(samples) and samples.tensor(0, len(self.mean)).dtype == torch.uint8:
             raise UserError(self.unknown)
         values = self._unlike_normalised(samples)
@@ -65,15 +78,17 @@ class Preprocessing:
             )
 
     def _unlike_normalised(self, samples: Any) -> tuple[float, float] | None:
-        """(least, greatest) value of some float images that lie in [0, 1] or [0, 255], as pixels do that were not
-        normalised; None for others, and where normalising would leave them in [0, 1]."""
+        """Return the least and greatest value of some float images that are probably pixels, not normalised.
+
+        These lie in [0, 1] or [0, 255]. None for other images, and if normalising would leave them in [0, 1].
+        """
         if not any(self.mean) and all(each == 1 for each in self.std):
             return None
         least, greatest = math.inf, -math.inf
         for index in np.unique(np.linspace(0, len(samples) - 1, min(len(samples), 16)).astype(np.int64)).tolist():
             try:
                 image = samples.tensor(index, len(self.mean))
-            except UserError:  # the loader names it
+            except UserError:  # the loader reports it
                 continue
             if image.dtype == torch.uint8:
                 return None
@@ -82,7 +97,9 @@ class Preprocessing:
         return (least, greatest) if 0 <= least <= greatest and (greatest <= 1 or greatest > 20) else None
 
     def resize(self, image: Tensor) -> Tensor:
-        """timm's evaluation transform: resized by `crop_mode`, then the centre. Exception: see `crop_fitting`."""
+        """Apply timm's evaluation transform: resize by `crop_mode`, then crop the centre. Exception: see
+        `crop_fitting`.
+        """
         if tuple(image.shape[-2:]) == self.size and not (self.crop_fitting and image.dtype == torch.uint8):
             return image
         target = self._target(*image.shape[-2:])
@@ -93,22 +110,27 @@ class Preprocessing:
         return TF.crop(resized, top, left, *self.size)
 
     def reduction(self, height: int, width: int) -> int:
-        """How many times smaller an image may be decoded, so that `resize` still makes it no larger."""
+        """Return by which factor an image may be decoded smaller without `resize` having to enlarge it."""
         target = self._target(height, width)
         return min(height // target[0], width // target[1])
 
     def _target(self, height: int, width: int) -> list[int]:
-        """(height, width) to resize to before the crop, rounded as timm's evaluation transform rounds."""
+        """Return (height, width) to resize to before the crop, rounded as in timm's evaluation transform."""
         wanted = [int(s / self.crop_pct) for s in self.size]
         if self.crop_mode == "squash":
             return wanted
-        if wanted[0] == wanted[1]:  # torchvision's Resize(int) cuts the fraction of the longer side off
+        if wanted[0] == wanted[1]:  # torchvision's Resize(int) truncates the longer side
             longer = int(wanted[0] * max(height, width) / min(height, width))
             return [wanted[0], longer] if height <= width else [longer, wanted[1]]
         ratio = min(height / wanted[0], width / wanted[1])  # timm's ResizeKeepRatio rounds both sides
         return [round(height / ratio), round(width / ratio)]
 
     def normalise(self, images: Tensor) -> Tensor:
+        """Return normalised float images; float images are normalised already.
+
+        Raises:
+            UserError: mean and std are not known.
+        """
         if images.dtype != torch.uint8:
             return images.float()
         if self.unknown:
@@ -117,7 +139,7 @@ class Preprocessing:
         return images.float().div_(255).sub_(mean).div_(std)
 
     def to_dict(self) -> dict[str, Any]:
-        """For YAML and JSON, by timm's keys."""
+        """Return the values by timm's keys, for YAML and JSON."""
         return {
             "input_size": [len(self.mean), *self.size],
             "mean": list(self.mean),
@@ -128,7 +150,7 @@ class Preprocessing:
         }
 
     def line(self) -> str:
-        """In words, on one line."""
+        """Return the values as text on one line."""
         named = self.to_dict()
         size = f"{self.size[0]} x {self.size[1]}"
         crop = f"crop {self.crop_pct:g}{' (squash)' if self.crop_mode == 'squash' else ''}"
@@ -138,6 +160,6 @@ class Preprocessing:
 
 
 def short(numbers: Sequence[float]) -> str:
-    """`0.5` where all are equal, else all of them."""
+    """Return `0.5` if all numbers are equal, else all of them."""
     shown = [f"{each:.4g}" for each in numbers]
     return shown[0] if len(set(shown)) == 1 else " ".join(shown)

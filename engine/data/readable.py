@@ -1,4 +1,4 @@
-"""Which images of a set can be read, found before the work that depends on them."""
+"""Find the unreadable images of a set before the work that depends on them."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ def bad_images(
     out_of: int | None = None,
     **loading: Any,
 ) -> dict[str, str]:
-    """Decodes every image once. Returns the ids of those that cannot be read, each with the reason; on all ranks.
+    """Decode every image once, and return the ids of unreadable ones with the reason of each, on all ranks.
 
     Args:
-        samples: a forget set.
-        preprocessing: the model's.
+        samples: A forget set.
+        preprocessing: Preprocessing of the model.
         on_bad_image: raise (BadImageError at the first one) or skip.
-        max_bad_share: with skip, the share [0, 1] of `out_of` that may be bad.
-        out_of: size of the whole training set; the samples' own if there is none.
-        **loading: further options of `Loader` (workers, device, world, decode, ...).
+        max_bad_share: With skip, share [0, 1] of `out_of` that may be bad.
+        out_of: Size of the whole training set; None: that of the samples.
+        **loading: Further options of `Loader` (workers, device, world, decode, ...).
 
     Raises:
-        BadImageError: one cannot be read, and on_bad_image is raise.
-        RunStopped: more of them are bad than allowed.
-        UserError: not one of them can be read.
+        BadImageError: An image cannot be read, and on_bad_image is raise.
+        RunStopped: More images are bad than allowed.
+        UserError: No image can be read.
     """
     if not len(samples):
         return {}
     alone = on_bad_image == "raise" and ("world" not in loading or loading["world"].size == 1)
-    # Several ranks find out together: one that raised alone would leave the others waiting.
+    # Several ranks raise together: if one raised alone, the others would wait for it in a collective.
     mode = "raise" if alone else "skip"
     loader = Loader(samples, preprocessing, **{"batch_size": 100, **loading}, on_bad_image=mode, max_bad_share=1.0)
     with same_random_numbers():
@@ -72,14 +72,18 @@ def bad_images(
 
 
 def without(samples: Samples, ids: Collection[str]) -> Samples:
-    """Those whose id is not among `ids`; the samples themselves if none is."""
+    """Return the samples whose id is not among `ids`; the same object if all are kept."""
     kept = [place for place, each in enumerate(samples.ids) if each not in ids] if ids else range(len(samples))
     return samples if len(kept) == len(samples) else samples.subset(kept)
 
 
 @contextlib.contextmanager
 def same_random_numbers() -> Iterator[None]:
-    """A user's dataset may draw random numbers as it is read: the run after this draws those that it would have."""
+    """Restore the global random generators after the context.
+
+    A user's dataset may draw random numbers when it is read. The run after this then draws the same numbers as without
+    it.
+    """
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         yield

@@ -1,4 +1,4 @@
-"""Encoded images of parquet files, read a row group at a time, with the last row groups kept in memory."""
+"""Encoded images of parquet files, read a row group at a time; the last row groups stay in memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image
 
 from engine.errors import UserError
 
-# Row groups that a process keeps, in bytes; one is kept whatever its size.
+# Bytes of row groups that a process keeps; at least one is kept, of any size.
 _CACHE_BYTES = 256 << 20
 # Rows are decoded in pieces of about this many bytes: an Arrow array of bytes holds 2 GiB at most.
 _PIECE_BYTES = 256 << 20
@@ -34,17 +34,17 @@ class _RowGroup:
 
 
 def _shortened(path: str) -> str:
-    """A path for a message: what is no path, such as an image in base64, may be very long."""
+    """Return a path for a message; a wrong value, such as an image in base64, may be very long."""
     return path if len(path) <= 200 else f"{path[:60]}..."
 
 
 class ParquetImages:
-    """Opens the image of a row, rows counted over all files.
+    """Open the image of a row, with rows counted over all files.
 
     Args:
-        files: in the order of their rows.
-        columns: the image column of each file.
-        folder: of the data source; paths in the column are relative to the file's folder or to it.
+        files: Files in the order of their rows.
+        columns: Image column of each file.
+        folder: Folder of the data source; paths in the column are relative to the file's folder or to it.
     """
 
     def __init__(self, files: Sequence[Path], columns: Sequence[str], folder: Path) -> None:
@@ -65,7 +65,7 @@ class ParquetImages:
         return {**self.__dict__, "_kept": collections.OrderedDict()}
 
     def open(self, index: int) -> Image.Image:
-        """The image of a row, not yet decoded."""
+        """Return the image of a row, not yet decoded."""
         value = self._value(index)
         if isinstance(value, dict):
             content, path = value.get("bytes"), value.get("path")
@@ -78,7 +78,11 @@ class ParquetImages:
         return Image.open(self._place(self._file_of(index), path))
 
     def check_paths(self, name: str) -> None:
-        """Raises UserError where images are paths alone and the first of a file is not there."""
+        """Check that image files exist, for columns of paths; the first of each file is checked.
+
+        Raises:
+            UserError: It does not exist.
+        """
         import pyarrow.parquet
         import pyarrow.types as types
 
@@ -101,7 +105,7 @@ class ParquetImages:
         return self.groups[int(np.searchsorted(self.starts, index, side="right")) - 1][0]
 
     def _place(self, number: int, path: str) -> Path:
-        """The file of a path in the column: relative to the file's folder, or else to the data source's."""
+        """Return the file of a path in the column: relative to the file's folder, or else to the data source's."""
         paired = self.files[number].parent / path
         return paired if os.path.exists(paired) else self.folder / path  # Path.exists raises for long names
 

@@ -1,4 +1,4 @@
-"""Labelled images with stable ids: what every source gives, and what the loaders read."""
+"""Labelled images with stable ids, the common form of all data sources."""
 
 from __future__ import annotations
 
@@ -15,25 +15,26 @@ from PIL import Image
 from engine.data.ids import Ids
 from engine.errors import UserError
 
-# Opens sample i: a PIL image, or a float tensor [C, H, W] that is already normalised.
+# Opens sample i: a PIL image, or a normalised float tensor [C, H, W].
 Decode = Callable[[int], Any]
-# (height, width) of an image -> how many times smaller it may be decoded.
+# (height, width) of an image -> factor by which it may be decoded smaller.
 Reduce = Callable[[int, int], int]
 
-_FINGERPRINT_CHUNK = 1 << 16  # ids that are text at a time
+_FINGERPRINT_CHUNK = 1 << 16  # ids that are converted to text at a time
 
 
 class BadImageError(UserError):
-    """An image that cannot be read or used: the message names it and its place. `--on-bad-image skip` leaves it out."""
+    """An image that cannot be read or used; the message has its id and file. `--on-bad-image skip` leaves it out."""
 
 
 @dataclasses.dataclass(frozen=True)
 class IdKind:
-    """What the ids of a data source are.
+    """Kind of the ids of a data source.
 
-    Args:
-        what: a phrase for people, such as "paths below train/".
-        rows: number of rows of the whole split if ids are positions of rows: they hold for that number alone.
+    Attributes:
+        what: Description for messages, such as "paths below train/".
+        rows: Number of rows of the whole split if ids are positions of rows, which are valid for that number alone;
+            else None.
     """
 
     what: str
@@ -47,9 +48,18 @@ class IdKind:
 class Samples:
     """An indexable set of labelled images.
 
-    ids: one stable string a sample. labels: int64 [n]. decode(i): the image of sample i, see `Decode`.
-    class_names: names by label. natural: photographs, for which a mirrored copy is known to show the same thing.
-    where(i): the place of sample i for people, such as the shard that holds it; for errors. id_kind: what the ids are.
+    Args:
+        name: Name of the set, for messages.
+        ids: One stable string for each sample.
+        labels: int64 [n].
+        decode: Returns the image of sample i, see `Decode`.
+        class_names: Class names by label.
+        natural: Photographs, whose mirror image is known to have the same label.
+        where: Returns the file or shard of sample i, for errors.
+        id_kind: Kind of the ids.
+
+    Raises:
+        UserError: The numbers of ids and labels differ, or a label is negative.
     """
 
     def __init__(
@@ -78,26 +88,40 @@ class Samples:
         return len(self.ids)
 
     def image(self, index: int, reduce: Reduce | None = None) -> Any:
-        """The image of a sample, decoded. Raises BadImageError with its id and place where that fails.
+        """Return the decoded image of a sample.
 
-        reduce: how many times smaller than it is stored the image may be; JPEGs are then decoded at 1/2, 1/4 or 1/8.
+        Args:
+            index: Position of the sample.
+            reduce: Factor by which the image may be smaller than stored; JPEGs are then decoded at 1/2, 1/4 or 1/8.
+
+        Raises:
+            BadImageError: It cannot be decoded; the message has its id and file.
         """
         return self._checked(index, lambda: self._open(index, reduce))
 
     def tensor(self, index: int, channels: int, reduce: Reduce | None = None) -> torch.Tensor:
-        """The same as uint8 [C, H, W], or as the float tensor that the sample is, whose values must be finite."""
+        """Return the image of a sample as uint8 [C, H, W], or as the float tensor that it is.
+
+        Args:
+            index: Position of the sample.
+            channels: Channels of the model.
+            reduce: See `image`.
+
+        Raises:
+            BadImageError: It cannot be decoded, or holds values that are not finite.
+        """
         image = self._checked(index, lambda: as_tensor(self._open(index, reduce), channels))
         if image.dtype != torch.uint8 and not torch.isfinite(image).all():
             raise BadImageError(f"{self.place(index)} holds values that are not finite")
         return image
 
     def place(self, index: int) -> str:
-        """Set, id and, where it is known, the file of a sample, for messages."""
+        """Return set, id and, if it is known, the file of a sample, for messages."""
         inside = self.where(index)
         return f"{self.name}: image {self.ids[index]!r}{inside and f' in {inside}'}"
 
     def where(self, index: int) -> str:
-        """The file or shard that holds a sample, empty where that is not known."""
+        """Return the file or shard of a sample, empty if it is not known."""
         return self._where(index) if self._where else ""
 
     def _open(self, index: int, reduce: Reduce | None) -> Any:
@@ -123,6 +147,7 @@ class Samples:
             ) from error
 
     def subset(self, indices: Sequence[int] | np.ndarray, name: str | None = None) -> Samples:
+        """Return the samples at some positions, in that order, with another name if given."""
         chosen = np.asarray(indices, dtype=np.int64)
         return Samples(
             name or self.name,
@@ -136,18 +161,25 @@ class Samples:
         )
 
     def with_labels(self, labels: np.ndarray, class_names: Sequence[str]) -> Samples:
-        """The same samples with other labels and class names."""
+        """Return the same samples with other labels and class names."""
         return Samples(self.name, self.ids, labels, self._decode, class_names, self.natural, self._where, self.id_kind)
 
     def of_classes(self, labels: np.ndarray) -> Samples:
-        """Those whose label is among `labels`; the samples themselves where all are."""
+        """Return the samples whose label is among `labels`; the same object if all are."""
         found = np.isin(self.labels, labels)
         return self if found.all() else self.subset(np.flatnonzero(found))
 
     def positions(self, ids: Sequence[str], asked: str) -> np.ndarray:
-        """Position [n] of each id. Raises UserError for ids that are not there; asked: who names them, for its text.
+        """Return the position, int64 [n], of each id.
 
-        An id that is the same text in another Unicode form (NFC, NFD) is found, unless two ids here have that text.
+        An id with the same text in another Unicode form (NFC, NFD) is found, unless two ids of the set have that text.
+
+        Args:
+            ids: The ids.
+            asked: Source of the ids, for errors.
+
+        Raises:
+            UserError: An id is not in the set.
         """
         positions = self.ids.positions(ids)
         if (positions < 0).any():
@@ -162,7 +194,7 @@ class Samples:
         return positions
 
     def _in_any_form(self, ids: Sequence[str], positions: np.ndarray, asked: str) -> np.ndarray:
-        """`positions` with those of ids that are here in another Unicode form."""
+        """Return `positions` with those of ids that the set has in another Unicode form."""
         missing = np.flatnonzero(positions < 0)
         wanted = Ids([ids[int(i)] for i in missing]).normalised()
         own = self.ids.normalised()
@@ -179,7 +211,7 @@ class Samples:
         return positions
 
     def fingerprint(self) -> str:
-        """SHA-256 over ids and labels in order: which samples these are, without the images."""
+        """Return the SHA-256 over ids and labels in order, which identifies the samples without their images."""
         digest = hashlib.sha256()
         for start in range(0, len(self), _FINGERPRINT_CHUNK):
             part = slice(start, start + _FINGERPRINT_CHUNK)
@@ -193,7 +225,7 @@ def _of_chosen(function: Callable[[int], Any], chosen: np.ndarray, index: int) -
 
 
 def concatenate(first: Samples, second: Samples) -> Samples:
-    """The samples of both, the first's before the second's; ids may repeat."""
+    """Return the samples of both sets, the first set first; ids may repeat."""
     return Samples(
         f"{first.name} + {second.name}",
         first.ids + second.ids,
@@ -212,41 +244,48 @@ def _of_either(first: Callable[[int], Any], second: Callable[[int], Any], count:
 
 
 def evenly_spaced(samples: Samples, count: int, why: str = "part") -> Samples:
-    """At most `count` samples at equal distances, so that sorted classes are all there."""
+    """Return at most `count` samples at equal distances, so that sorted classes are all represented."""
     if len(samples) <= count:
         return samples
     return samples.subset(np.linspace(0, len(samples) - 1, count).astype(np.int64), f"{samples.name} ({why})")
 
 
 def as_tensor(image: Any, channels: int) -> torch.Tensor:
-    """A PIL image as uint8 [C, H, W] in the model's channels; a tensor as it is.
+    """Return a PIL image as uint8 [C, H, W] in the model's channels; a tensor is returned unchanged.
 
-    16-bit grey levels are scaled to 8 bits: PIL's own conversion cuts all above 255 off. Transparency is left out, as
-    by `Image.convert`.
+    16-bit grey levels are scaled to 8 bits: PIL's own conversion clips all above 255. Transparency is dropped, as in
+    `Image.convert`.
+
+    Args:
+        image: A PIL image or a tensor.
+        channels: Channels of the model.
+
+    Raises:
+        UserError: The type, shape or number of channels does not fit.
     """
     if isinstance(image, torch.Tensor):
         if image.dtype != torch.uint8 and not image.is_floating_point():
             raise UserError(
                 f"an image tensor holds {str(image.dtype).removeprefix('torch.')}; expected uint8 pixels, or floats "
-                "that are normalised as the model wants them"
+                "that are normalised for the model"
             )
         if image.ndim != 3 or image.shape[0] != channels:
             raise UserError(f"an image tensor has shape {tuple(image.shape)}, expected ({channels}, H, W)")
         return image
     if channels not in (1, 3):
         raise UserError(
-            f"the model takes {channels} channels, and images are read with 1 (grey) or 3 (colour); give a dataset of "
+            f"the model takes {channels} channels, and images have 1 (grey) or 3 (colour); give a dataset of "
             f"tensors ({channels}, H, W), from Python"
         )
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         image = _eight_bits(image)
     array = np.array(image.convert("L" if channels == 1 else "RGB"))
-    # A view: torch resizes pixels that lie together faster than planes, to the same bits.
+    # A view: torch resizes interleaved pixels faster than planes, to the same bits.
     return torch.from_numpy(array.reshape(*array.shape[:2], channels)).permute(2, 0, 1)
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Grey levels of 16 bits as 8 bits, 65535 to 255. Others must lie in 0 to 255, since their scale is not known."""
+    """Convert grey levels of 16 bits to 8 bits, 65535 to 255. Others must be 0 to 255: their scale is not known."""
     values = np.asarray(image)
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         return Image.fromarray(((values.astype(np.int64) * 255 + 32767) // 65535).astype(np.uint8))

@@ -1,4 +1,4 @@
-"""Data sources, each named by one string: digits, cifar10, cifar100, parquet:, imagefolder: and webdataset:."""
+"""Data sources, each defined by one string: digits, cifar10, cifar100, parquet:, imagefolder: and webdataset:."""
 
 from __future__ import annotations
 
@@ -20,13 +20,18 @@ from engine.data.webdataset.samples import open_webdataset
 from engine.errors import UserError, nearest
 
 VALIDATION_SHARE = 0.2
-# From a location and options to samples by split: train, validation, test.
+# Returns samples by split (train, validation, test) for a location and options.
 Opener = Callable[[str, DataOptions], dict[str, Samples]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """The three splits of a data source; ids are unique within a split."""
+    """The three splits of a data source; ids are unique within a split.
+
+    Attributes:
+        spec: The string that defines the source.
+        train, validation, test: Samples of the splits.
+    """
 
     spec: str
     train: Samples
@@ -35,22 +40,27 @@ class Source:
 
 
 def open_source(spec: str) -> Source:
-    """Opens a data source by its spec string. Raises UserError for an unknown kind or a folder without data.
+    """Open a data source by its spec string.
 
-    digits; cifar10[:ROOT]; cifar100[:ROOT]
-    parquet:FOLDER       train-*.parquet, validation-*, test-*: Hugging Face's image layouts, see engine/data/parquet.py
-    imagefolder:FOLDER   FOLDER/{train,validation,val,test}/CLASS/FILE
-    webdataset:FOLDER    *.tar with one of the words train, validation, val, test in the name, or in folders so called
-    webdataset:PATTERN   a path with `{split}`, which stands for each of these words, or with the word train in it: it
-                         names the training shards, and with another word in its place the others. Wildcards (*, ?, [])
-                         and braces ({000000..001280}, {a,b}) name many. All shards of a brace range have to be there;
-                         for the other splits it stands for whatever numbers there are.
+        digits; cifar10[:ROOT]; cifar100[:ROOT]
+        parquet:FOLDER       train-*.parquet, validation-*, test-*: Hugging Face's image layouts, see
+            engine/data/parquet.py
+        imagefolder:FOLDER   FOLDER/{train,validation,val,test}/CLASS/FILE
+        webdataset:FOLDER    *.tar with one of the words train, validation, val, test in the name, or in folders so
+            called
+        webdataset:PATTERN   a path with `{split}`, which stands for each of these words, or with the word train in it:
+            it names the training shards, and with another word in its place the others. Wildcards (*, ?, []) and braces
+            ({000000..001280}, {a,b}) name many. All shards of a brace range must exist; for the other splits it stands
+            for any numbers.
 
-    If there is no validation split, the fifth of the test samples whose ids hash lowest is validation. `val` (or
-    `valid`, `dev`) alone counts as test; if there is a test split, as validation.
+    If there is no validation split, the fifth of the test samples with the lowest hashes of ids is validation. `val`
+    (or `valid`, `dev`) counts as test if there is no test split, and as validation if there is.
 
     Options follow a `?`: `classes=FILE` (class names in the model's order, see `read_class_map`), and for parquet
     `image=COLUMN` and `label=COLUMN`: `parquet:FOLDER?image=img&label=fine_label`.
+
+    Raises:
+        UserError: The kind is unknown, or the folder has no data.
     """
     kind, location, options = parse_spec(spec)
     if kind not in _SOURCES:
@@ -80,13 +90,16 @@ def open_source(spec: str) -> Source:
 
 
 def _held_out(kind: str, samples: Samples) -> tuple[Samples, Samples]:
-    """(validation, test) of the one split that there is."""
+    """Return validation and test samples from the only such split."""
     fifth, rest = _lowest_fifth(samples)
     return samples.subset(fifth, f"{kind} validation"), samples.subset(rest, f"{kind} test")
 
 
 def _lowest_fifth(samples: Samples) -> tuple[np.ndarray, np.ndarray]:
-    """The positions of the fifth whose ids hash lowest, and of the rest: the same whoever asks, whatever the order."""
+    """Return the positions of the fifth with the lowest hashes of ids, and of the rest.
+
+    The choice depends on the ids alone, not on their order.
+    """
     hashes = np.array(
         [int.from_bytes(hashlib.sha256(i.encode()).digest()[:8], "big") for i in samples.ids], dtype=np.uint64
     )

@@ -1,7 +1,7 @@
-"""The string that names a data source: `KIND[:LOCATION][?image=COLUMN&label=COLUMN&classes=FILE]`.
+"""The string that defines a data source: `KIND[:LOCATION][?image=COLUMN&label=COLUMN&classes=FILE]`.
 
-One string travels through the command line, config.yaml, request stores and Python. Values are URL-encoded where they
-hold `&`, `?`, `%` or `=`. A location that really contains `?` is left whole if it is there on disk.
+The same string is used on the command line, in config.yaml, in request stores and in Python. Values with `&`, `?`, `%`
+or `=` are URL-encoded. A location that contains `?` is not split if it exists on disk.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _FLAGS = {"image": "--image-column", "label": "--label-column", "classes": "--cl
 class DataOptions:
     """Options of a data source.
 
-    Args:
-        image: column of the images; None: found by its name or type.
-        label: column of the labels; None: found by its name or type.
-        classes: file of class names in the model's order; None: the data's own order.
+    Attributes:
+        image: Column of the images; None: found by its name or type.
+        label: Column of the labels; None: found by its name or type.
+        classes: File of class names in the model's order; None: the data's own order.
     """
 
     image: str | None = None
@@ -34,7 +34,11 @@ class DataOptions:
 
 
 def parse_spec(spec: str) -> tuple[str, str, DataOptions]:
-    """(kind, location, options) of a data spec. Raises UserError for an unknown option, naming those there are."""
+    """Return kind, location and options of a data spec.
+
+    Raises:
+        UserError: An option is unknown; the message lists the known ones.
+    """
     match = _QUERY.fullmatch(spec)
     if not match or _is_there(spec):
         kind, _, location = spec.partition(":")
@@ -54,7 +58,15 @@ def parse_spec(spec: str) -> tuple[str, str, DataOptions]:
 
 
 def with_options(spec: str, *, image: str | None = None, label: str | None = None, classes: str | None = None) -> str:
-    """The spec with options appended; the spec itself if there are none. Raises UserError for one that it has."""
+    """Return the spec with options appended; the same spec if none is given.
+
+    Args:
+        spec: The spec.
+        image, label, classes: See `DataOptions`.
+
+    Raises:
+        UserError: The spec has the option already.
+    """
     given = {"image": image, "label": label, "classes": classes}
     given = {key: value for key, value in given.items() if value is not None}
     if not given:
@@ -62,13 +74,17 @@ def with_options(spec: str, *, image: str | None = None, label: str | None = Non
     held = dataclasses.asdict(parse_spec(spec)[2])
     for key in given:
         if held[key] is not None:
-            raise UserError(f"{_FLAGS[key]} {given[key]}: --data says {key}={held[key]} already; give it once")
+            raise UserError(f"{_FLAGS[key]} {given[key]}: --data has {key}={held[key]} already; give it once")
     query = "&".join(f"{key}={quote(str(value), safe='/:,.~ ')}" for key, value in given.items())
     return f"{spec}{'&' if any(held.values()) else '?'}{query}"
 
 
 def refuse_columns(kind: str, options: DataOptions) -> None:
-    """Raises UserError for options of columns that data of this kind does not have."""
+    """Check that no column is given for data without columns.
+
+    Raises:
+        UserError: One is given.
+    """
     for key in ("image", "label"):
         if getattr(options, key) is not None:
             raise UserError(f"{_FLAGS[key]} {getattr(options, key)}: {kind} data has no columns; leave it out")

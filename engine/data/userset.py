@@ -1,4 +1,4 @@
-"""Samples over a user's own map-style dataset, and the checks of what it gives."""
+"""Samples from a user's own map-style dataset, with checks of its items."""
 
 from __future__ import annotations
 
@@ -24,17 +24,21 @@ _CHECKED = 16  # items that are read twice; a mirror image of probability 1/2 is
 
 
 def from_dataset(dataset: Dataset[Any] | Samples, name: str) -> Samples:
-    """Samples over a user's own map-style `torch.utils.data.Dataset` of (image, label), or of dicts.
+    """Return samples from a user's own map-style `torch.utils.data.Dataset` of (image, label), or of dicts.
 
-    Dicts, and a `datasets.Dataset` of Hugging Face, are read as `engine.data.dict_datasets` says.
+    Dicts, and a `datasets.Dataset` of Hugging Face, are read as in `engine.data.dict_datasets`.
 
-    An image is a PIL image, or a float tensor [C, H, W] normalised as the model wants it. Ids come from the
-    attribute `ids`, else are the index as text. Labels come from `labels` or `targets` if they are what the items
-    have, else from reading every item once.
+    An image is a PIL image, or a float tensor [C, H, W] that is normalised for the model. Ids come from the attribute
+    `ids`, else they are the index as text. Labels come from `labels` or `targets` if these agree with the items, else
+    from reading every item once.
+
+    Args:
+        dataset: The dataset.
+        name: Name of the set, for messages.
 
     Raises:
-        UserError: it is no map-style dataset; a label is no whole number; or an item differs from read to read, since a
-            random transform would be read once and kept, and an evaluation would change from run to run.
+        UserError: It is not a map-style dataset; a label is not a whole number; or an item changes from read to read. A
+            random transform would be applied once and kept, and an evaluation would change from run to run.
     """
     if isinstance(dataset, Samples):
         return dataset
@@ -60,9 +64,17 @@ def from_dataset(dataset: Dataset[Any] | Samples, name: str) -> Samples:
 
 
 def refuse_overlap(forget: Any, other: Any, name: str = "retain") -> None:
-    """Raises UserError where two sets share items of one dataset: what is forgotten would be kept at the same time.
+    """Check that a set shares no items with the forget set. Parts of one data source cause a warning alone.
 
-    Known for a `Subset` beside the dataset itself or another `Subset` of it. Parts of one data source are warned of.
+    Overlap is detected for a `Subset` and the dataset itself, or two `Subset`s of it.
+
+    Args:
+        forget: The forget set.
+        other: The other set.
+        name: Name of the other set, for messages.
+
+    Raises:
+        UserError: They share items, so what is forgotten would also be retained.
     """
     if isinstance(forget, Samples) and isinstance(other, Samples):
         if forget.id_kind is None or forget.id_kind is not other.id_kind:
@@ -77,14 +89,14 @@ def refuse_overlap(forget: Any, other: Any, name: str = "retain") -> None:
         shared = [str(position) for position in sorted(both)]
     if not shared:
         return
-    told = f"{name}: {len(shared)} samples of the forget set are in it too, such as {shared[0]}; leave them out"
+    message = f"{name}: {len(shared)} samples of the forget set are in it too, such as {shared[0]}; leave them out"
     if not isinstance(forget, Samples):
-        raise UserError(told)
-    logger.warning(told)
+        raise UserError(message)
+    logger.warning(message)
 
 
 def _items_of(dataset: Any) -> tuple[Any, list[int] | None]:
-    """(the dataset that this one is a part of, positions in it); None for all of them."""
+    """Return the dataset that this one is a part of, and the positions in it; None for all positions."""
     if type(dataset) is not Subset:
         return dataset, None
     base, positions = _items_of(dataset.dataset)
@@ -98,7 +110,7 @@ def _of_item(dataset: Dataset[Any], index: int) -> Any:
 
 @contextlib.contextmanager
 def _kept_random_state() -> Iterator[None]:
-    """Leaves the global random generators as they were: reading items may draw from them."""
+    """Restore the global random generators after the context, since reading items may draw from them."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield
@@ -109,9 +121,12 @@ def _kept_random_state() -> Iterator[None]:
 
 
 def _read_twice(dataset: Any, count: int, name: str) -> dict[int, int]:
-    """Labels by position of some items at equal distances. Raises UserError where an item differs from itself.
+    """Return labels by position of some items at equal distances, each read twice.
 
-    An item that cannot be read is left to the loader, which names it.
+    An item that cannot be read is left to the loader, which reports it.
+
+    Raises:
+        UserError: An item changes from read to read.
     """
     labels: dict[int, int] = {}
     for index in np.unique(np.linspace(0, count - 1, min(count, _CHECKED)).astype(np.int64)).tolist():
@@ -143,7 +158,7 @@ def _equal(first: Any, second: Any) -> bool:
 
 
 def _transform_of(dataset: Any) -> str:
-    """The transform of a dataset, or of the one that it is a part of, for messages."""
+    """Return the transform of a dataset, or of the one that it is a part of, for messages."""
     while dataset is not None:
         transform = getattr(dataset, "transform", None) or getattr(dataset, "transforms", None)
         if transform is not None and not isinstance(dataset, torch.Tensor):
@@ -153,7 +168,7 @@ def _transform_of(dataset: Any) -> str:
 
 
 def _labels(dataset: Any, count: int, checked: dict[int, int], name: str) -> np.ndarray:
-    """Labels of all items: the dataset's list of them if it agrees with the items that were read, else the items'."""
+    """Return the labels of all items: the dataset's list if it agrees with the items that were read, else theirs."""
     listed = getattr(dataset, "labels", None)
     if listed is None:
         listed = getattr(dataset, "targets", None)
@@ -163,7 +178,7 @@ def _labels(dataset: Any, count: int, checked: dict[int, int], name: str) -> np.
             given = [transform(label) for label in listed] if callable(transform) else listed
             labels = [_label(label, index, name) for index, label in enumerate(given)]
         except UserError:
-            labels = []  # such as one-hot rows of which the items give the class
+            labels = []  # such as one-hot rows whose items hold the class
         if labels and all(labels[index] == label for index, label in checked.items()):
             return np.asarray(labels, dtype=np.int64)
     return np.asarray([_label(_item_label(dataset, i, name), i, name) for i in range(count)], dtype=np.int64)
@@ -184,7 +199,11 @@ def _item_label(dataset: Any, index: int, name: str) -> Any:
 
 
 def _label(label: Any, index: int, name: str) -> int:
-    """A label as a whole number. Raises UserError for soft, one-hot and missing labels, naming the item."""
+    """Return a label as a whole number.
+
+    Raises:
+        UserError: The label is soft, one-hot or missing; the message has the item.
+    """
     if isinstance(label, (int, np.integer)):  # the usual ones
         return int(label)
     if isinstance(label, (str, bytes)) or label is None:
@@ -202,7 +221,7 @@ def _label(label: Any, index: int, name: str) -> int:
 
 
 def _ids(dataset: Any, name: str) -> list[str] | None:
-    """The dataset's own ids (a list, an array or a tensor), None if it has none."""
+    """Return the dataset's own ids (a list, an array or a tensor), None if it has none."""
     ids = getattr(dataset, "ids", None)
     if ids is None or callable(ids):
         return None
@@ -220,9 +239,9 @@ def _ids(dataset: Any, name: str) -> list[str] | None:
 
 
 def _classes(dataset: Any) -> list[str]:
-    """The names in the attribute `classes`, by label; none if it holds something else.
+    """Return the names in the attribute `classes`, by label; none if it holds something else.
 
-    A dict says the labels itself: {name: label} or {label: name}. Several names of one class, as ImageNet has, are
+    A dict has the labels itself: {name: label} or {label: name}. Several names of one class, as in ImageNet, are
     joined.
     """
     classes = getattr(dataset, "classes", ())

@@ -1,14 +1,15 @@
-"""Where the samples of a tar shard lie: key, label, and the bytes of the image, from the headers alone.
+"""Index of a tar shard: key, label and the bytes of the image of each sample, from the headers alone.
 
-A sample is the members of one key, WebDataset's: the name up to the first dot of its last part. `KEY.jpg` (jpeg, png,
-webp, ...) is the image; `KEY.cls` (a whole number as text) or `label` in `KEY.json` is its label; others are left.
+A sample is the members of one key in WebDataset's sense: the name up to the first dot of its last part. `KEY.jpg`
+(jpeg, png, webp, ...) is the image; `KEY.cls` (a whole number as text) or `label` in `KEY.json` is its label; other
+members are ignored.
 
 A name with more dots (`v1.0_7.jpg`) has the key up to its last dot, if its image and label both have it. WebDataset
-would take `v1` for the key of all such members. Without a label of its own, an image like `KEY.mask.png` is a further
-member of the sample KEY; where there is no such sample, the shard is refused: no image is left out unsaid.
+would use `v1` as the key of all such members. Without a label of its own, an image like `KEY.mask.png` is a further
+member of the sample KEY; if there is no such sample, the shard is refused, so that no image is left out silently.
 
 Headers of regular members, and the long names of pax and GNU, are read here: Python's tarfile takes ten times as long.
-A shard with anything else (links, sparse files, global headers) goes through tarfile.
+A shard with anything else (links, sparse files, global headers) is read by tarfile.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from engine.errors import UserError
 
 BLOCK = 512
 _IMAGES = frozenset((b"jpg", b"jpeg", b"png", b"webp"))
-# Images where a key has none of those above; else a further member, such as a depth map.
+# Images if a key has none of those above; else a further member, such as a depth map.
 _RARE_IMAGES = frozenset((b"bmp", b"ppm", b"pgm", b"tif", b"tiff"))
 _SPACES = 8 * 0x20  # the checksum's own field counts as spaces
 _SMALL, _WINDOW = 1 << 14, 1 << 18
@@ -37,7 +38,13 @@ _ZEROS = bytes(BLOCK)
 
 @dataclasses.dataclass(frozen=True)
 class ShardSamples:
-    """The samples of one shard, in its order. offsets, sizes: bytes of the images."""
+    """The samples of one shard, in its order.
+
+    Attributes:
+        keys: Keys, UTF-8.
+        labels: Labels.
+        offsets, sizes: Position and length of each image in bytes.
+    """
 
     keys: list[bytes]
     labels: list[int]
@@ -46,11 +53,11 @@ class ShardSamples:
 
 
 class _Unusual(Exception):
-    """A header that is left to tarfile."""
+    """A header that only tarfile can read."""
 
 
 class _Reader:
-    """A file read in windows: many headers at once where members are small, a page where they are large."""
+    """A file read in windows: many headers at once if members are small, a page if they are large."""
 
     def __init__(self, descriptor: int, path: Path) -> None:
         self.descriptor, self.path = descriptor, path
@@ -58,7 +65,7 @@ class _Reader:
         self.start, self.buffer = 0, b""
 
     def read(self, offset: int, length: int) -> bytes:
-        """Fewer bytes than `length` only at the end of the file. Offsets go forward from call to call."""
+        """Return the bytes at an offset; fewer than `length` only at the end of the file. Offsets must not decrease."""
         first = offset - self.start
         if first + length > len(self.buffer):
             near = first < len(self.buffer) + _SMALL
@@ -68,7 +75,11 @@ class _Reader:
 
 
 def read_shard(path: Path) -> ShardSamples:
-    """Raises UserError, naming the shard, where it is damaged or cut short, or holds samples that are not whole."""
+    """Return the index of a shard.
+
+    Raises:
+        UserError: The shard is damaged or cut short, or has an incomplete sample.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
@@ -92,7 +103,7 @@ def _cut_short(path: Path, what: str) -> NoReturn:
 
 
 def _members(reader: _Reader) -> Iterator[tuple[bytes, int, int]]:
-    """(name, offset, size) of every regular member."""
+    """Yield (name, offset, size) of every regular member."""
     path, size = reader.path, reader.size
     if size == 0:
         _fail(path, "is empty")
@@ -162,7 +173,7 @@ def _name(header: bytes) -> bytes:
 
 
 def _pax(records: bytes, name: bytes) -> tuple[bytes, int | None]:
-    """The path and the size that a pax header gives the next member; other fields do not matter here."""
+    """Return the path and the size of the next member in a pax header; other fields are not needed."""
     size: int | None = None
     while records:
         length, _, _ = records.partition(b" ")
@@ -180,7 +191,7 @@ def _pax(records: bytes, name: bytes) -> tuple[bytes, int | None]:
 
 
 def _check_end(reader: _Reader, position: int) -> None:
-    """Two blocks of zeros end an archive, and nothing but zeros comes after."""
+    """Check that two blocks of zeros end the archive, and nothing but zeros follows."""
     tail = reader.read(position, 2 * BLOCK)
     if len(tail) < 2 * BLOCK:
         _cut_short(reader.path, "half of its end-of-archive mark is missing")
@@ -188,7 +199,9 @@ def _check_end(reader: _Reader, position: int) -> None:
         _cut_short(reader.path, f"its {reader.size} bytes are no multiple of {BLOCK}")
     rest = os.pread(reader.descriptor, _MOST_TAIL, position)
     if rest.strip(b"\0") or reader.size - position > _MOST_TAIL:
-        _fail(reader.path, f"goes on after its end-of-archive mark at byte {position}; were archives joined with cat?")
+        _fail(
+            reader.path, f"continues after its end-of-archive mark at byte {position}; were archives joined with cat?"
+        )
 
 
 def _tarfile_members(reader: _Reader) -> Iterator[tuple[bytes, int, int]]:
@@ -208,7 +221,7 @@ def _tarfile_members(reader: _Reader) -> Iterator[tuple[bytes, int, int]]:
 
 
 def _split(name: bytes) -> tuple[bytes, bytes]:
-    """Key and extension; no key for a hidden file or one without a dot."""
+    """Return key and extension; no key for a hidden file or one without a dot."""
     base = name.rfind(b"/") + 1
     dot = name.find(b".", base)
     return (name[:dot], name[dot + 1 :].lower()) if dot > base else (b"", b"")
@@ -216,7 +229,14 @@ def _split(name: bytes) -> tuple[bytes, bytes]:
 
 @dataclasses.dataclass
 class _Found:
-    """Members of a shard by key. labels: what a `.cls` holds. double: keys with more than one image."""
+    """Members of a shard by key.
+
+    Attributes:
+        images, rare: (offset, size) of images, and of images in rare formats.
+        double: Keys with more than one image.
+        labels: Contents of `.cls` members.
+        records: (offset, size) of `.json` members.
+    """
 
     images: dict[bytes, tuple[int, int]] = dataclasses.field(default_factory=dict)
     rare: dict[bytes, tuple[int, int]] = dataclasses.field(default_factory=dict)
@@ -277,7 +297,7 @@ def _group(reader: _Reader, members: Iterator[tuple[bytes, int, int]]) -> ShardS
 
 
 def _take_whole_names(path: Path, found: _Found, dotted: _Found) -> None:
-    """Adds to `found` the samples among the members whose names have further dots; see the top of this file."""
+    """Add samples among the members whose names have further dots to `found`; see the top of this file."""
     for key, place in dotted.images.items():
         first = key[: key.index(b".", key.rfind(b"/") + 1)]
         if key in dotted.labels:

@@ -1,7 +1,8 @@
 """Samples in tar shards, read in any order: nothing is unpacked, copied or rewritten to leave samples out.
 
-The index (key, label, place of every sample) is built once from the headers and kept beside the shards, or under
-~/.cache/lethe where that folder cannot be written. It holds for shards of the same names, sizes and times.
+The index (key, label and position of every sample) is built once from the headers. It is stored in the folder of the
+shards, or under ~/.cache/lethe if that folder cannot be written. It is valid for shards of the same names, sizes and
+times.
 """
 
 from __future__ import annotations
@@ -30,12 +31,16 @@ logger = logging.getLogger(__name__)
 
 _FORMAT = "lethe index 2"
 _ARRAYS = ("counts", "labels", "offsets", "sizes", "id_text", "id_ends")
-_OPEN_SHARDS = 64  # a process; systems often allow 1,024 files in all
-_THREADS = 8  # headers that are waited for at once, on network file systems
+_OPEN_SHARDS = 64  # for each process; systems often allow 1,024 open files
+_THREADS = 8  # shards whose headers are read at once, for network file systems
 
 
 def open_webdataset(location: str) -> dict[str, Samples]:
-    """Train, validation and test samples of a folder or a pattern of shards."""
+    """Return train, validation and test samples of a folder or a pattern of shards.
+
+    Raises:
+        UserError: Shards are missing, damaged or compressed.
+    """
     shards = find_shards(location, f"webdataset:{location}")
     return {split: _open_split(f"webdataset {split}", paths) for split, paths in shards.items()}
 
@@ -49,14 +54,14 @@ def _open_split(name: str, paths: Sequence[Path]) -> Samples:
 
 
 class _Reader:
-    """Reads images by number. Shards are opened when first read from, in the process that reads."""
+    """Reads images by number. A shard is opened when it is first read, in the process that reads it."""
 
     def __init__(self, paths: Sequence[str], shard: np.ndarray, offsets: np.ndarray, sizes: np.ndarray) -> None:
         self.paths, self.shard, self.offsets, self.sizes = paths, shard, offsets, sizes
 
     def open(self, index: int) -> Image.Image:
         size = int(self.sizes[index])
-        # pread has no position of its own to share, so worker processes may inherit what is open.
+        # pread does not move a file position, so worker processes may inherit open shards.
         content = os.pread(_opened(self.paths[self.shard[index]]).descriptor, size, int(self.offsets[index]))
         if len(content) < size:
             raise OSError(f"{len(content)} of {size} bytes are left; the shard has changed since it was opened")
@@ -67,13 +72,13 @@ class _Reader:
 
 
 class _Opened:
-    """A descriptor that is closed once nobody holds it: neither the cache of open shards nor a read under way."""
+    """A descriptor that is closed once neither the cache of open shards nor a read refers to it."""
 
     def __init__(self, path: str) -> None:
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def __del__(self) -> None:
-        descriptor = getattr(self, "descriptor", None)  # None where open failed
+        descriptor = getattr(self, "descriptor", None)  # None if open failed
         if descriptor is not None:
             os.close(descriptor)
 
@@ -102,7 +107,7 @@ def _load_or_build(name: str, paths: Sequence[Path]) -> dict[str, np.ndarray]:
 
 
 def _state(paths: Sequence[Path]) -> str:
-    """What the index depends on: names, sizes and times of the shards."""
+    """Return a digest of what the index depends on: names, sizes and times of the shards."""
     digest = hashlib.sha256(_FORMAT.encode())
     for path in paths:
         try:
@@ -132,7 +137,7 @@ def _save(place: Path, state: str, index: dict[str, np.ndarray]) -> bool:
         with replacing(place) as temporary, open(temporary, "wb") as handle:
             np.savez(handle, state=np.array(state), **index)  # type: ignore[arg-type]
         return True
-    except (OSError, RunStopped):  # a folder that only others may write, a full disk
+    except (OSError, RunStopped):  # no permission to write, or a full disk
         return False
 
 
@@ -146,7 +151,7 @@ def _build(paths: Sequence[Path]) -> dict[str, np.ndarray]:
 
 
 def _packed(path: Path) -> dict[str, np.ndarray]:
-    """The samples of a shard as arrays; `id_ends` holds lengths until all shards are joined."""
+    """Return the samples of a shard as arrays; `id_ends` holds lengths until all shards are joined."""
     samples: ShardSamples = read_shard(path)
     for key in samples.keys:
         try:

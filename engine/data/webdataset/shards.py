@@ -1,7 +1,7 @@
-"""Which tar shards a `webdataset:` location names, by split; missing ones are errors.
+"""The tar shards of a `webdataset:` location, by split; missing shards are errors.
 
-`{split}` or the word `train` in a pattern stands for every split in turn, see `SPLIT_WORDS`. Numbers in
-braces or brackets are those of the training shards; other splits have as many as there are.
+`{split}` or the word `train` in a pattern stands for every split in turn, see `SPLIT_WORDS`. Numbers in braces or
+brackets are those of the training shards; other splits may have any numbers.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from engine.errors import UserError
 
 T = TypeVar("T")
 
-# Names that a split goes by, in files and folders.
+# Names of splits in files and folders.
 SPLIT_WORDS = ("train", "validation", "val", "valid", "dev", "test")
 _WORD = re.compile(r"(?<![a-zA-Z])(train|validation|valid|val|dev|test)(?![a-zA-Z])")
 # Short names of the validation split.
 _SHORT = ("val", "valid", "dev")
-# A number, and what follows it: a count of shards, with the hash that older uploads to the Hugging Face hub have.
+# A number, and what follows it: a count of shards, with the hash of older uploads to the Hugging Face hub.
 _SHARD = re.compile(r"(.*?)(\d+)(-of-(\d+)(?:-[0-9a-f]{8,})?(\D*)|\D*)")
-# A number of which braces or brackets name several values, with the digits around them.
+# A number with several values in braces or brackets, with the digits around them.
 _NUMBERS = re.compile(r"\d*(?:\{\d+\.\.\d+\}|\{\d+(?:,\d+)*\}|\[[\d-]+\])+\d*")
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")
 # Compressed shards, which are not read.
@@ -34,10 +34,17 @@ _MOST = 1_000_000  # shards that a pattern may stand for
 
 
 def by_split(found: Mapping[str, T], spec: str) -> dict[str, T]:
-    """From the words of `SPLIT_WORDS` to train, validation, test.
+    """Return the values of `SPLIT_WORDS` by train, validation and test.
 
-    `val` (or `valid`, `dev`) is the validation split if there is a `test`, and the test split if there is none: then
-    the fifth of it whose ids hash lowest is validation.
+    `val` (or `valid`, `dev`) is the validation split if there is a `test`. Otherwise it is the test split, of which the
+    fifth with the lowest hashes of ids is validation.
+
+    Args:
+        found: Values by word.
+        spec: The data source, for errors.
+
+    Raises:
+        UserError: Two words stand for the same split.
     """
     short = [word for word in _SHORT if word in found]
     if len(short) > 1:
@@ -46,19 +53,23 @@ def by_split(found: Mapping[str, T], spec: str) -> dict[str, T]:
     for word in short:
         place = "validation" if "test" in found else "test"
         if place in splits:
-            raise UserError(f"data source {spec!r} has both {word} and validation beside test; keep one of the two")
+            raise UserError(f"data source {spec!r} has both {word} and validation next to test; keep one of the two")
         splits[place] = found[word]
     return splits
 
 
 def split_word(name: str) -> str | None:
-    """The word of `SPLIT_WORDS` in the name of a file or folder, None if there is none or more than one."""
+    """Return the word of `SPLIT_WORDS` in the name of a file or folder, None if there is none or more than one."""
     words = set(_WORD.findall(name))
     return words.pop() if len(words) == 1 else None
 
 
 def find_shards(location: str, spec: str) -> dict[str, list[Path]]:
-    """The shards of each split, in the order of their numbers. Raises UserError for missing ones, naming them."""
+    """Return the shards of each split, in the order of their numbers.
+
+    Raises:
+        UserError: Shards are missing; the message names them.
+    """
     location = os.path.expanduser(location)
     if not location:
         raise UserError(f"data source {spec!r}: write webdataset:FOLDER or webdataset:PATTERN")
@@ -72,7 +83,17 @@ def find_shards(location: str, spec: str) -> dict[str, list[Path]]:
 
 
 def add_folders(found: dict[str, list[Path]], folder: Path, files_of: Callable[[Path], list[Path]], spec: str) -> None:
-    """Adds the files of `folder`/WORD to those of a split word. Raises UserError for a word that has files already."""
+    """Add the files of `folder`/WORD to those of each split word.
+
+    Args:
+        found: Files by split word; changed in place.
+        folder: The folder.
+        files_of: Returns the files of a folder.
+        spec: The data source, for errors.
+
+    Raises:
+        UserError: A word has files already.
+    """
     for word in SPLIT_WORDS:
         inside = files_of(folder / word)
         if inside and word in found:
@@ -93,7 +114,7 @@ def _in_folder(folder: Path, spec: str) -> dict[str, list[Path]]:
         words = set(_WORD.findall(path.name))
         if len(words) != 1:
             raise UserError(
-                f"data source {spec!r}: the name of {path.name} says {' and '.join(sorted(words)) or 'no split'}; name "
+                f"data source {spec!r}: the name of {path.name} has {' and '.join(sorted(words)) or 'no split'}; name "
                 "shards train-*.tar, val-*.tar, ..., or give a pattern with {split} in it"
             )
         found.setdefault(words.pop(), []).append(path)
@@ -119,7 +140,7 @@ def _of_pattern(pattern: str, spec: str) -> dict[str, list[Path]]:
         ]
     else:
         raise UserError(
-            f"data source {spec!r}: a pattern has to tell the splits apart; put {{split}} where the shards say train, "
+            f"data source {spec!r}: a pattern has to separate the splits; put {{split}} in the place of train, "
             "val or test, or name the train shards by a pattern with the word train in it"
         )
     found = {"train": train}
@@ -138,7 +159,7 @@ def _replace_train(text: str, word: str) -> str:
 
 
 def _expand(pattern: str, spec: str) -> list[Path]:
-    """Every shard of a pattern; all that its braces name have to be there."""
+    """Return every shard of a pattern; all shards of its braces must exist."""
     paths: list[str] = []
     missing: list[str] = []
     for name in _names(pattern, spec):
@@ -151,14 +172,14 @@ def _expand(pattern: str, spec: str) -> list[Path]:
     if missing:
         _raise_missing(missing, len(missing) + len(paths), spec)
     shards = [Path(path) for path in dict.fromkeys(paths)]
-    # A wildcard beside a digit picks some of the numbers on purpose.
+    # A wildcard next to a digit selects some of the numbers on purpose.
     if glob.has_magic(pattern) and not re.search(r"\d[*?\[]|[*?\]]\d|[{\[]", pattern):
         check_sequence(shards, spec)
     return shards
 
 
 def _counterpart(pattern: str, spec: str) -> list[Path]:
-    """The shards of another split than train: {0..9}, {0,1} and [01] stand for whatever numbers there are."""
+    """Return the shards of another split than train: {0..9}, {0,1} and [01] stand for any numbers."""
     found: list[Path] = []
     for form in _names(_NUMBERS.sub("\0", pattern), spec):
         parts = [re.escape(part).replace(r"\*", ".*").replace(r"\?", ".") for part in form.split("\0")]
@@ -171,7 +192,7 @@ def _counterpart(pattern: str, spec: str) -> list[Path]:
 
 
 def _names(pattern: str, spec: str) -> Iterator[str]:
-    """`a-{08..10}.tar` -> a-08.tar, a-09.tar, a-10.tar; `{x,y}` likewise."""
+    """Yield the names of a pattern: `a-{08..10}.tar` -> a-08.tar, a-09.tar, a-10.tar; `{x,y}` likewise."""
     literals: list[str] = []
     choices: list[list[str]] = []
     position, total = 0, 1
@@ -191,9 +212,12 @@ def _names(pattern: str, spec: str) -> Iterator[str]:
 
 
 def check_sequence(shards: Sequence[Path], spec: str) -> None:
-    """Refuses a gap in the numbers of shards, `00003-of-00010` without the other nine, and one number twice.
+    """Check the numbers of shards.
 
-    A shard that is missing after the last one can only be told from a brace range or an `-of-`.
+    A missing shard after the last one is detected only with a brace range or an `-of-`.
+
+    Raises:
+        UserError: A number is missing or occurs twice, or `00003-of-00010` is there without the other nine.
     """
     series: dict[tuple[str, str], dict[int, str]] = {}
     totals: dict[tuple[str, str], int] = {}
@@ -221,7 +245,11 @@ def check_sequence(shards: Sequence[Path], spec: str) -> None:
 
 
 def _check_one_count(totals: Mapping[tuple[str, str], int], spec: str) -> None:
-    """Refuses shards of one name that are numbered `-of-` two counts: two versions of the same data."""
+    """Check that shards of one name have one count `-of-`; two counts are two versions of the same data.
+
+    Raises:
+        UserError: There are two.
+    """
     counts: dict[str, int] = {}
     for (prefix, _), count in totals.items():
         if counts.setdefault(prefix, count) != count:

@@ -200,7 +200,7 @@ def test_options_travel_in_the_spec(tmp_path: Path) -> None:
     assert open_source(f"imagefolder:{odd}").train.ids == ["c/0.png"]
     refused("parquet:/x?imgae=img", "unknown option 'imgae'; did you mean 'image'?")
     refused("digits?image=img", "digits data has no columns")
-    with pytest.raises(UserError, match="--data says image=img already"):
+    with pytest.raises(UserError, match="--data has image=img already"):
         with_options(spec, image="other")
 
 

@@ -108,7 +108,7 @@ def test_folders_of_no_split_are_named(tmp_path: Path, caplog: Any) -> None:
     fill(tmp_path, "train/a/0.png", "holdout/a/0.png", "test/a/0.png")
     with caplog.at_level(logging.WARNING):
         open_source(f"imagefolder:{tmp_path}")
-    assert "not read, since the name says no split: holdout" in caplog.text
+    assert "not read, since the name has no split: holdout" in caplog.text
 
 
 # Shards

@@ -106,7 +106,7 @@ def test_val_is_validation_beside_a_test_split(folder: Path) -> None:
     assert (source.validation.ids[0], source.test.ids[0]) == ("s100", "s200")
     assert (len(source.validation), len(source.test)) == (10, 4)
     write(folder / "set-validation-00.tar", numbered(300, 4))
-    assert "has both val and validation beside test" in fails(lambda: open_source(f"webdataset:{folder}"))
+    assert "has both val and validation next to test" in fails(lambda: open_source(f"webdataset:{folder}"))
 
 
 def test_missing_shards_are_named(folder: Path) -> None:
@@ -140,11 +140,11 @@ def test_a_total_in_the_names_shows_what_is_missing_at_the_end(folder: Path) -> 
     [
         ("", "write webdataset:FOLDER or webdataset:PATTERN"),
         ("{f}/nothing-train-*.tar", "no file matches"),
-        ("{f}/set-val-*.tar", "a pattern has to tell the splits apart"),
+        ("{f}/set-val-*.tar", "a pattern has to separate the splits"),
         ("{f}/set-train-{{0003..0001}}.tar", "the range {0003..0001} names 0 shards"),
         ("{f}/set-train-{{0..99999999999}}.tar", "the range {0..99999999999} names 100000000000 shards"),
         ("{f}/other", "holds no train-*.tar and no train/*.tar"),
-        ("{f}/unclear", "the name of shard-0.tar says no split"),
+        ("{f}/unclear", "the name of shard-0.tar has no split"),
         ("{f}/only_test", "has no train shards"),
         ("{f}/only_train", "has neither test nor validation samples"),
     ],
@@ -255,7 +255,7 @@ def spoiled(path: Path, how: str) -> None:
         ("odd", "is cut short: its"),
         ("flipped", "is not a tar archive"),
         ("second", "has a damaged header at byte 1024"),
-        ("joined", "goes on after its end-of-archive mark"),
+        ("joined", "continues after its end-of-archive mark"),
         ("empty", "is empty"),
         ("text", "is not a tar archive"),
         ("compressed", "is compressed"),
