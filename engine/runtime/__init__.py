@@ -1,1 +1,1 @@
-"""What the engine needs of the machine it runs on."""
+"""Services of the machine: device, process group, files, locks, memory and versions."""

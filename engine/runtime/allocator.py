@@ -1,7 +1,7 @@
 """The C library's allocator during a run on the CPU: freed memory is kept for the next step.
 
-glibc gives large blocks back to the kernel when they are freed, and a training step frees and takes the same blocks
-over and over: each page is faulted in and zeroed again. docs/lab/2026-11-21.md has what that costs.
+glibc returns large blocks to the kernel when they are freed, and a training step frees and allocates the same blocks
+repeatedly: each page is faulted in and zeroed again. docs/lab/2026-11-21.md has the cost.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from collections.abc import Iterator
 
 import torch
 
-# Parameters of mallopt(3), from malloc.h, and what they are set to: blocks below 1 GiB come from the heap, its end is
-# never given back, and it grows by 64 MiB at a time.
+# Parameters of mallopt(3), from malloc.h, and their values: blocks below 1 GiB come from the heap, its end is never
+# returned, and it grows by 64 MiB at a time.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
 _KEEPING = {_MMAP_THRESHOLD: 1 << 30, _TRIM_THRESHOLD: 2**31 - 1, _TOP_PAD: 64 << 20}
-# Where glibc's own adjustment ends: the defaults cannot be had back, setting a threshold switches the adjustment off.
+# The end of glibc's own adjustment. Defaults cannot be restored: setting a threshold switches the adjustment off.
 _USUAL = {_MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 64 << 20, _TOP_PAD: 128 << 10}
 
 _open = 0
@@ -26,9 +26,9 @@ _open = 0
 
 @contextlib.contextmanager
 def keeping_freed_memory(device: torch.device) -> Iterator[None]:
-    """Within it, this process's freed memory stays with it; afterwards what is free goes back to the system.
+    """Keep freed memory in this process within the context; return free memory to the system afterwards.
 
-    Does nothing on other devices, without glibc, and where the environment already sets its malloc.
+    Does nothing on other devices than the CPU, without glibc, and if the environment already sets its malloc.
     """
     global _open
     libc = _glibc() if device.type == "cpu" else None
@@ -55,4 +55,4 @@ def _glibc() -> ctypes.CDLL | None:
 
 def _set(libc: ctypes.CDLL, values: dict[int, int]) -> None:
     for parameter, value in values.items():
-        libc.mallopt(parameter, value)  # 0 where a value is out of its range: the default then stays
+        libc.mallopt(parameter, value)  # returns 0 for a value out of range; the default is then kept

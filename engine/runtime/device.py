@@ -1,4 +1,4 @@
-"""Where a run computes, and in what precision."""
+"""Device and precision of a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from engine.errors import UserError
 
 
 def resolve_device(name: str) -> torch.device:
-    """auto is CUDA where there is one, else the CPU. Raises UserError for a device that is not here."""
+    """Return a device; auto is CUDA if there is a device, else the CPU.
+
+    Raises:
+        UserError: The device does not exist on this machine.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -23,7 +27,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_precision(name: Literal["auto", "fp32", "bf16"], device: torch.device) -> Literal["fp32", "bf16"]:
-    """auto is bf16 where the device multiplies it natively, else fp32."""
+    """Return a precision; auto is bf16 if the device multiplies it natively, else fp32."""
     if name != "auto":
         return name
     if device.type == "cuda":
@@ -41,4 +45,5 @@ def _cpu_has_bf16() -> bool:
 
 
 def autocast(device: torch.device, precision: str) -> Any:
+    """Return the context manager of autocast: bf16, or disabled for another precision."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")

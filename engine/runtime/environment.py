@@ -1,4 +1,4 @@
-"""What a run ran on: versions, devices, backends, and an installation that is not what it seems."""
+"""Environment of a run: versions, devices, backends, and checks of the installation."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ EXTRAS = {
 
 
 def commit(root: Path = ROOT) -> dict[str, Any] | None:
-    """Hash of the commit that runs, and whether files differ from it; None where this is not a checkout of ours."""
-    if not (root / ".git").exists():  # installed: a repository further up is another program's
+    """Return the hash of the commit that runs, and whether files differ from it; None outside a checkout of this
+    project.
+    """
+    if not (root / ".git").exists():  # installed: a repository further up belongs to another program
         return None
 
     def git(*arguments: str) -> str:
@@ -38,7 +40,7 @@ def commit(root: Path = ROOT) -> dict[str, Any] | None:
 
 
 def environment() -> dict[str, Any]:
-    """Versions and hardware, as kept in record.json; none of it names the user or the host."""
+    """Return versions and hardware for record.json; nothing in it identifies the user or the host."""
     import torch
 
     from engine._version import __version__
@@ -58,7 +60,7 @@ def environment() -> dict[str, Any]:
 
 
 def kernels_problem() -> str | None:
-    """Why the imported package `lethe_kernels` is not ours, in words; None if it is."""
+    """Return why the imported package `lethe_kernels` is not that of this project; None if it is."""
     try:
         kernels = importlib.import_module("lethe_kernels")
     except ImportError as error:
@@ -76,7 +78,7 @@ def kernels_problem() -> str | None:
 
 
 def kernel_backends() -> dict[str, str]:
-    """What `auto` takes on each device that is here, and why not Triton where it does not."""
+    """Return the backend of `auto` on each device of this machine, and why it is not Triton if it is not."""
     import torch
 
     from lethe_kernels import triton_problems
@@ -89,7 +91,7 @@ def kernel_backends() -> dict[str, str]:
 
 
 def rollout_launches() -> str:
-    """How `lethe_kernels._triton.rollout.plan` shares out the work on this machine's GPU."""
+    """Return how `lethe_kernels._triton.rollout.plan` divides the work on this machine's GPU, as text."""
     import torch
 
     images = "as many images as it has processors"
@@ -102,7 +104,7 @@ def rollout_launches() -> str:
 
 
 def extras() -> dict[str, str]:
-    """Optional packages: their version, or which extra installs them, or why they do not import."""
+    """Return the version of each optional package, or the command that installs it."""
     states = {}
     for package, extra in EXTRAS.items():
         version = _version(package)

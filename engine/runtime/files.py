@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: written under another name, then renamed."""
+"""Files that are complete or absent: written under another name, then renamed."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ _FULL = ("No space left on device", "file write failed", "basic_ios::clear: iost
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary name beside `path`, and renames it to `path` if the block ends well.
+    """Yield a temporary name in the folder of `path`, and rename it to `path` if the block succeeds.
 
-    Raises RunStopped where there is no space left; the earlier `path` is then as it was.
+    Raises:
+        RunStopped: No space is left; the earlier `path` is unchanged.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -38,7 +39,12 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def full_disk(path: Path, otherwise: str) -> Iterator[None]:
-    """Turns the errors of a full disk into RunStopped, with what is left to the user."""
+    """Turn the errors of a full disk into RunStopped.
+
+    Args:
+        path: File that is written, for the message.
+        otherwise: State of the files after the error, for the message.
+    """
     try:
         yield
     except RunStopped:
@@ -50,7 +56,7 @@ def full_disk(path: Path, otherwise: str) -> Iterator[None]:
 
 
 def sync(path: Path) -> None:
-    """Waits until a file, or what a folder lists, has reached the disk."""
+    """Wait until a file, or the entries of a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -59,17 +65,19 @@ def sync(path: Path) -> None:
 
 
 def _is_full(error: BaseException) -> bool:
-    # safetensors and torch.save wrap the OSError in errors of their own; torch.save's say only that a write failed.
+    # safetensors and torch.save wrap the OSError in errors of their own; torch.save's have no other reason.
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
     return full or any(text in str(error) for text in _FULL)
 
 
 def write_json(path: Path, values: Any) -> None:
+    """Write values as JSON; the file is complete or unchanged."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file."""
     digest = hashlib.sha256()
     with open(path, "rb") as handle:
         while chunk := handle.read(1 << 20):

@@ -1,10 +1,10 @@
-"""One process a folder: a lock file that names its owner, and that is recognised as stale once the owner is gone.
+"""Lock of a folder for one process: a lock file with its owner, which is stale once the owner has ended.
 
-The file holds host, process id and start time as JSON. It appears in one step with its whole content (a hard link to a
-temporary file, which NFS makes atomically as well; where the file system has no hard links, O_CREAT | O_EXCL).
-A lock is stale if its owner is provably gone: same host, and no process with that id, or one that started at another
-time, or another boot of the host. Stale locks are removed without a question. The owner on another host (or in another
-container) may still be at work, so that such a lock is an error; the message says which file to remove after a check.
+The file holds host, process id and start time as JSON. It is created in one step with its whole content: a hard link to
+a temporary file, which NFS makes atomically as well; without hard links in the file system, O_CREAT | O_EXCL.
+A lock is stale if its owner has provably ended: same host, and no process with that id, or one that started at another
+time, or another boot of the host. Stale locks are removed without a question. An owner on another host (or in another
+container) may still be running, so that such a lock is an error; the message names the file to remove after a check.
 """
 
 from __future__ import annotations
@@ -29,14 +29,22 @@ from engine.runtime.files import full_disk
 
 FILE = "lock.json"
 
-# A lock that was made without hard links is empty for a moment.
+# A lock without hard links is empty for a moment.
 _EMPTY_FOR_S = 1.0
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS, errno.EACCES)
 
 
 @dataclasses.dataclass(frozen=True)
 class Owner:
-    """A process. machine, boot, namespace: of its host, empty where the host does not tell. started: its start time."""
+    """A process that holds a lock.
+
+    Attributes:
+        host, machine, boot, namespace: Name, machine id, boot id and PID namespace of its host, empty if not available.
+        pid: Process id.
+        started: Start time in the system's own units.
+        since: UTC time at which the lock was taken.
+        token: Random text that distinguishes locks of one process.
+    """
 
     host: str
     machine: str
@@ -61,7 +69,7 @@ class Owner:
         )
 
     def is_alive(self) -> bool | None:
-        """Whether the process still runs; None where that cannot be found out from here."""
+        """Return whether the process still runs; None if that is not known on this host."""
         here = Owner.this_process()
         if (self.host, self.machine) != (here.host, here.machine):
             return None
@@ -76,12 +84,15 @@ class Owner:
         return f"process {self.pid} on host {self.host}, since {self.since}"
 
 
-# (the folder, who holds it) -> the message of the error for whoever comes second.
+# (folder, owner of its lock) -> message of the error for a second process.
 Refusal = Callable[[Path, Owner], str]
 
 
 def start_of(pid: int) -> str | None:
-    """When a process of this host started, in the system's own units; empty if that is not told, None if it is gone."""
+    """Return the start time of a process of this host, in the system's own units.
+
+    Empty if the time is not available, None if there is no such process.
+    """
     try:
         # The name of the program, in brackets, may hold spaces and brackets.
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
@@ -99,28 +110,33 @@ def start_of(pid: int) -> str | None:
     if sys.platform == "linux":
         return ""
     with contextlib.suppress(OSError):
-        told = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, check=False)
-        return told.stdout.strip()
+        found = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, check=False)
+        return found.stdout.strip()
     return ""
 
 
 class FolderLock:
-    """A lock that this process holds."""
+    """A lock of this process."""
 
     def __init__(self, path: Path, content: bytes) -> None:
         self.path, self._content, self._pid = path, content, os.getpid()
 
     def release(self) -> None:
-        """Gives the folder back; harmless in a forked child, and when the file is another's by now."""
+        """Remove the lock file; does nothing in a forked child, or if the file belongs to another process by now."""
         if self._pid == os.getpid() and _content(self.path) == self._content:
             self.path.unlink(missing_ok=True)
 
 
 def take(folder: Path, refusal: Refusal | None = None) -> FolderLock:
-    """Takes the lock of a folder that exists.
+    """Take the lock of an existing folder.
 
-    Raises UserError, naming the owner, where another run holds it or may hold it, and where the folder cannot be
-    written; RunStopped where the disk is full.
+    Args:
+        folder: The folder.
+        refusal: Returns the error message for the folder and its owner; None: a general one.
+
+    Raises:
+        UserError: Another run holds the lock, or may hold it, or the folder cannot be written.
+        RunStopped: The disk is full.
     """
     path = folder / FILE
     content = json.dumps(dataclasses.asdict(Owner.this_process())).encode() + b"\n"
@@ -133,7 +149,11 @@ def take(folder: Path, refusal: Refusal | None = None) -> FolderLock:
 
 
 def check(folder: Path, refusal: Refusal | None = None) -> None:
-    """Raises UserError where another run holds a folder, or may hold it; removes a stale lock."""
+    """Check that no other run holds a folder, and remove a stale lock.
+
+    Raises:
+        UserError: Another run holds it, or may hold it.
+    """
     path = folder / FILE
     content = _settled(path)
     if content is None:
@@ -146,7 +166,7 @@ def check(folder: Path, refusal: Refusal | None = None) -> None:
     if owner is None or alive is None:
         who = str(owner) if owner else "a lock file that cannot be read"
         raise UserError(
-            f"{folder} is locked by {who}; whether that run goes on cannot be told from this host: check there, and "
+            f"{folder} is locked by {who}; whether that run still goes on is not known on this host: check there, and "
             f"only if it has ended remove {path}"
         )
     raise UserError((refusal or _refusal)(folder, owner))
@@ -154,7 +174,11 @@ def check(folder: Path, refusal: Refusal | None = None) -> None:
 
 @contextlib.contextmanager
 def held(folder: Path, refusal: Refusal | None = None) -> Iterator[None]:
-    """Keeps other processes out of a folder, which is made where there is none; errors as of `take`."""
+    """Hold the lock of a folder within the context; the folder is created if necessary.
+
+    Raises:
+        UserError, RunStopped: See `take`.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -171,14 +195,14 @@ def _refusal(folder: Path, owner: Owner) -> str:
 
 
 def _create(path: Path, content: bytes) -> bool:
-    """Makes the file with its content in one step; False where there is one."""
+    """Create the file with its content in one step; return False if there is one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         with full_disk(path, "nothing was changed"):
             temporary.write_bytes(content)
         try:
             os.link(temporary, path)
-        except FileNotFoundError:  # the owner of the lock has cleared up what it took for a leftover
+        except FileNotFoundError:  # the owner of the lock removed the temporary file as a leftover
             return False
         except FileExistsError:
             with contextlib.suppress(FileNotFoundError):
@@ -211,7 +235,7 @@ def _content(path: Path) -> bytes | None:
 
 
 def _settled(path: Path) -> bytes | None:
-    """The content of a lock file; waited for a moment where it is empty. None where there is none."""
+    """Return the content of a lock file, after a short wait if it is empty; None if there is none."""
     until = time.monotonic() + _EMPTY_FOR_S
     while (content := _content(path)) == b"" and time.monotonic() < until:
         time.sleep(0.02)
@@ -227,9 +251,9 @@ def _owner(content: bytes) -> Owner | None:
 
 
 def _remove_stale(path: Path, content: bytes) -> None:
-    """Removes a lock file if it is still the one that was found stale: of several processes that found it, one does.
+    """Remove a lock file if it is still the stale one; of several processes that found it, one removes it.
 
-    Only processes of one host find the same lock stale, so that a lock of that host's kernel is enough between them.
+    Only processes of one host find the same lock stale, so a lock of that host's kernel is sufficient between them.
     """
     with contextlib.suppress(FileNotFoundError), open(path, "rb") as handle:
         with contextlib.suppress(ImportError, OSError):

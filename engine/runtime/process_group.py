@@ -1,8 +1,8 @@
-"""The processes of a run, and what they tell each other. One process is a world of size one, and talks to nobody.
+"""The process group of a run and its collectives. One process is a group of size one without communication.
 
-`deepspeed`, `torchrun` and their kin start a process a rank and say so in the environment (RANK, WORLD_SIZE,
-LOCAL_RANK, MASTER_ADDR, MASTER_PORT); `join()` turns that into a process group. Tensors on the CPU travel by gloo,
-those on a GPU by NCCL.
+`deepspeed`, `torchrun` and similar launchers start one process for each rank and set the environment (RANK, WORLD_SIZE,
+LOCAL_RANK, MASTER_ADDR, MASTER_PORT), from which `init_process_group()` makes a process group. Tensors on the CPU are
+sent by gloo, those on a GPU by NCCL.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from engine.errors import RunStopped, UserError
 
-# What torch.distributed raises where a peer is gone; gloo's are plain RuntimeErrors, told by their text.
+# Errors of torch.distributed for a lost rank; gloo's are plain RuntimeErrors, recognised by their text.
 _CONNECTION_ERRORS = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -34,7 +34,9 @@ _CONNECTION_ERRORS = (
 class ProcessGroup:
     """This process's place among the ranks of a run.
 
-    rank, size: as torch.distributed counts. local_rank: rank on this host, which picks the GPU.
+    Attributes:
+        rank, size: Rank and number of ranks, as in torch.distributed.
+        local_rank: Rank on this host, which selects the GPU.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0) -> None:
@@ -42,28 +44,30 @@ class ProcessGroup:
 
     @classmethod
     def current(cls) -> ProcessGroup:
-        """The process group that is there, or a world of one."""
+        """Return the existing process group, or a group of size one."""
         if not dist.is_available() or not dist.is_initialized():
             return cls()
         return cls(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", 0)))
 
     @property
     def is_main(self) -> bool:
+        """Whether this is rank 0, which writes files and logs."""
         return self.rank == 0
 
     def barrier(self) -> None:
+        """Wait for all ranks."""
         if self.size > 1:
             dist.barrier()
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum of a tensor over all ranks; the same on each of them."""
+        """Return the sum of a tensor over all ranks, on each of them."""
         if self.size > 1:
             values = values.clone()
             dist.all_reduce(values)
         return values
 
     def broadcast(self, value: Any) -> Any:
-        """The main rank's value (any small picklable object) on every rank."""
+        """Return the main rank's value (any small picklable object) on every rank."""
         if self.size == 1:
             return value
         box = [value]
@@ -71,16 +75,17 @@ class ProcessGroup:
         return box[0]
 
     def gather(self, value: Any) -> list[Any]:
-        """The values (small picklable objects) of all ranks, in their order, on each of them."""
+        """Return the values (small picklable objects) of all ranks, in the order of ranks, on each of them."""
         values = [value] * self.size
         if self.size > 1:
             dist.all_gather_object(values, value)
         return values
 
     def on_main(self, action: Callable[[], Any]) -> None:
-        """Runs something on the main rank while the others wait; if it raises UserError or RunStopped, so do they.
+        """Run an action on the main rank while the others wait.
 
-        Only the main rank's error is to be shown: those of the others are marked by `shared`.
+        If it raises UserError or RunStopped, every rank raises the same. Only the main rank's error is to be shown:
+        those of the others are marked by `shared`.
         """
         if self.size == 1:
             action()
@@ -96,19 +101,19 @@ class ProcessGroup:
             raise error
         if payload:
             kind, text = payload
-            theirs = kind(text)
-            theirs.shared = True
-            raise theirs
+            copy = kind(text)
+            copy.shared = True
+            raise copy
 
     def gather_rows(self, rows: Tensor) -> Tensor:
-        """The rows [n_r, ...] of all ranks, on the CPU, in the order of ranks: [sum n_r, ...] on each of them."""
+        """Return the rows [n_r, ...] of all ranks, [sum n_r, ...] in the order of ranks, on the CPU of each of them."""
         rows = rows.cpu()
         if self.size == 1:
             return rows
         counts = torch.zeros(self.size, dtype=torch.int64)
         counts[self.rank] = len(rows)
         dist.all_reduce(counts)
-        # gloo gathers equal sizes alone: shorter ranks send rows that are cut off again.
+        # gloo gathers equal sizes alone: ranks with fewer rows send padding, which is removed again.
         padded = rows.new_zeros((int(counts.max()), *rows.shape[1:]))
         padded[: len(rows)] = rows
         gathered = [torch.empty_like(padded) for _ in range(self.size)]
@@ -117,15 +122,20 @@ class ProcessGroup:
 
 
 def launched() -> bool:
-    """Whether a launcher started this process as one of several ranks."""
+    """Return whether a launcher started this process as one of several ranks."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def init_process_group(device: str = "auto", timeout: float = 1800.0) -> ProcessGroup:
-    """Joins the process group that the launcher describes, once; a world of one where there is no launcher.
+    """Join the process group of the launcher, once; without a launcher, return a group of size one.
 
-    timeout: seconds after which a rank that does not answer is given up.
-    Raises UserError for a launcher that says half of it.
+    Args:
+        device: Device of the run.
+        timeout: Seconds that a collective waits for another rank before it fails.
+
+    Raises:
+        UserError: The launcher's environment is incomplete, or this host has fewer GPUs than ranks.
+        RunStopped: The other ranks cannot be reached.
     """
     if dist.is_available() and dist.is_initialized():
         return ProcessGroup.current()
@@ -134,7 +144,7 @@ def init_process_group(device: str = "auto", timeout: float = 1800.0) -> Process
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise UserError(
-            f"WORLD_SIZE={os.environ['WORLD_SIZE']} says that this is one of several ranks, but {', '.join(missing)} "
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']} means that this is one of several ranks, but {', '.join(missing)} "
             "is not set; start with deepspeed or torchrun, or unset WORLD_SIZE"
         )
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -147,7 +157,7 @@ def init_process_group(device: str = "auto", timeout: float = 1800.0) -> Process
             )
         torch.cuda.set_device(local_rank)
     limit = datetime.timedelta(seconds=timeout)
-    # DeepSpeed makes groups of its own and names no timeout: they would wait for torch's, 30 minutes on gloo.
+    # DeepSpeed makes groups of its own without a timeout: they would use torch's default, 30 minutes on gloo.
     for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
         if getattr(dist.distributed_c10d, name, None) is not None:
             setattr(dist.distributed_c10d, name, limit)
@@ -162,19 +172,23 @@ def init_process_group(device: str = "auto", timeout: float = 1800.0) -> Process
 
 
 def backends(device: str) -> str:
-    """What carries tensors: gloo those on the CPU, NCCL those on a GPU."""
+    """Return the backends of collectives: gloo for tensors on the CPU, NCCL for those on a GPU."""
     return "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
 
 
 def leave() -> None:
-    """Leaves the process group, if there is one."""
+    """Leave the process group, if there is one."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
 
 @contextlib.contextmanager
 def watching_ranks(resumable: bool) -> Iterator[None]:
-    """Turns the failure of a collective (a rank or its host is gone) into RunStopped."""
+    """Turn the failure of a collective (a rank or its host has stopped) into RunStopped.
+
+    Args:
+        resumable: The run can be resumed, for the message.
+    """
     try:
         yield
     except RuntimeError as error:
@@ -192,6 +206,6 @@ def watching_ranks(resumable: bool) -> Iterator[None]:
 
 
 def _first_line(error: BaseException) -> str:
-    """What happened, without gloo's source line before it and its advice after it."""
+    """Return the error's message, without gloo's source line before it and the advice after it."""
     first = next(iter(str(error).strip().splitlines()), type(error).__name__)
     return re.sub(r"^\[\S+:\d+\] ", "", first).split(". This is typically")[0][:200]

@@ -1,4 +1,4 @@
-"""The progress bar of a run in Python: one bar a phase, in a notebook or a terminal."""
+"""Progress bar of a run in Python: one bar for each phase, in a notebook or a terminal."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _EVERY_S = 0.2
 
 
 class NotebookBar:
-    """One line of HTML a phase, rewritten in place; needs IPython alone."""
+    """One line of HTML for each phase, rewritten in place; needs IPython alone."""
 
     def __init__(self) -> None:
         display = importlib.import_module("IPython.display").display
@@ -42,13 +42,13 @@ class NotebookBar:
 
 
 def in_notebook() -> bool:
-    """Whether this process is the kernel of a notebook."""
+    """Return whether this process is the kernel of a notebook."""
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     return type(shell).__name__ == "ZMQInteractiveShell"
 
 
 class TerminalBars:
-    """A tqdm bar a phase, on standard error."""
+    """A tqdm bar for each phase, on standard error."""
 
     def __init__(self) -> None:
         self._bars: dict[str, Any] = {}
@@ -68,7 +68,11 @@ class TerminalBars:
 
 @contextlib.contextmanager
 def automatic_progress(wanted: bool = False) -> Iterator[Report | None]:
-    """A bar in a notebook or a terminal; None elsewhere (files, pipes, tests), unless it is wanted."""
+    """Yield a progress bar in a notebook or a terminal; None for files, pipes and tests.
+
+    Args:
+        wanted: Yield a bar there as well.
+    """
     if in_notebook():
         yield NotebookBar()
     elif wanted or ("PYTEST_CURRENT_TEST" not in os.environ and sys.stderr.isatty()):
