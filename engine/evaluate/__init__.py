@@ -1,4 +1,4 @@
-"""Evaluation: accuracy, membership inference and agreement with retrained models, one file a question.
+"""Evaluation: accuracy, membership inference and agreement with retrained models, one measure per file.
 
 The package is a function too: `engine.evaluate(model, forget, retain, test)`.
 """
@@ -33,27 +33,27 @@ class _Evaluate(types.ModuleType):
         references: Sequence[nn.Module | str | Path] = (),
         config: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Measures a model on forget, retain and test samples, as `lethe evaluate` does.
+        """Measure a model on forget, retain and test set, as `lethe evaluate` does.
 
         Args:
-            model: a model, or a checkpoint (folder, `timm:NAME`, `hf-hub:ID`).
-            forget, retain, test: `engine.data.Samples`, or datasets of (image, label). Test samples must be neither
+            model: A model, or a checkpoint (folder, `timm:NAME`, `hf-hub:ID`).
+            forget, retain, test: `engine.data.Samples`, or datasets of (image, label). The test set must hold neither
                 training nor validation samples.
-            original: the model before unlearning, for numbers of its own.
-            references: models retrained without the forget samples; two or more give the noise floor.
-            config: precision, device, workers, decode, on_bad_image, max_bad_share as of `engine.RunConfig`.
+            original: The model before unlearning, which is measured too.
+            references: Models retrained without the forget set; two or more define the noise floor.
+            config: precision, device, workers, decode, on_bad_image, max_bad_share as in `engine.RunConfig`.
 
         Returns:
             The contents of metrics.json: accuracy [0, 1] by set, mia, attacks, and with an original or references
-            original, reference, gap (percentage points), noise_floor, agreement.
+                original, reference, gap (percentage points), noise_floor, agreement.
 
         Raises:
-            UserError: an empty set, labels that the model's head does not have, or a reference that is none.
+            UserError: A set is empty, a label is beyond the model's head, or a reference is not a retrained model.
 
         Example:
             >>> engine.evaluate(result.model, forget, retain, test, original=model)["accuracy"]["test"]
         """
-        evaluate_samples = sys.modules["engine"].evaluate_samples  # of a higher package: the root has it
+        evaluate_samples = sys.modules["engine"].evaluate_samples  # of a higher package, exported by the root
         metrics: dict[str, Any] = evaluate_samples(
             {"forget": forget, "retain": retain, "test": test}, model, original, references, config
         )

@@ -1,7 +1,7 @@
-"""Does the unlearned model answer like the retrained one, sample by sample? Averages can agree where answers do not.
+"""Agreement of the unlearned model with retrained models, sample by sample. Averages can agree if predictions do not.
 
-Two retrained models differ as well, by seed alone: every number is told beside the same number between retrained
-models, the noise floor, and can be asked to be no worse than that, not to be perfect.
+Two retrained models differ too, by seed alone. So every number is reported with the same number between retrained
+models, the noise floor. The target is to be no worse than that, not to be perfect.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from engine.models.predict import Predictions
 
 SETS = ("forget", "retain", "test")
 
-# Margins beyond say no more than that the model is sure, and are float32's rounding.
+# Margins beyond this are confident predictions, and differ by float32's rounding alone.
 CLIP = 100.0
 
 DIRECTION = {
@@ -43,7 +43,7 @@ DIRECTION = {
     "target: the noise floor's",
 }
 
-# Rows whose probabilities are held at once, for all models that are compared.
+# Rows whose probabilities are in memory at once, for all models that are compared.
 _BLOCK = 4096
 # Draws times classes times classes of the bootstrap of rf_jsd: a second or so.
 _MOST_DRAWN = 20_000_000
@@ -54,22 +54,22 @@ Pairs = Sequence[tuple[int, int]]
 
 
 def top1_agreement(first: Predictions, second: Predictions) -> float:
-    """Share [0, 1] of samples on which both models give the same class."""
+    """Return the share [0, 1] of samples for which both models predict the same class."""
     return float((first.logits.argmax(1) == second.logits.argmax(1)).mean())
 
 
 def mean_kl(reference: Predictions, model: Predictions) -> float:
-    """Mean over samples of KL(reference || model), in nats."""
+    """Return the mean over samples of KL(reference || model), in nats."""
     return float(kl(reference.log_probabilities, model.log_probabilities).mean())
 
 
 def kl(p: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """KL(p || q) [n] of log-probabilities [n, classes]."""
+    """Return KL(p || q) [n] of log-probabilities [n, classes]."""
     return (np.exp(p) * (p - q)).sum(1)
 
 
 def margins(predictions: Predictions) -> np.ndarray:
-    """Margin [n] of each sample, z_y - logsumexp of the other logits: the log-odds of the true class. Not clipped."""
+    """Return the margin [n], z_y - logsumexp of the other logits: the log-odds of the true class, not clipped."""
     logits = predictions.logits.astype(np.float64)
     true = np.arange(len(predictions)), predictions.labels
     mine = logits[true].copy()
@@ -81,18 +81,26 @@ def margins(predictions: Predictions) -> np.ndarray:
 def klom(
     unlearned: np.ndarray, retrained: np.ndarray, bins: int = 20, clip: float = 100.0, eps: float = 1e-5
 ) -> np.ndarray:
-    """KL divergence of margins [n] in nats (KLoM; Georgiev, Rinberg, Park et al. 2024, Attribute-to-Delete).
+    """Return the KL divergence of margins [n] in nats (KLoM; Georgiev, Rinberg, Park et al. 2024, Attribute-to-Delete).
 
-    unlearned, retrained: margins [N, n], [M, n] of the same n samples under N unlearned and M retrained models. For
-    each sample KL(unlearned || retrained) between two histograms of equal bins over the joint range of the clipped
-    margins, with shares of the retrained histogram of at least eps and then made to sum to 1. 0 = alike, at most
-    ln(1 / eps) = 11.5; **lower is better**, and the target is the value between two groups of as many retrained models
-    (`klom_report`), which for few models is far above 0.
+    For each sample it is KL(unlearned || retrained) between two histograms of equal bins over the joint range of the
+    clipped margins, with shares of the retrained histogram of at least eps and then made to sum to 1. 0 = alike, at
+    most ln(1 / eps) = 11.5; **lower is better**. The target is the value between two groups of as many retrained models
+    (`klom_report`), which is far above 0 for few models.
 
-    That is the definition of the authors' public code (data-unlearning-bench, compute_binned_KL_div: the direction, 20
-    bins, clip at 100, eps 1e-5, one bin of width 1 for margins that are all equal, scipy's renormalising entropy) but
-    for one thing: there the bins are open on the right, so that the largest margin of each sample falls out of the
-    last one; here the last bin is closed, as numpy.histogram has it, and every model counts.
+    The definition is that of the authors' public code (data-unlearning-bench, compute_binned_KL_div: the direction, 20
+    bins, clip at 100, eps 1e-5, one bin of width 1 for margins that are all equal, scipy's renormalising entropy), with
+    one exception: there the bins are open on the right, so that the largest margin of each sample is outside the last
+    bin; here the last bin is closed, as in numpy.histogram, and every model counts.
+
+    Args:
+        unlearned, retrained: Margins [N, n] and [M, n] of the same n samples under N unlearned and M retrained models.
+        bins: Number of bins.
+        clip: Margins are clipped to [-clip, clip].
+        eps: Smallest share of a bin of the retrained histogram.
+
+    Raises:
+        UserError: The shapes do not match, or a margin is not a number.
     """
     unlearned, retrained = np.asarray(unlearned, dtype=np.float64), np.asarray(retrained, dtype=np.float64)
     if unlearned.ndim != 2 or retrained.ndim != 2 or unlearned.shape[1] != retrained.shape[1]:
@@ -116,7 +124,7 @@ def klom(
 
 
 def _histograms(values: np.ndarray, low: np.ndarray, width: np.ndarray, bins: int) -> np.ndarray:
-    """Shares [n, bins] of values [N, n]."""
+    """Return shares [n, bins] of values [N, n]."""
     places = np.minimum(((values - low) / width).astype(int), bins - 1)  # the right edge belongs to the last bin
     samples = values.shape[1]
     counts = np.bincount((places + bins * np.arange(samples)).ravel(), minlength=bins * samples)
@@ -126,12 +134,21 @@ def _histograms(values: np.ndarray, low: np.ndarray, width: np.ndarray, bins: in
 def klom_report(
     unlearned: np.ndarray, retrained: np.ndarray, *, draws: int = 1000, seed: int = 0
 ) -> dict[str, dict[str, Any]]:
-    """KLoM over samples, and its noise floor: {"model": numbers, "noise_floor": numbers}, JSON-ready.
+    """Return KLoM over samples and its noise floor: {"model": numbers, "noise_floor": numbers}, ready for JSON.
 
-    unlearned, retrained: margins [N, n], [M, n], M of 4 or more. Numbers: klom_mean and klom_95th (that of the paper's
-    figures), with the bootstrap interval over samples. KLoM of few models is large even where nothing differs, so both
-    use groups of one size: the noise floor that of one half of the retrained models against the other, the model that
-    of as many unlearned models against the same other half.
+    KLoM of few models is large even if nothing differs, so both use groups of one size: the noise floor compares one
+    half of the retrained models with the other, the model as many unlearned models with the same other half.
+
+    Args:
+        unlearned, retrained: Margins [N, n] and [M, n], M of 4 or more.
+        draws: Bootstrap draws.
+        seed: Seed of the draws.
+
+    Returns:
+        klom_mean and klom_95th (that of the paper's figures), with the bootstrap interval over samples.
+
+    Raises:
+        UserError: There are too few models.
     """
     half = min(len(unlearned), len(retrained) // 2)
     if half < 2:
@@ -159,22 +176,35 @@ def _95th(values: np.ndarray, draws: int, seed: int) -> Interval:
 
 
 def tow(model: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Tug of war [...] in [0, 1], **higher is better**: prod of 1 - |a - a_reference| (Zhao et al. 2024, RUM).
+    """Return the tug of war [...] in [0, 1], **higher is better**: prod of 1 - |a - a_reference| (Zhao et al. 2024,
+    RUM).
 
-    model, reference: accuracies [..., 3] in [0, 1] on forget, retain and test. ToW-MIA is the same with the membership
-    efficacy in the place of forget accuracy: that of the confidence SVC, as in RUM's public code.
+    ToW-MIA is the same with the membership efficacy in place of forget accuracy: that of the confidence SVC, as in
+    RUM's public code.
+
+    Args:
+        model, reference: Accuracies [..., 3] in [0, 1] on forget, retain and test set.
     """
     return np.asarray(np.prod(1 - np.abs(model - reference), axis=-1))
 
 
 def rf_jsd(unlearned: Predictions, original: Predictions, *, draws: int = 1000, seed: int = 0) -> Interval:
-    """Retrain-free Jensen-Shannon divergence in nats, 0 to ln 2, **lower is better** (LoTUS, Spartalis et al. 2025).
+    """Return the retrain-free JS divergence in nats, 0 to ln 2, **lower is better** (LoTUS, Spartalis et al. 2025).
 
-    unlearned: of the unlearned model on the forget samples. original: of the original model on test samples. For each
-    class that both hold, the divergence between the mean probabilities of the former's samples and of the latter's;
-    the mean over those classes. LoTUS's public code divides by the number of classes once more and takes KL(mean || p)
-    in the place of KL(p || mean), so its figures are smaller. The interval draws samples again within their class; of
-    hundreds of classes with fewer draws. It is wide upward: the fewer samples of a class, the larger the divergence.
+    For each class of both sets, it is the divergence between the mean probabilities of the unlearned model's samples
+    and of the original's; the result is the mean over those classes. LoTUS's public code divides by the number of
+    classes once more and takes KL(mean || p) in place of KL(p || mean), so its figures are smaller. The interval draws
+    samples again within their class; with hundreds of classes there are fewer draws. It is wide upward: the fewer
+    samples of a class, the larger the divergence.
+
+    Args:
+        unlearned: Predictions of the unlearned model for the forget set.
+        original: Predictions of the original for the test set.
+        draws: Bootstrap draws.
+        seed: Seed of the draws.
+
+    Raises:
+        UserError: The sets have no class in common.
     """
     classes = np.intersect1d(unlearned.labels, original.labels)
     if not len(classes):
@@ -194,7 +224,7 @@ def rf_jsd(unlearned: Predictions, original: Predictions, *, draws: int = 1000, 
 
 
 def _jsd(p: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """Jensen-Shannon divergence [...] of probabilities [..., classes], in nats."""
+    """Return the Jensen-Shannon divergence [...] of probabilities [..., classes], in nats."""
     mean = (p + q) / 2
     tiny = np.finfo(np.float64).tiny  # 0 log 0 is 0
     return np.asarray(
@@ -211,21 +241,27 @@ def agreement_report(
     draws: int = 1000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """How a model, the untouched original and retrained references agree, JSON-ready.
+    """Return the agreement of a model, the original and retrained references, ready for JSON.
 
-    model, original, references: predictions by set (forget, retain, test), of the same samples in the same order.
-    non_members: `membership.non_member_calls` of the model, of the original if there is one and of the references, in
-    that order, where they are known already; else they are computed, which takes seconds a model for thousands of
-    samples.
+    Args:
+        model, original, references: Predictions by set (forget, retain, test), of the same samples in the same order.
+        non_members: `membership.non_member_calls` of the model, of the original if there is one and of the references,
+            in that order, if they are known; else they are computed, which takes seconds a model for thousands of
+            samples.
+        draws: Bootstrap draws.
+        seed: Seed of the draws.
 
-    {"model": against the references, "original": against the references, "noise_floor": between references,
-     "rf_jsd": {"model": number, "original": number, "reference": number}}
+    Returns:
+        {"model": compared with the references, "original": compared with the references, "noise_floor": between
+            references, "rf_jsd": {"model": number, "original": number, "reference": number}}. A part without a
+            comparison is left out: the first two need a reference, the third two references, the last the original.
+            Each of the first three is {"forget" | "retain" | "test": {top1, kl_from_reference, kl_to_reference,
+            margin_gap}, "tow", "tow_mia"}, means over references or over pairs of them (KL then both ways). A number is
+            {"value", "low", "high", "direction"}: a 95% bootstrap interval over samples (top1: `proportion`), with the
+            same rows for all models.
 
-    A part that has nothing to compare is not there: the first two need a reference, the third two references, the last
-    the original. Each of the first three: {"forget" | "retain" | "test": {top1, kl_from_reference, kl_to_reference,
-    margin_gap}, "tow", "tow_mia"}, means over references or over pairs of them (KL then both ways). A number is
-    {"value", "low", "high", "direction"}: a 95% bootstrap interval over samples (top1: `proportion`), the same rows for
-    all models.
+    Raises:
+        UserError: Predictions are missing, or of other samples or classes.
     """
     models = [model, *([original] if original is not None else []), *references]
     first = len(models) - len(references)
@@ -242,7 +278,7 @@ def agreement_report(
     if references:
         if non_members is None:
             non_members = [non_member_calls(each["forget"], each["retain"], each["test"]) for each in models]
-        shares: dict[str, np.ndarray] = {}  # by set: on all samples (first row) and on each draw, a column a model
+        shares: dict[str, np.ndarray] = {}  # by set: all samples (first row), then each draw; [., models]
         for number, name in enumerate(SETS):
             predictions = [each[name] for each in models]
             parts = [np.stack([p.logits.argmax(1) == p.labels for p in predictions], 1)]
@@ -283,7 +319,7 @@ def _check(models: Sequence[Mapping[str, Predictions]]) -> None:
 
 
 def _sample_columns(predictions: Sequence[Predictions], pairs: Pairs) -> np.ndarray:
-    """_COLUMNS [n, 4] of each sample, means over pairs (model, reference)."""
+    """Return _COLUMNS [n, 4] of each sample, means over pairs (model, reference)."""
     rows = np.empty((len(predictions[0]), len(_COLUMNS)))
     for start in range(0, len(rows), _BLOCK):
         block = np.arange(start, min(start + _BLOCK, len(rows)))
@@ -308,12 +344,14 @@ def _stated_columns(means: np.ndarray, count: int) -> dict[str, Any]:
     numbers = {
         name: percentiles(float(means[0, column]), means[1:, column]) for column, name in enumerate(_COLUMNS) if column
     }
-    numbers["top1"] = proportion(min(float(means[0, 0]), 1.0) * count, count)  # resampling calls a share of 1 certain
+    numbers["top1"] = proportion(
+        min(float(means[0, 0]), 1.0) * count, count
+    )  # resampling would give a share of 1 no width
     return {name: stated(numbers[name], DIRECTION[name]) for name in _COLUMNS}
 
 
 def _tow(shares: Sequence[np.ndarray], pairs: Pairs) -> np.ndarray:
-    """ToW [1 + draws], mean over pairs, of shares [1 + draws, models] of the three sets."""
+    """Return ToW [1 + draws], mean over pairs, of shares [1 + draws, models] of the three sets."""
     mine, theirs = (list(side) for side in zip(*pairs, strict=True))
     stacked = np.stack(shares, -1)
     return np.asarray(tow(stacked[:, mine], stacked[:, theirs]).mean(1))
@@ -326,7 +364,7 @@ def _rf_jsd(
     draws: int,
     seed: int,
 ) -> dict[str, Any]:
-    """rf_jsd of the model, of the original itself and, as the target, of the references (mean of their intervals)."""
+    """Return rf_jsd of the model, of the original and, as the target, of the references (mean of their intervals)."""
     groups = {"model": [model], "original": [original], "reference": references}
     if not len(np.intersect1d(model["forget"].labels, original["test"].labels)):
         reason = "forget and test samples have no class in common"

@@ -1,14 +1,13 @@
-"""Where models look, and how the original reads an image whose most attended patches are masked.
+"""Attention of models, and the original's predictions for images whose most attended patches are masked.
 
-Two questions. Has unlearning moved the attention on the forget images, and is it now where a retrained model looks?
-And does LetheViT's assumption hold (arXiv 2508.01569): it pulls the model towards f_o(x_masked), the original's answer
-to the image without its most attended patches, in place of f_o(x). That makes sense if f_o(x_masked) resembles what a
-retrained model says of x more than f_o(x) does; and if it is the attention that matters, more than f_o with as many
-patches masked at random does. On test images, which neither model has seen, masking takes away the same evidence and no
-memory: what it does there as well is not forgetting.
+There are two questions. Has unlearning moved the attention on the forget images, and is it now that of a retrained
+model? And does LetheViT's assumption hold (arXiv 2508.01569)? It pulls the model towards f_o(x_masked), the original's
+output for the image without its most attended patches, in place of f_o(x). That is justified if f_o(x_masked) is closer
+than f_o(x) to the outputs of a retrained model for x; and, if attention matters, closer than f_o with as many patches
+masked at random. On test images, which neither model was trained on, masking removes the same evidence and no
+memorisation: an effect that occurs there too is not forgetting.
 
-Scores are those of `engine.models.attention_masking`, in its terms: attention rollout, or Swin's rule. Masked pixels
-are black.
+Scores are those of `engine.models.attention_masking`: attention rollout, or Swin's rule. Masked pixels are black.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from lethe_kernels import mask_patches
 
 MOST_SAMPLES = 1_000
 
-# How the original is asked: about the image, without its most attended patches, without as many random ones.
+# Inputs of the original: the image, the image without its most attended patches, without as many random ones.
 READINGS = ("unmasked", "masked", "random")
 
 DIRECTION = {
@@ -66,18 +65,27 @@ def attention_report(
     seed: int = 0,
     **loading: Any,
 ) -> dict[str, Any]:
-    """Attention maps of all models beside the original's and the references', and the original on masked images.
+    """Compare attention maps of all models with the original's and the references', and evaluate it on masked images.
 
-    models, references: by name, none of them "original". share: of the patches that count as most attended, and are
-    masked. At most `max_samples` of each set are read, at equal distances. seed: of random masks and of intervals.
-    loading: further options of `engine.data.Loader`.
+    Args:
+        original: The model before unlearning.
+        models, references: Models by name, none of them "original".
+        forget, test: The sets; of each at most `max_samples` are used, at equal distances.
+        share: Share of the patches that count as most attended, and are masked.
+        max_samples: Most samples of each set.
+        device, precision, batch_size: Of the forward passes.
+        seed: Seed of random masks and of intervals.
+        **loading: Further options of `engine.data.Loader`.
 
-    Returns share, k, patches, samples, direction, `chance` (the IoU of random patches), `overlap`: by set, model and
-    other model (the original and the references) iou and spearman; and `reading` (None without references): by set and
-    reading (READINGS) top1 and kl against the references (mean over them) and accuracy, masked_less_unmasked and
-    masked_less_random, and between_references (None for one of them). Intervals are 95%, bootstrapped over samples.
+    Returns:
+        share, k, patches, samples, direction, `chance` (the IoU of random patches), `overlap`: by set, model and other
+            model (the original and the references) iou and spearman; and `reading` (None without references): by set
+            and reading (READINGS) top1 and kl compared with the references (mean over them) and accuracy,
+            masked_less_unmasked and masked_less_random, and between_references (None for one reference). Intervals are
+            95%, bootstrapped over samples.
 
-    Raises UserError for empty sets, names given twice, and models with other patches or classes than the original's.
+    Raises:
+        UserError: A set is empty, a name occurs twice, or a model has other patches or classes than the original.
     """
     require(0 < share < 1, "share", share, "between 0 and 1")
     info = attention_info(original)
@@ -111,7 +119,7 @@ def attention_report(
             if preprocessing not in loaders:  # decoded images are kept between models
                 loaders[preprocessing] = Loader(samples, preprocessing, batch_size=batch_size, device=where, **loading)
             loader = loaders[preprocessing]
-            scores[name], answers[name] = _look(model, loader, precision)
+            scores[name], answers[name] = _scores_and_predictions(model, loader, precision)
             if name == "original" and references:
                 readings = read_masked(model, loader, k, precision=precision, seed=seed)
         overlap[set_name] = {
@@ -139,8 +147,8 @@ def attention_report(
 # --- maps -------------------------------------------------------------------------------------------------------------
 
 
-def _look(model: nn.Module, loader: Loader, precision: str) -> tuple[np.ndarray, Predictions]:
-    """Attention scores [n, P] of each sample, and predictions, from one pass."""
+def _scores_and_predictions(model: nn.Module, loader: Loader, precision: str) -> tuple[np.ndarray, Predictions]:
+    """Return attention scores [n, P] of each sample, and predictions, from one pass."""
     info = attention_info(model)
 
     def of(batch: Batch) -> tuple[Tensor, ...]:
@@ -161,13 +169,13 @@ def _overlap(first: np.ndarray, second: np.ndarray, k: int, seed: int) -> dict[s
 
 
 def top_iou(first: np.ndarray, second: np.ndarray, k: int) -> np.ndarray:
-    """Intersection over union [n] of the k patches with the highest scores [n, P]; ties go to the lowest index."""
+    """Return the IoU [n] of the k patches with the highest scores [n, P]; ties go to the lowest index."""
     a, b = (top_mask(torch.from_numpy(scores), k, "rollout").numpy() for scores in (first, second))
     return (a & b).sum(1) / (a | b).sum(1)
 
 
 def chance_iou(patches: int, k: int) -> float:
-    """Expected intersection over union of k patches with k others that are drawn at random (hypergeometric)."""
+    """Return the expected IoU of k patches with k others that are drawn at random (hypergeometric)."""
     ways = math.comb(patches, k)
     return sum(
         math.comb(k, both) * math.comb(patches - k, k - both) / ways * both / (2 * k - both) for both in range(k + 1)
@@ -175,7 +183,7 @@ def chance_iou(patches: int, k: int) -> float:
 
 
 def spearman(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Rank correlation [n] of scores [n, P], ties at their mean rank; 0 where either is the same everywhere."""
+    """Return the rank correlation [n] of scores [n, P], ties at their mean rank; 0 if one of them is constant."""
     a, b = (rankdata(scores, axis=1) - (scores.shape[1] + 1) / 2 for scores in (first, second))
     size = np.sqrt((a**2).sum(1) * (b**2).sum(1))
     return np.divide((a * b).sum(1), size, out=np.zeros(len(a)), where=size > 0)
@@ -188,8 +196,19 @@ def spearman(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 def read_masked(
     original: nn.Module, loader: Loader, k: int, *, precision: str = "fp32", seed: int = 0
 ) -> dict[str, Predictions]:
-    """The original's predictions of each sample: unmasked, without its k most attended patches (masked), and without k
-    patches that are drawn at random from the seed and the sample's position (random)."""
+    """Return the original's predictions for each sample by kind of input.
+
+    Args:
+        original: The model before unlearning.
+        loader: Loader of the samples.
+        k: Number of masked patches.
+        precision: Precision of the forward passes.
+        seed: Seed of the random masks.
+
+    Returns:
+        Predictions for unmasked images, for images without the k most attended patches (masked), and for images without
+            k patches that are drawn from the seed and the sample's position (random).
+    """
     original.eval()
     info = attention_info(original)
 
@@ -237,7 +256,7 @@ def _compare_readings(
 
 
 def _likeness(reading: Predictions, references: Sequence[Predictions]) -> dict[str, np.ndarray]:
-    """top1 and kl [n] of a reading against the references, mean over them."""
+    """Return top1 and kl [n] of predictions compared with the references, mean over them."""
     top1 = [reading.logits.argmax(1) == reference.logits.argmax(1) for reference in references]
     q = reading.log_probabilities
     kl = [(np.exp(p) * (p - q)).sum(1) for p in (reference.log_probabilities for reference in references)]
@@ -249,6 +268,6 @@ def _intervals(values: Mapping[str, np.ndarray], seed: int) -> dict[str, Any]:
 
 
 def _interval(values: np.ndarray, seed: int) -> dict[str, float]:
-    """The mean [n] with its bootstrap interval."""
+    """Return the mean of values [n] with its bootstrap interval."""
     drawn = bootstrap_means(values[:, None], seed=seed)[:, 0]
     return percentiles(float(values.mean()), drawn).to_dict()

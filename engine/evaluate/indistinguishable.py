@@ -1,39 +1,37 @@
-"""Does a model treat the forget samples as samples it never saw? One number without a retrained model.
+"""Score of how far forget samples differ from held-out samples for a model, without a retrained model.
 
-A retrained model has never seen the forget samples, so to it they are held-out samples of the same classes, and on
-everything else it does as well as the original. The score says how far a model is from that, in percentage points, 0
-at best. Its four parts stand for the four of the field's average gap (forget, MIA, test, retain), without the model
+A retrained model was not trained on the forget set, so for it these are held-out samples of the same classes, and on
+all other data it is as good as the original. The score is the distance of a model from that, in percentage points, 0
+at best. Its four parts correspond to the four of the field's average gap (forget, MIA, test, retain), without the model
 that this gap is measured to:
 
     score = (forget + membership + validation + retain) / 4
 
-o is the original, u the model in question, F the forget samples, R retained samples, H held-out ones, which neither
-model was trained on. Class c has the share p_c of F. A held-out sample of class c counts w = p_c / (samples of c in H),
-so that H has the classes of F; forget samples of a class that H lacks are left out (`covered` is the share that is
-not).
+o is the original, u the model in question, F the forget set, R retain samples, H held-out ones, which neither model was
+trained on. Class c has the share p_c of F. A held-out sample of class c counts w = p_c / (samples of c in H), so that H
+has the classes of F; forget samples of a class that H lacks are left out (`covered` is the share of the others).
 
-    forget      100 |acc_u(F) - sum_H w a|          a = 1 where o is right; 0 in a class of which nothing is retained
+    forget      100 |acc_u(F) - sum_H w a|          a = 1 if o is correct; 0 in a class without retain samples
     membership  the mean of three distances between u's losses on F and on H (w-weighted):
-        ks      100 max_t |P_F(loss <= t) - P_H(loss <= t)|     Kolmogorov-Smirnov: what the best threshold attack gains
+        ks      100 max_t |P_F(loss <= t) - P_H(loss <= t)|     Kolmogorov-Smirnov: gain of the best threshold attack
         auc     200 |AUC - 1/2|                                 AUC of the loss attack, F against H
         mia     100 |E(F) - E(H)|       E: share that the confidence SVC (of metrics.json), fitted to R and H, calls
                                         non-members
-    validation  100 max(0, acc_o(H') - acc_u(H'))   H': the held-out samples of classes of which something is retained
+    validation  100 max(0, acc_o(H') - acc_u(H'))   H': the held-out samples of classes with retain samples
     retain      100 max(0, acc_o(R) - acc_u(R))
 
 Why acc_o in `forget`, and u's own losses in `membership`: the first stands for the retrained model's accuracy, and the
-original's on samples it never saw is the closest to it that there is; it does not move with the trial, so a model
-cannot win by ruining both sides alike. An attacker, though, sees u alone, and asks whether u tells F from H. A model
-that was never trained on any sample of a class does not answer with it, hence the 0; held-out samples of that class are
-then no part of what has to be kept.
+original's on held-out samples is the closest estimate of it. It does not depend on the trial, so a model cannot win by
+ruining both sides alike. An attacker has u alone, and tries to distinguish F from H. A model that was not trained on
+any sample of a class does not predict it, hence the 0; held-out samples of that class then do not have to be kept.
 
-Our own choice: the four parts, their equal weights and the reweighting. Ideas: LoTUS (arXiv 2503.18314) stops where the
+Our own choice: the four parts, their equal weights and the reweighting. Ideas: LoTUS (arXiv 2503.18314) stops when the
 forget accuracy meets the original's on validation samples; the loss attack is Yeom et al. 2018 (arXiv 1709.01604).
 
-All distances but `validation` and `retain` are above 0 for a perfect model too, by chance, the more so the fewer
+All distances except `validation` and `retain` are above 0 for a perfect model too, by chance, the more so the fewer
 samples there are (ks: about 0.87 sqrt(1/|F| + 1/|H|) x 100 on average). The noise is much the same for all models on
-the same samples, so it hides small differences rather than favouring a model. It
-takes some hundreds of held-out samples to tell good settings from each other: the 36 of a half of digits' do not.
+the same samples, so it hides small differences rather than favouring a model. Some hundreds of held-out samples are
+needed to separate good settings: the 36 of a half of digits' are too few.
 """
 
 from __future__ import annotations
@@ -52,7 +50,11 @@ PARTS = ("forget", "membership", "validation", "retain")
 
 @dataclasses.dataclass(frozen=True)
 class Views:
-    """What one model says of forget, retained and held-out samples."""
+    """Predictions of one model.
+
+    Attributes:
+        forget, retain, held_out: Predictions for the forget set, for retain samples and for held-out samples.
+    """
 
     forget: Predictions
     retain: Predictions
@@ -65,10 +67,12 @@ class Views:
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """The parts of the score, percentage points, lower is better; see the top of the file.
+    """The parts of the score in percentage points, lower is better; see the top of the file.
 
-    numbers: what they come from: accuracy (forget, held_out of the same classes, validation, retain) and target in
-    [0, 1], auc, covered, and how many held-out samples there are.
+    Attributes:
+        forget, ks, auc, mia, validation, retain: The parts.
+        numbers: What they are computed from: accuracy (forget, held_out of the same classes, validation, retain) and
+            target in [0, 1], auc, covered, and the number of held-out samples.
     """
 
     forget: float
@@ -97,9 +101,15 @@ class Score:
 
 
 def indistinguishability(model: Views, original: Views, retained: np.ndarray) -> Score:
-    """The score of a model. retained: labels of which retained samples are left.
+    """Return the score of a model.
 
-    Raises UserError where held-out and forget samples have no class in common.
+    Args:
+        model: Predictions of the model.
+        original: Predictions of the original.
+        retained: Labels of the retain set.
+
+    Raises:
+        UserError: Held-out and forget samples have no class in common.
     """
     forget, weights, covered = same_classes(model.forget, model.held_out.labels)
     right, was_right = (_right(each.held_out) for each in (model, original))
@@ -114,7 +124,7 @@ def indistinguishability(model: Views, original: Views, retained: np.ndarray) ->
         model.held_out,
     )
     area = loss_auc(forget.losses, model.held_out.losses, weights)
-    # Nothing is left to hold up where the held-out samples are all of forgotten classes.
+    # There is nothing to keep if the held-out samples are all of forgotten classes.
     validation, was = (float(each[kept].mean()) if kept.any() else 0.0 for each in (right, was_right))
     return Score(
         forget=100 * abs(forget.accuracy - target),
@@ -139,9 +149,17 @@ def indistinguishability(model: Views, original: Views, retained: np.ndarray) ->
 
 
 def same_classes(forget: Predictions, labels: np.ndarray) -> tuple[Predictions, np.ndarray, float]:
-    """(the forget samples of classes that are held out, weights [n] of the held-out ones, share of the former).
+    """Return the forget samples of classes that are held out, the weights [n] of held-out samples, and the share of the
+    former.
 
-    labels: of the held-out samples. The weights sum to 1, and within a class to its share of the forget samples.
+    The weights sum to 1, and within a class to its share of the forget samples.
+
+    Args:
+        forget: Predictions for the forget set.
+        labels: Labels of the held-out samples.
+
+    Raises:
+        UserError: The two have no class in common.
     """
     found = np.isin(forget.labels, labels)
     if not found.any():
@@ -157,7 +175,7 @@ def same_classes(forget: Predictions, labels: np.ndarray) -> tuple[Predictions, 
 
 
 def loss_auc(forget: np.ndarray, held_out: np.ndarray, weights: np.ndarray) -> float:
-    """Chance [0, 1] that a forget sample has a lower loss than a held-out one drawn by weight; ties count half."""
+    """Return the chance [0, 1] that a forget sample has a lower loss than a weighted held-out one; ties count half."""
     order = np.argsort(held_out, kind="stable")
     ordered, below = held_out[order], np.concatenate([[0.0], np.cumsum(weights[order])])
     under, up_to = (below[np.searchsorted(ordered, forget, side=side)] for side in ("left", "right"))
@@ -165,7 +183,7 @@ def loss_auc(forget: np.ndarray, held_out: np.ndarray, weights: np.ndarray) -> f
 
 
 def kolmogorov_smirnov(forget: np.ndarray, held_out: np.ndarray, weights: np.ndarray) -> float:
-    """Largest distance [0, 1] of the two distribution functions, that of the held-out losses weighted."""
+    """Return the largest distance [0, 1] of the two distribution functions, that of held-out losses weighted."""
     order = np.argsort(held_out, kind="stable")
     places = np.concatenate([forget, held_out])
     below = np.concatenate([[0.0], np.cumsum(weights[order])])[np.searchsorted(held_out[order], places, side="right")]

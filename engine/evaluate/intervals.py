@@ -1,7 +1,7 @@
-"""How sure a number is: intervals from the samples that it was measured on.
+"""Intervals of a number from the samples that it was measured on.
 
-They tell what other samples of the same kind would have given, not what another training run would: for that, compare
-with the spread between retrained models (the noise floor).
+They cover the variation over samples of the same kind, not over training runs: for that, compare with the spread
+between retrained models (the noise floor).
 """
 
 from __future__ import annotations
@@ -14,12 +14,17 @@ from scipy.stats import beta  # type: ignore[import-untyped,unused-ignore]
 
 from engine.errors import UserError
 
-# Of the resampled counts that are held at once: 32 MB.
+# Resampled counts in memory at once: 32 MB.
 _MOST_COUNTS = 4_000_000
 
 
 class Interval(NamedTuple):
-    """A statistic on all samples, and the ends of its interval; low <= value <= high."""
+    """A statistic on all samples, and its interval; low <= value <= high.
+
+    Attributes:
+        value: The statistic.
+        low, high: Ends of the interval.
+    """
 
     value: float
     low: float
@@ -37,11 +42,22 @@ def bootstrap(
     level: float = 0.95,
     seed: int = 0,
 ) -> Interval:
-    """Percentile interval of `statistic(*samples)` (Efron 1979): each sample is drawn again with replacement.
+    """Return the percentile interval of `statistic(*samples)` (Efron 1979): each sample is drawn again with
+    replacement.
 
-    samples: arrays [n, ...], resampled along axis 0, each on its own; with `paired` all by the same rows, and then of
-    one length. The statistic must be finite on every resample. A statistic that is the same on every resample (a share
-    of exactly 0 or 1) gets an interval without width, which is too narrow: use `proportion` for a share.
+    A statistic that is the same on every resample (a share of exactly 0 or 1) gets an interval without width, which is
+    too narrow: use `proportion` for a share.
+
+    Args:
+        statistic: Must be finite on every resample.
+        *samples: Arrays [n, ...], resampled along axis 0, each on its own.
+        paired: Resample all arrays by the same rows; they must have one length.
+        draws: Number of resamples.
+        level: Share of the results in the interval.
+        seed: Seed of the draws.
+
+    Raises:
+        UserError: A sample is empty, or paired samples differ in length.
     """
     arrays = [np.asarray(sample) for sample in samples]
     if not arrays:
@@ -64,10 +80,18 @@ def bootstrap(
 
 
 def bootstrap_means(rows: np.ndarray, *, draws: int = 1000, seed: int = 0) -> np.ndarray:
-    """Means [draws, k] of the rows [n, k] drawn again with replacement.
+    """Return the means [draws, k] of rows [n, k] drawn again with replacement.
 
-    The bootstrap of means and of what follows from them: a thousand times faster than a statistic called per draw, and
-    all columns are resampled by the same rows, so that differences between them are paired.
+    This is the bootstrap of means and of functions of them: a thousand times faster than a statistic called per draw.
+    All columns are resampled by the same rows, so that differences between them are paired.
+
+    Args:
+        rows: Values [n, k].
+        draws: Number of resamples.
+        seed: Seed of the draws.
+
+    Raises:
+        UserError: There are no values.
     """
     rows = np.asarray(rows, dtype=np.float64)
     if rows.ndim != 2 or not rows.size:
@@ -86,20 +110,29 @@ def bootstrap_means(rows: np.ndarray, *, draws: int = 1000, seed: int = 0) -> np
 
 
 def percentiles(value: float, results: np.ndarray, level: float = 0.95) -> Interval:
-    """The interval that holds the middle `level` of the resampled results [draws], widened to hold the value.
+    """Return the interval of the middle `level` of the resampled results [draws], widened to include the value.
 
-    A statistic that resampling pushes to one side (a divergence near 0) can have all its resamples above its value.
+    A statistic that resampling moves to one side (a divergence near 0) can have all its resamples above its value.
+
+    Raises:
+        UserError: The value or a result is not finite.
     """
     if not (np.isfinite(value) and np.isfinite(results).all()):
-        raise UserError("interval: the statistic is not finite on the samples or on a resample; look at the samples")
+        raise UserError("interval: the statistic is not finite on the samples or on a resample; check the samples")
     low, high = np.quantile(results, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(value), float(min(low, value)), float(max(high, value)))
 
 
 def proportion(successes: float, count: int, level: float = 0.95) -> Interval:
-    """Jeffreys interval of a share (Brown, Cai and DasGupta 2001): 0 of 100 is not known to be exactly 0.
+    """Return the Jeffreys interval of a share (Brown, Cai and DasGupta 2001): 0 of 100 is not known to be exactly 0.
 
-    successes may be a fraction: a mean of values in [0, 1], whose variance is at most that of a share.
+    Args:
+        successes: May be a fraction: a sum of values in [0, 1], whose variance is at most that of a share.
+        count: Number of trials.
+        level: Probability of the interval.
+
+    Raises:
+        UserError: The numbers are not a share.
     """
     if count < 1 or not 0 <= successes <= count:
         raise UserError(f"proportion: {successes} successes of {count}; give 0 to count successes of 1 or more")
@@ -110,7 +143,12 @@ def proportion(successes: float, count: int, level: float = 0.95) -> Interval:
 
 
 def stated(number: Interval | str, direction: str) -> dict[str, Any]:
-    """JSON-ready number with its interval and what it means. A text in place of the number: why there is none."""
+    """Return a number ready for JSON, with its interval and its meaning.
+
+    Args:
+        number: The number; or a text, the reason why there is none.
+        direction: What the number means, and which values are better.
+    """
     if isinstance(number, str):
         return {"value": None, "low": None, "high": None, "reason": number, "direction": direction}
     return {**number.to_dict(), "direction": direction}

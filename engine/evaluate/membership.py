@@ -1,13 +1,13 @@
-"""Membership inference: can it be told that the forget samples were in the training set?
+"""Membership inference: attacks that try to find whether the forget samples were in the training set.
 
-Efficacy follows the public code of SalUn and l1-sparse ("confidence"): an SVC (C=3, rbf, gamma=auto) learns to tell
-retained samples (members) from test samples (non-members) by the probability of the true class; efficacy is the
-share of forget samples that it calls non-members. **Higher means better forgotten**, and the target is the retrained
-model's value, not 1. LetheViT's paper reads the number the other way round.
+Efficacy follows the public code of SalUn and l1-sparse ("confidence"): an SVC (C=3, rbf, gamma=auto) learns to separate
+retain samples (members) from test samples (non-members) by the probability of the true class; efficacy is the share of
+forget samples that it calls non-members. **Higher means better forgotten**, and the target is the retrained model's
+value, not 1. LetheViT's paper reads the number the other way round.
 
-The other attacks give every sample a score, **higher = looks more like a member**, and ask how well it tells forget
-samples from test samples. A model that never saw the forget samples has AUC 0.5, TPR equal to the FPR and balanced
-accuracy 0.5; so has a retrained model, but for the draw of the samples, and it is the one to compare with when forget
+The other attacks give every sample a score, **higher = more like a member**, and measure how well it separates forget
+samples from test samples. A model that was not trained on the forget set has AUC 0.5, TPR equal to the FPR and balanced
+accuracy 0.5. So has a retrained model, except for the draw of the samples, and it is the one to compare with if forget
 and test samples differ in kind (a whole class, hard samples).
 """
 
@@ -28,11 +28,11 @@ from engine.models.predict import Predictions
 # Fitting the SVC takes time with the square of the samples: 3 s for 8,000 + 8,000 on one core.
 MOST_SAMPLES = 10_000
 
-# False-positive rates at which the true-positive rate is told (Carlini et al. 2022): an attack that is sure of a few
-# members matters more than one that is a little better than chance on all.
+# False-positive rates at which the true-positive rate is reported (Carlini et al. 2022): an attack that finds a few
+# members with certainty matters more than one that is a little better than chance on all.
 RATES = (0.001, 0.01)
 
-# The attack by the loss against retrained models, beside those of `scores`.
+# The attack by the loss relative to retrained models, in addition to those of `scores`.
 CALIBRATED = "calibrated_loss"
 
 DIRECTION = {
@@ -49,12 +49,12 @@ DIRECTION = {
     "look learned; target: the retrained model's",
 }
 
-# Rows whose probabilities are held at once: 33 MB of 1,000 classes.
+# Rows whose probabilities are in memory at once: 33 MB for 1,000 classes.
 _BLOCK = 4096
 
 
 def non_member_calls(forget: Predictions, retain: Predictions, test: Predictions, seed: int = 0) -> np.ndarray:
-    """Which forget samples [n] (bool) the confidence SVC calls non-members: efficacy, sample by sample."""
+    """Return which forget samples [n] (bool) the confidence SVC calls non-members: efficacy, sample by sample."""
     rng = np.random.default_rng(seed)
     count = min(len(retain), len(test), MOST_SAMPLES)
     members = retain.confidence[rng.permutation(len(retain))[:count]]
@@ -65,21 +65,21 @@ def non_member_calls(forget: Predictions, retain: Predictions, test: Predictions
 
 
 def mia_efficacy(forget: Predictions, retain: Predictions, test: Predictions, seed: int = 0) -> float:
-    """Share [0, 1] of forget samples called non-members; as many members as test samples, at most 10,000 of each."""
+    """Return the share [0, 1] of forget samples called non-members, with equal numbers of members and test samples."""
     return float(non_member_calls(forget, retain, test, seed).mean())
 
 
 def loss_auc(forget: Predictions, test: Predictions) -> float:
-    """AUC [0, 1] of the loss attack."""
+    """Return the AUC [0, 1] of the loss attack."""
     return auc(-forget.losses, -test.losses)
 
 
 def scores(predictions: Predictions) -> dict[str, np.ndarray]:
-    """The attacks' scores [n] by name, higher = looks more like a member.
+    """Return the attacks' scores [n] by name, higher = more like a member (Song and Mittal 2021).
 
-    loss: less cross-entropy. entropy: less -sum_i p_i log p_i; needs no label. modified_entropy: less
-    -(1 - p_y) log p_y - sum_{i != y} p_i log(1 - p_i), which unlike entropy is high for a confident wrong answer.
-    confidence: p_y; it ranks as the loss does, and is told because the SVC sees it. Song and Mittal 2021.
+    loss: minus cross-entropy. entropy: minus -sum_i p_i log p_i; needs no label. modified_entropy: minus -(1 - p_y) log
+    p_y - sum_{i != y} p_i log(1 - p_i), which unlike entropy is high for a confident wrong prediction. confidence: p_y;
+    it ranks as the loss does, and is reported because it is the SVC's input.
     """
     starts = range(0, len(predictions), _BLOCK)
     blocks = [predictions.take(np.arange(s, min(s + _BLOCK, len(predictions)))) for s in starts]
@@ -102,10 +102,17 @@ def _scores(predictions: Predictions) -> dict[str, np.ndarray]:
 
 
 def calibrated_scores(model: Predictions, references: Sequence[Predictions]) -> np.ndarray:
-    """Scores [n] of the loss attack with the samples' difficulty taken out (Watson et al. 2022).
+    """Return scores [n] of the loss attack without the samples' difficulty (Watson et al. 2022).
 
-    Mean loss of the references (models that never saw the samples) less the model's own, in nats: higher = the model
-    knows the sample better than a retrained model does. All on the same samples, in the same order.
+    The score is the mean loss of the references (models not trained on the samples) minus the model's own, in nats.
+    Higher: the model predicts the sample better than a retrained model does.
+
+    Args:
+        model: Predictions of the model.
+        references: Predictions of the references, for the same samples in the same order.
+
+    Raises:
+        UserError: There are no references, or their samples differ.
     """
     if not references:
         raise UserError("calibrated_scores: no references; give the predictions of at least one retrained model")
@@ -119,18 +126,19 @@ def calibrated_scores(model: Predictions, references: Sequence[Predictions]) -> 
 
 
 def auc(members: np.ndarray, others: np.ndarray) -> float:
-    """Chance [0, 1] that a random member has a higher score than a random other sample; ties count half.
+    """Return the chance [0, 1] that a random member has a higher score than a random other sample; ties count half.
 
-    members, others: scores [m], [n], higher = looks more like a member. 0.5 = cannot be told apart.
+    Args:
+        members, others: Scores [m], [n], higher = more like a member. 0.5: they cannot be separated.
     """
     return float(_placements(members, others)[0].mean())
 
 
 def auc_interval(members: np.ndarray, others: np.ndarray, level: float = 0.95) -> Interval:
-    """AUC with the interval of DeLong, DeLong and Clarke-Pearson 1988, by ranks (Sun and Xu 2014).
+    """Return the AUC with the interval of DeLong, DeLong and Clarke-Pearson 1988, by ranks (Sun and Xu 2014).
 
-    Nothing is known with a single sample on a side: [0, 1]. Where all members lie on one side of all others there is
-    no variance to measure; the far end is then the Clopper-Pearson limit of min(m, n) successes in as many trials.
+    With a single sample on a side the interval is [0, 1]. If all members lie on one side of all others there is no
+    variance to measure; the far end is then the Clopper-Pearson limit of min(m, n) successes in as many trials.
     """
     above, below = _placements(members, others)
     value, fewest = float(above.mean()), min(len(above), len(below))
@@ -146,7 +154,7 @@ def auc_interval(members: np.ndarray, others: np.ndarray, level: float = 0.95) -
 
 
 def _placements(members: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Share of the others below each member [m], and share of the members above each other [n]; ties count half."""
+    """Return the share of others below each member [m], and of members above each other [n]; ties count half."""
     members, others = _scored(members, others)
     ranks = rankdata(np.concatenate([members, others]))
     above = (ranks[: len(members)] - rankdata(members)) / len(others)
@@ -165,10 +173,12 @@ def _scored(members: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def tpr_at_fpr(members: np.ndarray, others: np.ndarray, fpr: float) -> float:
-    """Share [0, 1] of members above the lowest threshold that at most the share `fpr` of the others exceeds.
+    """Return the share [0, 1] of members above the lowest threshold that at most the share `fpr` of the others exceeds.
 
-    Equal to fpr = the attack has no power. Scores at the threshold count as non-members. Raises where the others are
-    fewer than 1 / fpr: no threshold could be told to have that rate.
+    Equal to fpr: the attack has no power. Scores at the threshold count as non-members.
+
+    Raises:
+        UserError: There are fewer others than 1 / fpr, so no threshold has that rate.
     """
     members, others = _scored(members, others)
     threshold = np.sort(others)[len(others) - 1 - _false_positives(len(others), fpr)]
@@ -178,11 +188,11 @@ def tpr_at_fpr(members: np.ndarray, others: np.ndarray, fpr: float) -> float:
 def tpr_interval(
     members: np.ndarray, others: np.ndarray, fpr: float, *, draws: int = 1000, level: float = 0.95, seed: int = 0
 ) -> Interval:
-    """`tpr_at_fpr` with an interval that takes in both the threshold's and the members' chance.
+    """Return `tpr_at_fpr` with an interval over the threshold's and the members' variation.
 
-    The threshold is that of the others drawn again with replacement: its place among them, an order statistic, is
-    drawn directly (Beta). The share of members above it is drawn from its Jeffreys posterior rather than by resampling,
-    which would call 0 of 100 certain.
+    The threshold is that of the others drawn again with replacement: its place among them, an order statistic, is drawn
+    directly (Beta). The share of members above it is drawn from its Jeffreys posterior, since resampling would give 0
+    of 100 no width.
     """
     value = tpr_at_fpr(members, others, fpr)
     members, others = np.sort(members), np.sort(others)
@@ -194,7 +204,7 @@ def tpr_interval(
 
 
 def _false_positives(count: int, fpr: float) -> int:
-    """How many of `count` non-members may be called members."""
+    """Return how many of `count` non-members may be called members."""
     if not 0 < fpr < 1:
         raise UserError(f"tpr_at_fpr: fpr is {fpr}; give a share between 0 and 1, such as 0.01")
     allowed = math.floor(count * fpr + 1e-9)  # 100 * 0.29 is a little less than 29
@@ -216,14 +226,14 @@ def balanced_accuracy(
     level: float = 0.95,
     seed: int = 0,
 ) -> Interval:
-    """Balanced accuracy [0, 1] of an attack of `scores` with thresholds per class (Song and Mittal 2021).
+    """Return the balanced accuracy [0, 1] of an attack of `scores` with thresholds per class (Song and Mittal 2021).
 
-    0.5 = no power, above = the forget samples still look learned. The thresholds are learned where membership is known:
-    retained samples (members) and half of the test samples, by chance and within classes (non-members). They are then
-    tried on forget samples (are they called members?) and on the other half of the test samples. Song and Mittal learn
-    them on a shadow model; here the model itself has known members. A class that lacks known members or non-members (a
-    class forgotten whole) takes the threshold of all classes together. Interval: Jeffreys posteriors of the two shares,
-    with the thresholds as they are.
+    0.5 = no power, above = the forget samples are still recognised as training samples. The thresholds are learned from
+    samples with known membership: retain samples (members) and half of the test samples, by chance and within classes
+    (non-members). They are then applied to forget samples (are they called members?) and to the other half of the test
+    samples. Song and Mittal learn them on a shadow model; here the model itself has known members. A class without
+    known members or non-members (a class that is forgotten as a whole) has the threshold of all classes together.
+    Interval: Jeffreys posteriors of the two shares, with fixed thresholds.
     """
     return _balanced_accuracy(
         *((scores(p)[name], p.labels) for p in (forget, retain, test)), draws=draws, level=level, seed=seed
@@ -239,7 +249,7 @@ def _balanced_accuracy(
     level: float = 0.95,
     seed: int = 0,
 ) -> Interval:
-    """The same on scores [n] and labels [n]."""
+    """Return `balanced_accuracy` from scores [n] and labels [n]."""
     values, labels = test
     if len(values) < 2:
         raise UserError("balanced_accuracy: the test set has 1 sample; thresholds need one and their trial another")
@@ -258,7 +268,7 @@ def _balanced_accuracy(
 
 
 def _threshold(members: np.ndarray, others: np.ndarray) -> float:
-    """The score from which to call samples members with the best balanced accuracy; the highest of several."""
+    """Return the score from which to call samples members by the best balanced accuracy; the highest of several."""
     values = np.concatenate([members, others])
     order = np.argsort(-values, kind="stable")
     hits = np.cumsum(order < len(members)) / len(members)
@@ -273,13 +283,16 @@ def attacks(
     test: Predictions,
     references: Sequence[Mapping[str, Predictions]] = (),
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """All attacks on one model: {attack: {number: {"value", "low", "high", "direction"}}}, JSON-ready.
+    """Return all attacks on one model: {attack: {number: {"value", "low", "high", "direction"}}}, ready for JSON.
 
-    Attacks: those of `scores`, and with references `calibrated_loss`. Numbers: auc, tpr_at_fpr_0.001,
-    tpr_at_fpr_0.01 and balanced_accuracy, each with its 95% interval and its direction; a number that too few samples
-    cannot give has the value None and a "reason". references: predictions of models retrained without the forget
-    samples, by set (forget, test). The calibrated attack has no balanced accuracy: references have learned the retained
-    samples too, so those do not show what a sample looks like that only the model knows.
+    Attacks: those of `scores`, and with references `calibrated_loss`. Numbers: auc, tpr_at_fpr_0.001, tpr_at_fpr_0.01
+    and balanced_accuracy, each with its 95% interval and its direction; a number that needs more samples has the value
+    None and a "reason". The calibrated attack has no balanced accuracy: references were trained on the retain set too,
+    so retain samples are no example of samples that the model alone was trained on.
+
+    Args:
+        forget, retain, test: Predictions of the model.
+        references: Predictions of models retrained without the forget set, by set (forget, test).
     """
     by_set = [scores(p) for p in (forget, retain, test)]
     labels = [p.labels for p in (forget, retain, test)]
@@ -320,10 +333,12 @@ def attack_report(
     original: Mapping[str, Predictions] | None,
     references: Sequence[Mapping[str, Predictions]],
 ) -> dict[str, Any]:
-    """`attacks` on a model and, where they are given, on the original and (means) on the references.
+    """Return `attacks` on a model, on the original if given, and (means) on the references if given.
 
-    Each maps forget, retain and test to what it says of them. A reference is calibrated by the others: a model is no
-    reference for itself.
+    A reference is calibrated by the others, not by itself.
+
+    Args:
+        model, original, references: Predictions by set (forget, retain, test).
     """
 
     def on(held: Mapping[str, Predictions], others: Sequence[Mapping[str, Predictions]]) -> dict[str, Any]:
@@ -339,9 +354,9 @@ def attack_report(
 
 
 def mean_attacks(each: Sequence[dict[str, dict[str, dict[str, Any]]]]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Results of `attacks` on several models of a kind: the mean of every number and of its interval's ends.
+    """Return the mean of every number, and of its interval's ends, over results of `attacks` on models of one kind.
 
-    The interval is thus that of one such model. With several, "spread" is the largest value less the smallest.
+    So the interval is that of one such model. With several models, "spread" is the largest value minus the smallest.
     """
     mean: dict[str, dict[str, dict[str, Any]]] = {}
     for attack, numbers in each[0].items():

@@ -1,4 +1,4 @@
-"""metrics.json: an unlearned model, the untouched one and the retrained references on the same samples."""
+"""metrics.json: an unlearned model, the original and the retrained references on the same samples."""
 
 from __future__ import annotations
 
@@ -23,16 +23,19 @@ from engine.runtime.process_group import ProcessGroup
 
 GAPS = ("forget", "retain", "test", "mia")
 
-# Retained samples that are looked at, at equal distances: enough to tell their accuracy to 0.2 points, and at
-# ImageNet's size their logits alone would take 5 GB a model.
+# Most retain samples that are evaluated, at equal distances: enough for their accuracy to 0.2 points. For all samples
+# of ImageNet the logits alone would take 5 GB a model.
 MOST_RETAINED = 50_000
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """The numbers of one model, and the predictions that they come from, by set (forget, retain, test).
+    """The numbers of one model, and the predictions that they are computed from.
 
-    non_members: which forget samples [n] the membership attack of `mia.efficacy` calls non-members.
+    Attributes:
+        numbers: The numbers, as in metrics.json.
+        predictions: Predictions by set (forget, retain, test).
+        non_members: bool [n], forget samples that the membership attack of `mia.efficacy` calls non-members.
     """
 
     numbers: dict[str, Any]
@@ -40,13 +43,13 @@ class Evaluation:
     non_members: np.ndarray | None = None
 
     def gap_to(self, reference: Evaluation) -> dict[str, float]:
-        """Absolute differences to a reference in percentage points, and their mean (the field's average gap)."""
+        """Return absolute differences to a reference in percentage points, and their mean (the field's average gap)."""
         mine, theirs = self._four(), reference._four()
         gap = {key: 100 * abs(mine[key] - theirs[key]) for key in GAPS}
         return {**gap, "average": float(np.mean(list(gap.values())))}
 
     def agreement_with(self, reference: Evaluation) -> dict[str, float]:
-        """Per-sample agreement on the forget set: top1 [0, 1], kl = KL(reference || model) in nats."""
+        """Return the agreement on the forget set: top1 [0, 1], kl = KL(reference || model) in nats."""
         mine, theirs = self.predictions["forget"], reference.predictions["forget"]
         return {"top1": top1_agreement(mine, theirs), "kl": mean_kl(theirs, mine)}
 
@@ -55,10 +58,17 @@ class Evaluation:
 
 
 class Evaluator:
-    """Evaluates models on the same forget, retain and test samples.
+    """Evaluates models on the same forget, retain and test set.
 
-    test must hold neither training nor validation samples. Each model is read once a set; of more than 50,000 retained
-    samples, 50,000.
+    Each model runs once over each set; of more than 50,000 retain samples, over 50,000.
+
+    Args:
+        forget, retain, test: The sets. The test set must hold neither training nor validation samples.
+        batch_size: Samples of a batch.
+        precision, device, workers, decode, on_bad_image, max_bad_share: As in `engine.RunConfig`.
+
+    Raises:
+        UserError: A set is empty.
     """
 
     def __init__(
@@ -91,11 +101,15 @@ class Evaluator:
         self._loaders: dict[tuple[Preprocessing, str], Loader] = {}
 
     def predictions(self, model: nn.Module, name: str) -> Predictions:
-        """What a model says of one set (forget, retain, test), in the order of its samples."""
+        """Return the predictions of a model for one set (forget, retain, test), in the order of its samples."""
         return predict(model.to(self.device), self._loader(preprocessing_of(model), name), self.precision)
 
     def all_predictions(self, model: nn.Module) -> dict[str, Predictions]:
-        """Those of every set. Raises UserError for labels beyond the head, and for outputs that are not finite."""
+        """Return the predictions of a model for every set.
+
+        Raises:
+            UserError: A label is beyond the head, or an output is not finite.
+        """
         model = as_classifier(model)
         for name, samples in self.sets.items():
             if samples.labels.max() >= num_classes_of(model):
@@ -144,10 +158,17 @@ def compare(
     seconds: Mapping[str, float] | None = None,
     samples_seen: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
-    """The contents of metrics.json. With several references: means, and the spread (largest less smallest).
+    """Return the contents of metrics.json. With several references: means, and the spread (largest minus smallest).
 
     "attacks" (`membership.attacks`; also of the original and, means, of the references) and "agreement"
-    (`agreement.agreement_report`) are there where the evaluations hold the predictions of all three sets.
+    (`agreement.agreement_report`) are included if the evaluations hold the predictions of all three sets.
+
+    Args:
+        model: Evaluation of the unlearned model.
+        references: Evaluations of retrained models.
+        original: Evaluation of the original.
+        seconds: Wall-clock seconds by phase.
+        samples_seen: Training samples by phase.
     """
     metrics: dict[str, Any] = dict(model.numbers)
     if original is not None:

@@ -1,28 +1,28 @@
-"""Relearning attack: does forgotten knowledge come back sooner, or further, than a model that never had it can learn?
+"""Relearning attack: does the model learn forgotten samples again faster, or further, than a model not trained on them?
 
-An attacker who holds some of the forget samples fine-tunes the model on them, and asks it about the others. The forget
-set is split at random into an attacked share and a held-back rest; a copy of the model trains on the attacked share
-and is asked about the attacked, the held-back and the test samples after 0, 1, 2, 4, 8, ... steps. In a second attack
+An attacker who holds some of the forget samples fine-tunes the model on them and measures it on the others. The forget
+set is split at random into an attacked share and a held-back rest. A copy of the model trains on the attacked share,
+and is measured on the attacked, the held-back and the test samples after 0, 1, 2, 4, 8, ... steps. In a second attack
 the copy trains on unrelated data (such as validation samples), and all forget samples are held back.
 
-The number that counts is the **excess**: accuracy on held-back forget samples less accuracy on test samples. Accuracy
-on the attacked share tells nothing, since every model learns what it is trained on. Accuracy on the held-back samples
-alone tells little: fine-tuning teaches the task, and lifts it (or, too fast, lowers it) on all samples of the kind. But
-a model that was never trained on the held-back samples has no way to tell them from test samples, whatever it learned
-from the attacked ones: for it the two accuracies move together, and the excess stays what it is by chance. Only what
-was learned from the held-back samples themselves, and is still there, can part them. An excess that is there before the
-first step was never forgotten; one that appears with the steps was hidden, and comes back.
+The number that counts is the **excess**: accuracy on held-back forget samples minus accuracy on test samples. Accuracy
+on the attacked share means nothing, since every model learns what it is trained on. Accuracy on the held-back samples
+alone means little: fine-tuning teaches the task, and raises it (or, too fast, lowers it) on all samples of the kind.
+But a model that was never trained on the held-back samples cannot separate them from test samples, whatever it learned
+from the attacked ones. For it the two accuracies change together, and the excess stays what it is by chance. Only what
+was learned from the held-back samples themselves, and is still in the model, can separate them. An excess before the
+first step was never forgotten; one that appears with the steps was hidden, and returns.
 
-That holds as it stands where forget samples are like test samples, so the test is cut to the classes of the forget
-set. A forget set that was chosen (the hardest, the most memorised) is unlike any test set, and even a retrained model
-has an excess there, above or below 0. So the retrained models' is taken off: **advantage** is the model's excess less
-theirs, mean over the steps, and 0 is the target whatever the forget set is. The same question of losses, in
-place of right and wrong, is **auc**: of the loss attack calibrated by the retrained models' losses after as many steps
+That holds if forget samples are like test samples, so the test set is reduced to the classes of the forget set. A
+forget set that was chosen (the hardest, the most memorised) is unlike any test set, and even a retrained model has an
+excess there, above or below 0. So that of the retrained models is subtracted: **advantage** is the model's excess minus
+theirs, mean over the steps, and 0 is the target for any forget set. The same for losses, in place of correctness, is
+**auc**: of the loss attack calibrated by the retrained models' losses after as many steps
 (`engine.evaluate.membership`), held-back against test samples; 0.5 is the target.
 
 The learning rate is that of the engine's fine-tuning (AdamW, one cycle to a peak of 0.192 / width, see
-`engine.methods.finetune`), the same for every model; so are the samples of each step. Images are not augmented: it is
-these very images whose traces are looked for.
+`engine.methods.finetune`), the same for every model; so are the samples of each step. Images are not augmented, since
+traces of these very images are measured.
 """
 
 from __future__ import annotations
@@ -75,11 +75,16 @@ DIRECTION = {
 
 @dataclass(frozen=True)
 class RelearningCurve:
-    """Accuracies [0, 1] of one model under attack, after each number of optimizer steps.
+    """Accuracy [0, 1] of one model under attack, after each number of optimizer steps.
 
-    attacked: on the samples that it is trained on. held_back: on forget samples that the attack never sees. test: on
-    test samples of the classes that are forgotten. losses: mean cross-entropy in nats, by the same names. predictions:
-    what all of this comes from, one entry a number of steps, by the same names.
+    Attributes:
+        steps: Numbers of steps.
+        attacked: Accuracy on the samples that it is trained on.
+        held_back: Accuracy on forget samples that the attack is not trained on.
+        test: Accuracy on test samples of the classes of the forget set.
+        losses: Mean cross-entropy in nats, by the same names.
+        predictions: Predictions that all of this is computed from, one entry for each number of steps, by the same
+            names.
     """
 
     steps: list[int]
@@ -91,18 +96,18 @@ class RelearningCurve:
 
     @property
     def excess(self) -> list[float]:
-        """Accuracy on held-back samples less that on test samples, see the head of this file."""
+        """Accuracy on held-back samples minus that on test samples, see the top of this file."""
         return [held - test for held, test in zip(self.held_back, self.test, strict=True)]
 
 
 def steps_of(samples: int, epochs: float, batch_size: int = BATCH_SIZE) -> tuple[int, ...]:
-    """0, 1, 2, 4, ... and last the steps of `epochs` passes over that many attacked samples, rounded, at least 1."""
+    """Return 0, 1, 2, 4, ... and last the steps of `epochs` passes over the attacked samples, rounded, at least 1."""
     last = max(1, round(epochs * -(-samples // batch_size)))
     return (0, *(2**i for i in range(last.bit_length()) if 2**i < last), last)
 
 
 def split_forget(forget: Samples, share: float, seed: int = 0) -> tuple[Samples, Samples]:
-    """(attacked, held back): a random `share` of the forget samples, at least one, and the others, at least one."""
+    """Split the forget set at random into attacked samples, a `share`, and held-back samples, each at least one."""
     require(0 < share < 1, "share", share, "between 0 and 1")
     if len(forget) < 2:
         raise UserError(f"relearning: {len(forget)} forget samples cannot be split; at least 2 are needed")
@@ -130,16 +135,28 @@ def relearning_curve(
     precision: Literal["auto", "fp32", "bf16"] = "fp32",
     **loading: Any,
 ) -> RelearningCurve:
-    """Fine-tunes a copy of the model on a share of the forget set, and looks at it after each number of steps.
+    """Fine-tune a copy of the model on a share of the forget set, and measure it after each number of steps.
 
-    unrelated: train on these instead, which must be neither forget nor test samples; all forget samples are then held
-        back. steps: numbers of optimizer steps, 0 first, rising. seed: of the split and of the order of samples, which
-        are the same for every model. lr: peak rate; None: 0.192 / width. max_samples: of each set that are looked at,
-        at equal distances. loading: further options of `engine.data.Loader`.
+    The model itself is not changed. The last number of steps sets the length of the one-cycle schedule, so points of
+    two curves can be compared only if their steps are the same.
 
-    The model is left as it is. The last number of steps sets the length of the one-cycle schedule, so points of two
-    curves compare only where their steps are the same.
-    Raises UserError for wrong options and empty sets, RunStopped where the loss is not finite.
+    Args:
+        model: The model to attack.
+        forget, test: Forget set and test set.
+        share: Share (0, 1) of the forget set that is attacked.
+        unrelated: Train on these instead, which must be neither forget nor test samples; all forget samples are then
+            held back.
+        steps: Numbers of optimizer steps, from 0, increasing.
+        seed: Seed of the split and of the order of samples, which are the same for every model.
+        lr: Peak learning rate; None: 0.192 / width.
+        batch_size: Samples of a step.
+        max_samples: Most samples of each set that are measured, at equal distances.
+        device, precision: Of the training and the measurement.
+        **loading: Further options of `engine.data.Loader`.
+
+    Raises:
+        UserError: An option is wrong, or a set is empty.
+        RunStopped: The loss is not finite.
     """
     steps = _checked(steps)
     require(lr is None or lr > 0, "lr", lr, "above 0, or null")
@@ -175,17 +192,17 @@ def _checked(steps: Sequence[int]) -> tuple[int, ...]:
 
 
 def _trained(model: nn.Module, loader: Loader, steps: int, lr: float, seed: int, precision: str) -> Iterator[int]:
-    """Trains a model in place; hands over the number of steps it has taken, 0 first."""
+    """Train a model in place, and yield the number of steps taken, from 0."""
     train_engine = TrainEngine(model, RunConfig())
     train_engine.begin_phase(lr)
-    # As the engine's fine-tuning: warm-up over 15%, then a cosine to zero.
+    # As in the engine's fine-tuning: warm-up over 15%, then a cosine to zero.
     scheduler = torch.optim.lr_scheduler.OneCycleLR(train_engine.optimizer, lr, total_steps=steps + 1, pct_start=0.15)
     batches = itertools.chain.from_iterable(loader.epoch(epoch) for epoch in itertools.count())
     yield 0
     for step in range(1, steps + 1):
         loss = _loss(model.train(), next(batches), seed * 1_000_003 + step, loader.device, precision)
         if not torch.isfinite(loss):
-            raise RunStopped(f"relearning, step {step}: the loss is not finite; lower lr, or look at the checkpoint")
+            raise RunStopped(f"relearning, step {step}: the loss is not finite; lower lr, or check the checkpoint")
         train_engine.backward(loss)
         train_engine.step()
         scheduler.step()
@@ -193,7 +210,7 @@ def _trained(model: nn.Module, loader: Loader, steps: int, lr: float, seed: int,
 
 
 def _loss(model: nn.Module, batch: Batch, seed: int, device: torch.device, precision: str) -> torch.Tensor:
-    # Dropout, where a model has it, is a function of seed and step; the caller's generator is left as it is.
+    # Dropout, if a model has it, depends on seed and step; the caller's generator is unchanged.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), autocast(device, precision):
         torch.manual_seed(seed)
         return cross_entropy(model, batch)
@@ -208,7 +225,11 @@ def _mean_loss(p: Predictions) -> float:
 
 
 def of_classes(test: Samples, forget: Samples) -> Samples:
-    """The test samples of the classes that the forget samples have."""
+    """Return the test samples of the classes of the forget set.
+
+    Raises:
+        UserError: There are none.
+    """
     kept = test.of_classes(forget.labels)
     if not len(kept):
         raise UserError(f"relearning: {test.name} has no samples of the classes that are forgotten; give some")
@@ -216,20 +237,20 @@ def of_classes(test: Samples, forget: Samples) -> Samples:
 
 
 def steps_to(curve: RelearningCurve, level: float) -> int | None:
-    """The first looked-at number of steps at which accuracy on the held-back samples is `level` or more; None: at
-    none."""
+    """Return the first measured number of steps with accuracy `level` or more on held-back samples, or None."""
     return next((step for step, held in zip(curve.steps, curve.held_back, strict=True) if held >= level), None)
 
 
 def advantage(
     curve: RelearningCurve, references: Sequence[RelearningCurve], *, level: float = 0.95, seed: int = 0
 ) -> Interval:
-    """Excess of a model less that of the references, mean over all steps but 0; 0 is the target, above is knowledge.
+    """Return the excess of a model minus that of the references, mean over all steps after 0.
 
-    Bootstrapped over held-back and over test samples, each with the answers of all models.
+    0 is the target; above: knowledge of the held-back samples. Bootstrapped over held-back and over test samples, each
+    with the predictions of all models.
     """
     held, test = (
-        _known(curve, name) - np.mean([_known(reference, name) for reference in references], axis=0)
+        _share_correct(curve, name) - np.mean([_share_correct(reference, name) for reference in references], axis=0)
         for name in ("held_back", "test")
     )
     return bootstrap(_difference, held, test, level=level, seed=seed)
@@ -238,8 +259,11 @@ def advantage(
 def calibrated_auc(
     curve: RelearningCurve, references: Sequence[RelearningCurve], *, level: float = 0.95
 ) -> list[Interval]:
-    """AUC [0, 1] after each number of steps of the loss attack on held-back against test samples, with each sample's
-    difficulty taken out by the references' losses after as many steps; 0.5 is the target, above is knowledge."""
+    """Return the AUC [0, 1] of the calibrated loss attack after each number of steps, held-back against test samples.
+
+    Each sample's difficulty is removed by the references' losses after as many steps. 0.5 is the target; above:
+    knowledge of the held-back samples.
+    """
     found = []
     for mine, *theirs in zip(*(each.predictions for each in (curve, *references)), strict=True):
         held, test = (calibrated_scores(mine[name], [each[name] for each in theirs]) for name in ("held_back", "test"))
@@ -247,8 +271,8 @@ def calibrated_auc(
     return found
 
 
-def _known(curve: RelearningCurve, name: str) -> np.ndarray:
-    """Share [n] of the looks after the first at which each sample is read right."""
+def _share_correct(curve: RelearningCurve, name: str) -> np.ndarray:
+    """Return for each sample [n] the share of measurements after the first in which it is predicted correctly."""
     return np.mean([_right(each[name]) for each in curve.predictions[1:]], axis=0)
 
 
@@ -261,8 +285,10 @@ def _difference(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def _excess(held_back: np.ndarray, test: np.ndarray, *, draws: int = 1000, seed: int = 0) -> Interval:
-    """Excess with a 95% interval, from which samples are read right [m], [n]: the difference of two Jeffreys
-    posteriors, since resampling would call 0 of 20 certain."""
+    """Return the excess with a 95% interval, from which samples are predicted correctly [m], [n].
+
+    The interval is the difference of two Jeffreys posteriors, since resampling would give 0 of 20 no width.
+    """
     rng = np.random.default_rng(seed)
     first, second = (rng.beta(r.sum() + 0.5, len(r) - r.sum() + 0.5, draws) for r in (held_back, test))
     return percentiles(_difference(held_back, test), first - second)
@@ -278,7 +304,15 @@ def probe(
     *,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """A linear probe on features that are there: (features [n, d], labels [n]) of each set; see `linear_probe`."""
+    """Train a linear probe on given features, see `linear_probe`.
+
+    Args:
+        retain, forget, test: Features [n, d] and labels [n] of each set.
+        seed: Seed of the interval.
+
+    Raises:
+        UserError: The retain samples have one class alone.
+    """
     if len(np.unique(retain[1])) < 2:
         raise UserError("linear probe: the retained samples are all of one class; nothing can be learned from them")
     classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2_000))
@@ -303,10 +337,21 @@ def linear_probe(
     seed: int = 0,
     **loading: Any,
 ) -> dict[str, Any]:
-    """Trains a new head (logistic regression) on frozen features of retained samples, and asks it about the others.
+    """Train a new head (logistic regression) on frozen features of retain samples, and measure it on the others.
 
-    Returns accuracy of forget and test, and excess (with a 95% interval): forget less test. A model whose head alone
-    was changed has the original's excess; classes that no retained sample has are never named, in either set.
+    A model whose head alone was changed has the original's excess. Classes without retain samples are never predicted,
+    in either set.
+
+    Args:
+        model: The model.
+        retain, forget, test: The sets; of each at most `max_samples` are used, at equal distances.
+        max_samples: Most samples of each set.
+        batch_size, device, precision: Of the forward passes.
+        seed: Seed of the interval.
+        **loading: Further options of `engine.data.Loader`.
+
+    Returns:
+        accuracy of forget and test, and excess (with a 95% interval): forget minus test.
     """
     where = resolve_device(device)
     precision = resolve_precision(precision, where)
@@ -341,15 +386,25 @@ def relearning_report(
     max_samples: int = MOST_SAMPLES,
     **options: Any,
 ) -> dict[str, Any]:
-    """The attacks and the probe on every model, with what tells them from the references; JSON-ready.
+    """Run the attacks and the probe on every model, and compare them with the references; ready for JSON.
 
-    models: by name; `original` and `references` name some of them. retain: for the probe; None leaves it out.
-    unrelated: for the second attack; None leaves it out. Others: as of `relearning_curve`.
+    Args:
+        models: Models by name.
+        forget, test: Forget set and test set.
+        original: Name of the original in `models`.
+        references: Names of the references in `models`.
+        retain: Retain set for the probe; None: no probe.
+        unrelated: Samples for the second attack; None: no second attack.
+        share, steps, seed, lr, batch_size, max_samples, **options: As in `relearning_curve`.
 
-    Returns attack (steps, share, samples, rate), direction, and by model: by attack (forget_share, unrelated) accuracy
-    and loss (lists over the steps, of attacked, held_back and test), excess (a list of intervals), steps_to_original,
-    and, None without references other than itself, advantage and auc (a list of intervals); and probe. Intervals are
-    95%, over samples.
+    Returns:
+        attack (steps, share, samples, rate), direction, and by model: by attack (forget_share, unrelated) accuracy and
+            loss (lists over the steps, for attacked, held_back and test), excess (a list of intervals),
+            steps_to_original, and, None without references other than itself, advantage and auc (a list of intervals);
+            and probe. Intervals are 95%, over samples.
+
+    Raises:
+        UserError: A name is not in `models`.
     """
     for name in (original, *references):
         if name not in models:

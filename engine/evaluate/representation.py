@@ -1,19 +1,19 @@
-"""What the inside of a model tells: whose features are they, the original's or those of a model that never saw the
-forget samples?
+"""Comparison of features: are a model's features those of the original, or those of a model not trained on the forget
+set?
 
-A method that changes nothing but the head answers like a retrained model and still holds all that it learned, one
+A method that changes nothing but the head predicts like a retrained model and still holds all that it learned, one
 linear layer away. So the features are compared layer by layer, with the original's and with those of retrained models:
 
-* Linear CKA (Kornblith et al. 2019, arXiv 1905.00414): similarity of two sets of features of the same samples, whatever
-  rotation and scale each model has given its own; 1 = the same. With few samples and many features it is near 1 for
-  any two models, so the debiased form (unbiased HSIC of Song et al. 2012, used in CKA by Nguyen et al. 2021, arXiv
-  2010.15327) stands beside it: 0 for unrelated features, however few the samples.
-* Cosine k-NN (k = 5) in the features that the head reads: the class that the nearest retained samples vote for. Its
-  accuracy on the forget samples needs no head; and two models with the same neighbours have the same geometry.
-* The distance that each layer's weights have travelled from the original's.
+* Linear CKA (Kornblith et al. 2019, arXiv 1905.00414): similarity of two sets of features of the same samples, for any
+  rotation and scale of each; 1 = the same. With few samples and many features it is near 1 for any two models, so the
+  debiased form (unbiased HSIC of Song et al. 2012, used in CKA by Nguyen et al. 2021, arXiv 2010.15327) is reported
+  too: 0 for unrelated features, however few the samples.
+* Cosine k-NN (k = 5) in the features at the input of the head: the class that the nearest retain samples vote for. Its
+  accuracy on the forget set needs no head; and two models with the same neighbours have the same geometry.
+* The distance of each layer's weights from the original's.
 
-Every layer is read as the head would read it: the class token where the model pools that, else the mean of the patch
-tokens. The patch embedding is the mean of its patch tokens always: its class token is the same for all images.
+Every layer is read in the way of the head: the class token if the model pools that, else the mean of the patch tokens.
+The patch embedding is always the mean of its patch tokens: its class token is the same for all images.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ from engine.runtime.device import autocast, resolve_device, resolve_precision
 MOST_SAMPLES = 1_000
 NEIGHBOURS = 5
 
-# What the debiased CKA divides by is zero for three samples.
+# The denominator of the debiased CKA is zero for three samples.
 _LEAST_SAMPLES = 4
 # Groups that the jackknife leaves out in turn.
 _GROUPS = 20
 
-FEATURES = "features"  # what the head reads
+FEATURES = "features"  # input of the head
 EMBEDDING = "patch embedding"
 
 DIRECTION = {
@@ -77,21 +77,31 @@ def compare_features(
     seed: int = 0,
     **loading: Any,
 ) -> dict[str, Any]:
-    """Compares models of one architecture, each with the original and with the references; JSON-ready.
-
-    models: by name; `original` and `references` name some of them. sets: forget, retain and test samples by name, of
-    which at most `max_samples` at equal distances are read, once a model; `bank` names the one whose samples vote in
-    the k-NN (a sample of it is not asked about itself). seed: of the intervals. loading: further options of
-    `engine.data.Loader` (workers, decode, on_bad_image, max_bad_share).
-
-    Returns layers (names, in the order of every list), samples (read a set), k, direction, and by model: identical
-    (every weight is the original's), untouched_backbone (every weight outside the head is), changed, distance (by
-    part), and by set: knn_accuracy, share_of_way a layer (None for the original, or without references), and `to`:
-    by other model (the original and the references) cka and cka_debiased a layer, and neighbours.
+    """Compare models of one architecture, each with the original and with the references; ready for JSON.
 
     Intervals are 95%, over samples: of shares Jeffreys', of neighbours bootstrapped, of CKA see `cka_interval`.
 
-    Raises UserError for names that are not there, too few samples, and models of another architecture.
+    Args:
+        models: Models by name.
+        sets: Forget, retain and test samples by name; of each at most `max_samples` are used, at equal distances, once
+            a model.
+        original: Name of the original in `models`.
+        references: Names of the references in `models`.
+        bank: Name of the set whose samples vote in the k-NN; a sample of it is not its own neighbour.
+        max_samples: Most samples of each set.
+        device, precision, batch_size: Of the forward passes.
+        seed: Seed of the intervals.
+        **loading: Further options of `engine.data.Loader` (workers, decode, on_bad_image, max_bad_share).
+
+    Returns:
+        layers (names, in the order of every list), samples (used of each set), k, direction, and by model: identical
+            (every weight is the original's), untouched_backbone (every weight outside the head is), changed, distance
+            (by part), and by set: knn_accuracy, share_of_way of each layer (None for the original, or without
+            references), and `to`: by other model (the original and the references) cka and cka_debiased of each layer,
+            and neighbours.
+
+    Raises:
+        UserError: A name does not exist, there are too few samples, or a model has another architecture.
     """
     for name in (original, *references):
         if name not in models:
@@ -167,7 +177,7 @@ def _share_of_way(to: Mapping[str, Any], original: str, references: Sequence[str
     from_original = far[original]
     from_references = np.mean([far[name] for name in references], axis=0)
     whole = from_original + from_references
-    # All three are the same features: there is no way to go.
+    # All three have the same features, so the share is not defined.
     return [float(o / w) if w > 1e-9 else None for o, w in zip(from_original, whole, strict=True)]
 
 
@@ -178,11 +188,16 @@ def _share_of_way(to: Mapping[str, Any], original: str, references: Sequence[str
 def layer_features(
     model: nn.Module, loader: Loader, precision: str = "fp32"
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Features [n, width of the layer] float32 of every layer, and labels [n], from one pass in eval mode, in order.
+    """Return features [n, width of the layer], float32, of every layer, and labels [n], from one pass in eval mode, in
+    order.
 
-    Layers: `patch embedding`, then `block 1` ... (Swin: `stage 1 block 1` ...), then `features`, what the head reads;
-    `features` alone for models whose attention cannot be read.
-    Images that the loader leaves out as bad are left out.
+    Layers: `patch embedding`, then `block 1` ... (Swin: `stage 1 block 1` ...), then `features`, the input of the head;
+    `features` alone for models whose attention cannot be read. Unreadable images that the loader skips are left out.
+
+    Args:
+        model: The model.
+        loader: Loader of the samples.
+        precision: Precision of the forward pass.
     """
     info = describe(model)
     model.eval()
@@ -206,7 +221,7 @@ def layer_features(
 
 @torch.no_grad()
 def head_features(model: nn.Module, loader: Loader, precision: str = "fp32") -> tuple[np.ndarray, np.ndarray]:
-    """What the head reads [n, width] float32, and labels [n]: the last layer of `layer_features` alone."""
+    """Return the head's input [n, width], float32, and labels [n]: the last layer of `layer_features` alone."""
     model.eval()
 
     def of(batch: Batch) -> tuple[Tensor, Tensor]:
@@ -219,7 +234,7 @@ def head_features(model: nn.Module, loader: Loader, precision: str = "fp32") -> 
 
 
 def _layers(model: Any, info: ModelInfo) -> dict[str, nn.Module]:
-    """The layers before the features, by name; of a model that is no ViT none: their outputs have no common layout."""
+    """Return the layers before the features, by name; none if the model is not a ViT: the layouts would differ."""
     if not isinstance(info, ViTInfo) or not hasattr(model, "patch_embed"):
         return {}
     if info.windowed:
@@ -247,14 +262,20 @@ def _keep(kept: dict[str, Tensor], name: str, info: Any, _module: nn.Module, _in
 
 
 def linear_cka(first: np.ndarray, second: np.ndarray, *, debiased: bool = False) -> float:
-    """Linear CKA of features [n, d1] and [n, d2] of the same samples: 1 = the same up to rotation and scale.
+    """Return the linear CKA of features of the same samples: 1 = the same up to rotation and scale; 0 if one is
+    constant.
 
     ||Y'X||_F^2 / (||X'X||_F ||Y'Y||_F), columns centred, in float64: memory O((n + d) d), no [n, n] matrix is made.
-    debiased: with the unbiased HSIC of Song et al. 2012 in place of each norm; in [-1, 1], 0 expected of unrelated
-    features. Its Gram matrices without diagonals come down to the same products: with k_i = ||x_i||^2, l_i = ||y_i||^2
-    of centred rows, HSIC is proportional to ||Y'X||_F^2 - n/(n-2) sum k_i l_i + sum k_i sum l_i / ((n-1)(n-2)).
 
-    0 where either is the same for all samples. Raises UserError for unequal lengths and fewer than 4 samples.
+    Args:
+        first, second: Features [n, d1] and [n, d2].
+        debiased: Use the unbiased HSIC of Song et al. 2012 in place of each norm; in [-1, 1], 0 expected for unrelated
+            features. Its Gram matrices without diagonals reduce to the same products: with k_i = ||x_i||^2, l_i =
+            ||y_i||^2 of centred rows, HSIC is proportional to ||Y'X||_F^2 - n/(n-2) sum k_i l_i + sum k_i sum l_i /
+            ((n-1)(n-2)).
+
+    Raises:
+        UserError: The lengths differ, or there are fewer than 4 samples.
     """
     x, y = _centred(first, second)
     hsic = _unbiased_hsic if debiased else _biased_hsic
@@ -262,11 +283,12 @@ def linear_cka(first: np.ndarray, second: np.ndarray, *, debiased: bool = False)
 
 
 def cka_interval(first: np.ndarray, second: np.ndarray, *, level: float = 0.95, seed: int = 0) -> Interval:
-    """Linear CKA with the interval of a jackknife that leaves out a twentieth of the samples at a time, at random.
+    """Return the linear CKA with the interval of a jackknife that leaves out a random twentieth of the samples at a
+    time.
 
-    Not a bootstrap: samples that are drawn twice are equal to themselves, which raises CKA in every draw, and where
-    features are many the whole interval would lie above the value. The groups left out are taken off the products, so
-    it costs about two CKAs.
+    It is not a bootstrap: samples that are drawn twice are equal to themselves, which raises CKA in every draw, and
+    with many features the whole interval would lie above the value. The groups left out are subtracted from the
+    products, so it costs about two CKAs.
     """
     x, y = _centred(first, second)
     products = {"xy": x.T @ y, "xx": x.T @ x, "yy": y.T @ y}
@@ -298,8 +320,7 @@ def _centred(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndar
 def _without_mean(features: np.ndarray) -> np.ndarray:
     values = features.astype(np.float64)
     centred = values - values.mean(0)
-    # What float32 leaves of features that are the same for all samples is rounding, and would be compared as if it
-    # said something.
+    # Features that are the same for all samples differ by float32's rounding alone, which must not be compared.
     return centred if np.linalg.norm(centred) > 1e-6 * np.linalg.norm(values) else np.zeros_like(centred)
 
 
@@ -322,9 +343,13 @@ def _ratio(xy: float, xx: float, yy: float) -> float:
 def nearest_neighbours(
     queries: np.ndarray, bank: np.ndarray, *, k: int = NEIGHBOURS, leave_one_out: bool = False
 ) -> np.ndarray:
-    """Rows of the bank [m, d] that are nearest to each query [n, d] by cosine, nearest first: int64 [n, k].
+    """Return the rows of the bank that are nearest to each query by cosine, nearest first: int64 [n, k].
 
-    leave_one_out: queries are the bank itself, and none is its own neighbour. Ties go to the lowest row.
+    Args:
+        queries: Features [n, d].
+        bank: Features [m, d].
+        k: Number of neighbours; ties go to the lowest row.
+        leave_one_out: The queries are the bank itself, and none is its own neighbour.
     """
     similarity = _unit(queries) @ _unit(bank).T
     if leave_one_out:
@@ -338,17 +363,17 @@ def _unit(features: np.ndarray) -> np.ndarray:
 
 
 def vote(near: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Class [n] that most of the neighbours [n, k] have; a tie goes to the class of the nearest among them."""
+    """Return the class [n] of most neighbours [n, k]; a tie goes to the class of the nearest among them."""
     votes = np.zeros((len(near), int(labels.max()) + 1))
     for rank in range(near.shape[1]):
-        # What is added to 1 stays below 1 in all: it decides between equal counts alone, and the nearest outweighs the
-        # rest.
+        # The terms added to 1 sum to less than 1: they decide between equal counts alone, and the nearest outweighs
+        # the rest.
         votes[np.arange(len(near)), labels[near[:, rank]]] += 1 + 2.0 ** -(rank + 1)
     return votes.argmax(1)
 
 
 def shared_neighbours(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Share [n] of each sample's neighbours [n, k] that two models have in common."""
+    """Return the share [n] of each sample's neighbours [n, k] that two models have in common."""
     return (first[:, :, None] == second[:, None, :]).any(2).mean(1)
 
 
@@ -356,10 +381,13 @@ def shared_neighbours(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def compare_weights(model: nn.Module, original: nn.Module, name: str = "model") -> dict[str, Any]:
-    """identical, untouched_backbone, changed and distance of a model, see DIRECTION; JSON-ready.
+    """Return identical, untouched_backbone, changed and distance of a model, see DIRECTION; ready for JSON.
 
     Parts of `distance`: patch embedding (with position embeddings and prefix tokens), the blocks, head, other (norms,
-    Swin's merging of patches), and all. Raises UserError for another architecture than the original's.
+    Swin's merging of patches), and all.
+
+    Raises:
+        UserError: The architecture differs from the original's.
     """
     mine, theirs = model.state_dict(), original.state_dict()
     if {key: value.shape for key, value in mine.items()} != {key: value.shape for key, value in theirs.items()}:
@@ -386,7 +414,7 @@ def compare_weights(model: nn.Module, original: nn.Module, name: str = "model") 
 
 
 def _differing(first: Tensor, second: Tensor) -> int:
-    """Elements that are not equal; NaN is not equal to itself, and so never untouched."""
+    """Return the number of elements that are not equal; NaN is not equal to itself, so it counts as changed."""
     return int((first.cpu() != second.cpu()).sum())
 
 

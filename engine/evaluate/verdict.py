@@ -1,19 +1,19 @@
-"""Has the model forgotten? Gates over evidence, and a verdict that fails where one of them fails.
+"""Verdict on whether a model has forgotten: gates over evidence, and a result that fails if one of them fails.
 
-Every gate asks one question and has one statistic with an interval and a limit. It passes where the whole interval is
-within the limit (a test of equivalence: two one-sided tests, Schuirmann 1987), fails where the whole interval is
-outside, and is undecided in between: too little evidence never counts as a pass.
+Every gate has one question, one statistic with an interval, and a limit. It passes if the whole interval is within the
+limit (a test of equivalence: two one-sided tests, Schuirmann 1987), fails if the whole interval is outside, and is
+undecided in between: too little evidence never counts as a pass.
 
 The membership gates use one attack. With f the log-odds of the true class (the logit-scaled confidence of Carlini et
-al. 2022), a sample's score is f of the model less the mean f of the references, which were trained without the forget
-samples: the difficulty of the sample is taken out (Watson et al. 2022). A model that has never seen the forget samples
-differs from the references on them as it differs on test samples, so the AUC of forget against test is 0.5 whatever
-the forget set is. Above 0.5 the model knows them better than a retrain does; below, it is worse on them than a model
-that has never seen them, which gives them away as well. Without references f itself is the score, and 0.5 holds for
-forget sets drawn at random alone.
+al. 2022), a sample's score is f of the model minus the mean f of the references, which were trained without the forget
+set: the difficulty of the sample is removed (Watson et al. 2022). A model that was not trained on the forget set
+differs from the references on it as it differs on test samples, so the AUC of forget against test is 0.5 for any
+forget set. Above 0.5 the model predicts them better than a retrained model does; below, it is worse on them than a
+model that was not trained on them, which reveals them as well. Without references f itself is the score, and 0.5 holds
+for forget sets drawn at random alone.
 
-The same attack on the untouched original is the positive control: where it does not catch even that one, its silence
-about the model proves nothing, and the verdict is INSUFFICIENT EVIDENCE.
+The same attack on the original is the positive control: if it does not detect even that model, a pass of the model
+proves nothing, and the verdict is INSUFFICIENT EVIDENCE.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ INSUFFICIENT: Status = "INSUFFICIENT EVIDENCE"
 
 DEFAULTS = Path(__file__).with_name("gates.yaml")
 
-# Log-odds beyond these say no more than that the model is sure, and are float32's rounding.
+# Log-odds beyond this are confident predictions, and differ by float32's rounding alone.
 _CLIP = 100.0
 # How often a retrained model may miss a gate: with some ten gates it then passes all of them about nine times in ten.
 _MISSED = 0.01
-# Models that know nothing, for the limit of true positives.
+# Simulated models without knowledge of the members, for the limit of true positives.
 _SIMULATED = 400
-# Nats: references that never differ.
+# Smallest noise floor in nats, for references that never differ.
 _TINY = 1e-12
 
 DOES_NOT_PROVE = (
@@ -61,7 +61,7 @@ DOES_NOT_PROVE = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gates:
-    """Limits of the gates, from gates.yaml; what each of them means stands there."""
+    """Limits of the gates, from gates.yaml, which has the meaning of each."""
 
     level: float
     minimum_samples: int
@@ -83,7 +83,11 @@ class Gates:
 
     @classmethod
     def read(cls, path: Path | None = None) -> Gates:
-        """The defaults, tightened by a file. Raises UserError for an unknown gate and for one that is looser."""
+        """Return the defaults, tightened by a file.
+
+        Raises:
+            UserError: A gate is unknown, or looser than its default.
+        """
         defaults = build(cls, read_yaml(DEFAULTS))
         if path is None:
             return defaults
@@ -109,7 +113,7 @@ def _more(mine: float, default: float) -> bool:
     return mine > default
 
 
-# Which way each gate is looser. references may be 0 (the verdict then says that it rests on held-out data alone).
+# Direction in which each gate is looser. references may be 0 (the verdict then notes that it has held-out data alone).
 _LOOSER: Mapping[str, Callable[[float, float], bool]] = {
     "level": _less,
     "minimum_samples": _less,
@@ -132,8 +136,13 @@ _LOOSER: Mapping[str, Callable[[float, float], bool]] = {
 
 @dataclasses.dataclass(frozen=True)
 class ModelOutputs:
-    """What one model says. predictions: of forget, retain and test. relearned: of held_back (forget samples that the
-    attacker did not train on) and test after the relearning attack; empty where it was not run."""
+    """Predictions of one model.
+
+    Attributes:
+        predictions: Predictions for forget, retain and test set.
+        relearned: Predictions for held_back (forget samples that the attacker did not train on) and test set after the
+            relearning attack; empty if it was not run.
+    """
 
     predictions: Mapping[str, Predictions]
     relearned: Mapping[str, Predictions]
@@ -141,10 +150,12 @@ class ModelOutputs:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """All that a verdict rests on.
+    """All that a verdict is based on.
 
-    repeated: the model's predictions of forget once more. changed: share [0, 1] of the weights, outside the head,
-    that differ from the original's; None where the two have different architectures.
+    Attributes:
+        repeated: The model's predictions for the forget set, computed a second time.
+        changed: Share [0, 1] of the weights, outside the head, that differ from the original's; None for another
+            architecture.
     """
 
     model: ModelOutputs
@@ -158,8 +169,10 @@ class Evidence:
 class Gate:
     """One question and its answer.
 
-    limit: in words. value: None where nothing could be measured. within: lowest and highest value that pass, None for
-    an open side; None where no such limit decided.
+    Attributes:
+        value: The statistic; None if nothing could be measured.
+        limit, reason: The limit, and why the status is what it is, as text.
+        within: Lowest and highest value that pass, None for an open side; None if no such limit applies.
     """
 
     name: str
@@ -180,7 +193,7 @@ class Gate:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """FAIL where a gate fails; else INSUFFICIENT EVIDENCE where one is undecided; else PASS."""
+    """FAIL if a gate fails; else INSUFFICIENT EVIDENCE if one is undecided; else PASS."""
 
     gates: Sequence[Gate]
     references: int
@@ -193,7 +206,7 @@ class Verdict:
 
     @property
     def decided_by(self) -> list[str]:
-        """Names of the gates that are why it is not a PASS."""
+        """Names of the gates for which it is not a PASS."""
         return [] if self.status == PASS else [gate.name for gate in self.gates if gate.status == self.status]
 
     def to_dict(self) -> dict[str, Any]:
@@ -208,7 +221,7 @@ class Verdict:
 
 
 def judge(evidence: Evidence, gates: Gates) -> Verdict:
-    """The verdict on a model. Nothing in it depends on how the model was made."""
+    """Return the verdict on a model from outputs alone; it does not depend on how the model was made."""
     samples = {name: len(p) for name, p in evidence.model.predictions.items()}
     too_few = [name for name in ("forget", "test") if samples[name] < gates.minimum_samples]
     if too_few:
@@ -276,11 +289,11 @@ def _accuracy(evidence: Evidence, gates: Gates) -> list[Gate]:
     return [*found, *_forget_accuracy(evidence.model, evidence, gates)]
 
 
-def _forget_accuracy(witness: ModelOutputs, evidence: Evidence, gates: Gates) -> list[Gate]:
-    """No gate without references: what accuracy to expect is then not known."""
+def _forget_accuracy(subject: ModelOutputs, evidence: Evidence, gates: Gates) -> list[Gate]:
+    """Return the gate; none without references, since the accuracy to expect is then not known."""
     if not evidence.references:
         return []
-    change = _accuracy_change(witness, evidence.references, "forget", gates.level)
+    change = _accuracy_change(subject, evidence.references, "forget", gates.level)
     most = _margin(change, gates.forget_points, gates.forget_points_few, gates.level)
     return [
         _decide(
@@ -296,19 +309,22 @@ def _forget_accuracy(witness: ModelOutputs, evidence: Evidence, gates: Gates) ->
 
 
 def _margin(found: Interval, large: float, few: float, level: float) -> float:
-    """How far a difference may be off 0, see `_reach`; its standard error is taken from its interval."""
+    """Return how far a difference may be from 0, see `_reach`; its standard error comes from its interval."""
     error = (found.high - found.low) / (2 * float(norm.ppf((1 + level) / 2)))
     return _reach(error, large, few, level)
 
 
 def _reach(error: float, large: float, few: float, level: float) -> float:
-    """`large`; or, where that is more, how far the interval of a model that is right reaches all but _MISSED of the
-    time: half of the interval, and what chance adds. No more than `few`."""
+    """Return the limit of a distance: `large`, or a larger limit that a model without any distance passes often enough.
+
+    The larger limit is what the interval of such a model stays within in all but _MISSED of the cases: half of the
+    interval, plus the variation by chance. It is never above `few`.
+    """
     return min(max(large, (float(norm.ppf((1 + level) / 2)) + float(norm.ppf(1 - _MISSED))) * error), few)
 
 
 def _accuracy_change(model: ModelOutputs, others: Sequence[ModelOutputs], name: str, level: float) -> Interval:
-    """Accuracy of a model less the mean of the others', in points; resampled by sample, each with all its answers."""
+    """Return accuracy minus the mean of the others', in points; resampled by sample, for all models together."""
     mine = _correct(model.predictions[name])
     theirs = np.mean([_correct(other.predictions[name]) for other in others], axis=0)
     change = 100 * (mine - theirs)
@@ -320,9 +336,12 @@ def _correct(p: Predictions) -> np.ndarray:
 
 
 def _membership(evidence: Evidence, gates: Gates) -> list[Gate]:
-    """The gates of the attack on the model, and whether such gates catch the original."""
-    found = _caught(evidence.model, evidence, gates)
-    control = [*_forget_accuracy(evidence.original, evidence, gates), *_caught(evidence.original, evidence, gates)]
+    """Return the gates of the attack on the model, and whether such gates detect the original."""
+    found = _attacks(evidence.model, evidence, gates)
+    control = [
+        *_forget_accuracy(evidence.original, evidence, gates),
+        *_attacks(evidence.original, evidence, gates),
+    ]
     question = "Would the attacks see it at all?"
     limit = f"the untouched original fails {', '.join(gate.name for gate in control[:-1])} or {control[-1].name}"
     shown = "; ".join(f"{gate.name}: {gate.reason}" for gate in control)
@@ -332,8 +351,8 @@ def _membership(evidence: Evidence, gates: Gates) -> list[Gate]:
     return [Gate("power", question, INSUFFICIENT, None, limit, reason), *found]
 
 
-def _caught(witness: ModelOutputs, evidence: Evidence, gates: Gates) -> list[Gate]:
-    members, others = (_scores(witness, evidence.references, name) for name in ("forget", "test"))
+def _attacks(subject: ModelOutputs, evidence: Evidence, gates: Gates) -> list[Gate]:
+    members, others = (_scores(subject, evidence.references, name) for name in ("forget", "test"))
     power = auc_interval(members, others, level=gates.level)
     margin = _auc_margin(gates.membership_auc, gates.membership_auc_few, members, others, gates.level)
     attack = "the attack calibrated by the references" if evidence.references else "the confidence attack"
@@ -360,15 +379,15 @@ def _caught(witness: ModelOutputs, evidence: Evidence, gates: Gates) -> list[Gat
 
 
 def _auc_margin(large: float, few: float, members: np.ndarray, others: np.ndarray, level: float) -> float:
-    """How far an AUC may be off 0.5, see `_reach`."""
+    """Return how far an AUC may be from 0.5, see `_reach`."""
     m, n = len(members), len(others)
-    error = ((m + n + 1) / (12 * m * n)) ** 0.5  # of AUC where both have one distribution (Mann and Whitney 1947)
+    error = ((m + n + 1) / (12 * m * n)) ** 0.5  # of AUC if both have one distribution (Mann and Whitney 1947)
     return _reach(error, large, few, level)
 
 
-@functools.lru_cache  # the same for every model of an examiner, and its original
+@functools.lru_cache  # the same for every model of a verifier, and its original
 def _tpr_limit(gates: Gates, members: int, others: int) -> float:
-    """The same for true positives; by simulation, since it depends on nothing but the two counts."""
+    """Return the limit of true positives, by simulation, since it depends on the two counts alone."""
     rng = np.random.default_rng(0)
     highs = [
         tpr_interval(rng.random(members), rng.random(others), gates.membership_fpr, level=gates.level, draws=200).high
@@ -378,16 +397,16 @@ def _tpr_limit(gates: Gates, members: int, others: int) -> float:
 
 
 def attack_power(
-    witness: ModelOutputs, references: Sequence[ModelOutputs], sets: tuple[str, str], level: float
+    subject: ModelOutputs, references: Sequence[ModelOutputs], sets: tuple[str, str], level: float
 ) -> Interval:
-    """AUC of the calibrated attack on a model, the first set against the second; see the head of this file."""
-    members, others = (_scores(witness, references, name) for name in sets)
+    """Return the AUC of the calibrated attack on a model, the first of two sets against the second; see the top."""
+    members, others = (_scores(subject, references, name) for name in sets)
     return auc_interval(members, others, level=level)
 
 
-def _scores(witness: ModelOutputs, references: Sequence[ModelOutputs], name: str) -> np.ndarray:
-    """Score [n] of each sample: higher = known better than by models without it."""
-    return _calibrated(witness.predictions[name], [each.predictions[name] for each in references])
+def _scores(subject: ModelOutputs, references: Sequence[ModelOutputs], name: str) -> np.ndarray:
+    """Return the score [n] of each sample: higher = predicted better than by models not trained on it."""
+    return _calibrated(subject.predictions[name], [each.predictions[name] for each in references])
 
 
 def _calibrated(mine: Predictions, others: Sequence[Predictions]) -> np.ndarray:
@@ -424,7 +443,7 @@ def _agreement(evidence: Evidence, gates: Gates) -> list[Gate]:
 
 
 def _kl(reference: Predictions, model: Predictions) -> np.ndarray:
-    """KL(reference || model) [n] in nats, symmetrised by the mean of both ways."""
+    """Return KL(reference || model) [n] in nats, symmetrised by the mean of both directions."""
     p, q = reference.log_probabilities, model.log_probabilities
     return 0.5 * (kl(p, q) + kl(q, p))
 
@@ -456,7 +475,7 @@ _GROUPS: Sequence[Callable[[Evidence, Gates], list[Gate]]] = (_weights, _accurac
 def _decide(
     name: str, question: str, found: Interval, *, low: float | None, high: float | None, limit: str, shown: str
 ) -> Gate:
-    """PASS where all of the interval is within [low, high], FAIL where all of it is outside."""
+    """Return PASS if the whole interval is within [low, high], FAIL if all of it is outside, else undecided."""
     above = -np.inf if low is None else low
     below = np.inf if high is None else high
     if above <= found.low and found.high <= below:
@@ -466,10 +485,10 @@ def _decide(
     else:
         status = INSUFFICIENT
     doubt = "; more samples would decide it" if status == INSUFFICIENT else ""
-    return Gate(name, question, status, found, limit, f"{shown}, {_words(found)}{doubt}", (low, high))
+    return Gate(name, question, status, found, limit, f"{shown}, {_interval_text(found)}{doubt}", (low, high))
 
 
-def _words(found: Interval) -> str:
+def _interval_text(found: Interval) -> str:
     return f"interval {found.low:.3g} to {found.high:.3g}"
 
 
