@@ -1,4 +1,4 @@
-"""Forget sets to test unlearning on, one file a family; importing this package registers all strategies."""
+"""Strategies for choosing forget sets to test unlearning with; importing this package registers all of them."""
 
 from engine.forget_sets import adversarial, duplicates, influence, loss, plain
 from engine.forget_sets.base import Selection, Strategy, get_strategy, list_strategies, register

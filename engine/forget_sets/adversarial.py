@@ -5,24 +5,24 @@ Bi-level. Upper level, over weights w in S = {w in [0, 1]^n, sum w = m} of the n
 
     minimise over w in S   sum_i w_i l(theta(w); z_i) + gamma ||w||^2
 
-Lower level: theta(w) is what unlearning makes of the original theta_0 when it forgets samples by these weights; here
-by fine-tuning, a number of steps theta <- theta - lr sign(grad sum_i (1 - w_i) l(theta; z_i)) from theta_0.
+Lower level: theta(w) is the result of unlearning from the original theta_0 when samples are forgotten by these weights;
+here by fine-tuning, a number of steps theta <- theta - lr sign(grad sum_i (1 - w_i) l(theta; z_i)) from theta_0.
 The sign has derivative 0 almost everywhere, so theta(w) is constant in w to first order, and the gradient of the upper
 level is l(theta(w); z_i) + 2 gamma w_i: one forward pass. Alternate: unlearn from theta_0 with w, then
 w <- project(w - weight_lr gradient). At the end the m samples with the largest weights are the set.
 
-The sign is the lower level's. A step by the sign of the upper gradient would move nothing: losses are positive, so all
-signs are the same, and the projection takes off what is added to all weights alike.
+The sign is the lower level's. A step by the sign of the upper gradient would have no effect: losses are positive, so
+all signs are the same, and the projection removes what is added to all weights alike.
 
 Deviations from the paper's public code: the lower level changes the last layer alone by default, on features that are
-read once (layers=all: the whole model, as there); its steps are counted, not epochs, and are on the same batches each
-time, so that objectives can be compared; dropout is off and images are not augmented; w is never rounded to 0 and 1 on
-the way; and it starts at m / n for all samples, not at 1 on a random m of them: weights of samples with a loss near 0
-hardly move, so that those drawn first would stay. Rates are the engine's own.
+computed once (layers=all: the whole model, as there); its steps are counted, not epochs, and are on the same batches
+each time, so that objectives can be compared; dropout is off and images are not augmented; w is never rounded to 0 and
+1 on the way; and it starts at m / n for all samples, not at 1 on a random m of them: weights of samples with a loss
+near 0 hardly change, so those drawn first would stay. Rates are the engine's own.
 
-How far the lower level unlearns shows in the loss of a random set, before and after; both are reported, with the share
-of the worst case that the lowest-loss set has too. A last layer alone unlearns little, since what was learned by heart
-is in its features: the set is then near the lowest-loss one. layers=all is the paper's lower level.
+The loss of a random set, before and after, shows how far the lower level unlearns; both are reported, with the share of
+the worst case that the lowest-loss set has too. A last layer alone unlearns little, since memorisation is in its
+features: the set is then near the lowest-loss one. layers=all is the paper's lower level.
 """
 
 from __future__ import annotations
@@ -48,18 +48,24 @@ from engine.models.info import model_info
 from engine.models.vit import outputs
 from engine.runtime.device import autocast
 
-# Samples of a forward pass of the last layer: all features lie in memory, all logits need not.
+# Samples of a forward pass of the last layer: all features are in memory, all logits need not be.
 _ROWS = 4096
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdversarialConfig:
-    """iterations: steps of the upper level, each with an unlearning of its own. layers: that unlearning changes, last
-    (on features read once) or all (the whole model: each iteration costs its steps and a pass over the data).
-    unlearn_steps: of the lower level, each on a batch of batch_size; null: 400 for last, 100 for all. unlearn_lr: what
-    a step adds to or takes from every weight; null: 1.28 / width for last, 0.0256 / width for all (1e-2 and 2e-4 at
-    width 128). weight_lr: change of a sample's weight w for a nat of loss. gamma: of the upper level's penalty; default
-    of the public code."""
+    """Options of adversarial.
+
+    Attributes:
+        iterations: Steps of the upper level, each with an unlearning of its own.
+        layers: Layers that unlearning changes: last (on features that are computed once) or all (the whole model: each
+            iteration costs its steps and a pass over the data).
+        unlearn_steps: Steps of the lower level, each on a batch of batch_size; null: 400 for last, 100 for all.
+        unlearn_lr: Change of every weight in a step; null: 1.28 / width for last, 0.0256 / width for all (1e-2 and 2e-4
+            at width 128).
+        weight_lr: Change of a sample's weight w for a nat of loss.
+        gamma: Weight of the upper level's penalty; default of the public code.
+    """
 
     iterations: int = 20
     layers: Literal["last", "all"] = "last"
@@ -101,8 +107,8 @@ class Adversarial(Strategy):
         objectives: list[float] = []
         for weights, losses in optimise_weights(unlearn, n, candidates, pool.count, config):
             objectives.append(float(weights @ losses) / pool.count)
-            pool.tell("weights", len(objectives), config.iterations, {"objective": objectives[-1]})
-        # Ties in weight, which the caps of the box make, go to the lowest loss.
+            pool.report_progress("weights", len(objectives), config.iterations, {"objective": objectives[-1]})
+        # Ties in weight, caused by the caps of the box, go to the lowest loss.
         order = candidates[np.lexsort((losses[candidates], -weights[candidates]))[: pool.count]]
         drawn = np.random.default_rng([pool.seed, 1]).permutation(candidates)[: pool.count]
         easiest = highest(-pool.answers.losses, candidates, pool.count).indices
@@ -120,9 +126,16 @@ class Adversarial(Strategy):
 def optimise_weights(
     unlearn: Unlearn, n: int, candidates: np.ndarray, count: int, config: AdversarialConfig
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """After each step of the upper level, its weights [n] and the losses [n] that the step was taken by.
+    """Yield, after each step of the upper level, its weights [n] and the losses [n] that the step was computed from.
 
-    Weights start equal, and are 0 on samples that are no candidates.
+    Weights start equal, and are 0 on samples that are not candidates.
+
+    Args:
+        unlearn: The lower level.
+        n: Number of samples.
+        candidates: Positions that may be chosen.
+        count: m.
+        config: The options.
     """
     weights = np.zeros(n)
     weights[candidates] = count / len(candidates)
@@ -135,14 +148,14 @@ def optimise_weights(
 
 
 def set_objective(unlearn: Unlearn, chosen: np.ndarray, n: int) -> float:
-    """Mean loss in nats on a set after it was unlearned. Lower: the model still knows it, so it is harder to forget."""
+    """Return the mean loss in nats on a set after it was unlearned. Lower: predicted better, so harder to forget."""
     weights = np.zeros(n)
     weights[chosen] = 1
     return float(unlearn(weights)[chosen].mean())
 
 
-class _Lower:
-    """Unlearning by signSGD of a copy of `original` on the weighted samples that `batches` gives."""
+class _LowerLevel:
+    """Unlearning by signSGD of a copy of `original` on the weighted samples of `batches`."""
 
     default_steps: ClassVar[int]
     rate_per_width: ClassVar[float]
@@ -172,20 +185,20 @@ class _Lower:
         return after
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """(inputs, labels, positions in the samples) of each step."""
+        """Yield inputs, labels, and positions in the samples, for each step."""
         raise NotImplementedError
 
     def losses(self, student: Any, inputs: Tensor, labels: Tensor) -> Tensor:
-        """float32 [B]."""
+        """Return the losses, float32 [B]."""
         raise NotImplementedError
 
     def losses_of_all(self, student: Any) -> Tensor:
-        """float32 [n] on the CPU."""
+        """Return the losses of all samples, float32 [n], on the CPU."""
         raise NotImplementedError
 
 
-class _LastLayer(_Lower):
-    """Unlearning changes the last layer alone, which reads features that stay what they are."""
+class _LastLayer(_LowerLevel):
+    """Unlearning that changes the last layer alone, with fixed features as its input."""
 
     default_steps, rate_per_width = 400, 1.28
 
@@ -214,8 +227,8 @@ class _LastLayer(_Lower):
         return self.features[which].to(self.pool.device), self.labels[which].to(self.pool.device)
 
 
-class _WholeModel(_Lower):
-    """Unlearning changes every weight of the model."""
+class _WholeModel(_LowerLevel):
+    """Unlearning that changes every weight of the model."""
 
     default_steps, rate_per_width = 100, 2.56e-2
 
@@ -226,7 +239,7 @@ class _WholeModel(_Lower):
         left, epoch, loader = self.steps, 0, self.pool.loader
         while left > 0:
             for batch in loader.epoch(epoch, 0, min(left, loader.steps())):
-                if batch.weight:  # 0: all of its images were left out as bad
+                if batch.weight:  # 0: none of its images can be read
                     yield batch.images, batch.labels, batch.index
             left, epoch = left - loader.steps(), epoch + 1
 

@@ -1,4 +1,4 @@
-"""What a strategy is, and the registry of all of them."""
+"""The interface of a strategy, and the registry of strategies."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ from engine.forget_sets.pool import Pool
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NoOptions:
-    """For strategies that have nothing to set."""
+    """Options of strategies without options."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """indices: int64 [count], positions in the samples, first rank first, no two the same.
+    """Result of a strategy.
 
-    scores: float64 [count], what each was chosen by. facts: further numbers of the strategy, for people and for JSON.
+    Attributes:
+        indices: int64 [count], positions in the samples, first rank first, without repeats.
+        scores: float64 [count], the score of each.
+        facts: Further numbers of the strategy, for people and for JSON.
     """
 
     indices: np.ndarray
@@ -30,9 +33,14 @@ class Selection:
 
 
 class Strategy:
-    """Base of all strategies. A subclass gives `select`, and `Config` where it has options.
+    """Base class of strategies. A subclass defines `select`, and `Config` if it has options.
 
-    needs_model: looks at a model, so that one has to be given. score: what the scores are, and which way they go.
+    Attributes:
+        name: Name for `choose_forget_set`.
+        summary: One line for the command line.
+        score: Meaning of the scores, and which come first.
+        Config: Frozen dataclass of the options.
+        needs_model: The strategy needs a model.
     """
 
     name: ClassVar[str]
@@ -45,18 +53,32 @@ class Strategy:
         self.config = config
 
     def select(self, pool: Pool) -> Selection:
-        """Exactly `pool.count` samples; the same ones for the same seed."""
+        """Return exactly `pool.count` samples; they depend on pool, options and seed alone."""
         raise NotImplementedError
 
 
 def highest(scores: np.ndarray, candidates: np.ndarray, count: int) -> Selection:
-    """The `count` candidates (positions) with the highest scores [n]; of equal ones, those that come first."""
+    """Return the candidates with the highest scores; among equal ones, those that come first.
+
+    Args:
+        scores: Scores [n] of all samples.
+        candidates: Positions that may be chosen.
+        count: Number of samples.
+
+    Raises:
+        UserError: There are fewer candidates.
+    """
     require_candidates(len(candidates), count)
     order = candidates[np.argsort(-scores[candidates], kind="stable")[:count]]
     return Selection(order, scores[order].astype(np.float64))
 
 
 def require_candidates(there: int, count: int) -> None:
+    """Check that there are enough candidates.
+
+    Raises:
+        UserError: There are fewer than `count`.
+    """
     if there < count:
         raise UserError(f"forget set: {count} samples were asked for, and {there} can be chosen; ask for fewer")
 
@@ -70,5 +92,5 @@ def get_strategy(name: str) -> type[Strategy]:
 
 
 def list_strategies() -> dict[str, type[Strategy]]:
-    """All strategies by name, in the order of registration."""
+    """Return all strategies by name, in the order of registration."""
     return dict(_REGISTRY)

@@ -1,4 +1,4 @@
-"""From a strategy's name to a list of ids that `--forget FILE` reads, and a description of what was chosen."""
+"""Choose a forget set by a strategy, as a list of ids for `--forget FILE` and a description."""
 
 from __future__ import annotations
 
@@ -24,8 +24,15 @@ from engine.runtime.files import replacing
 
 @dataclasses.dataclass(frozen=True)
 class ForgetSet:
-    """samples: those chosen from. selection: which, in rank order. description: see `describe`, by set: chosen, random
-    (as many, drawn at random), all. seconds: select (with the passes over the images that it asked for), describe."""
+    """A forget set that was chosen.
+
+    Attributes:
+        strategy, options, seed: How it was chosen.
+        samples: The samples that it was chosen from.
+        selection: The chosen samples, in rank order.
+        description: See `describe`, by set: chosen, random (as many, drawn at random), all.
+        seconds: Wall-clock time of select (with its passes over the images) and describe.
+    """
 
     strategy: str
     options: dict[str, Any]
@@ -37,11 +44,16 @@ class ForgetSet:
 
     @property
     def ids(self) -> list[str]:
-        """First rank first."""
+        """The ids, first rank first."""
         return list(self.samples.ids.take(self.selection.indices))
 
     def write(self, path: Path) -> None:
-        """CSV with the columns id, score, rank (from 1), first rank first: a forget request with its provenance."""
+        """Write a CSV with the columns id, score, rank (from 1), first rank first: a forget request with its
+        provenance.
+
+        Raises:
+            UserError: The file does not end in .csv or cannot be written, or an id holds a line break.
+        """
         require_csv(path)
         for sample_id in self.ids:
             if sample_id.splitlines() not in ([], [sample_id]):
@@ -51,7 +63,7 @@ class ForgetSet:
             with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as handle:
                 writer = csv.writer(handle, lineterminator="\n")
                 rows = self.samples.id_kind.rows if self.samples.id_kind else None
-                tied = [] if rows is None else [rows]  # positions hold for this number of rows alone
+                tied = [] if rows is None else [rows]  # positions are valid for this number of rows alone
                 writer.writerow(["id", "score", "rank", *(["rows"] if tied else [])])
                 for rank, (sample_id, score) in enumerate(
                     zip(self.ids, self.selection.scores.tolist(), strict=True), 1
@@ -61,7 +73,7 @@ class ForgetSet:
             raise UserError(f"--out {path}: cannot be written ({error.strerror})") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON; the ids are in the CSV."""
+        """Return the description for JSON; the ids are in the CSV."""
         strategy, scores = get_strategy(self.strategy), self.selection.scores
         return {
             "strategy": self.strategy,
@@ -89,22 +101,28 @@ def choose_forget_set(
     config: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> ForgetSet:
-    """Chooses samples to forget from training samples; the same ones for the same arguments.
+    """Choose samples to forget from training samples; the result depends on the arguments alone.
 
-    samples: training samples, never test ones; `engine.data.Samples` or a map-style dataset of (image, label).
-    strategy: a name of `list_strategies()`. share in (0, 1) or count: how many; one of the two. model: the checkpoint
-        that is to be unlearned, moved to the run's device; some strategies need it, and the description uses it.
-    config: the strategy's options, and batch_size, device, workers, decode, on_bad_image, max_bad_share as for a run,
-        and precision (fp32 unless given). progress: called with (stage, step, steps, numbers).
+    Args:
+        samples: Training samples, never test samples; `engine.data.Samples` or a map-style dataset of (image, label).
+        strategy: A name of `list_strategies()`.
+        share, count: Size of the set, as a share in (0, 1) or as a number; one of the two.
+        model: The checkpoint that is to be unlearned, moved to the run's device; some strategies need it, and the
+            description uses it.
+        seed: Seed of every draw.
+        config: The strategy's options, and batch_size, device, workers, decode, on_bad_image, max_bad_share as for a
+            run, and precision (fp32 unless given).
+        progress: Called with (stage, step, steps, numbers).
 
-    Raises UserError for wrong use: an unknown strategy, class or option, no samples or all of them, no model.
+    Raises:
+        UserError: The strategy, class or option is unknown, no or all samples would be chosen, or the model is missing.
     """
     samples = from_dataset(samples, "train")
     cls = get_strategy(strategy)
     wanted = _count(len(samples), share, count)
     run, options = _split(config or {}, cls.Config)
     if cls.needs_model and model is None:
-        raise UserError(f"strategy {strategy} looks at a model; give the checkpoint that is to be unlearned")
+        raise UserError(f"strategy {strategy} needs a model; give the checkpoint that is to be unlearned")
     pool = Pool(samples, wanted, seed=seed, model=model, run=run, progress=progress)
     began = time.perf_counter()
     selection = cls(options).select(pool)
@@ -118,14 +136,27 @@ def choose_forget_set(
 
 
 def require_csv(path: Path) -> None:
+    """Check that a path ends in .csv.
+
+    Raises:
+        UserError: It does not.
+    """
     if path.suffix.lower() != ".csv":
         raise UserError(f"--out {path}: the list is a CSV file, and is read as one by its name; end it in .csv")
 
 
 def describe(pool: Pool, indices: np.ndarray) -> dict[str, Any]:
-    """Samples; by class; largest_class with its share; imbalance: total variation distance [0, 1] between the set's
-    class shares and those of all samples, 0 where they are the same. With a model: its accuracy [0, 1] and mean loss
-    in nats on the images that it could read, and how many of them it could not."""
+    """Return a description of a set of samples.
+
+    Args:
+        pool: The samples, and the model if there is one.
+        indices: Positions of the set.
+
+    Returns:
+        samples; classes (sizes); largest_class with its share; imbalance: total variation distance [0, 1] between the
+            set's class shares and those of all samples, 0 if they are the same. With a model: its accuracy [0, 1] and
+            mean loss in nats on the readable images, and the number of unreadable ones.
+    """
     labels = pool.samples.labels
     sizes, everywhere = (np.bincount(each, minlength=labels.max() + 1) for each in (labels[indices], labels))
     names = pool.samples.class_names or [str(i) for i in range(len(sizes))]

@@ -1,11 +1,11 @@
-"""Forget sets of near-duplicates: samples that leave another of nearly the same features behind.
+"""Forget sets of near-duplicates: samples for which another one with nearly the same features is retained.
 
-Forgetting such a sample is the hardest case to show: what it taught the model is still taught by its neighbour, in the
-retained data, so that a retrained model also knows it.
+Forgetting such a sample is the hardest case to show: the model learns the same from its neighbour in the retain set, so
+a retrained model predicts it too.
 
-Neighbours are the nearest by cosine of the features that the last layer reads. Samples are taken greedily, the
-closest pair first: the one is chosen, and the other, its partner, is kept for the retained samples. A sample whose
-nearest neighbour was already chosen goes by its next one. So of g copies of one image, g - 1 are chosen.
+Neighbours are the nearest by cosine of the features at the input of the last layer. Samples are chosen greedily, the
+closest pair first: one of the two is chosen, and the other, its partner, is retained. A sample whose nearest neighbour
+was already chosen is compared by its next one. So of g copies of one image, g - 1 are chosen.
 """
 
 from __future__ import annotations
@@ -22,13 +22,17 @@ from engine.config import require
 from engine.forget_sets.base import Selection, Strategy, highest, register, require_candidates
 from engine.forget_sets.pool import Pool
 
-# Similarities that are in memory at a time, 64 MB; never all pairs, which would be 10 GB for 50,000 samples.
+# Similarities in memory at a time, 64 MB; all pairs would be 10 GB for 50,000 samples.
 BLOCK = 1 << 24
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NearDuplicatesConfig:
-    """neighbours: of each sample that are known; a sample with all of them chosen has no partner left."""
+    """Options of near-duplicates.
+
+    Attributes:
+        neighbours: Neighbours of each sample that are considered; a sample with all of them chosen has no partner.
+    """
 
     neighbours: int = 10
 
@@ -46,14 +50,14 @@ class NearDuplicates(Strategy):
 
     def select(self, pool: Pool) -> Selection:
         features, candidates = pool.features, pool.candidates
-        require_candidates(len(candidates) - 1, pool.count)  # one at least has to stay
+        require_candidates(len(candidates) - 1, pool.count)  # at least one must be retained
         features = F.normalize(features[torch.from_numpy(candidates)], dim=1).to(pool.device)
         similarity, neighbours = nearest_neighbours(features, min(self.config.neighbours, len(candidates) - 1), pool)
         chosen, partners = pick_with_partners(similarity, neighbours, pool.count)
         scores = similarity[chosen, partners]
         with_partner = len(chosen)
         if with_partner < pool.count:
-            # Every sample that is left is a partner or has none: the closest to their neighbours follow.
+            # Each remaining sample is a partner or has none: those closest to their neighbours follow.
             left = np.setdiff1d(np.arange(len(candidates)), chosen)
             rest = highest(similarity[:, 0], left, pool.count - with_partner)
             chosen, scores = np.concatenate([chosen, rest.indices]), np.concatenate([scores, rest.scores])
@@ -61,9 +65,12 @@ class NearDuplicates(Strategy):
 
 
 def nearest_neighbours(features: Tensor, count: int, pool: Pool | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """(cosines float64 [n, count], positions int64 [n, count]) of the nearest others, nearest first.
+    """Return cosines, float64 [n, count], and positions, int64 [n, count], of the nearest others, nearest first.
 
-    features: [n, d], each of length 1. At most `BLOCK` similarities are in memory at a time.
+    Args:
+        features: [n, d], each of length 1; at most `BLOCK` similarities are in memory at a time.
+        count: Number of neighbours.
+        pool: Reports the progress, if given.
     """
     n = len(features)
     rows = max(1, BLOCK // n)
@@ -76,14 +83,18 @@ def nearest_neighbours(features: Tensor, count: int, pool: Pool | None = None) -
         cosines.append(best.values.double().cpu())
         positions.append(best.indices.cpu())
         if pool is not None:
-            pool.tell("nearest", min(n, start + rows), n)
+            pool.report_progress("nearest", min(n, start + rows), n)
     return torch.cat(cosines).numpy(), torch.cat(positions).numpy()
 
 
 def pick_with_partners(similarity: np.ndarray, neighbours: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """(chosen, columns): at most `count` samples, each with the column of the neighbour that is kept for it.
+    """Return at most `count` chosen samples, each with the column of the neighbour that is retained for it.
 
-    similarity, neighbours: [n, k], nearest first. No sample is both chosen and kept.
+    No sample is both chosen and retained as a partner.
+
+    Args:
+        similarity, neighbours: [n, k], nearest first.
+        count: Number of samples.
     """
     known = neighbours.shape[1]
     taken, kept = np.zeros(len(neighbours), dtype=bool), np.zeros(len(neighbours), dtype=bool)

@@ -1,21 +1,21 @@
-"""Forget sets by what a sample did to the model: self-influence, and memorisation.
+"""Forget sets by the effect of a sample on the model: self-influence, and memorisation.
 
-Self-influence (TracIn: Pruthi et al. 2020, arXiv 2002.08484) of a sample is, at one checkpoint, the
-squared length of the gradient of its own loss: how much a step on the sample alone would lower that loss. For the last
-layer, z = W h + b, the gradient of cross-entropy is (p - y) h^T for W and p - y for b, so its length is exactly
+Self-influence (TracIn: Pruthi et al. 2020, arXiv 2002.08484) of a sample is, at one checkpoint, the squared norm of the
+gradient of its own loss: how much a step on the sample alone would lower that loss. For the last layer, z = W h + b,
+the gradient of cross-entropy is (p - y) h^T for W and p - y for b, so its norm is exactly
 
     ||p - y|| * sqrt(||h||^2 + 1)
 
-and costs one forward pass. ||p - y|| alone is EL2N (Paul et al. 2021, arXiv 2107.07075), and the whole length their
+and costs one forward pass. ||p - y|| alone is EL2N (Paul et al. 2021, arXiv 2107.07075), and the whole norm their
 GraNd, of the last layer.
 
 Deviations: one checkpoint, the final one, where TracIn sums over several of the training run; the last layer alone;
-the length rather than its square, which has the same order; EL2N and GraNd are means over several models early in
-training, and here they are of the one model that is to be unlearned. At its end a sample that was learned by heart has
-a small gradient again: `memorised` finds those, at the price of an ensemble.
+the norm rather than its square, which has the same order; EL2N and GraNd are means over several models early in
+training, and here they are of the one model that is to be unlearned. At the end of training a memorised sample has a
+small gradient again: `memorised` finds those, at the price of an ensemble.
 
-Memorisation (Feldman and Zhang 2020, arXiv 2008.03703): P(f(x) = y) over models f that trained on the sample, less that
-over models that did not.
+Memorisation (Feldman and Zhang 2020, arXiv 2008.03703): P(f(x) = y) over models f that trained on the sample, minus
+that over models that did not.
 """
 
 from __future__ import annotations
@@ -36,7 +36,11 @@ from engine.forget_sets.pool import Pool
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InfluenceConfig:
-    """measure: gradient (length of the last layer's gradient) | el2n (length of the error, ||p - y||)."""
+    """Options of influence.
+
+    Attributes:
+        measure: gradient (norm of the last layer's gradient) | el2n (norm of the error, ||p - y||).
+    """
 
     measure: Literal["gradient", "el2n"] = "gradient"
 
@@ -59,8 +63,12 @@ class Influence(Strategy):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MemorisedConfig:
-    """scores: file with a score a sample; CSV with the columns `id` and `score`, or NPZ with the arrays `ids` and
-    `scores`. Highest first, whatever the scores measure. Samples without a finite score are not chosen."""
+    """Options of memorised.
+
+    Attributes:
+        scores: File with one score for each sample; CSV with the columns `id` and `score`, or NPZ with the arrays `ids`
+            and `scores`. Highest first, for any kind of score. Samples without a finite score are not chosen.
+    """
 
     scores: str | None = None
 
@@ -85,9 +93,10 @@ class Memorised(Strategy):
 
 
 def read_scores(path: Path, samples: Samples) -> np.ndarray:
-    """float64 [n]: the score of each sample, NaN for those that the file does not name.
+    """Return the score of each sample, float64 [n], NaN for samples that the file does not have.
 
-    Raises UserError for a file that is not such a table, an id that the samples do not have, and one that stands twice.
+    Raises:
+        UserError: The file has another format, an unknown id, or an id twice.
     """
     ids, scores = _npz(path) if path.suffix.lower() == ".npz" else _csv(path)
     positions = samples.positions(ids, f"scores {path}")

@@ -1,8 +1,8 @@
-"""Forget sets by the loss that the model to be unlearned has on its own training samples.
+"""Forget sets by the loss of the model to be unlearned on its own training samples.
 
-The easiest samples to predict are those that the rest of the data predicts too: a model retrained without them still
-gets them right, so that little has to change. Those with the highest loss are ambiguous or mislabelled, and were
-learned least, or by heart.
+Samples with the lowest loss are predicted by the rest of the data too: a model retrained without them still predicts
+them correctly, so that little has to change. Samples with the highest loss are ambiguous or mislabelled, and were
+learned least, or memorised.
 """
 
 from __future__ import annotations

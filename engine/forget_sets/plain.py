@@ -1,4 +1,4 @@
-"""Forget sets that no model has a say in: a random draw, and samples of one class."""
+"""Forget sets that do not depend on a model: a random draw, and samples of one class."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from engine.forget_sets.pool import Pool
 
 @register
 class Random(Strategy):
-    """The set that `--forget random:SHARE@SEED` names, in the order of the draw."""
+    """The set of `--forget random:SHARE@SEED`, in the order of the draw."""
 
     name = "random"
     summary = "drawn at random, the usual case"
@@ -25,16 +25,20 @@ class Random(Strategy):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClassConfig:
-    """name: of the class; null: the largest, and of equal ones the first."""
+    """Options of the strategy class.
+
+    Attributes:
+        name: Name of the class; null: the largest, and the first of several.
+    """
 
     name: str | None = None
 
 
 @register
 class OfClass(Strategy):
-    """Samples of one class, drawn at random where it has more than are asked for.
+    """Samples of one class, drawn at random if it has more than needed.
 
-    A whole class needs no list of its own: `--forget class:NAME` names it.
+    A whole class needs no list: `--forget class:NAME` names it.
     """
 
     name = "class"

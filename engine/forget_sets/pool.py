@@ -1,4 +1,4 @@
-"""What a strategy may look at: the training samples, and one model's view of them. Test data is not here."""
+"""Input of a strategy: the training samples, and the outputs of one model for them. It has no test data."""
 
 from __future__ import annotations
 
@@ -27,18 +27,24 @@ READING_KEYS = ("batch_size", "precision", "device", "workers", "decode", "on_ba
 
 
 def reading(options: Mapping[str, Any]) -> RunConfig:
-    """How images are read, from options of `READING_KEYS`. precision is fp32 unless it is given: bf16 would put samples
-    in another order, and a list should not depend on the machine that made it."""
+    """Return how images are read, from options of `READING_KEYS`.
+
+    precision is fp32 unless it is given: bf16 would change the order of samples, and a list should not depend on the
+    machine that made it.
+    """
     return build(RunConfig, {"precision": "fp32", **options})
 
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """Four numbers a sample, all [n]: a million samples fit where their logits would not.
+    """Four numbers for each sample, all [n]: they fit in memory for a million samples, logits would not.
 
-    losses: float64, cross-entropy in nats. correct: bool. error_norms: float64, ||p - y||, the length of the gradient
-    at the logits. input_norms: float64, the length of what the last layer reads. readable: bool, False for images
-    that were left out as bad, whose numbers mean nothing.
+    Attributes:
+        losses: float64, cross-entropy in nats.
+        correct: bool, the prediction is correct.
+        error_norms: float64, ||p - y||, the norm of the gradient at the logits.
+        input_norms: float64, the norm of the input of the last layer.
+        readable: bool; False for images that cannot be read, whose other numbers have no meaning.
     """
 
     losses: np.ndarray
@@ -49,11 +55,18 @@ class Answers:
 
 
 class Pool:
-    """Training samples to choose from, and a model of them where one was given.
+    """Training samples to choose from, and a model if there is one.
 
-    count: how many are to be chosen. seed: of every draw. run: how images are read and the model computes, see
-    `reading`.
-    progress: called with (stage, step, steps, numbers).
+    Args:
+        samples: The training samples.
+        count: Number of samples to choose.
+        seed: Seed of every draw.
+        model: The model to be unlearned.
+        run: How images are read and the model computes, see `reading`.
+        progress: Called with (stage, step, steps, numbers).
+
+    Raises:
+        UserError: A label is beyond the model's head.
     """
 
     def __init__(
@@ -91,9 +104,13 @@ class Pool:
 
     @functools.cached_property
     def model(self) -> nn.Module:
-        """The model, on the device, in eval mode. Raises UserError where none was given."""
+        """The model, on the device, in eval mode.
+
+        Raises:
+            UserError: There is none.
+        """
         if self._model is None:
-            raise UserError("forget set: this strategy looks at a model; give --checkpoint")
+            raise UserError("forget set: this strategy needs a model; give --checkpoint")
         return self._model.to(self.device).eval()
 
     @functools.cached_property
@@ -108,7 +125,7 @@ class Pool:
 
     @property
     def answers(self) -> Answers:
-        """What the model says of each sample; one pass, when first asked for."""
+        """Numbers of the model for each sample; one pass, at the first use."""
         if self._answers is None:
             self._read(keep_features=False)
         assert self._answers is not None
@@ -116,7 +133,7 @@ class Pool:
 
     @property
     def features(self) -> Tensor:
-        """float32 [n, width] on the CPU: what the last linear layer reads; see `last_layer`. One pass."""
+        """Input of the last linear layer, float32 [n, width], on the CPU; one pass, at the first use."""
         if self._features is None:
             self._read(keep_features=True)
         assert self._features is not None
@@ -124,13 +141,13 @@ class Pool:
 
     @property
     def candidates(self) -> np.ndarray:
-        """int64: positions of the samples whose images the model could read."""
+        """Positions of the samples with readable images, int64."""
         return np.flatnonzero(self.answers.readable)
 
     def last_layer(self) -> nn.Linear:
-        """A copy of the last layer: it gives the logits of `features`.
+        """Return a copy of the last layer, which maps `features` to logits.
 
-        DeiT has two heads and takes their mean; their inputs then lie side by side in `features`, each halved.
+        DeiT has two heads and averages them; their inputs are then concatenated in `features`, each halved.
         """
         heads = _heads(self.model)
         weight = torch.cat([head.weight for head in heads], 1).detach().float()
@@ -145,12 +162,14 @@ class Pool:
 
     @property
     def bias_weight(self) -> float:
-        """What the biases of the last layer add to the squared length of its input: 1, 0 without a bias, 1/2 for two
-        heads, whose biases get half the gradient each."""
+        """Contribution of the last layer's biases to the squared norm of its input.
+
+        1; 0 without a bias; 1/2 for two heads, whose biases get half the gradient each.
+        """
         heads = _heads(self.model)
         return sum(head.bias is not None for head in heads) / len(heads) ** 2
 
-    def tell(self, stage: str, step: int, steps: int, numbers: dict[str, float] | None = None) -> None:
+    def report_progress(self, stage: str, step: int, steps: int, numbers: dict[str, float] | None = None) -> None:
         if self.progress is not None:
             self.progress(stage, step, steps, numbers or {})
 
@@ -160,13 +179,13 @@ class Pool:
         inputs: dict[int, Tensor] = {}
         done = 0
 
-        def answer(batch: Batch) -> tuple[Tensor, ...]:
+        def compute(batch: Batch) -> tuple[Tensor, ...]:
             nonlocal done
             with autocast(self.device, self.precision):
                 logits = outputs(model, batch.images)
             features = torch.cat([inputs[i] for i in range(len(heads))], 1).float() / len(heads)
             done += 1
-            self.tell("reading", done, loader.steps())
+            self.report_progress("reading", done, loader.steps())
             rows = (*_measure(logits.double(), batch.labels), features.double().norm(dim=1), batch.labels)
             return (*rows, features) if keep_features else rows
 
@@ -174,7 +193,7 @@ class Pool:
             for i, head in enumerate(heads):
                 handle = head.register_forward_pre_hook(functools.partial(_keep, inputs, i))
                 hooks.callback(handle.remove)
-            rows = loader.rows(answer)
+            rows = loader.rows(compute)
         losses, correct, errors, norms, labels = (each.numpy() for each in rows[:5])
         readable = labels >= 0
         finite = np.isfinite(losses) & np.isfinite(norms)
@@ -188,10 +207,10 @@ class Pool:
 
 
 def _measure(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, correctness (1 or 0) and ||p - y|| of logits [B, classes] in float64.
+    """Return loss, correctness (1 or 0) and ||p - y|| of logits [B, classes], in float64.
 
-    With r = logsumexp of the other classes less the true logit, loss = log(1 + e^r) and 1 - p_y = sigmoid(r): neither
-    is rounded to 0 where the model is sure, so samples that it knows by heart still have an order.
+    With r = logsumexp of the other classes minus the true logit, loss = log(1 + e^r) and 1 - p_y = sigmoid(r). Neither
+    is rounded to 0 for confident predictions, so memorised samples still have an order.
     """
     true = labels[:, None]
     others = logits.scatter(1, true, -torch.inf)

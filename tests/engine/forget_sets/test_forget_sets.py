@@ -355,7 +355,7 @@ def test_lists_that_could_not_be_read_back_are_refused(tmp_path: Path) -> None:
         ({"count": 200}, "leaves nothing to retain"),
         ({"share": 0.999}, "leaves nothing to retain"),
         ({"share": 1.5}, "option share=1.5: expected above 0 and below 1"),
-        ({"strategy": "influence", "count": 5}, "strategy influence looks at a model"),
+        ({"strategy": "influence", "count": 5}, "strategy influence needs a model"),
         ({"strategy": "class", "count": 5, "config": {"name": "cat"}}, "option name='cat': no such class"),
         ({"strategy": "class", "count": 150}, "150 samples were asked for, and class '.' has"),
         ({"count": 5, "config": {"measure": "el2n"}}, "unknown option 'measure'"),
@@ -424,7 +424,7 @@ def test_the_command_writes_and_describes_without_a_look_at_test_images(
 
 def test_the_command_tells_what_is_wrong(lethe: Lethe, tmp_path: Path) -> None:
     arguments = ["--data", "digits", "--count", "5", "--out", tmp_path / "s.csv"]
-    for strategy, message in (("rnadom", "did you mean 'random'"), ("influence", "looks at a model")):
+    for strategy, message in (("rnadom", "did you mean 'random'"), ("influence", "needs a model")):
         code, _, err = lethe("forget-set", "--strategy", strategy, *arguments)
         assert code == 2
         assert message in err
