@@ -1,1 +1,1 @@
-"""U-LiRA: attacks by an ensemble of models."""
+"""U-LiRA: attacks on an unlearning procedure by an ensemble of models."""

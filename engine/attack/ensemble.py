@@ -1,20 +1,21 @@
-"""Ensembles: each target sample is in the training set of K models and out of that of K others.
+"""Ensembles: each target sample is in the training set of K models and outside that of K others.
 
-What one model says of a sample tells little of whether it was trained on it: easy samples look learned by models that
-never saw them. An ensemble shows both cases of the very same sample (Carlini et al. 2022, "Membership Inference Attacks
-From First Principles", arXiv 2112.03570; Feldman & Zhang 2020, "What Neural Networks Memorize and Why", 2008.03703).
+The prediction of one model for a sample shows little of whether the model was trained on it: easy samples have a low
+loss in models not trained on them. An ensemble has both cases of the same sample (Carlini et al. 2022, "Membership
+Inference Attacks From First Principles", arXiv 2112.03570; Feldman & Zhang 2020, "What Neural Networks Memorize and
+Why", 2008.03703).
 
-**Who is trained on what.** The 2K models come in pairs. For each pair the targets are cut at random into three parts of
-equal size, A, B and C. The *original* is trained on A and B, the *retrained* model on C, both on all training samples
-that are not targets as well. So each target is in exactly one training set of each pair: in K of the 2K. When the
-original then forgets A (or B), what it should know is of the same size and drawn in the same way as what the retrained
-model knows: an exact unlearning makes models of exactly the retrained ones' distribution, which halves against halves
-(LiRA's own draw) would not give. Every pair has a cut of its own. Pairs that turn the parts of one cut round
-would count evenly, but each would then be the other's opposite, and an attack fitted to one wrong on the other.
+**Training sets.** The 2K models come in pairs. For each pair the targets are cut at random into three parts of equal
+size, A, B and C. The *original* is trained on A and B, the *retrained* model on C, and both on all training samples
+that are not targets. So each target is in exactly one training set of each pair: in K of the 2K. When the original then
+forgets A (or B), what remains of its training set is of the same size, and drawn in the same way, as that of the
+retrained model: exact unlearning makes models of exactly the retrained ones' distribution, which halves against halves
+(LiRA's own draw) would not give. Every pair has a cut of its own. Pairs that rotate the parts of one cut would count
+evenly, but each would be the other's opposite, and an attack fitted to one would be wrong on the other.
 
-**The cache** is a folder with a timm checkpoint a model, named by the SHA-256 of all that makes the model what it is:
-architecture, recipe, the samples it is trained on, seed, version. A model is trained beside its place and renamed when
-it is whole; a run that is killed finds whole models again and goes on with the others after their last epoch.
+**The cache** is a folder with a timm checkpoint for each model, named by the SHA-256 of all that the model depends on:
+architecture, recipe, training samples, seed, version. A model is trained in a temporary folder and renamed when it is
+complete. After an interruption, complete models are reused and the others are resumed after their last epoch.
 """
 
 from __future__ import annotations
@@ -59,9 +60,9 @@ Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 FORMAT = 1  # of the cache
-FEWEST_PAIRS = 3  # two to fit variances to when one is attacked
+FEWEST_PAIRS = 3  # two to fit variances to while one is attacked
 OUT = 2  # the part that the retrained model is trained on, and the original is not
-CLIP = 100.0  # of margins: a probability that rounds to 1 has an infinite one
+CLIP = 100.0  # limit of margins: a probability that rounds to 1 has an infinite one
 
 # Options that do not change what a model learns.
 _HOW_NOT_WHAT = ("seed", "device", "workers", "timeout", "checkpoint_every")
@@ -71,11 +72,15 @@ _READ_AT_ONCE = 250
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EnsembleSpec:
-    """What an ensemble is made of.
+    """Definition of an ensemble.
 
-    data, targets: a data source, and a request (file, class:NAME, random:FRACTION@SEED) that names the targets in its
-    training set. model: the architecture. recipe: options of `engine.train` by name, but for the seed. pairs: K, at
-    least 3. seed: of the cuts; model i is trained with seed + i.
+    Attributes:
+        data: A data source.
+        targets: A request (file, class:NAME, random:FRACTION@SEED) for the targets in its training set.
+        model: The architecture.
+        recipe: Options of `engine.train` by name, except the seed.
+        pairs: K, at least 3.
+        seed: Seed of the cuts; model i is trained with seed + i.
     """
 
     data: str
@@ -101,12 +106,14 @@ class EnsembleSpec:
 
 @dataclasses.dataclass(frozen=True)
 class Ensemble:
-    """2K trained models and what they say of the targets; rows 2p and 2p + 1 are the original and retrained of pair p.
+    """2K trained models and their margins; rows 2p and 2p + 1 are the original and the retrained model of pair p.
 
-    parts: int8 [K, t], the part (0, 1, 2 for A, B, C) of each target in each pair's cut.
-    margins: float64 [2K, t], log(p / (1 - p)) of the true class, clipped to +-100.
-    keys, folders: of the models. train_seconds: float64 [2K], that each model's training took, whenever that was.
-    seconds: wall time of this call.
+    Attributes:
+        parts: int8 [K, t], the part (0, 1, 2 for A, B, C) of each target in each pair's cut.
+        margins: float64 [2K, t], log(p / (1 - p)) of the true class, clipped to +-100.
+        keys, folders: Content key and folder of each model.
+        train_seconds: float64 [2K], wall-clock time of each model's training, which may be an earlier one.
+        seconds: Wall-clock time of this call.
     """
 
     spec: EnsembleSpec
@@ -120,19 +127,24 @@ class Ensemble:
 
     @property
     def included(self) -> np.ndarray:
-        """bool [2K, t]: whether a model was trained on a target; exactly K of each column."""
+        """Whether a model was trained on a target, bool [2K, t]; exactly K in each column."""
         return _included(self.parts)
 
     @property
     def confidence(self) -> np.ndarray:
-        """float64 [2K, t]: the probability of the true class."""
+        """Probability of the true class, float64 [2K, t]."""
         return 1 / (1 + np.exp(-self.margins))
 
 
 @dataclasses.dataclass(frozen=True)
 class Needs:
-    """What training an ensemble takes: models that are missing and that are there, bytes of one model's weights, and
-    bytes of disk at most (a model in training keeps its last two checkpoints, of weights and Adam's two moments)."""
+    """Resources for training an ensemble.
+
+    Attributes:
+        missing, found: Numbers of models to be trained and of models in the cache.
+        weights: Bytes of one model's weights.
+        disk: Most bytes on disk; a model in training keeps its last two checkpoints, of weights and Adam's two moments.
+    """
 
     missing: int
     found: int
@@ -141,12 +153,12 @@ class Needs:
 
 
 def memorisation(ensemble: Ensemble) -> np.ndarray:
-    """float64 [t] in [-1, 1]: mean probability of the true label over models trained on the sample, less that over
-    models that were not (Feldman & Zhang 2020, eq. 1). Higher = more memorised; near 0 = known without it.
+    """Return the memorisation of each target, float64 [t] in [-1, 1] (Feldman & Zhang 2020, eq. 1).
 
-    Originals are compared with originals and retrained models with retrained ones, as an original has more targets in
-    its training set; the two differences count the same, having as many models behind them. NaN for a target
-    that all originals, or none, were trained on.
+    It is the mean probability of the true label over models trained on the sample, minus that over models that were
+    not. Higher = more memorised; near 0 = predicted as well without it. Originals are compared with originals and
+    retrained models with retrained ones, since an original has more targets in its training set; the two differences
+    have the same weight, since they have as many models. NaN for a target that all originals, or none, were trained on.
     """
     differences = []
     for first in (0, 1):
@@ -158,7 +170,7 @@ def memorisation(ensemble: Ensemble) -> np.ndarray:
 
 
 def draw_parts(targets: int, pairs: int, seed: int) -> np.ndarray:
-    """int8 [pairs, targets]: the part of each target in each pair's cut. More pairs add rows and change none."""
+    """Return the part of each target in each pair's cut, int8 [pairs, targets]. More pairs add rows and change none."""
     parts = np.empty((pairs, targets), dtype=np.int8)
     for pair in range(pairs):
         parts[pair, np.random.default_rng([seed, pair]).permutation(targets)] = np.arange(targets) * 3 // targets
@@ -173,22 +185,29 @@ def _included(parts: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-    """The data of an ensemble. positions: int64 [t], of the targets in the training set, ascending."""
+    """The data of an ensemble.
+
+    Attributes:
+        source: The data source.
+        positions: Positions of the targets in the training set, int64 [t], ascending.
+        targets: The targets.
+    """
 
     source: Source
     positions: np.ndarray
     targets: Samples
 
     def without(self, leave_out: np.ndarray, name: str) -> Samples:
-        """The training samples but for some targets (bool [t]), in their order."""
+        """Return the training samples except some targets (bool [t]), in their order."""
         keep = np.ones(len(self.source.train), dtype=bool)
         keep[self.positions[leave_out]] = False
         return self.source.train.subset(np.flatnonzero(keep), name)
 
 
-# One at a time: each worker process asks for the same one again and again.
+# One entry: a worker process opens the same data for each of its models.
 @functools.lru_cache(maxsize=1)
 def open_data(data: str, targets: str) -> Opened:
+    """Return the data of an ensemble; the last one is cached."""
     source = open_source(data)
     request = read_forget_request(targets, source.train)
     if len(request.indices) < 3:
@@ -198,7 +217,11 @@ def open_data(data: str, targets: str) -> Opened:
 
 @dataclasses.dataclass(frozen=True)
 class _Training:
-    """One model to be there: `included`, bool [t], are the targets it is trained on."""
+    """A model to be trained.
+
+    Attributes:
+        included: bool [t], targets in its training set.
+    """
 
     spec: EnsembleSpec
     seed: int
@@ -227,13 +250,13 @@ def _trainings(spec: EnsembleSpec, cache: Path) -> tuple[Opened, np.ndarray, lis
 
 
 def content_key(facts: Mapping[str, Any]) -> str:
-    """32 hex digits of the SHA-256 over plain values, this version and the cache's format."""
+    """Return 32 hex digits of the SHA-256 over plain values, this version and the cache's format."""
     text = json.dumps({**facts, "version": __version__, "format": FORMAT}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def what_counts(options: Mapping[str, Any], method: str) -> dict[str, Any]:
-    """Every option as resolved, defaults included, but for those that do not change what a model learns."""
+    """Return every option, resolved with defaults, except those that do not change what a model learns."""
     run, config = split_options(options, get_method(method).Config)
     run = dataclasses.replace(run, precision=resolve_precision(run.precision, resolve_device(run.device)))
     resolved = {"method": method, **to_dict(run), **to_dict(config)}
@@ -241,7 +264,7 @@ def what_counts(options: Mapping[str, Any], method: str) -> dict[str, Any]:
 
 
 def _image_digest(samples: Samples) -> str:
-    """Over the pixels of some samples: ids and labels alone cannot tell two folders that number their images."""
+    """Return a digest of the pixels of some samples: ids and labels alone do not identify numbered images."""
     digest = hashlib.sha256()
     few = evenly_spaced(samples, _IMAGES_HASHED)
     for index in range(len(few)):
@@ -252,7 +275,11 @@ def _image_digest(samples: Samples) -> str:
 
 
 def ensemble_needs(spec: EnsembleSpec, cache: Path, workers: int = 1) -> Needs:
-    """What `train_ensemble` will take. Raises UserError where the disk of the cache has less free space."""
+    """Return the resources that `train_ensemble` will need.
+
+    Raises:
+        UserError: The disk of the cache has less free space.
+    """
     jobs = _trainings(spec, cache)[2]
     found = sum(_is_whole(job.folder) for job in jobs)
     missing = len(jobs) - found
@@ -270,12 +297,17 @@ def ensemble_needs(spec: EnsembleSpec, cache: Path, workers: int = 1) -> Needs:
 
 
 def train_ensemble(spec: EnsembleSpec, cache: Path, *, workers: int = 1, progress: Progress | None = None) -> Ensemble:
-    """Trains the models that the cache does not hold, and asks all of them for the targets.
+    """Train the models that are not in the cache, and compute the margins of all models for the targets.
 
-    workers: processes that train at once; this process's threads are divided among them. 1: this process itself.
-    progress: called with ("train", models done, models, numbers).
-    Raises UserError for wrong use and a cache that is in use, RunStopped where a training or a worker ends; models that
-    were whole by then are kept.
+    Args:
+        spec: The ensemble.
+        cache: Folder of the cache.
+        workers: Processes that train at once; this process's threads are divided among them. 1: this process itself.
+        progress: Called with ("train", models done, models, numbers).
+
+    Raises:
+        UserError: An option is wrong, or another run uses the cache.
+        RunStopped: A training or a worker ended; models that were complete by then are kept.
     """
     began = time.perf_counter()
     with holding(cache):
@@ -298,7 +330,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _member(job: _Training) -> tuple[np.ndarray, float]:
-    """(margins [t], seconds of its training) of a model, which is trained if it is not there."""
+    """Return the margins [t] of a model, which is trained if necessary, and the seconds of its training."""
     if not _is_whole(job.folder):
         _train(job)
     model = load_checkpoint(job.folder)
@@ -324,13 +356,13 @@ def _train(job: _Training) -> None:
     )
     resume = (partial / "config.yaml").is_file()
     if not resume:
-        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed before it began
+        shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed before training began
     try:
         result = begin(resume=resume)
     except UserError:
         if not resume:
             raise
-        shutil.rmtree(partial)  # what was left cannot be gone on with
+        shutil.rmtree(partial)  # the remains cannot be resumed
         result = begin()
     facts = {
         "trained_on": len(samples),
@@ -347,9 +379,10 @@ def _train(job: _Training) -> None:
 
 
 def read_margins(model: nn.Module, samples: Samples, run: RunConfig) -> np.ndarray:
-    """float64 [n]: log(p / (1 - p)) of the true class in float32, clipped; a bad image is an error.
+    """Return log(p / (1 - p)) of the true class in float32, clipped, as float64 [n]; an unreadable image is an error.
 
-    Raises RunStopped where the model's output is not finite.
+    Raises:
+        RunStopped: An output of the model is not finite.
     """
     device = resolve_device(run.device)
     loader = Loader(
@@ -371,7 +404,7 @@ def read_margins(model: nn.Module, samples: Samples, run: RunConfig) -> np.ndarr
 
 @contextlib.contextmanager
 def holding(cache: Path) -> Iterator[None]:
-    """The cache folder, made if there is none, for this process alone."""
+    """Lock the cache folder for this process within the context; it is created if there is none."""
     with lock.held(cache, _in_use):
         yield
 
@@ -383,17 +416,28 @@ def _in_use(cache: Path, owner: lock.Owner) -> str:
 def in_processes(
     function: Callable[[Job], Result], jobs: Sequence[Job], workers: int, stage: str, progress: Progress | None
 ) -> list[Result]:
-    """function(job) of every job, in their order; by `workers` new processes, or here where that is 1."""
+    """Return function(job) of every job, in order.
+
+    Args:
+        function: The function.
+        jobs: Its arguments.
+        workers: New processes that run it; 1: this process.
+        stage: Name of the work, for progress and errors.
+        progress: Called with (stage, jobs done, jobs, numbers).
+
+    Raises:
+        RunStopped: A worker process died.
+    """
     if workers < 1:
         raise UserError(f"{workers} workers: expected at least 1")
-    tell = progress or (lambda *_: None)
+    report = progress or (lambda *_: None)
     began = time.perf_counter()
-    tell(stage, 0, len(jobs), {})
+    report(stage, 0, len(jobs), {})
     results: dict[int, Result] = {}
 
     def keep(number: int, result: Result) -> None:
         results[number] = result
-        tell(stage, len(results), len(jobs), {"seconds": time.perf_counter() - began})
+        report(stage, len(results), len(jobs), {"seconds": time.perf_counter() - began})
 
     if workers == 1:
         for number, job in enumerate(jobs):
@@ -409,8 +453,8 @@ def in_processes(
                 keep(futures[future], future.result())
         except BrokenProcessPool:
             raise RunStopped(
-                f"{stage}: a worker process died, perhaps for want of memory; start again with fewer --workers, what "
-                "is finished is kept"
+                f"{stage}: a worker process died, perhaps for lack of memory; start again with fewer --workers; "
+                "finished models are kept"
             ) from None
         except BaseException:
             pool.shutdown(cancel_futures=True)

@@ -1,4 +1,4 @@
-"""U-LiRA: can models that unlearned a sample be told from models that never saw it? The attack on the *procedure*.
+"""U-LiRA, an attack on the unlearning *procedure*: can unlearned models be distinguished from retrained ones?
 
 Hayes et al. 2024, "Inexact Unlearning Needs More Careful Evaluations to Avoid a False Sense of Privacy"
 (arXiv 2403.01218), with the likelihood ratio of Carlini et al. 2022 (LiRA, arXiv 2112.03570). For each target x of its
@@ -6,30 +6,30 @@ own, with the margin m = log(p / (1 - p)) of its true class:
 
     m | trained with x, then unlearned it  ~  N(mu_u, var_u)      over models U(A(D + F), F), x in F
     m | retrained without x                ~  N(mu_r, var_r)      over models A(D)
-    score = log N(m; mu_u, var_u) - log N(m; mu_r, var_r)         higher = looks unlearned rather than retrained
+    score = log N(m; mu_u, var_u) - log N(m; mu_r, var_r)         higher = unlearned rather than retrained
 
-An attacker who knows the sample, the procedure and the data thus sees what an average over samples hides, and it
-finds samples that the procedure forgot too much as well as those it forgot too little: both have |score| apart.
+An attacker with the sample, the procedure and the data thus detects what an average over samples hides. It finds
+samples that the procedure forgot too much as well as those it forgot too little: the score separates both.
 
 **Design** (`engine.attack.ensemble`): each of K pairs has an original, trained on parts A and B of the targets, and a
 retrained model, trained on part C; every original forgets A in one run of the method and B in another, so each run has
 a random forget set F of its own, a third of the targets. A target outside C gives one unlearned and one retrained
 margin in each pair: 2K/3 of both kinds on average. The two models of a pair are attacked by Gaussians that were fitted
 to the other pairs (leave-one-pair-out): no attacked model is among those that fitted them, and both kinds have the same
-count. If the method is exact, the two are drawn alike and every figure here is 0.5 on average, whatever K; retraining
+count. If the method is exact, the two are drawn alike and every figure here is 0.5 on average, for any K; retraining
 with another seed is such a method.
 
-**Variances** are pooled over samples, one for each kind, where a target has fewer than 32 margins of a kind (64 models
-in LiRA's setting, below which Carlini et al. found one variance for all samples the better estimate).
+**Variances** are pooled over samples, one for each kind, if a target has fewer than 32 margins of a kind (64 models in
+LiRA's setting, below which Carlini et al. found one variance for all samples the better estimate).
 
 **AUC** is the mean over pairs of each pair's own (its unlearned margins against its retrained ones, all targets, one
-threshold). Its interval is over pairs, because the scores of one model err together and samples are no independent
-draws: Student's with the variance of Nadeau & Bengio 2003 ("Inference for the Generalization Error"), as pairs share
-what they are attacked by. An attack without power proves nothing: the originals that unlearned nothing are attacked in
-the same way, and their AUC says what could have been found.
+threshold). Its interval is over pairs, because the scores of one model err together and samples are not independent
+draws: Student's with the variance of Nadeau & Bengio 2003 ("Inference for the Generalization Error"), since pairs share
+the models that attack them. An attack without power proves nothing: the originals, which unlearned nothing, are
+attacked in the same way, and their AUC is what could have been found.
 
 RMIA (Zarifzadeh et al. 2024, arXiv 2312.03262) needs fewer models in its own setting. On the same models of digits
-(untouched originals, 2 to 15 pairs to fit to) it found no more than this attack with any number of them, so it is no
+(untouched originals, 2 to 15 pairs to fit to) it found no more than this attack with any number of them, so it is not
 cheaper at equal power here and is left out.
 """
 
@@ -71,9 +71,9 @@ from engine.run.unlearn import unlearn
 from engine.runtime.files import write_json
 
 POOLED_BELOW = 32
-# A variance below this is rounding: margins of a model in float32 lie on a grid about as fine.
+# A variance below this is rounding: the resolution of margins in float32 is about as fine.
 SMALLEST_VARIANCE = 1e-6
-# Unlearning seeds start here, above those of all models: an unlearning by retraining is then no copy of one of them.
+# Unlearning seeds start here, above those of all models, so that unlearning by retraining never copies one of them.
 UNLEARNING_SEEDS = 1 << 20
 
 DIRECTION = {
@@ -92,11 +92,15 @@ DIRECTION = {
 
 @dataclasses.dataclass(frozen=True)
 class Attack:
-    """What the attack found; see DIRECTION for which way each number reads.
+    """Result of the attack; DIRECTION has the meaning of each number.
 
-    unlearned, retrained: float64 [K, t], the scores of both models of each pair, NaN where the pair has none, or no
-    other pair has any to fit to.
-    pair_aucs: float64 [K]. tpr: by rate, or why there is none. pooled: whether the variances were.
+    Attributes:
+        unlearned, retrained: float64 [K, t], the scores of both models of each pair, NaN if the pair has none, or no
+            other pair has any to fit to.
+        pair_aucs: float64 [K], AUC of each pair.
+        auc, balanced_accuracy: Means over pairs, with intervals.
+        tpr: By rate, or why there is none.
+        pooled: The variances were pooled.
     """
 
     unlearned: np.ndarray
@@ -109,7 +113,7 @@ class Attack:
 
     @property
     def per_sample(self) -> np.ndarray:
-        """float64 [t], nats: mean score of the unlearned models less that of the retrained ones; NaN without any."""
+        """Mean score of the unlearned models minus that of the retrained ones, float64 [t], nats; NaN without any."""
         return mean_over_pairs(self.unlearned - self.retrained)
 
     def to_dict(self) -> dict[str, Any]:
@@ -124,10 +128,13 @@ class Attack:
 
 @dataclasses.dataclass(frozen=True)
 class Unlearned:
-    """What the unlearned models say of the targets they forgot.
+    """Margins of the unlearned models for the targets that they forgot.
 
-    margins: float64 [K, t], NaN for targets that the pair's original was not trained on. collapsed: runs that did.
-    unlearn_seconds: float64 [2K], of each run, whenever that was. seconds: wall time of this call.
+    Attributes:
+        margins: float64 [K, t], NaN for targets that the pair's original was not trained on.
+        collapsed: Number of runs that collapsed.
+        unlearn_seconds: float64 [2K], wall-clock time of each run, which may be an earlier one.
+        seconds: Wall-clock time of this call.
     """
 
     margins: np.ndarray
@@ -137,18 +144,23 @@ class Unlearned:
 
 
 def attack(unlearned: np.ndarray, retrained: np.ndarray) -> Attack:
-    """Attacks the margins [K, t] of K pairs of models; NaN (in both) where a pair says nothing of a target.
+    """Attack the margins of K pairs of models.
 
-    A target with fewer than two margins of a kind is left out. Raises UserError where the margins do not belong
-    together, or there are too few pairs.
+    A target with fewer than two margins of a kind is left out.
+
+    Args:
+        unlearned, retrained: Margins [K, t]; NaN (in both) if a pair has none for a target.
+
+    Raises:
+        UserError: The margins do not belong together, or there are too few pairs.
     """
     scores_u, scores_r, pooled = likelihood_ratios(unlearned, retrained)
     there = ~np.isnan(scores_u)
     pairs = [(scores_u[p, there[p]], scores_r[p, there[p]]) for p in range(len(there))]
     aucs = np.array([auc(u, r) for u, r in pairs])
-    # A score of exactly 0 is called neither: half right.
+    # A score of exactly 0 is neither: half correct.
     accuracies = np.array([0.5 + (np.sign(u).mean() - np.sign(r).mean()) / 4 for u, r in pairs])
-    count = len(there) * int(there.sum(1).min())  # what the smallest resample of pairs holds
+    count = len(there) * int(there.sum(1).min())  # scores in the smallest resample of pairs
     return Attack(
         scores_u,
         scores_r,
@@ -161,7 +173,7 @@ def attack(unlearned: np.ndarray, retrained: np.ndarray) -> Attack:
 
 
 def likelihood_ratios(unlearned: np.ndarray, retrained: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
-    """(scores of the unlearned margins [K, t], of the retrained ones, whether the variances are pooled), in nats."""
+    """Return the scores of unlearned and of retrained margins [K, t], in nats, and whether variances are pooled."""
     there = ~np.isnan(unlearned)
     if unlearned.shape != retrained.shape or unlearned.ndim != 2 or not np.array_equal(there, ~np.isnan(retrained)):
         raise UserError(
@@ -182,7 +194,7 @@ def likelihood_ratios(unlearned: np.ndarray, retrained: np.ndarray) -> tuple[np.
 
 
 def _gaussians(margins: np.ndarray, pooled: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and variance [t] of each column's numbers; NaN for a column without any."""
+    """Return mean and variance [t] of each column's numbers; NaN for a column without any."""
     there = ~np.isnan(margins)
     count = there.sum(0)
     mean = mean_over_pairs(margins)
@@ -195,7 +207,7 @@ def _gaussians(margins: np.ndarray, pooled: bool) -> tuple[np.ndarray, np.ndarra
 
 
 def mean_over_pairs(values: np.ndarray) -> np.ndarray:
-    """Mean [t] of each column's numbers [K, t], NaN for a column without any."""
+    """Return the mean [t] of each column's numbers [K, t], NaN for a column without any."""
     there = ~np.isnan(values)
     with np.errstate(invalid="ignore"):
         return np.asarray(np.where(there, values, 0).sum(0) / there.sum(0))
@@ -206,10 +218,11 @@ def _log_density(margins: np.ndarray, mean: np.ndarray, variance: np.ndarray) ->
 
 
 def over_pairs(values: np.ndarray, level: float = 0.95) -> Interval:
-    """Mean of shares [K], one a pair of models, with the corrected resampled t interval, cut to [0, 1].
+    """Return the mean of shares [K], one for each pair of models, with the corrected resampled t interval, cut to [0,
+    1].
 
-    Each pair is attacked by what was fitted to the K - 1 others, so the shares are correlated; Nadeau & Bengio 2003
-    allow for it by the variance (1 / K + 1 / (K - 1)) s^2 in place of s^2 / K, which covers too seldom.
+    Each pair is attacked by what was fitted to the K - 1 others, so the shares are correlated. Nadeau & Bengio 2003
+    correct for it by the variance (1 / K + 1 / (K - 1)) s^2 in place of s^2 / K, which covers too seldom.
     """
     count, mean = len(values), float(values.mean())
     error = math.sqrt(1 / count + 1 / (count - 1)) * float(values.std(ddof=1))
@@ -218,7 +231,7 @@ def over_pairs(values: np.ndarray, level: float = 0.95) -> Interval:
 
 
 def _tpr(unlearned: np.ndarray, retrained: np.ndarray, rate: float) -> Interval:
-    """Over all pairs at once, since one pair has too few samples; resampled by pairs."""
+    """Return the TPR over all pairs at once, since one pair has too few samples; resampled by pairs."""
     return bootstrap(lambda u, r: tpr_at_fpr(u[~np.isnan(u)], r[~np.isnan(r)], rate), unlearned, retrained, paired=True)
 
 
@@ -228,7 +241,12 @@ def _too_few(count: int, rate: float) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _Unlearning:
-    """One run of the method: `forgotten`, bool [t], leave the original; the targets outside `included` it never saw."""
+    """One run of the method.
+
+    Attributes:
+        included: bool [t], targets that the original was trained on.
+        forgotten: bool [t], targets that the run forgets.
+    """
 
     spec: EnsembleSpec
     original: Path
@@ -240,7 +258,11 @@ class _Unlearning:
 
 
 def check_method(method: str, options: Mapping[str, Any]) -> None:
-    """Raises UserError for a method or an option that there is not, and for a seed."""
+    """Check a method and its options.
+
+    Raises:
+        UserError: There is no such method or option, or a seed is given.
+    """
     if "seed" in options:
         raise UserError("ulira: every run of the method has a seed of its own; give --seed, which they start at")
     split_options(options, get_method(method).Config)
@@ -255,10 +277,18 @@ def unlearn_ensemble(
     workers: int = 1,
     progress: Progress | None = None,
 ) -> Unlearned:
-    """Runs the method twice on every original of an ensemble, and asks each result for what it forgot.
+    """Run the method twice on every original of an ensemble, and compute the margins of what each run forgot.
 
-    What the unlearned models say is kept in the cache under the content hash of all that made them; they are not.
-    Arguments and errors as of `train_ensemble`.
+    The margins are kept in the cache under the content hash of all that they depend on; the unlearned models are not
+    kept.
+
+    Args:
+        ensemble: The trained models.
+        method, options: The method and its options.
+        cache, workers, progress: As in `train_ensemble`.
+
+    Raises:
+        UserError, RunStopped: As in `train_ensemble`.
     """
     began = time.perf_counter()
     check_method(method, options)
@@ -285,14 +315,14 @@ def unlearn_ensemble(
                 )
             )
     with holding(cache):
-        answers = in_processes(_unlearned, jobs, workers, "unlearn", progress)
+        results = in_processes(_unlearned, jobs, workers, "unlearn", progress)
     margins = np.full(ensemble.parts.shape, np.nan)
-    for number, (job, answer) in enumerate(zip(jobs, answers, strict=True)):
+    for number, (job, answer) in enumerate(zip(jobs, results, strict=True)):
         margins[number // 2, job.forgotten] = answer["margins"]
     return Unlearned(
         margins,
-        sum(answer["collapsed"] for answer in answers),
-        np.array([answer["seconds"] for answer in answers]),
+        sum(answer["collapsed"] for answer in results),
+        np.array([answer["seconds"] for answer in results]),
         time.perf_counter() - began,
     )
 
@@ -327,10 +357,18 @@ def attack_procedure(
     workers: int = 1,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Trains the ensemble, unlearns, attacks: all of it as plain values. Arguments and errors as of `train_ensemble`.
+    """Train the ensemble, unlearn and attack; return everything as plain values.
 
-    seconds: wall time of each stage now, and of the work of all models (`train_models`, `unlearn_models`), which a
-    cache may have had before.
+    `seconds` has the wall-clock time of each stage of this call, and the time of all models (`train_models`,
+    `unlearn_models`), which may come from an earlier call.
+
+    Args:
+        spec: The ensemble.
+        method, options: The method and its options.
+        cache, workers, progress: As in `train_ensemble`.
+
+    Raises:
+        UserError, RunStopped: As in `train_ensemble`.
     """
     check_method(method, options)  # before hours of training
     ensemble = train_ensemble(spec, cache, workers=workers, progress=progress)
@@ -381,5 +419,5 @@ def attack_procedure(
 
 
 def _plain(values: np.ndarray) -> list[float | None]:
-    """For JSON, which has no NaN."""
+    """Return values for JSON, which has no NaN."""
     return [None if math.isnan(value) else value for value in values.tolist()]

@@ -1,5 +1,6 @@
 """Bad teacher (Chundawat et al., "Can Bad Teaching Induce Forgetting? Unlearning in Deep Neural Networks using an
-Incompetent Teacher", AAAI 2023, arXiv 2205.08096): distils random predictions for the forget set, the original's else.
+Incompetent Teacher", AAAI 2023, arXiv 2205.08096): distil an untrained model's predictions on the forget set, and the
+original's on retain samples.
 
 T_s is the original, T_d a model of the same architecture with random weights that was never trained, f_u the model,
 KL_t as in `distillation`. On the forget set (l = 1) together with a part of the retain set (l = 0):
