@@ -1,4 +1,4 @@
-"""What a run needs, before anybody asks for the GPUs: memory, flops, bytes and time of unlearning, beside a retrain."""
+"""Resource estimates: memory, flops, bytes and time of an unlearning run, compared with a retrain."""
 
 from engine.plan.planning import Plan, plan
 

@@ -1,7 +1,7 @@
-"""What one pass of an architecture takes: bytes and flops, counted on tensors that have shapes but no storage.
+"""Cost of one pass of an architecture: bytes and flops, counted on tensors that have shapes but no storage.
 
-The model runs forward and backward on fake tensors. Every storage that an operation makes is counted while it lives, so
-what is read off is the peak of the real pass, temporaries of the backward pass and recomputed blocks included, and not
+The model runs forward and backward on fake tensors. Every storage that an operation makes is counted while it exists,
+so the result is the peak of the real pass, including temporaries of the backward pass and recomputed blocks, but not
 the allocator's rounding. Weights, buffers and gradients are left out: `engine.plan.memory` counts those by stage.
 """
 
@@ -30,31 +30,42 @@ from engine.models.spec import ModelSpec
 from engine.models.trainable import restrict
 from engine.models.vit import ViTInfo, attention_modules, checkpoint_blocks, describe, plain_attention
 
-# Batches at which a pass is counted; bytes are a line through both.
+# Batch sizes at which a pass is counted; bytes are a line through both.
 _BATCHES = (2, 4)
 
 
 @dataclasses.dataclass(frozen=True)
 class Bytes:
-    """Bytes of a pass at a batch size: fixed + per_image x batch."""
+    """Bytes of a pass by batch size: fixed + per_image x batch.
+
+    Attributes:
+        fixed: Bytes for any batch size.
+        per_image: Bytes of one image.
+    """
 
     fixed: float
     per_image: float
 
     def at(self, batch: int) -> int:
+        """Return the bytes at a batch size."""
         return max(0, round(self.fixed + self.per_image * batch))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cost:
-    """One architecture under one precision, attention and checkpointing.
+    """Cost of one architecture under one precision, attention and checkpointing.
 
-    parameters: all weights. largest_layer: weights of the largest layer. outputs: width of the logits; features: of
-    what the head reads. image: (height, width) of the input.
-    activations: peak of a training pass above weights and gradients. guided: of a pass without gradients, in which
-    the q and k of all blocks are kept for attention rollout.
-    forward_flops, backward_flops: of one image; backward counts what checkpointing computes again. rollout_flops: the
-    class row through all blocks. updating_flops: backward where not all weights are trained; None: as backward_flops.
+    Attributes:
+        parameters: Number of weights.
+        largest_layer: Number of weights of the largest layer.
+        outputs: Width of the logits.
+        features: Width of the head's input.
+        activations: Peak of a training pass above weights and gradients.
+        guided: Peak of a pass without gradients, in which q and k of all blocks are kept for attention rollout.
+        forward_flops, backward_flops: For one image; backward includes what checkpointing computes again.
+        rollout_flops: For one image, the class row through all blocks.
+        updating_flops: Backward flops if not all weights are trained; None: as backward_flops.
+        image: (height, width) of the input in pixels.
     """
 
     parameters: int
@@ -71,18 +82,25 @@ class Cost:
 
     @property
     def updating(self) -> int:
-        """Of the backward pass of a step."""
+        """Flops of the backward pass of a step."""
         return self.backward_flops if self.updating_flops is None else self.updating_flops
 
 
 def count_cost(
     spec: ModelSpec, *, precision: str, autocast: bool, checkpointing: bool, attention: str, trainable: str = "all"
 ) -> Cost:
-    """Counts a model of `spec`; takes a few seconds for ViT-L, no data, no weights and no GPU.
+    """Count the cost of a model; takes a few seconds for ViT-L, no data, no weights and no GPU.
 
-    autocast: bf16 as autocast over float32 weights (one process) rather than as bf16 weights (DeepSpeed). trainable: of
-    the run; for its flops alone.
-    Raises UserError for an architecture that is not known, and where checkpointing is asked for and there is none.
+    Args:
+        spec: The model.
+        precision: fp32 or bf16.
+        autocast: bf16 is autocast over float32 weights (one process) rather than bf16 weights (DeepSpeed).
+        checkpointing: Gradient checkpointing.
+        attention: Implementation of attention.
+        trainable: Option of the run; affects the flops alone.
+
+    Raises:
+        UserError: The architecture is unknown, or does not support checkpointing.
     """
     info = describe(on_meta(spec))
     measured = {batch: _bytes(spec, info, batch, precision, autocast, checkpointing, attention) for batch in _BATCHES}
@@ -109,7 +127,7 @@ def count_cost(
 
 
 def _rollout_flops(model: nn.Module, info: ModelInfo) -> int:
-    """2 H N^2 d a block: the logits of all heads, read once (kernels/rollout.py)."""
+    """Return 2 H N^2 d for each block: the logits of all heads, read once (kernels/rollout.py)."""
     if not isinstance(info, ViTInfo):
         return 0
     tokens = info.num_patches + info.num_prefix_tokens
@@ -125,14 +143,18 @@ def _rollout_flops(model: nn.Module, info: ModelInfo) -> int:
 
 
 def count_parameters(spec: ModelSpec) -> tuple[int, int]:
-    """All weights, and those of the largest layer. Raises UserError for an architecture that is not known."""
+    """Return the number of weights, and that of the largest layer.
+
+    Raises:
+        UserError: The architecture is unknown.
+    """
     model = on_meta(spec)
     layers = [sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules()]
     return sum(layers), max(layers)
 
 
 def on_meta(spec: ModelSpec) -> nn.Module:
-    """A model of `spec` without storage, in eval mode."""
+    """Return a model of `spec` without storage, in eval mode."""
     with torch.device("meta"):
         return spec.build().eval()
 
@@ -146,11 +168,11 @@ def _bytes(
     checkpointing: bool,
     attention: str,
 ) -> tuple[int, int]:
-    """Peaks of a training pass, and of the teacher's."""
+    """Return the peaks of a training pass and of a teacher pass."""
     dtype = torch.bfloat16 if precision == "bf16" and not autocast else torch.float32
     casts = precision == "bf16" and autocast
     peaks = []
-    model = on_meta(spec)  # building reads numbers off tensors, which fake ones do not have
+    model = on_meta(spec)  # building reads values of tensors, which fake tensors do not have
     with FakeTensorMode():
         _as_fake(model, dtype)
         if checkpointing:
@@ -180,16 +202,17 @@ def _teach(model: nn.Module, images: Tensor, autocast: Any, keep: bool) -> None:
 
 
 def _flops(spec: ModelSpec, info: ModelInfo, checkpointing: bool, trainable: str = "all") -> tuple[int, int]:
-    """Of one image, forward and backward; explicit attention, whose products any implementation has to make.
+    """Return forward and backward flops of one image, with explicit attention, whose products any implementation
+    computes.
 
-    W + B A of `lora:R` is made once a step, not once an image, and is left out: its gradient is that of W.
+    W + B A of `lora:R` is computed once a step, not once an image, and is left out: its gradient is that of W.
     """
     model = on_meta(spec)
     if not trainable.startswith("lora"):
         restrict(model, trainable, 0)
     if checkpointing:
         checkpoint_blocks(model)
-    images = torch.empty(2, info.in_chans, *info.input_size, device="meta")  # BatchNorm takes no single image
+    images = torch.empty(2, info.in_chans, *info.input_size, device="meta")  # BatchNorm needs more than one image
     counts = []
     with attention_backend(model.train(), "eager"):
         with FlopCounterMode(display=False) as counter:
@@ -202,10 +225,10 @@ def _flops(spec: ModelSpec, info: ModelInfo, checkpointing: bool, trainable: str
 
 
 def _as_fake(model: nn.Module, dtype: torch.dtype) -> None:
-    """Puts fake tensors of the CPU in the place of a model's meta tensors; call within FakeTensorMode.
+    """Replace a model's meta tensors by fake tensors of the CPU; call it within FakeTensorMode.
 
     The CPU's fused attention saves q, k, v, its output and a row sum, as that of a GPU does; on the meta device it
-    would be taken apart into explicit attention.
+    would be decomposed into explicit attention.
     """
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -222,7 +245,7 @@ def _drop_gradient(parameter: Tensor) -> None:
 
 
 class _Tracker(TorchDispatchMode):
-    """Bytes of all storages that operations made and that still live, and the most there were."""
+    """Counts the bytes of all existing storages that operations made, and their maximum."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

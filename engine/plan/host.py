@@ -1,7 +1,7 @@
-"""What a process of the run holds before it has a model, and what DeepSpeed's own estimators say: asked of a process.
+"""Memory of a process before it has a model, and DeepSpeed's own estimates, measured in a new process.
 
-Both need the packages imported as a rank imports them, which takes seconds; the process works while `engine.plan.cost`
-counts, and leaves this one as it was.
+Both need the packages imported as in a rank, which takes seconds. The process runs while `engine.plan.cost` counts, and
+the calling process is not changed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from engine.errors import UserError
 from engine.plan.memory import Zero
 
-# What a rank imports, and a first pass of each kind, which loads what torch loads late.
+# The imports of a rank, and a first pass of each kind, which triggers what torch loads lazily.
 _PROGRAM = """
 import json, sys
 asked = json.loads(sys.argv[1])
@@ -64,8 +64,15 @@ def ask(
     deepspeed: bool,
     baseline: bool,
 ) -> dict[str, Any]:
-    """`baseline`: resident bytes of a process of the run (Linux). `estimates`: host bytes a node and bytes a GPU of
-    DeepSpeed's estimator, or what is `missing`; for stages 2 and 3 alone, since it has none for the others."""
+    """Measure a process of the run, and return DeepSpeed's estimates.
+
+    Returns:
+        `baseline`: resident bytes of the process (Linux). `estimates`: host bytes of a node and bytes of a GPU by
+            DeepSpeed's estimator, or what is `missing`; for stages 2 and 3 alone, since it has none for the others.
+
+    Raises:
+        UserError: The process failed.
+    """
     nodes = -(-gpus // 8)
     asked = {
         "parameters": parameters,

@@ -1,6 +1,6 @@
-"""Bytes that one rank holds, part by part, at the moments of a run: those of DeepSpeed's stages, and the engine's own.
+"""Bytes on one rank, part by part, at the moments of a run: those of DeepSpeed's stages, and the engine's own.
 
-P parameters, N ranks, w bytes a weight: 2 in bf16 at ZeRO 1 to 3, else 4 (bf16 at stage 0, and where a file enables
+P parameters, N ranks, w bytes a weight: 2 in bf16 at ZeRO 1 to 3, else 4 (bf16 at stage 0, and if a file enables
 torch_autocast, is autocast over float32 weights). Read from DeepSpeed 0.19's runtime/zero/stage_1_and_2.py, stage3.py
 and engine.py, and checked against the resident memory of ranks on the CPU (docs/lab). Adam's moments and master
 weights are float32 everywhere.
@@ -18,13 +18,13 @@ from engine.plan.cost import Cost
 
 Place = Literal["device", "host"]
 
-# Weights that the allreduce of plain data parallel takes at a time (MEMORY_OPT_ALLREDUCE_SIZE of DeepSpeed).
+# Weights in one allreduce of plain data parallel (MEMORY_OPT_ALLREDUCE_SIZE of DeepSpeed).
 _ALLREDUCE = 500_000_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Zero:
-    """The sizes of a DeepSpeed configuration that decide memory, in weights; DeepSpeed's defaults."""
+    """The parts of a DeepSpeed configuration that determine memory, sizes in weights; defaults as in DeepSpeed."""
 
     stage: int = 0
     offload_optimizer: bool = False
@@ -40,7 +40,11 @@ class Zero:
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> Zero:
-        """From the contents of a DeepSpeed JSON; "auto" and what is absent are DeepSpeed's defaults."""
+        """Return the sizes in a DeepSpeed JSON; "auto" and missing values are DeepSpeed's defaults.
+
+        Raises:
+            UserError: zero_optimization is not a group of options.
+        """
         zero = config.get("zero_optimization") or {}
         if not isinstance(zero, Mapping):
             raise UserError("deepspeed configuration: zero_optimization is not a group of options")
@@ -60,7 +64,7 @@ class Zero:
             stage=stage,
             offload_optimizer=offloaded("offload_optimizer"),
             offload_param=offloaded("offload_param"),
-            # Without a word, DeepSpeed overlaps at stage 3 alone.
+            # By default, DeepSpeed overlaps at stage 3 alone.
             overlap_comm=bool(zero.get("overlap_comm", stage == 3)) and zero.get("overlap_comm") != "auto",
             grad_accum_fp32=group("data_types").get("grad_accum_dtype") in ("fp32", "float32"),
             autocast=group("torch_autocast").get("enabled") is True,
@@ -74,11 +78,15 @@ class Zero:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """What of a run decides memory.
+    """The parts of a run that determine memory.
 
-    deepspeed: whether DeepSpeed runs it, rather than plain torch on one process. teacher: where the original lies, or
-    that the method has none. augmented: forget images are, so that the original stays and nothing is cached.
-    contrast: logits or features are cached. forget: samples. watched: a collapse is looked out for.
+    Attributes:
+        deepspeed: DeepSpeed runs it, rather than plain torch on one process.
+        teacher: How the original is stored, or that the method has none.
+        augmented: Forget images are augmented, so the original stays in memory and nothing is cached.
+        contrast: Outputs that are cached: logits or features.
+        forget: Number of forget samples.
+        watched: The collapse guard is on.
     """
 
     zero: Zero
@@ -102,7 +110,14 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Bytes of one thing, where they lie, and why they are there."""
+    """Bytes of one item.
+
+    Attributes:
+        name: Name of the item.
+        bytes: Its size.
+        place: Where it is stored.
+        why: The formula and the reason.
+    """
 
     name: str
     bytes: int
@@ -112,9 +127,14 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes of a rank at the moment that holds most, and the totals of the other moments.
+    """Bytes of a rank at the moment of the peak, and the totals of the other moments.
 
-    On the CPU there is one memory: all parts are "device" and the sum is the resident memory of a rank.
+    On the CPU there is one memory: all parts are "device", and the sum is the resident memory of a rank.
+
+    Attributes:
+        moment: Moment of the peak.
+        parts: Parts at the peak.
+        moments: Totals by moment and place.
     """
 
     moment: str
@@ -122,16 +142,23 @@ class Memory:
     moments: dict[str, dict[Place, int]]
 
     def total(self, place: Place = "device") -> int:
+        """Return the bytes at the peak in one place."""
         return sum(part.bytes for part in self.parts if part.place == place)
 
     @property
     def host_peak(self) -> int:
-        """Of host memory over all moments."""
+        """Peak of host memory over all moments."""
         return max(totals["host"] for totals in self.moments.values())
 
 
 def count_memory(cost: Cost, run: Run, baseline: int | None = None) -> Memory:
-    """All parts at the peak. baseline: bytes of the interpreter and libraries, on the CPU."""
+    """Count all parts at the peak.
+
+    Args:
+        cost: Cost of a pass.
+        run: The run.
+        baseline: Bytes of the interpreter and libraries, on the CPU.
+    """
     held = _held(cost, run, baseline)
     states, gradients, reduction = _states(cost, run), _gradients(cost, run), _reduction(cost, run)
     moments = {
@@ -176,7 +203,7 @@ def _sum(parts: list[Part], place: Place) -> int:
 
 
 def _width(run: Run) -> int:
-    """w: bytes of a weight as the passes read it."""
+    """Return w, the bytes of a weight in the passes."""
     return 2 if run.bf16 and not run.by_autocast else 4
 
 
@@ -185,7 +212,7 @@ def _held(cost: Cost, run: Run, baseline: int | None) -> list[Part]:
         Part("original checkpoint", 4 * cost.parameters, "host", "4 P: the caller's model, kept for the evaluation")
     ]
     if not run.deepspeed and run.device == "cpu":
-        # Nothing is copied to another device or partition: what the teacher shares is the caller's.
+        # Nothing is copied to another device or partition: the teacher shares the caller's weights.
         parts[0] = dataclasses.replace(parts[0], why="4 P: the caller's model, which is the teacher too")
     if baseline is not None:
         parts.insert(
@@ -203,7 +230,7 @@ def _whole(cost: Cost) -> Part:
 
 
 def _states(cost: Cost, run: Run) -> list[Part]:
-    """Weights and float32 master weights."""
+    """Return the parts of weights and float32 master weights."""
     P, N, w, zero = cost.parameters, run.ranks, _width(run), run.zero
     on: Place = "host" if zero.offload_optimizer else "device"
     if zero.stage == 3:
@@ -264,14 +291,14 @@ def _gradients(cost: Cost, run: Run) -> list[Part]:
 
 
 def _reduction(cost: Cost, run: Run) -> list[Part]:
-    """What averaging gradients and gathering weights takes for itself."""
+    """Return the buffers for averaging gradients and gathering weights."""
     P, w, zero = cost.parameters, _width(run), run.zero
     if not run.deepspeed or (run.ranks == 1 and zero.stage == 0):
         return []
     if zero.stage == 0:
         return [Part("reduce bucket", w * min(P, _ALLREDUCE), "device", "w min(P, 5e8): gradients laid end to end")]
     filled = min(P, zero.reduce_bucket_size)
-    # An allocator of the host gives pages when they are first written: what the gradients do not fill is not there.
+    # The host allocates pages when they are first written, so the part that gradients do not fill takes no memory.
     bucket = filled if run.device == "cpu" else zero.reduce_bucket_size
     doubled = zero.overlap_comm and zero.stage < 3 and run.device == "cuda"
     parts = [
@@ -320,7 +347,7 @@ def _activations(cost: Cost, run: Run) -> list[Part]:
 
 
 def _step(cost: Cost, run: Run) -> list[Part]:
-    """float32 gradients that exist at the step alone; the partition's own where ZeRO runs it."""
+    """Return the float32 gradients that exist at the step alone; those of the partition under ZeRO."""
     if _width(run) == 4 or run.zero.offload_optimizer or run.zero.stage == 3:
         return []
     own = _share(4 * cost.parameters, run.ranks)
@@ -328,17 +355,19 @@ def _step(cost: Cost, run: Run) -> list[Part]:
 
 
 def _kept(cost: Cost, run: Run, stepping: bool = False) -> list[Part]:
-    """On the CPU, small blocks that were freed stay with the process, and serve again if their sizes fit.
+    """Return the small blocks that stay with the process on the CPU after they were freed, and are reused if their
+    sizes fit.
 
-    Those are the weights as they were loaded, freed when ZeRO lays them flat, and the teacher's. Activations find room
-    there, and gradients that wait whole; at stage 3 gathering takes blocks of other sizes, all the time.
+    These are the weights as they were loaded, freed when ZeRO flattens them, and the teacher's. Activations are
+    allocated there, and so are gradients that wait whole; at stage 3 gathering allocates blocks of other sizes all the
+    time.
     """
     if run.device == "cuda":
         return []
     P, activations = cost.parameters, cost.activations.at(run.batch_size)
     reused = {0: 0, 1: activations + _width(run) * P, 2: activations, 3: 0}[run.zero.stage]
     kept = max((4 * P if run.zero.stage else 0) - reused, 0)
-    # At stage 0 the copy that replaces the last good weights finds the teacher's place.
+    # At stage 0 the copy that replaces the last good weights reuses the teacher's blocks.
     if run.deepspeed and run.teacher == "replicated" and not run.augmented and not (run.watched and not run.zero.stage):
         kept += 4 * P
     kept += activations if stepping else 0
@@ -347,7 +376,7 @@ def _kept(cost: Cost, run: Run, stepping: bool = False) -> list[Part]:
 
 
 def _teacher(cost: Cost, run: Run, passing: bool = False) -> list[Part]:
-    """The original as the teacher: in its own pass before the stage, or its cached outputs during it."""
+    """Return the parts of the original as the teacher: in its own pass before the phase, or cached outputs in it."""
     P, w = cost.parameters, _width(run)
     if run.teacher == "none":
         return []

@@ -1,4 +1,4 @@
-"""plan(): what a run needs, before anybody asks for the GPUs."""
+"""plan(): the resources of an unlearning run, before it is started."""
 
 from __future__ import annotations
 
@@ -39,12 +39,21 @@ NO_TIME = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What `plan` found; bytes, flops and seconds are plain numbers.
+    """Result of `plan`; bytes, flops and seconds are plain numbers.
 
-    setup: what was asked, as resolved. cost: of one image. memory: of one rank, by part. estimates: DeepSpeed's own
-    view of the model's states, with what it assumes, or why it has none. work: unlearn and retrain, item by item, with
-    images, steps, flops, and seconds and money where a rate was given. fits: None without a capacity. advice: what
-    to change where it does not fit, with the total each change comes to.
+    Attributes:
+        setup: The arguments, resolved.
+        cost: Cost of one image.
+        memory: Memory of one rank, by part.
+        estimates: DeepSpeed's own estimate of the model's states, with its assumptions, or why there is none.
+        communication: Bytes that a rank sends in a step, and the formula.
+        work: Unlearn and retrain, item by item, with images, steps, flops, and seconds and money if a rate is given.
+        share: Unlearning relative to retraining.
+        rate: The rates, and their source.
+        capacity: Bytes of a GPU (of a rank, on the CPU), or None.
+        fits: Whether the peak is within the capacity; None without a capacity.
+        advice: Changes for a run that does not fit, with the total of each.
+        notes: What is not counted.
     """
 
     setup: dict[str, Any]
@@ -61,7 +70,7 @@ class Plan:
     notes: list[str]
 
     def to_dict(self) -> dict[str, Any]:
-        """As `--json` writes it."""
+        """Return the contents of `--json`."""
         memory = {
             "moment": self.memory.moment,
             "total": {"device": self.memory.total("device"), "host": self.memory.host_peak},
@@ -93,16 +102,29 @@ def plan(
     capacity: int | None = None,
     price: float | None = None,
 ) -> Plan:
-    """Memory, flops, bytes and time of unlearning `forget_share` of `images` training images, beside a retrain.
+    """Estimate memory, flops, bytes and time of unlearning, compared with a retrain.
 
-    Needs neither data nor weights nor a GPU; a few seconds for ViT-L.
-    stage, offload: of ZeRO; offload moves optimizer states to host memory, and weights too at stage 3. deepspeed: a
-    DeepSpeed configuration, which says all of that and the sizes of its buckets. gpus: ranks. device: cpu adds what a
-    rank on the CPU holds beside tensors. options: `RunConfig`'s and the method's by name, as `engine.unlearn` takes
-    them. throughput: training images a second and GPU. measure: time real steps here instead. capacity: bytes of a
-    GPU (a rank, on the CPU). price: of an hour of a GPU, in any currency.
+    Needs neither data nor weights nor a GPU; takes a few seconds for ViT-L.
 
-    Raises UserError for an architecture that is not known, and for numbers that contradict each other.
+    Args:
+        architecture, num_classes, model_args: The model, as in timm.
+        images: Training images.
+        forget_share: Share of them that is forgotten.
+        test_images: Test images.
+        gpus: Number of ranks.
+        stage, offload: Of ZeRO; offload moves optimizer states to host memory, and weights too at stage 3.
+        deepspeed: A DeepSpeed configuration, in place of stage and offload, with the sizes of its buckets.
+        device: cpu adds the memory of a rank on the CPU besides tensors.
+        method: Name of the method.
+        options: Options of `RunConfig` and of the method by name, as in `engine.unlearn`.
+        retrain_recipe, retrain_epochs: The retrain to compare with.
+        throughput: Training images a second and GPU.
+        measure: Time real steps on this machine instead.
+        capacity: Bytes of a GPU (of a rank, on the CPU).
+        price: Price of an hour of a GPU, in any currency.
+
+    Raises:
+        UserError: The architecture is unknown, or numbers contradict each other.
     """
     zero = _zero(stage, offload, deepspeed)
     run, method_config = split_options(options or {}, get_method(method).Config)
@@ -251,7 +273,7 @@ def _check_run(method: type[Method], run: RunConfig, gpus: int, stage: int) -> N
 def _count(
     spec: ModelSpec, job: Run, attention: str, checkpointing: bool, trainable: str
 ) -> tuple[Cost, dict[str, Any]]:
-    """The cost of a pass, and what a process with DeepSpeed answers meanwhile."""
+    """Return the cost of a pass, and the results of a process with DeepSpeed that runs at the same time."""
     baseline = job.device == "cpu"
     if job.zero.stage < 2 and not baseline:
         return _pass(spec, job, attention, checkpointing, trainable), {}
@@ -276,7 +298,7 @@ def _pass(spec: ModelSpec, job: Run, attention: str, checkpointing: bool, traina
         autocast=job.by_autocast,
         checkpointing=checkpointing,
         trainable=trainable,
-        # Fused attention saves the same tensors, whoever computes it.
+        # Fused attention saves the same tensors in every implementation.
         attention="eager" if attention == "eager" else "sdpa",
     )
 
@@ -308,7 +330,7 @@ def _rate(throughput: float | None, measured: Measured | None) -> dict[str, Any]
 
 
 def _table(items: list[Work], cost: Cost, gpus: int, rates: Mapping[str, float], price: float | None) -> dict[str, Any]:
-    """Items and their total, with GPU-hours and money where there is a rate."""
+    """Return the items and their total, with GPU-hours and money if there is a rate."""
     seconds = seconds_of(items, cost, gpus, rates) if rates else {}
     rows = [{**dataclasses.asdict(item), **({"seconds": seconds[item.name]} if seconds else {})} for item in items]
     total: dict[str, Any] = {key: sum(row[key] for row in rows) for key in ("images", "steps", "flops")}
@@ -330,7 +352,7 @@ def _advice(
     capacity: int | None,
     baseline: int | None,
 ) -> list[dict[str, Any]]:
-    """Single changes that hold less, each with the total it comes to; all of them as the last."""
+    """Return single changes that need less memory, each with its total; all of them together as the last."""
     assert capacity is not None
     checkpointed = cost if run.gradient_checkpointing else _pass(spec, job, attention, True)
     changes: list[tuple[str, Run, Cost]] = []

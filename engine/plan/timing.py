@@ -1,4 +1,4 @@
-"""Rates of a method on this machine: a few real steps on random images, by the engine itself."""
+"""Rates of a method on this machine, from a few real steps of the engine on random images."""
 
 from __future__ import annotations
 
@@ -19,23 +19,36 @@ from engine.models.spec import ModelSpec
 from engine.run.unlearn import unlearn
 from engine.runtime.device import autocast, resolve_device, resolve_precision
 
-# Steps of the two runs whose difference is timed, so that what starts and warms up a run does not count.
+# Steps of the two runs whose difference is timed, so that start and warm-up of a run do not count.
 _STEPS = (1, 4)
 
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """rates: images a second by kind (`engine.plan.work.Work.kind`). words: what was timed, and on what."""
+    """Measured rates.
+
+    Attributes:
+        rates: Images a second by kind (`engine.plan.work.Work.kind`).
+        words: What was timed, and on which device.
+    """
 
     rates: dict[str, float]
     words: str
 
 
 def measure_rates(spec: ModelSpec, method: str, options: Mapping[str, Any], batch_size: int, device: str) -> Measured:
-    """Times forget and retain steps, masks and teacher outputs of the method on one process here.
+    """Time forget and retain steps, masks and teacher outputs of the method in this process.
 
-    Weights and images are random: only their shapes take time. Decoding and communication are not in it.
-    Raises UserError where the device is not here.
+    Weights and images are random: the time depends on their shapes alone. Decoding and communication are not included.
+
+    Args:
+        spec: The model.
+        method, options: The method and its options.
+        batch_size: Samples of a step.
+        device: Device to measure.
+
+    Raises:
+        UserError: The device does not exist on this machine.
     """
     target = resolve_device(device)
     model = spec.build(seed=0)

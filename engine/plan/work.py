@@ -1,6 +1,6 @@
-"""What a run computes and sends, phase by phase, and the time that comes to at a stated or measured rate.
+"""Work of a run: what it computes and sends, phase by phase, and the time at a given or measured rate.
 
-One unit carries all of it: a training image, the forward and backward pass of one image. A rate is training images a
+Everything is in one unit: a training image, the forward and backward pass of one image. A rate is training images a
 second and GPU; passes without gradients count by their flops.
 """
 
@@ -25,7 +25,7 @@ from engine.run.early_stopping import last_stage
 from engine.run.seta import PrunedPhase, pruned_phases
 from engine.run.setup import WATCHED
 
-# Epochs of the recipes a ViT may have been trained by on ImageNet, and whose they are.
+# Epochs of recipes for ViTs on ImageNet, with their source.
 RECIPES = {
     "deit": (300.0, "DeiT, Touvron et al. 2021, arXiv 2012.12877"),
     "plain-vit": (90.0, "Beyer et al. 2022, arXiv 2205.01580"),
@@ -34,9 +34,14 @@ RECIPES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Work:
-    """One item of a run. images: passes over one image each. steps: optimizer steps, 0 for passes without gradients.
+    """One item of a run.
 
-    flops: in all, over all ranks. kind: what a rate for it is measured by (engine.plan.timing).
+    Attributes:
+        name: Name of the item.
+        images: Passes over one image each.
+        steps: Optimizer steps, 0 for passes without gradients.
+        flops: Total over all ranks.
+        kind: Key of the rate that measures it (engine.plan.timing).
     """
 
     name: str
@@ -48,9 +53,14 @@ class Work:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """Samples of a job and ranks of a run; batch: samples an optimizer step, over all ranks. image: (height, width) of
-    the model's input. held_out: validation samples; none given: the fifth of the test samples that a source without
-    any holds out.
+    """Samples of a job and ranks of a run.
+
+    Attributes:
+        forget, retain, test: Numbers of samples.
+        ranks: Number of ranks.
+        batch: Samples of an optimizer step, over all ranks.
+        image: (height, width) of the model's input in pixels.
+        held_out: Number of validation samples; None: the fifth of the test samples that a source without any holds out.
     """
 
     forget: int
@@ -63,19 +73,25 @@ class Sizes:
 
     @property
     def validation(self) -> int:
-        """Samples that the original never trained on."""
+        """Number of samples that the original was not trained on."""
         return round(self.test / 5) if self.held_out is None else self.held_out
 
     @property
     def evaluated(self) -> int:
-        """Samples that an evaluation looks at."""
+        """Number of samples in an evaluation."""
         return self.forget + min(self.retain, MOST_RETAINED) + self.test
 
 
 def unlearning_work(cost: Cost, sizes: Sizes, method: str, config: Any, run: RunConfig) -> list[Work]:
-    """Everything that `lethe unlearn` does with the model, in order. config: the method's.
+    """Return all work of `lethe unlearn` with the model, in order.
 
-    Where `run.stop_when` or a method's own rule may end it earlier, the most that it does.
+    If `run.stop_when` or a rule of the method may end a phase earlier, it is the upper bound.
+
+    Args:
+        cost: Cost of a pass.
+        sizes: Numbers of samples and ranks.
+        method, config: The method and its options.
+        run: Options of the run.
     """
     used = sizes.retain if run.retain_share == 1 else max(1, round(run.retain_share * sizes.retain))
     made = planned(method, config, sizes.forget, used, run)
@@ -83,7 +99,7 @@ def unlearning_work(cost: Cost, sizes: Sizes, method: str, config: Any, run: Run
     pruned = pruned_phases(run, phases, sizes.forget, used)
     stage = last_stage(phases) if run.stop_when != "never" else set()
     items = _choosing(cost, sizes, run)
-    watches, looks = 2, sizes.validation if stage else 0  # before and after; the original's
+    watches, looks = 2, sizes.validation if stage else 0  # before and after; for the original
     for number, phase in enumerate(phases):
         taken = _taken(phase, sizes, used, run, pruned.get(number))
         for each in made.passes(phases, number, taken):
@@ -104,14 +120,14 @@ def unlearning_work(cost: Cost, sizes: Sizes, method: str, config: Any, run: Run
 
 
 def _choosing(cost: Cost, sizes: Sizes, run: RunConfig) -> list[Work]:
-    """The passes by which `retain_choice` chooses."""
+    """Return the passes of `retain_choice`."""
     if run.retain_share == 1 or run.retain_choice == "random":
         return []
     return [_forward("choice of retained samples", cost, sizes.retain + sizes.forget * (run.retain_choice == "near"))]
 
 
 def _taken(phase: Phase, sizes: Sizes, retain: int, run: RunConfig, pruned: PrunedPhase | None) -> StepCounts:
-    """What the steps of a phase take, as `engine.run.trainer` counts it."""
+    """Return the images of the steps of a phase, by the rules of `engine.run.trainer`."""
     whole = phase.retained(retain) + (0 if phase.samples == "retain" else sizes.forget)
     epochs = Epochs(pruned.counts if pruned else (whole,), sizes.batch)
     steps = epochs.steps(phase.epochs)
@@ -134,7 +150,7 @@ def _taken(phase: Phase, sizes: Sizes, retain: int, run: RunConfig, pruned: Prun
 
 
 def _merged(items: list[Work]) -> list[Work]:
-    """One item a name: the phases of some methods alternate."""
+    """Return one item for each name, since the phases of some methods alternate."""
     merged: dict[str, Work] = {}
     for item in items:
         before = merged.get(item.name)
@@ -150,7 +166,7 @@ def _merged(items: list[Work]) -> list[Work]:
 
 
 def retraining_work(cost: Cost, sizes: Sizes, epochs: float) -> list[Work]:
-    """The same architecture from fresh weights on the retained samples, and one evaluation."""
+    """Return the work of training the same architecture from fresh weights on the retain set, and one evaluation."""
     steps = math.ceil(epochs * math.ceil(sizes.retain / sizes.batch))
     return [
         _training("training", cost, epochs * sizes.retain, steps, "retain", cost.backward_flops),
@@ -159,12 +175,12 @@ def retraining_work(cost: Cost, sizes: Sizes, epochs: float) -> list[Work]:
 
 
 def phases_of(method: str, config: Any) -> list[Phase]:
-    """The method's own phases, for one sample to forget and nine to retain; rates as for a model of width 1."""
+    """Return the method's phases for one forget sample and nine retain samples; rates as for a model of width 1."""
     return planned(method, config, 1, 9, RunConfig()).phases()
 
 
 def planned(method: str, config: Any, forget: int, retain: int, run: RunConfig) -> Method:
-    """A method for so many samples that can be asked for its phases and passes, and for nothing else."""
+    """Return a method for so many samples, of which only phases and passes are available."""
     method_class = get_method(method)
     made = method_class.__new__(method_class)
     context: Any = types.SimpleNamespace(
@@ -184,7 +200,14 @@ def _forward(name: str, cost: Cost, images: float) -> Work:
 
 
 def seconds_of(work: list[Work], cost: Cost, ranks: int, rates: Mapping[str, float]) -> dict[str, float]:
-    """Seconds by name. rates: images a second and GPU by kind; `training` stands in, by flops, for those not given."""
+    """Return the seconds of each item by name.
+
+    Args:
+        work: The items.
+        cost: Cost of a pass.
+        ranks: Number of ranks.
+        rates: Images a second and GPU by kind; `training` replaces missing ones, by flops.
+    """
     per_image = cost.forward_flops + cost.backward_flops
     seconds = {}
     for item in work:
@@ -196,7 +219,7 @@ def seconds_of(work: list[Work], cost: Cost, ranks: int, rates: Mapping[str, flo
 
 
 def communication(cost: Cost, ranks: int, zero: Zero, weight_bytes: int, accumulation: int) -> dict[str, Any]:
-    """Bytes that a rank sends in one optimizer step, by ring collectives, and the formula."""
+    """Return the bytes that a rank sends in one optimizer step, by ring collectives, and the formula."""
     P, N, w, A = cost.parameters, ranks, weight_bytes, accumulation
     ring = (N - 1) / N
     terms = {
@@ -221,7 +244,11 @@ def communication(cost: Cost, ranks: int, zero: Zero, weight_bytes: int, accumul
 
 
 def recipe(name: str, epochs: float | None) -> dict[str, Any]:
-    """Name, epochs and source of a retrain recipe; epochs of one's own go before the recipe's."""
+    """Return name, epochs and source of a retrain recipe; given epochs take precedence.
+
+    Raises:
+        UserError: The recipe is unknown, and no epochs are given.
+    """
     known, source = RECIPES.get(name, (None, "stated by the user"))
     if epochs is None and known is None:
         raise UserError(
