@@ -311,7 +311,7 @@ def test_the_sample_keeps_the_shares_of_classes(data: Path) -> None:
 def test_the_models_are_left_as_they_were(good: torch.nn.Module, data: Path, tmp_path: Path) -> None:
     model = load_checkpoint(save_checkpoint(good, tmp_path / "model"))
     before = copy.deepcopy(model.state_dict())
-    looked = preflight.evaluate(model, open_source(f"imagefolder:{data}").train, "model", {"precision": "fp32"})
+    looked = preflight.measure_accuracy(model, open_source(f"imagefolder:{data}").train, "model", {"precision": "fp32"})
     assert looked is not None
     assert (looked.correct.mean(), looked.others, looked.class_names) == (1.0, {}, NAMES)
     assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
