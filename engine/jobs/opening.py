@@ -151,7 +151,9 @@ class Opening:
         try:
             mapping, names, line = self.match(source.train, model)
         except UserError:  # an architecture is taken from a model of other classes
-            mapping, names, line = None, source.train.class_names, f"classes: {shown(source.train.class_names)}"
+            mapping, names, line = None, source.train.class_names, ""
+        if mapping is None and names:  # the names of a fresh model are those of the data: nothing was compared
+            line = f"classes: {len(names)}, {shown(names)}; in the data's order"
         self.say(line)
         if mapping is not None:
             source = relabelled_source(source, mapping, names)

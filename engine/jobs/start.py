@@ -71,10 +71,13 @@ def init_model(checkpoint: str, source: Source, task: Task | None, seed: int) ->
         mapping = current().match(source.train, given)[0]
         _check_base(checkpoint, made, task if mapping is None else task.relabelled(mapping, names))
     model = given if kept else with_fresh_head(given, _classes(source), seed)
-    current().say(
-        f"head: {'kept, its classes are those' if kept else f'fresh, for the {_classes(source)} classes'} of "
-        f"{source.spec}"
-    )
+    if not kept:
+        head = f"fresh, for the {_classes(source)} classes of {source.spec}"
+    elif label_names(given):
+        head = f"kept, its classes are those of {source.spec}"
+    else:
+        head = f"kept; the base gives no class names, so its labels are taken for those of {source.spec}"
+    current().say(f"head: {head}")
     note = {
         "checkpoint": checkpoint,
         "weights_sha256": weights_sha256(given),

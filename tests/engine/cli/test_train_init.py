@@ -78,6 +78,20 @@ def test_the_head_is_kept_if_its_classes_are_those_of_the_data(
     assert spec_of(found).label_names == list("0123456789")
 
 
+def test_a_base_without_class_names_is_not_called_compared(tmp_path: Path, digits: Source) -> None:
+    data = Source("digits", digits.train.subset(range(200)), None, digits.test)
+    data.train.class_names = list("0123456789")
+    place = save_checkpoint(describing(tiny_vit(seed=5), []), tmp_path / "base")
+    lines: list[str] = []
+    opening = Opening(checked=False, say=lines.append)
+    with opening.active():
+        model, _ = init_model(str(place), data, None, seed=0)
+        opening.prepare_training(data, None, model)
+    assert lines[0] == "head: kept; the base gives no class names, so its labels are taken for those of digits"
+    assert lines[-1].endswith("; in the data's order")
+    assert not any("order is that of" in line for line in lines)
+
+
 @pytest.mark.parametrize(("order", "head"), [("auto", "kept"), ("data", "fresh")])
 def test_the_same_classes_in_another_order_keep_the_head_and_are_matched_by_name(
     order: Any, head: str, tmp_path: Path, digits: Source
