@@ -1,4 +1,4 @@
-"""unlearn(): one function, read top to bottom."""
+"""`engine.unlearn` and `engine.train`."""
 
 from __future__ import annotations
 
@@ -41,29 +41,48 @@ def unlearn(
     deepspeed: Mapping[str, Any] | str | os.PathLike[str] | None = None,
     finalize: Callable[[UnlearnResult], None] | None = None,
 ) -> UnlearnResult:
-    """Makes a trained ViT forget `forget` while it keeps what it learned from `retain`.
+    """Make a trained classifier forget `forget` while it keeps what it learned from `retain`.
 
-    model: a classifier, or a checkpoint (folder, `timm:NAME`, `hf-hub:ID`): any of timm's, or any module that returns
-        logits and declares its input size; `lethe` needs attention that can be read. What `torch.compile`,
-        `DataParallel` or `DistributedDataParallel` wraps is taken out. It is left as it is unless `inplace`.
-    forget, retain: `engine.data.Samples`, or map-style datasets of (image, label), see `engine.data.from_dataset`.
-    method: a name of `engine.list_methods()`. config: its options and `engine.RunConfig`'s by name.
-    validation: samples that the original never trained on; what stops a collapse looks at them. Without any, the
-        watched samples are retained ones, which the model has memorised: a collapse is still seen, a slow loss is not.
-    output_dir: run folder; None writes nothing. resume: go on with the run in it. overwrite: replace that run.
-    progress: called with (phase, step, steps, numbers) as losses are read. None: a bar, if standard error is a terminal
-        or this is a notebook; False: none. notes: kept in config.yaml.
-    after_phase: called with (phase, model) at the end of each phase, under the run's attention; must not change the
-        model; its time is not counted.
-    deepspeed: a DeepSpeed configuration, or its JSON file. Under a launcher with several ranks it is needed; every
-        rank calls `unlearn` with the same arguments, and all of them get the unlearned model.
-    config's on_bad_image=skip: forget images that cannot be read are found before the first step and left out of the
-        run (a method that is exact needs their ids alone); `UnlearnResult.bad_images` names them.
-    finalize: called with the result on every rank before the run counts as finished: a run that is killed in it does
-        it again when it is resumed.
+    Args:
+        model: A classifier of timm or transformers, any module that returns logits [B, classes] and declares its input
+            size, or a checkpoint (file, folder, `timm:NAME`, `hf-hub:ID`). `lethe` needs attention that can be read.
+            Wrappers of `torch.compile`, `DataParallel` and `DistributedDataParallel` are taken off. The model is not
+            changed unless `inplace`.
+        forget: Forget set: `engine.data.Samples`, or a map-style dataset of (image, label), see
+            `engine.data.from_dataset`.
+        retain: Retain set, likewise.
+        method: A name of `engine.list_methods()`.
+        config: Options of the method and of `engine.RunConfig` by name. With `on_bad_image="skip"`, forget images that
+            cannot be read are found before the first step and left out (an exact method needs their ids alone);
+            `UnlearnResult.bad_images` names them.
+        validation: Held-out set: samples that the original was not trained on. The collapse guard measures accuracy on
+            it. Without one, it uses retain samples, which the model has memorised: a collapse is still found, a slow
+            loss of accuracy is not.
+        output_dir: Run folder; None writes nothing.
+        inplace: Change the given model.
+        resume: Continue the run in the run folder.
+        overwrite: Replace the run in the run folder.
+        progress: Called with (phase, step, steps, numbers) as losses are read. None: a progress bar if standard error
+            is a terminal or this is a notebook. True: a bar in any case. False: none.
+        after_phase: Called with (phase, model) at the end of each phase, under the run's attention. It must not change
+            the model; its time is not counted.
+        notes: Further entries of config.yaml.
+        deepspeed: DeepSpeed configuration, or its JSON file; required under a launcher with several ranks. Every rank
+            calls `unlearn` with the same arguments and gets the unlearned model.
+        finalize: Called with the result on every rank before the run counts as finished. If the run is killed in it,
+            it is called again on resume.
 
-    Raises UserError for wrong use, RunStopped where a loss or gradient is not finite (the last good weights are
-    then in output_dir/last_good) or no space is left.
+    Returns:
+        The unlearned model with its history, see `UnlearnResult`.
+
+    Raises:
+        UserError: Wrong use; nothing was changed.
+        RunStopped: A loss or gradient is not finite (the last good weights are in output_dir/last_good), or no space is
+            left on the device.
+
+    Example:
+        >>> result = engine.unlearn(model, forget, retain, validation=validation, output_dir="unlearned")
+        >>> result.accuracy(test)
     """
     given = load_checkpoint(model) if isinstance(model, (str, os.PathLike)) else model
     original = usable(given, inplace)
@@ -110,12 +129,21 @@ def train(
     deepspeed: Mapping[str, Any] | str | os.PathLike[str] | None = None,
     finalize: Callable[[UnlearnResult], None] | None = None,
 ) -> UnlearnResult:
-    """Trains the architecture of `model`: the `retrain` method with nothing to forget.
+    """Train the architecture of `model` from fresh weights; this makes originals and reference models.
 
-    From fresh weights, or with the option `base=given` from those of `model`.
+    Args:
+        model: Gives the architecture; with the option `base="given"` also the weights to start from.
+        samples: Training samples, for a reference model the retain set.
+        method: "retrain", or "s3t": training in slices, so that a later request can drop stages
+            (engine/methods/s3t.py); it needs `output_dir`.
+        config: `epochs`, `lr` and the other options of the method and of `engine.RunConfig`.
+        validation, output_dir, resume, overwrite, progress, notes, deepspeed, finalize: As of `unlearn`.
 
-    method: s3t trains in slices, so that a later deletion can drop stages (engine/methods/s3t.py); needs `output_dir`.
-    Options and errors are those of `unlearn`; config holds `epochs`, `lr` and `engine.RunConfig`'s.
+    Returns:
+        The trained model with its history.
+
+    Raises:
+        UserError, RunStopped: As of `unlearn`.
     """
     samples = from_dataset(samples, "train")
     if method == "s3t" and output_dir is None:
@@ -142,7 +170,7 @@ def train(
 
 @contextlib.contextmanager
 def shown_progress(progress: Progress | bool | None) -> Iterator[Progress | None]:
-    """The callback of a run: the given one, or that of a bar where somebody can see it, or none."""
+    """Return the callback of a run: the given one, that of a progress bar, or None."""
     if callable(progress):
         yield progress
     elif progress is False or ProcessGroup.current().rank > 0:
