@@ -1,4 +1,4 @@
-"""Measure a model that is already there, compared with its original and with reference models."""
+"""Evaluate an existing model, compared with its original and with reference models."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from engine.models.huggingface import as_classifier
 def evaluate_job(
     task: Task, checkpoint: str, original: str | None, references: Sequence[str], config: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """metrics.json of a checkpoint that is already there; arguments and errors as of `evaluate_models`."""
+    """Return metrics.json of an existing checkpoint; arguments and errors as of `evaluate_models`."""
     return evaluate_models(task, checkpoint, original, references, config)
 
 
@@ -43,13 +43,23 @@ def evaluate_models(
     references: Sequence[nn.Module | str | Path] = (),
     config: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Measures a model; see `engine.evaluate`.
+    """Evaluate a model on forget set, retain set and test set; see `engine.evaluate`.
+
+    Args:
+        task: The data with the forget request.
+        model: The model to evaluate, or its checkpoint.
+        original: The model before unlearning; None if it is not available.
+        references: Reference models or their checkpoints.
+        config: Options of the evaluation by name, those of `EVALUATION_OPTIONS`.
+
+    Returns:
+        Contents of metrics.json, see `engine.evaluate.compare`. `seconds.evaluate` is the wall-clock time of the call,
+        and `unreadable` the number of forget samples whose images cannot be read, if there are any.
 
     Raises:
-        UserError: an unknown option, or a reference that is none: by its record (`engine.jobs.verify.check_origin`), by
-        its
-            weights (those of the model, of the original or of another reference), or, if there is an original, by its
-            predictions (`engine.jobs.verify.check_reference`).
+        UserError: An option is unknown, or a reference is not valid: by its record (`engine.jobs.verify.check_origin`),
+            by its weights (those of the model, of the original or of another reference), or, if there is an original,
+            by its predictions (`engine.jobs.verify.check_reference`).
     """
     config = config or {}
     unknown = [key for key in config if key not in EVALUATION_OPTIONS]
@@ -84,7 +94,19 @@ def evaluate_samples(
     references: Sequence[nn.Module | str | Path],
     config: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """`engine.evaluate`. sets: forget, retain and test."""
+    """Evaluate a model on given samples or datasets; the body of `engine.evaluate`.
+
+    Args:
+        sets: "forget", "retain" and "test".
+        model, original, references, config: As of `evaluate_models`. Given models keep their device and mode.
+
+    Returns:
+        As of `evaluate_models`.
+
+    Raises:
+        UserError: The forget set shares items with another set, a model is neither a module nor a checkpoint, or as of
+            `evaluate_models`.
+    """
     forget, retain, test = (from_dataset(sets[name], name) for name in ("forget", "retain", "test"))
     refuse_overlap(sets["forget"], sets["retain"])
     refuse_overlap(sets["forget"], sets["test"], "test")
@@ -103,7 +125,7 @@ def evaluate_samples(
 
 @contextlib.contextmanager
 def _as_they_were(models: Sequence[nn.Module]) -> Iterator[None]:
-    """Puts a caller's models back on their device and in their mode."""
+    """Restore the device and the mode of a caller's models on exit."""
     devices = [next(model.parameters()).device for model in models]
     modes = [(module, module.training) for model in models for module in model.modules()]
     try:

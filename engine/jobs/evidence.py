@@ -1,6 +1,6 @@
-"""What stands behind a verdict: attacks, agreement, relearning, features and attention, for `engine.report.proof.page`.
+"""Evidence behind a verdict: attacks, agreement, relearning, features, attention, for `engine.report.proof.page`.
 
-A verdict needs few numbers; who doubts it, or has to explain it, wants to see more. None of this decides anything.
+A verdict needs few numbers. Readers who doubt it, or have to explain it, need more. The evidence decides nothing.
 """
 
 from __future__ import annotations
@@ -33,7 +33,13 @@ def prove_job(
     gates: Path | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> tuple[Verdict, dict[str, Any]]:
-    """`engine.jobs.verify.verify_job`, and the proof (`gather_proof`) with it."""
+    """Judge a checkpoint as `engine.jobs.verify.verify_job` does, and gather the proof.
+
+    Arguments and errors are those of `verify_job`.
+
+    Returns:
+        (verdict, proof as of `gather_proof`).
+    """
     model, examiner = prepare(task, checkpoint, original, references, gates=gates, config=config)
     evidence = examiner.evidence(model)
     verdict = examiner.judge(evidence)
@@ -41,11 +47,20 @@ def prove_job(
 
 
 def gather_proof(examiner: Verifier, evidence: Evidence, model: nn.Module, verdict: Verdict) -> dict[str, Any]:
-    """A proof as `engine.report.proof.page` shows it, JSON-ready, with the seconds that each part took.
+    """Measure the evidence behind a verdict, in the form that `engine.report.proof.page` shows.
 
-    examiner, evidence: those that the verdict came from. model: the one that was judged; left as it is. All models are
-    held at once. A part that cannot be measured (too few samples, a model without attention to be read) is not there;
-    `unmeasured` says why.
+    All models are held in memory at once.
+
+    Args:
+        examiner: The verifier that the verdict came from.
+        evidence: The evidence that the verdict came from.
+        model: The model that was judged; it is not changed.
+        verdict: The verdict.
+
+    Returns:
+        JSON-ready dict: verdict, gates, a value for each part, and `seconds`, the wall-clock time of each part. A part
+        that cannot be measured (too few samples, a model whose attention cannot be read) is missing; `unmeasured` holds
+        the reason by the name of the part.
     """
     references = {f"retrained {number}": each for number, each in enumerate(examiner.load_references(), 1)}
     models = {"original": examiner.before, "model": model, **references}

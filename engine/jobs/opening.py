@@ -1,4 +1,4 @@
-"""How a command opens its models: one preprocessing, one order of labels, and a check before the work."""
+"""Opening the models of a command: one preprocessing, one order of labels, and a check before the work."""
 
 from __future__ import annotations
 
@@ -29,26 +29,30 @@ _current: contextvars.ContextVar[Opening | None] = contextvars.ContextVar("openi
 
 
 def current() -> Opening:
-    """The opening of the command that is running; one that changes and prints nothing if there is none."""
+    """Return the opening of the running command; if there is none, one that changes and prints nothing."""
     return _current.get() or Opening(checked=False)
 
 
 def open_model(checkpoint: str | os.PathLike[str], **options: Any) -> nn.Module:
-    """`load_checkpoint`, with the changes of the command that is running (`Opening.active`), if it has any."""
+    """Load a checkpoint, with the changes of the running command (`Opening.active`) if it has any.
+
+    Args:
+        checkpoint, options: As of `load_checkpoint`.
+    """
     return current().model(checkpoint, **options)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Opening:
-    """What a command was told about its models.
+    """Options that a command was given for its models.
 
     Attributes:
         changes: Values that replace those of the models' pretrained_cfg, in all of them.
         label_order: auto matches the data's class names with the checkpoint's; data keeps the data's numbers.
-        expect: Accuracy [0, 1] on retained samples that the original is known to have; None: as its record says.
-        accept: Go on whatever the accuracy of the original is.
+        expect: Accuracy [0, 1] on retained samples that the original is expected to have; None: the recorded one.
+        accept: Continue whatever the accuracy of the original is.
         checked: Whether the accuracy of the original is measured.
-        say: Takes lines to print.
+        say: Receives lines to print.
     """
 
     changes: Changes = dataclasses.field(default_factory=Changes)
@@ -61,7 +65,7 @@ class Opening:
 
     @classmethod
     def of(cls, kept: Mapping[str, Any] | None) -> Opening:
-        """From what `to_dict` gave; one that changes nothing for None."""
+        """Create an opening from what `to_dict` returned; for None, one that changes nothing."""
         if not kept:
             return cls(checked=False)
         values: dict[str, Any] = {
@@ -70,12 +74,12 @@ class Opening:
         return cls(changes=Changes(**values), label_order=kept["label_order"], checked=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """What changes models and labels, for JSON."""
+        """Return what changes models and labels, JSON-ready."""
         return {"preprocessing": dataclasses.asdict(self.changes), "label_order": self.label_order}
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Inside, `open_model` gives models with these changes."""
+        """Make `open_model` apply these changes inside the context."""
         token = _current.set(self)
         try:
             yield
@@ -84,7 +88,10 @@ class Opening:
             self._ready.clear()
 
     def model(self, checkpoint: str | os.PathLike[str], **options: Any) -> nn.Module:
-        """A checkpoint with the changes applied; the one that `prepare` has opened the first time it is asked for."""
+        """Load a checkpoint and apply the changes.
+
+        The first call for a checkpoint that `prepare` has loaded returns that model.
+        """
         name = os.fspath(checkpoint)
         if name in self._ready:
             return self._ready.pop(name)
@@ -99,19 +106,20 @@ class Opening:
         others: Mapping[str, str],
         config: Mapping[str, Any] | None = None,
     ) -> tuple[Task, AccuracyCheck | None]:
-        """Everything that is checked before the work: the task in the model's order of labels, and the check's result.
-
-        Prints preprocessing, classes and accuracy.
+        """Run all checks before the work, and print preprocessing, classes and accuracy.
 
         Args:
             task: The task with the data's labels.
             checkpoint: The untouched model.
-            others: Further models of the command by what they are, such as `--reference PATH`.
+            others: Further models of the command by the option that gave them, such as `--reference PATH`.
             config: Options of the run, by name.
 
+        Returns:
+            (the task in the model's order of labels, the result of `check`).
+
         Raises:
-            UserError: Class names that do not match, models of different orders of labels, or an accuracy that says
-                that the model is fed wrongly.
+            UserError: Class names do not match, models have different orders of labels, the head has no output for a
+                label, or the accuracy is not plausible: the model receives a wrong input.
         """
         original = self.model(checkpoint)
         self.say_preprocessing(original)
@@ -130,7 +138,7 @@ class Opening:
     def check_samples(
         self, samples: Samples, model: nn.Module, checkpoint: str, data: str, config: Mapping[str, Any]
     ) -> Samples:
-        """Training samples in the model's order of labels, checked and printed likewise."""
+        """Return training samples in the model's order of labels, checked and printed as in `prepare`."""
         self.say_preprocessing(model)
         mapping, names, line = self.match(samples, model)
         self.say(line)
@@ -142,9 +150,15 @@ class Opening:
     def prepare_training(
         self, source: Source, task: Task | None, model: nn.Module
     ) -> tuple[Source, Task | None, dict[str, Any]]:
-        """(data in the order of labels of the model, the task likewise, what config.yaml keeps) of a training.
+        """Put the data of a training in the order of labels of its model, and print preprocessing and classes.
 
-        model: with fresh weights, or a fresh head. It is given the changes, and class names if it has none.
+        Args:
+            source: The data.
+            task: The forget request, if there is one.
+            model: A model with fresh weights or a fresh head. It receives the changes, and class names if it has none.
+
+        Returns:
+            (the data in the order of labels of the model, the task likewise, what config.yaml keeps).
         """
         self.changes.apply(model)
         self.say_preprocessing(model)
@@ -164,9 +178,13 @@ class Opening:
     def check(
         self, model: nn.Module, samples: Samples, checkpoint: str, data: str, config: Mapping[str, Any]
     ) -> AccuracyCheck | None:
-        """Accuracy of an untouched model on some samples, printed; None if there are none.
+        """Measure and print the accuracy of an untouched model on some samples.
 
-        Raises UserError as `prepare` does, unless `accept`.
+        Returns:
+            The result; None if the check is off or there are no samples.
+
+        Raises:
+            UserError: The accuracy is not plausible, as in `prepare`, and `accept` is off.
         """
         if not self.checked:
             return None
@@ -183,12 +201,20 @@ class Opening:
         self.say(f"preprocessing: {preprocessing_of(model).line()} ({origins_line(model, self.changes)})")
 
     def in_order_of(self, source: Source, model: nn.Module) -> Source:
-        """The data with labels in the model's order of classes."""
+        """Return the data with labels in the model's order of classes."""
         mapping, names, _ = self.match(source.train, model)
         return source if mapping is None else relabelled_source(source, mapping, names)
 
     def match(self, samples: Samples, model: nn.Module) -> tuple[np.ndarray | None, list[str], str]:
-        """(new label of each of the data's, or None if nothing changes, names by new label, what to print)."""
+        """Match the data's class names with those of the model.
+
+        Returns:
+            (new label of each of the data's labels, or None if nothing changes; class names by new label; line to
+            print).
+
+        Raises:
+            UserError: The names do not match.
+        """
         found, classes = samples.class_names, num_classes_of(model)
         count = len(found) or (int(samples.labels.max()) + 1 if len(samples) else 0)
         head = f"classes: {count}{f' of the {classes} of the model' if count != classes else ''}"
@@ -208,7 +234,7 @@ class Opening:
         return mapping, wanted, f"{head}, matched by name: labels in the order of {where}; {moved}"
 
     def facts(self, model: nn.Module) -> dict[str, Any]:
-        """What config.yaml and record.json keep of it; the same whenever the command is given again."""
+        """Return what config.yaml and record.json keep of the options; a repeated command gives the same."""
         return {
             "preprocessing": preprocessing_of(model).to_dict(),
             "label_order": self.label_order,
@@ -217,7 +243,11 @@ class Opening:
         }
 
     def compare(self, name: str, model: nn.Module, original: nn.Module) -> None:
-        """Checks a further model against the original."""
+        """Check a further model against the original, and print its preprocessing if it differs.
+
+        Raises:
+            UserError: The models have different orders of classes.
+        """
         if self.label_order == "auto":
             mine, theirs = label_names(model), label_names(original)
             if mine and theirs and not same_names(mine, theirs):
@@ -228,7 +258,11 @@ class Opening:
 
 
 def check_head(samples: Samples, model: nn.Module, checkpoint: str, data: str) -> None:
-    """Raises UserError for labels that the model has no output for."""
+    """Check that the model has an output for each label.
+
+    Raises:
+        UserError: It has none for a label.
+    """
     classes = num_classes_of(model)
     if len(samples) and samples.labels.max() >= classes:
         raise UserError(
@@ -246,7 +280,11 @@ def _first_difference(mine: Sequence[str], theirs: Sequence[str]) -> str:
 
 
 def read_accuracy(text: str | None) -> float | None:
-    """`0.92`, `92` or `92%` as a share. Raises UserError for anything else."""
+    """Parse `0.92`, `92` or `92%` as a share in (0, 1]; None is returned unchanged.
+
+    Raises:
+        UserError: The text is anything else.
+    """
     if text is None:
         return None
     try:

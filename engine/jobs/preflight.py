@@ -1,9 +1,9 @@
-"""The look before the leap: accuracy of the untouched model on a few hundred retained samples.
+"""Check before the work: accuracy of the untouched model on a few hundred retained samples.
 
-A model that is fed with another mean and std, another order of labels or other weights than it was trained with still
-runs, and can still be unlearned: the result is worth nothing. So it is an error if the accuracy is near chance, far
-below what is known of the model, or clearly lower than with another usual mean and std, with exchanged labels or with
-the checkpoint's other weights. `engine.core.plausibility` has the tests.
+A model that is used with another mean and std, another order of labels or other weights than in its training still
+runs, and can still be unlearned, but the result is worthless. It is therefore an error if the accuracy is near chance,
+far below the known accuracy of the model, or clearly lower than with another usual mean and std, with exchanged labels
+or with the checkpoint's other weights. The tests are in `engine.core.plausibility`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,12 @@ _OTHER_WEIGHTS: dict[str, Kind] = {"raw": "ema", "ema": "raw"}
 
 @dataclasses.dataclass(frozen=True)
 class Expected:
-    """An accuracy [0, 1] that a model is known to have, and who says so."""
+    """An accuracy that a model is known to have.
+
+    Attributes:
+        accuracy: In [0, 1].
+        said_by: Source of the accuracy, for messages.
+    """
 
     accuracy: float
     said_by: str
@@ -56,11 +61,16 @@ class Expected:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AccuracyCheck:
-    """What the check found.
+    """Result of the check.
 
-    predicted, labels: int64 [n]. class_names: by label. others: bool [n], correct answers by what would have to be
-    changed, such as `--mean imagenet --std imagenet`. exchanged: (answered label by the data's label, bool [n] correct
-    answers with labels exchanged so). seconds: that it took.
+    Attributes:
+        predicted, labels: int64 [n].
+        class_names: Class names by label.
+        others: Correct answers, bool [n], by the options that would have to be given, such as `--mean imagenet --std
+            imagenet`.
+        exchanged: (answered label by the data's label, correct answers, bool [n], with labels exchanged in this way);
+            None if no exchange was found.
+        seconds: Wall-clock time of the check.
     """
 
     predicted: np.ndarray
@@ -81,7 +91,7 @@ class AccuracyCheck:
         )
 
     def entry(self) -> dict[str, Any]:
-        """For the request in record.json."""
+        """Return the result for the request in record.json."""
         return {
             "untouched_model": {
                 "samples": len(self.labels),
@@ -95,9 +105,19 @@ class AccuracyCheck:
 def measure_accuracy(
     model: nn.Module, samples: Samples, checkpoint: str, config: Mapping[str, Any]
 ) -> AccuracyCheck | None:
-    """Answers of a model for up to 400 samples, and what other ways of feeding it would give; the main rank's on all.
+    """Measure the accuracy of a model on up to 400 samples, and of other ways to feed it.
 
-    The other ways are only tried below 95%: above, none can be 5 points better. None if no sample could be read.
+    The main rank measures, and all ranks return its result. The other ways are only tried below 95%: above it, none can
+    be 5 points better.
+
+    Args:
+        model: The untouched model.
+        samples: Retained samples.
+        checkpoint: Checkpoint of the model, which may hold other weights.
+        config: Options of the run, by name.
+
+    Returns:
+        The result; None if no sample can be read.
     """
     world = ProcessGroup.current()
     found: list[AccuracyCheck | None] = [None]
@@ -140,7 +160,7 @@ def _look(model: nn.Module, samples: Samples, checkpoint: str, config: Mapping[s
 
 
 def stratified(samples: Samples, count: int) -> Samples:
-    """At most `count` samples at equal distances in the order of labels, so that classes keep their shares."""
+    """Return at most `count` samples at equal distances in the order of labels: classes keep their shares."""
     if len(samples) <= count:
         return samples
     shuffled = np.random.default_rng(0).permutation(len(samples))  # a class's own order may be one of difficulty
@@ -164,7 +184,12 @@ class _Answers:
     def of(
         self, model: nn.Module, change: Callable[[Tensor], Tensor] = lambda images: images
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(predicted, labels), int64 [n], of the samples that can be read; change: of the normalised images."""
+        """Return predictions and labels, each int64 [n], of the samples that can be read.
+
+        Args:
+            model: The model.
+            change: Applied to the normalised images.
+        """
         was_training, model = model.training, model.eval()
         half = next(model.parameters()).dtype.itemsize < 4
         rows = []
@@ -185,7 +210,7 @@ class _Answers:
         return logits.argmax(1).numpy(), labels.numpy()
 
     def with_statistics(self, model: nn.Module) -> dict[str, np.ndarray]:
-        """Predictions with each other usual mean and std; none for images that come normalised."""
+        """Return predictions with each other usual mean and std; none for images that are already normalised."""
         channels = len(self.preprocessing.mean)
         if self.samples.tensor(self._readable(), channels).dtype != torch.uint8:
             return {}
@@ -216,7 +241,11 @@ def _affine(mean: Any, std: Any, channels: int, device: torch.device) -> tuple[T
 
 
 def _other_weights(model: nn.Module, checkpoint: str) -> tuple[str, nn.Module] | None:
-    """The checkpoint's other weights, raw or EMA, where it holds both: (what would have to be given, the model)."""
+    """Load the checkpoint's other weights, raw or EMA.
+
+    Returns:
+        (the option that would have to be given, the model); None if the checkpoint does not hold both.
+    """
     try:
         taken = spec_of(model).extra.get("lethe_import", {}).get("weights", "")
         kind = _OTHER_WEIGHTS[taken]
@@ -231,7 +260,15 @@ def _other_weights(model: nn.Module, checkpoint: str) -> tuple[str, nn.Module] |
 
 
 def recorded_accuracy(checkpoint: str, data: str) -> Expected | None:
-    """What metrics.json beside a checkpoint says of it on the retained samples of the same data; None if it is none."""
+    """Return the retain accuracy in the metrics.json next to a checkpoint, if it was measured on the same data.
+
+    Args:
+        checkpoint: The checkpoint.
+        data: Spec of the data source.
+
+    Returns:
+        The accuracy and its source; None if there is none.
+    """
     try:
         folder = CheckpointSource.parse(checkpoint).folder
         if read_yaml(folder / "config.yaml").get("data") != data:
@@ -249,7 +286,18 @@ def check_accuracy(
     expected: Expected | None,
     accept: Callable[[str], None] | None = None,
 ) -> None:
-    """Raises UserError for an accuracy that is not plausible; accept: takes the same as a warning instead."""
+    """Check that the accuracy of the untouched model is plausible.
+
+    Args:
+        looked: The measured accuracy.
+        model: The model, whose preprocessing is named in the message.
+        checkpoint: Its checkpoint, for messages.
+        expected: Accuracy that the model is known to have; None if unknown.
+        accept: Receives the message as a warning, in place of the error.
+
+    Raises:
+        UserError: It is not plausible, and `accept` is None.
+    """
     problem = _problem(looked, expected)
     if problem is None:
         return
@@ -267,7 +315,7 @@ def check_accuracy(
 
 
 def _problem(looked: AccuracyCheck, expected: Expected | None) -> str | None:
-    """Why an accuracy is not plausible, with what was observed; None if it is."""
+    """Return why an accuracy is not plausible, with what was observed; None if it is."""
     observed = _observed(looked)
     if is_near_chance(int(looked.correct.sum()), looked.labels):
         constant = chance_of(looked.labels)
@@ -282,7 +330,7 @@ def _problem(looked: AccuracyCheck, expected: Expected | None) -> str | None:
 
 
 def _observed(looked: AccuracyCheck) -> list[str]:
-    """What would be clearly better, the best first."""
+    """Return what would be clearly better, the best first."""
     lines = []
     better = {name: c for name, c in looked.others.items() if is_clearly_better(c, looked.correct)}
     if better:

@@ -28,7 +28,16 @@ if TYPE_CHECKING:
 
 
 def architecture(name: str, model_args: Mapping[str, Any], source: Source) -> nn.Module:
-    """A model with fresh weights for a data source: a timm architecture, or that of a checkpoint folder."""
+    """Build a model with fresh weights for a data source.
+
+    Args:
+        name: A timm architecture, or a checkpoint whose architecture is used.
+        model_args: Arguments of a timm architecture.
+        source: The data, which sets the number of classes of a timm architecture.
+
+    Raises:
+        UserError: `model_args` are given for a checkpoint.
+    """
     if Path(name).is_dir() or Path(CheckpointSource.parse(name).place).is_file():
         _refuse_model_args(name, model_args)
         return load_checkpoint(name)
@@ -38,9 +47,15 @@ def architecture(name: str, model_args: Mapping[str, Any], source: Source) -> nn
 
 
 def pretrained(checkpoint: str, model_args: Mapping[str, Any], source: Source) -> nn.Module:
-    """A checkpoint (folder, file, `timm:NAME`, `hf-hub:ID`) with a fresh head for the classes of a data source.
+    """Load a checkpoint with a fresh head for the classes of a data source.
 
-    Raises UserError for a run folder that says it was trained on that source.
+    Args:
+        checkpoint: A folder, a file, `timm:NAME` or `hf-hub:ID`.
+        model_args: Must be empty.
+        source: The data.
+
+    Raises:
+        UserError: `model_args` are given, or the config.yaml of a run folder names `source` as the training data.
     """
     _refuse_model_args(checkpoint, model_args)
     config = CheckpointSource.parse(checkpoint).folder / "config.yaml"
@@ -50,16 +65,27 @@ def pretrained(checkpoint: str, model_args: Mapping[str, Any], source: Source) -
             "samples, so take another, or leave base=given out"
         )
     model = with_fresh_head(load_checkpoint(checkpoint, headless=True), _classes(source))
-    return describing(model, [])  # its class names are those of the head that is gone
+    return describing(model, [])  # its class names are those of the head that was replaced
 
 
 def init_model(checkpoint: str, source: Source, task: Task | None, seed: int) -> tuple[nn.Module, dict[str, Any]]:
-    """A model to train from a checkpoint, and what config.yaml and the record keep of it.
+    """Load a model to train from a checkpoint.
 
-    The head is kept if it has the classes of the data source, in any order: the class names of the model are then those
-    of its head by label, and labels of the data have to be put in that order (`Opening.prepare_training`). Otherwise it
-    is fresh, drawn from the seed.
-    Raises UserError for a run folder that says it was trained on samples that are to be left out (task).
+    The head is kept if it has the classes of the data source, in any order. The class names of the model are then those
+    of its head by label, and labels of the data have to be put in that order (`Opening.prepare_training`). Otherwise
+    the head is fresh, drawn from the seed.
+
+    Args:
+        checkpoint: The base.
+        source: The data.
+        task: The forget request whose samples are left out of the training, if there is one.
+        seed: Seed of a fresh head.
+
+    Returns:
+        (the model, what config.yaml and the record keep of it).
+
+    Raises:
+        UserError: By its run folder the base was trained on samples that are to be left out.
     """
     made = origin(CheckpointSource.parse(checkpoint).folder)
     if made is not None and task is not None:
@@ -89,9 +115,9 @@ def init_model(checkpoint: str, source: Source, task: Task | None, seed: int) ->
 
 
 def _head_names(model: nn.Module, source: Source) -> list[str] | None:
-    """Class names of a base's head by label, in the data's words; None if the data has other classes.
+    """Return class names of a base's head by label, in the data's words; None if the data has other classes.
 
-    By `--label-order data`, names in another order are other classes.
+    With `--label-order data`, names in another order count as other classes.
     """
     names = source.train.class_names
     if spec_of(model).num_classes != _classes(source):
@@ -129,5 +155,5 @@ def _classes(source: Source) -> int:
 
 
 def import_note(model: nn.Module) -> dict[str, Any]:
-    """What config.yaml and the record keep of how a file of weights was read."""
+    """Return what config.yaml and the record keep of how a file of weights was read."""
     return {"checkpoint_import": note} if (note := imported(model)) else {}

@@ -32,8 +32,12 @@ EVALUATION_OPTIONS = ("precision", "device", "workers", "decode", "on_bad_image"
 class Task:
     """A data source with a forget request resolved against it.
 
-    unreadable: samples of the request that are not in `forget`, since their images cannot be read.
-    facts: what else config.yaml keeps of it.
+    Attributes:
+        source: The data.
+        request: The forget request.
+        forget, retain: Forget set and retain set.
+        unreadable: Number of samples of the request that are not in `forget`, since their images cannot be read.
+        facts: Further entries of config.yaml.
     """
 
     source: Source
@@ -45,8 +49,9 @@ class Task:
 
     @classmethod
     def open(cls, data: str, forget: str) -> Task:
+        """Open a data source, and resolve a forget request against it; both are given as specs."""
         world = ProcessGroup.current()
-        if world.size > 1:  # an index is built by one rank, and then read by all
+        if world.size > 1:  # one rank builds the index before all read it
             world.on_main(lambda: open_source(data))
         source = open_source(data)
         request = read_forget_request(forget, source.train)
@@ -54,11 +59,19 @@ class Task:
 
     @classmethod
     def of_ids(cls, source: Source, ids: Sequence[str], *, spec: str, excluded: Sequence[str] = ()) -> Task:
-        """Forgets `ids`; retains the training samples that are neither among them nor `excluded`.
+        """Return the task to forget some ids of a data source.
 
-        excluded: forgotten earlier, so that they must never be trained on again; those that the data does not hold are
-        gone anyway. spec: what the request is called in messages and files.
-        Raises UserError for ids that the data does not hold, for none at all, and where nothing is left to retain.
+        The retain set is the training samples that are neither in `ids` nor in `excluded`.
+
+        Args:
+            source: The data.
+            ids: Ids to forget; repeated ones count once.
+            spec: Name of the request in messages and files.
+            excluded: Ids that were forgotten earlier and must never be trained on again. Those that the data does not
+                hold have no effect.
+
+        Raises:
+            UserError: An id is not in the data, `ids` is empty, or no sample is left to retain.
         """
         train = source.train
         wanted = sorted(set(ids))
@@ -74,7 +87,12 @@ class Task:
         return cls(source, request, forget, others.subset(kept))
 
     def relabelled(self, mapping: np.ndarray, names: Sequence[str]) -> Task:
-        """The same task with label `mapping[label]` in place of the data's; names: of the classes by new label."""
+        """Return the task with label `mapping[label]` in place of each of the data's labels.
+
+        Args:
+            mapping: New label by the data's label.
+            names: Class names by new label.
+        """
         return dataclasses.replace(
             self,
             source=relabelled_source(self.source, mapping, names),
@@ -87,12 +105,17 @@ class Task:
         return Evaluator(self.forget, self.retain, self.source.test, **options)
 
     def without(self, ids: Collection[str]) -> Task:
-        """The task as far as it can be measured: forget samples whose images cannot be read are left out."""
+        """Return the task without forget samples whose images cannot be read; `unreadable` counts them."""
         forget = without(self.forget, ids)
         return dataclasses.replace(self, forget=forget, unreadable=self.unreadable + len(self.forget) - len(forget))
 
     def readable(self, model: nn.Module, config: Mapping[str, Any] | None = None) -> Task:
-        """Decodes all forget images: by on_bad_image an error at the first bad one, or the task without them."""
+        """Decode all forget images, and return the task without those that cannot be read.
+
+        Raises:
+            BadImageError: An image cannot be read, and `on_bad_image` is raise.
+            RunStopped: More images are bad than `max_bad_share` allows.
+        """
         run = build(RunConfig, {key: value for key, value in (config or {}).items() if key in EVALUATION_OPTIONS})
         found = bad_images(
             self.forget,
@@ -107,15 +130,18 @@ class Task:
         return self.without(found)
 
     def notes(self) -> dict[str, Any]:
-        """What config.yaml keeps of the request: what it is called, not the ids themselves."""
+        """Return what config.yaml keeps of the request: its name, not the ids."""
         forget: dict[str, Any] = {"spec": self.request.spec, "duplicates": self.request.duplicates}
         kind = self.source.train.id_kind
         if kind is not None and kind.rows is not None:
-            forget["rows"] = kind.rows  # ids are positions: they hold for this number of rows alone
+            forget["rows"] = kind.rows  # ids are positions, valid for this number of rows alone
         return {"data": self.source.spec, "forget": forget, **self.facts}
 
     def counted(self) -> dict[str, Any]:
-        """What record.json keeps of it beside hashed ids: not the name of a file or class, which may be a person's."""
+        """Return what record.json keeps of the task in addition to hashed ids.
+
+        The name of a file or class is left out, since it may be a person's.
+        """
         spec = self.request.spec
         return {
             "kind": next((kind for kind in ("class", "random") if spec.startswith(f"{kind}:")), "ids"),

@@ -31,10 +31,20 @@ def train_job(
     record: RecordOptions | None = None,
     **options: Any,
 ) -> UnlearnResult:
-    """Trains `model` from fresh weights, from its own (`base=given`) or in slices (`method="s3t"`), and records it.
+    """Train a model and record the training.
 
-    task: trains on what it retains, as its reference; None: on all training samples. record: as of `run_job`.
-    notes, options: as of `engine.train`.
+    The model starts from fresh weights, from its own weights (`base=given`), or is trained in slices (`method="s3t"`).
+
+    Args:
+        source: The data.
+        model: The model.
+        output_dir: Run folder.
+        task: The model is trained on the retain set of this task, as a reference model; None: on all training samples.
+        notes, options: As of `engine.train`.
+        record: As of `engine.jobs.unlearn.run_job`.
+
+    Raises:
+        UserError: Another process works in the run folder, the key cannot sign, or wrong use of `engine.train`.
     """
     record = record or RecordOptions()
     check_free(output_dir)

@@ -32,6 +32,8 @@ from engine.runtime.process_group import ProcessGroup
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
+    """Result of a deletion job, and the contents of metrics.json."""
+
     result: UnlearnResult
     metrics: dict[str, Any]
 
@@ -175,7 +177,15 @@ def _write_evidence(
     evaluations: dict[str, Evaluation],
     weights: dict[str, Any],
 ) -> None:
-    """Write report.html. task: as far as its images can be read. weights: hashes of the models."""
+    """Write report.html.
+
+    Args:
+        job: The finished measurement.
+        task: The task without images that cannot be read.
+        result: The unlearned model and its history.
+        evaluations: Evaluations by model.
+        weights: Hashes of the models.
+    """
     hashes = {
         "weights before": weights["before"],
         "weights after": weights["after"],

@@ -24,18 +24,26 @@ from engine.models.huggingface import as_classifier
 from engine.runtime import lock
 from engine.runtime.files import write_json
 
-# A model of other data gives itself away by its accuracy: this many points below the original's on the test samples.
+# A reference was trained on other data if its test accuracy is more than this many points below the original's.
 _STRANGER = 20.0
-# AUC at which the original knows the retained samples better than a reference does, beside test samples: a reference
-# that was trained on them is at 0.5, give or take what seeds and a tenth fewer samples make of it.
+# AUC above which the original fits the retained samples better than a reference does, compared with test samples. A
+# reference that was trained on them is at 0.5, up to the effect of seeds and of a tenth fewer samples.
 _UNTRAINED = 0.6
 
 
 class Verifier:
-    """Judges models for one forget request: references and original are looked at once, then any number of models.
+    """Judges models for one forget request. References and original are evaluated once, then any number of models.
 
-    original, references: models, or checkpoints. gates: limits. config: options of the evaluation
-    (precision, device, ...). Raises UserError for a reference that is none, see `check_reference`.
+    Args:
+        task: The data with the forget request.
+        original: The model before unlearning, or its checkpoint.
+        references: Reference models or their checkpoints.
+        gates: Limits of the verdict; None: the defaults.
+        config: Options of the evaluation (precision, device, ...), by name.
+        seed: Seed of the relearning attack.
+
+    Raises:
+        UserError: A reference is not valid, see `check_references` and `check_reference`.
     """
 
     def __init__(
@@ -63,11 +71,15 @@ class Verifier:
             self.references.append(witness)
 
     def load_references(self) -> list[nn.Module]:
-        """The reference models, which are not kept: only what they said is."""
+        """Load the reference models again: only their outputs are kept."""
         return [_model(source) for source in self._sources]
 
     def evaluate(self, model: nn.Module) -> ModelOutputs:
-        """What a model says, as it is and after the relearning attack on a copy of it."""
+        """Return the outputs of a model, as it is and after the relearning attack on a copy of it.
+
+        The outputs after the attack are empty if less than half of the minimum number of samples would be held back
+        from it.
+        """
         predictions = self.evaluator.all_predictions(model)
         share, epochs = self.gates.relearning_share, self.gates.relearning_epochs
         if round((1 - share) * len(self.task.forget)) < self.gates.minimum_samples // 2:
@@ -91,6 +103,7 @@ class Verifier:
         return {key: value for key, value in self.evaluator.loading.items() if key != "batch_size"}
 
     def evidence(self, model: nn.Module) -> Evidence:
+        """Evaluate a model, and return the evidence that `judge` takes."""
         witness = self.evaluate(model)
         return Evidence(
             model=witness,
@@ -101,6 +114,7 @@ class Verifier:
         )
 
     def judge(self, evidence: Evidence) -> Verdict:
+        """Return the verdict on the evidence."""
         verdict = judge(evidence, self.gates)
         if not self.task.unreadable:
             return verdict
@@ -120,7 +134,21 @@ def verify_job(
     gates: Path | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> Verdict:
-    """`lethe verify`. Everything that is drawn is drawn from seed 0: the same call gives the same verdict."""
+    """Return the verdict on a checkpoint; the body of `lethe verify`.
+
+    All random draws use seed 0, so the same call gives the same verdict.
+
+    Args:
+        task: The data with the forget request.
+        checkpoint: The model to judge.
+        original: The model before unlearning.
+        references: Reference models.
+        gates: File of limits; None: the defaults.
+        config: Options of the evaluation, by name.
+
+    Raises:
+        UserError: A checkpoint cannot be opened, or a reference is not valid.
+    """
     model, examiner = prepare(task, checkpoint, original, references, gates=gates, config=config)
     return examiner(model)
 
@@ -134,9 +162,13 @@ def prepare(
     gates: Path | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> tuple[nn.Module, Verifier]:
-    """The model to judge, and the examiner for it; arguments as of `verify_job`."""
+    """Load the model to judge and create its verifier; arguments as of `verify_job`.
+
+    Returns:
+        (the model, the verifier).
+    """
     limits = Gates.read(gates)
-    model = load_checkpoint(checkpoint)  # before the work begins: a wrong name shall not cost minutes
+    model = load_checkpoint(checkpoint)  # before the work: a wrong name must not cost minutes
     return model, Verifier(task, original, references, gates=limits, config=config)
 
 
@@ -146,11 +178,20 @@ def check_references(
     others: Mapping[str, nn.Module | None],
     made: MadeFrom | None = None,
 ) -> list[tuple[str, bool]]:
-    """(name, whether a record proves it) of each reference. others: what none of them may be, by name.
-    made: what is known of the original.
+    """Check the records and the weights of reference models.
 
-    Raises UserError for a reference that is none by its record, and for one with the weights of another model: a model
-    compared with itself has no gap, and two equal references have no noise floor.
+    Args:
+        task: The data with the forget request.
+        references: Reference models or their checkpoints.
+        others: Models that no reference may be equal to, by name.
+        made: Hashes of the original and of its base.
+
+    Returns:
+        (name, whether a record proves that it is one) of each reference.
+
+    Raises:
+        UserError: A reference is not valid by its record, or has the weights of another model. A model compared with
+            itself has no gap, and two equal references have no noise floor.
     """
     owners = {weights_sha256(model): name for name, model in others.items() if model is not None}
     found = []
@@ -171,27 +212,48 @@ def check_references(
 
 @dataclasses.dataclass(frozen=True)
 class MadeFrom:
-    """What is known of an original. weights_sha256: of its weights. init_sha256: of those it was fine-tuned from."""
+    """Hashes of an original and of its base.
+
+    Attributes:
+        weights_sha256: SHA-256 of the original's weights.
+        init_sha256: SHA-256 of the weights that it was fine-tuned from; None if unknown.
+    """
 
     weights_sha256: str
     init_sha256: str | None = None
 
 
 def original_of(original: nn.Module | str | Path, model: nn.Module) -> MadeFrom:
-    """What an original's weights, and its run folder if it has one, say of it. model: the original, loaded."""
+    """Return the hashes of an original and, if its run folder has them, of its base.
+
+    Args:
+        original: The original, or its checkpoint.
+        model: The original, loaded.
+    """
     found = None
     if isinstance(original, (str, Path)):
-        with contextlib.suppress(UserError):  # a folder that was changed says nothing of the references
+        with contextlib.suppress(UserError):  # a folder that was changed is no evidence on the references
             found = origin(CheckpointSource.parse(original).folder)
     return MadeFrom(weights_sha256(model), found.init.get("weights_sha256") if found and found.init else None)
 
 
 def check_origin(folder: Path, task: Task, original: MadeFrom | None = None) -> bool:
-    """Whether a reference's run folder says that it was trained on exactly the retained samples.
+    """Check by its run folder that a reference was trained on exactly the retained samples.
 
     A reference that was fine-tuned (`lethe train --init`) is proven if its base is one of timm's, or the one that the
-    original was made from. False where it says nothing (a checkpoint that another program trained), or where what it
-    says leaves it open. Raises UserError where it says otherwise.
+    original was made from.
+
+    Args:
+        folder: Run folder of the reference.
+        task: The data with the forget request.
+        original: Hashes of the original and of its base.
+
+    Returns:
+        True if the run folder proves it. False if it has no record (a checkpoint that another program trained), or if
+        the record leaves it open.
+
+    Raises:
+        UserError: The record contradicts it.
     """
     found = origin(folder)
     if found is None:
@@ -201,7 +263,7 @@ def check_origin(folder: Path, task: Task, original: MadeFrom | None = None) -> 
         elsewhere = original and found.before_sha256 not in (None, original.weights_sha256)
         if not (found.method == "finetune" and elsewhere and found.samples_sha256 == task.retain.fingerprint()):
             raise UserError(f"{name} it comes of {found.method}, not of a retrain; {remedy}")
-        return False  # fine-tuned on what is retained, from a model that is not the original
+        return False  # fine-tuned on the retain set, from a model that is not the original
     if found.samples_sha256 == task.source.train.fingerprint():
         raise UserError(f"{name} it was trained on all samples, those to forget among them; {remedy}")
     if found.samples_sha256 != task.retain.fingerprint():
@@ -221,11 +283,21 @@ def check_origin(folder: Path, task: Task, original: MadeFrom | None = None) -> 
 
 
 def check_reference(name: str, reference: ModelOutputs, original: ModelOutputs, *, proven: bool, level: float) -> None:
-    """Raises UserError for a reference whose answers say that it was trained on other data or with the forget samples.
+    """Check by its outputs that a reference was trained on the retained samples, without the forget set.
 
-    A reference that was trained without the forget samples knows them less than the original does, beside retained
-    ones; one that was trained on the retained samples knows those as well as the original, beside test samples. An
-    original that never memorised anything cannot show the first: then a record has to (proven).
+    A reference that was trained without the forget samples fits them less than the original does, compared with
+    retained samples. One that was trained on the retained samples fits those as well as the original does, compared
+    with test samples. With an original that never memorised anything, the first cannot be shown: a record has to prove
+    it.
+
+    Args:
+        name: Name of the reference, for errors.
+        reference, original: Outputs of the models.
+        proven: Whether a record proves that the reference was trained without the forget samples.
+        level: Confidence level of the intervals, (0, 1).
+
+    Raises:
+        UserError: By its outputs the reference was trained on other data, or with the forget samples.
     """
     mine, theirs = (_accuracy(witness) for witness in (reference, original))
     if theirs - mine > _STRANGER:
@@ -266,9 +338,15 @@ def _model(model: nn.Module | str | Path) -> nn.Module:
 
 
 def record_verdict(folder: Path, verdict: Verdict, key: Path | None = None) -> None:
-    """verdict.json in a run folder, and the verdict as a further entry of its record, signed where there is a key.
+    """Write verdict.json into a run folder, and append the verdict to its record.
 
-    Raises UserError where the folder has no record.
+    Args:
+        folder: The run folder.
+        verdict: The verdict.
+        key: PEM file of the Ed25519 private key that signs the record; None: no new signature.
+
+    Raises:
+        UserError: The folder has no record, or a run is at work in it.
     """
     check_recorded(folder)
     with lock.held(folder):
@@ -277,7 +355,11 @@ def record_verdict(folder: Path, verdict: Verdict, key: Path | None = None) -> N
 
 
 def check_recorded(folder: Path) -> None:
-    """Raises UserError where a folder has no record that a verdict could be added to, or a run is at work in it."""
+    """Check that a verdict can be added to the record of a folder.
+
+    Raises:
+        UserError: The folder has no record, or a run is at work in it.
+    """
     lock.check(folder)
     if recorded(folder, "data") is None:
         raise UserError(f"--record: {folder} has no record.json; it is written by `lethe unlearn` and `lethe train`")

@@ -28,7 +28,6 @@ NOT_YET = (
     "engine/audit",
     "engine/cli",
     "engine/config.py",
-    "engine/jobs",
     "engine/report",
     "engine/requests",
     "engine/run",
