@@ -1,1 +1,1 @@
-"""Deletion requests: a store of who asked for what by when, and the lineage of model versions made of them."""
+"""Deletion requests: a store of requests with their deadlines, and the lineage of model versions made of them."""

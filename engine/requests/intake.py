@@ -1,4 +1,4 @@
-"""What comes into a store: the model that it begins with, and the requests."""
+"""Creating a store of deletion requests, and adding requests to it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from engine.models.info import model_info
 from engine.models.slice_stages import copy_stages
 from engine.requests.store import Request, Store, is_store, moment, place_of, utc_now
 
-DAYS = 30  # from receipt to the deadline, where a request names neither
+DAYS = 30  # from receipt to the deadline, if neither a deadline nor a number of days is given
 MAX_SHARE = 0.2
 _GATES = "gates.yaml"
 
@@ -41,10 +41,27 @@ def init_store(
     gates: Path | None = None,
     max_share: float = MAX_SHARE,
 ) -> None:
-    """Makes a store: version 0 is a copy of the checkpoint, so that the lineage is whole whatever becomes of it."""
+    """Create a store of deletion requests. Version 0 is a copy of the checkpoint.
+
+    With the copy the lineage stays complete if the checkpoint is changed or deleted.
+
+    Args:
+        folder: Folder of the store.
+        checkpoint: The model that the lineage starts from.
+        data: Spec of its training data.
+        method, config: As of `engine.unlearn`, for the runs of the store.
+        references: Reference models for the verdicts.
+        gates: File of limits, copied into the store; None: the defaults.
+        max_share: Share (0, 1] of the training samples, forgotten since the last full retrain, above which `status`
+            warns.
+
+    Raises:
+        UserError: The folder is a store already or holds other files, an option is out of range, or the checkpoint does
+            not fit the data.
+    """
     if is_store(folder):
         raise UserError(f"{folder} is a store of requests already; name another folder with --store")
-    # What an init that was killed has left is written over; anything else is not ours.
+    # Files that a killed init left are overwritten; any other file is refused.
     foreign = [
         path.name for path in folder.glob("*") if not path.name.startswith(("requests.sqlite", "versions", _GATES))
     ]
@@ -62,7 +79,7 @@ def init_store(
     save_checkpoint(model, place_of(folder, 0))
     copy_stages(model, place_of(folder, 0))
     if gates is not None:
-        shutil.copyfile(gates, folder / _GATES)  # a later edit of the file must not change what requests are held to
+        shutil.copyfile(gates, folder / _GATES)  # a later edit of the file must not change the limits
     settings = {
         "data": data,
         "train": len(source.train),
@@ -91,9 +108,26 @@ def add_request(
     skip_known: bool = False,
     now: datetime.datetime | None = None,
 ) -> tuple[Request | None, dict[str, int]]:
-    """(the new request, {"duplicates": merged, "skipped": known already}); None where all ids were known.
+    """Add a request to a store.
 
-    Raises UserError, and adds nothing, for ids that the data does not hold and for those of another request.
+    Args:
+        folder: Folder of the store.
+        file: File of ids to forget; either this or `ids`.
+        ids: Ids to forget.
+        received: Time of receipt, ISO 8601; None: now.
+        deadline: ISO 8601; a date alone ends with its last second.
+        days: Days from receipt to the deadline, in place of `deadline`; None: 30 (`DAYS`).
+        source: Origin of the request, kept as given.
+        skip_known: Leave out ids of other requests in place of an error.
+        now: The current time; None: of the clock.
+
+    Returns:
+        (the new request, {"duplicates": number of merged ids, "skipped": number of ids left out as known}). The request
+        is None if all ids were known.
+
+    Raises:
+        UserError: The data does not hold an id, or an id is in another request; nothing is added. Also for times that
+            contradict each other.
     """
     if (file is None) == (not ids):
         raise UserError("give --ids FILE or --id ID, one of the two")
@@ -123,7 +157,11 @@ def add_request(
 
 
 def open_data(store: Store) -> Source:
-    """The data of a store. Raises UserError where its training samples are no longer those of init."""
+    """Open the data of a store.
+
+    Raises:
+        UserError: Its training samples are no longer those that the store was created with.
+    """
     source = open_source(store.settings["data"])
     if source.train.fingerprint() != store.settings["fingerprint"]:
         raise UserError(
@@ -135,7 +173,16 @@ def open_data(store: Store) -> Source:
 
 
 def load_fitting(checkpoint: str, source: Source, config: Mapping[str, Any] | None = None) -> nn.Module:
-    """A checkpoint that can be unlearned on this data. config: options of the check, such as device."""
+    """Load a checkpoint, and check that it can be unlearned on this data.
+
+    Args:
+        checkpoint: The checkpoint.
+        source: The data.
+        config: Options of the check, such as device, by name.
+
+    Raises:
+        UserError: It cannot.
+    """
     model = load_checkpoint(checkpoint)
     model_info(model)
     current().check_samples(source.train, model, checkpoint, source.spec, config or {})
@@ -143,8 +190,10 @@ def load_fitting(checkpoint: str, source: Source, config: Mapping[str, Any] | No
 
 
 def absolute(checkpoints: Sequence[str]) -> list[str]:
-    """Folders and files by their whole path: a run may go on from another directory. Names of timm and the hub as they
-    are."""
+    """Return checkpoints with absolute paths, since a run may be resumed from another directory.
+
+    Names of timm and of the hub are returned unchanged.
+    """
     sources = [CheckpointSource.parse(name) for name in checkpoints]
     return [
         str(dataclasses.replace(source, place=str(Path(source.place).resolve())))

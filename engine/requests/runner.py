@@ -1,18 +1,18 @@
 """From open requests to the next version of a model: unlearn, judge, and accept or roll back.
 
-One run takes the open requests, the nearest deadline first, as one batch:
+One run processes the open requests as one batch, the nearest deadline first:
 
     forget   the batch
-    retain   the training samples less the batch and less all that earlier versions forgot, so that no sample that
-             was forgotten once is ever trained on again
-    verdict  on all that was ever forgotten in the lineage, the batch included, against the root (which saw all of
-             it): an earlier sample cannot come back unseen. A batch large enough to be judged alone is, too, and its
-             FAIL counts: among many earlier samples it could hide
+    retain   the training samples less the batch and less all that earlier versions forgot, so that no forgotten sample
+             is ever trained on again
+    verdict  on all samples ever forgotten in the lineage, the batch included, against version 0, which was trained on
+             all of them: the return of an earlier sample is detected. A batch that is large enough is also judged
+             alone, and its FAIL counts: among many earlier samples it could be hidden
 
-PASS: the version is accepted and its requests are done. FAIL: the version is kept as rejected, the one before stays
-the current one, and the requests stay open. INSUFFICIENT EVIDENCE: accepted, and the requests are unproven, never done,
-until a later verdict passes; `require_proof` treats it as a FAIL. That verdict is the next run's, or one on the same
-version with more evidence: `judge_again`.
+PASS: the version is accepted and its requests are done. FAIL: the version is kept as rejected, the version before it
+stays the current one, and the requests stay open. INSUFFICIENT EVIDENCE: the version is accepted, and the requests are
+unproven, never done, until a later verdict passes; `require_proof` treats it as a FAIL. The later verdict is that of
+the next run, or one on the same version with more evidence: `judge_again`.
 """
 
 from __future__ import annotations
@@ -67,9 +67,11 @@ Record = Callable[[Path, Verdict], None]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """How a run is done; kept with it, so that a run that goes on after a kill is the one that began.
+    """Options of a run, stored with it so that a resumed run has the options that it began with.
 
-    method, config: as of `engine.unlearn`. references, gates, require_proof: of the verdict.
+    Attributes:
+        method, config: As of `engine.unlearn`.
+        references, gates, require_proof: As of `run_requests`, for the verdict.
     """
 
     method: str
@@ -81,7 +83,15 @@ class Options:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Finished:
-    """What a run came to. status: of the verdict. state: of its requests now. drift: see `drift_from`."""
+    """Result of a run.
+
+    Attributes:
+        version, parent: Number of the new version, and of the one that was unlearned.
+        status, reason, verdict: Of the verdict; if the run failed before one, FAIL, the reason and None.
+        state, requests: State now and numbers of the requests of the run.
+        samples, forgotten: Number of samples that the run forgot, and that the whole lineage has forgotten.
+        drift: See `drift_from`; also `forgotten`, samples since the base, and `share` [0, 1] of its samples.
+    """
 
     version: int
     parent: int
@@ -98,7 +108,7 @@ class Finished:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Judged:
-    """What a later verdict on a version came to. requests: those that were unproven, with their states now."""
+    """Result of a later verdict on a version; `requests`: state now of those that were unproven, by number."""
 
     version: int
     status: str
@@ -121,14 +131,21 @@ def run_requests(
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Finished | None:
-    """Makes the next version of the open requests, or goes on with a run that was killed; None where none is open.
+    """Make the next version from the open requests, or resume a run that was killed; None if no request is open.
 
-    limit: requests to take at most. method, config, references, gates: in place of the store's; config is laid over
-    it, references [] are none. A run that goes on keeps its method and config. verify, record: by default
-    `engine.jobs.verify.verify_job` and `record_verdict`. say: is told what is about to happen, a line at a time.
+    Args:
+        folder: Folder of the store.
+        limit: Maximum number of requests in the run; None: all open ones.
+        method, references, gates: In place of the store's; references [] are none.
+        config: Options that take precedence over the store's. A resumed run keeps its method and config.
+        require_proof: Treat INSUFFICIENT EVIDENCE as a FAIL.
+        verify, record: By default `engine.jobs.verify.verify_job` and `record_verdict`.
+        progress: As of `engine.unlearn`.
+        say: Receives lines that announce the next step.
 
-    Raises UserError where another process runs this store, the data has changed, or the verdict refuses a reference:
-    the run then waits for the next call. RunStopped as of `engine.unlearn`.
+    Raises:
+        UserError: Another process runs this store, the data changed, or a reference is refused. The next call resumes.
+        RunStopped: As of `engine.unlearn`.
     """
     if limit is not None and limit < 1:
         raise UserError(f"--limit {limit}: expected 1 or more")
@@ -161,7 +178,7 @@ def run_requests(
         if not reason:
             say(f"judging version {run.number:04d} on the {len(whole.forget)} samples forgotten so far")
             verdict = _judge(store, verify, whole, task if earlier else None, place, options)
-            # A kill between these lines and the next has the verdict taken and recorded once more: twice is no harm.
+            # If the process is killed before `finish`, the verdict is repeated and recorded twice, which is harmless.
             _record(record, place, verdict)
             status, reason = verdict.status, _reason(verdict)
         accepted = status == PASS or (status != FAIL and not options.require_proof)
@@ -191,11 +208,11 @@ def judge_again(
     record: Record | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Judged | None:
-    """Judges the current version with other evidence, retrained models above all; None where nothing is unproven.
+    """Judge the current version with other evidence, such as retrained models; None if nothing is unproven.
 
     PASS: all unproven requests are done. INSUFFICIENT EVIDENCE: they stay unproven. FAIL: the version is rejected, the
-    one before is the current one, and the requests of the version are open again; those of earlier versions stay
-    unproven. Options and errors as of `run_requests`; UserError too where a run has not ended.
+    version before it is the current one, and the requests of the rejected version are open again; those of earlier
+    versions stay unproven. Arguments and errors are those of `run_requests`; a UserError also if a run has not ended.
     """
     _alone("judge")
     with locked(folder), Store.open(folder) as store, _opening(store).active():
@@ -227,7 +244,7 @@ def judge_again(
 
 
 def abandon_run(folder: Path) -> Run:
-    """Gives up the unfinished run: its folder is kept for the record, its requests stay open. Returns it."""
+    """Abandon the unfinished run and return it. Its folder is kept for the record, and its requests stay open."""
     with locked(folder), Store.open(folder) as store:
         run = store.unfinished()
         if run is None:
@@ -237,9 +254,10 @@ def abandon_run(folder: Path) -> Run:
 
 
 def rebase(folder: Path, checkpoint: str) -> tuple[int, bool]:
-    """Makes a full retrain the current version, and the base of drift. (number, whether its run folder proves it).
+    """Make a full retrain the current version and the base of drift; return (number, whether its run folder proves it).
 
-    Raises UserError for one that by its run folder is no retrain, or was trained on what has been forgotten.
+    Raises:
+        UserError: By its run folder the model is no retrain, or was trained on samples that were forgotten.
     """
     _alone("rebase")
     with locked(folder), Store.open(folder) as store, _opening(store).active():
@@ -258,7 +276,7 @@ def rebase(folder: Path, checkpoint: str) -> tuple[int, bool]:
                 "lethe request list --all --ids FILE writes"
             )
         retained = Task.of_ids(source, forgotten, spec="rebase").retain if forgotten else source.train
-        # Trained from another checkpoint, it is as clean as that one, which its record leaves open.
+        # A model that was trained from another checkpoint is as clean as that one, which its record leaves open.
         proven = found is not None and not found.init and found.samples_sha256 == retained.fingerprint()
         number = store.next_number()
         save_checkpoint(model, store.place(number))
@@ -267,10 +285,11 @@ def rebase(folder: Path, checkpoint: str) -> tuple[int, bool]:
 
 
 def drift_from(base: Predictions, model: Predictions) -> dict[str, float]:
-    """How far a version has gone from the last full retrain, on the test samples.
+    """Compare a version with the last full retrain, `base`, on the test samples.
 
-    test_accuracy: of the version, [0, 1]. test_accuracy_change: version less base, points. test_kl: mean
-    KL(base || version) in nats; 0 = the same answers.
+    Returns:
+        test_accuracy: of the version, [0, 1]. test_accuracy_change: version less base, in percentage points. test_kl:
+        mean KL(base || version) in nats; 0 for equal probabilities.
     """
     return {
         "test_accuracy": model.accuracy,
@@ -283,24 +302,24 @@ def drift_from(base: Predictions, model: Predictions) -> dict[str, float]:
 
 
 def _alone(command: str) -> None:
-    """Raises UserError under a launcher: each of its ranks would change the lineage."""
+    """Raise UserError under a launcher: each of its ranks would change the lineage."""
     if launched():
         raise UserError(f"lethe request {command} is one process; start it without a launcher")
 
 
 def _opening(store: Store) -> Opening:
-    """How the store's models are opened, as `init` was told."""
+    """Return the opening of the store's models, with the options that `init_store` was given."""
     return Opening.of(store.settings.get("opening"))
 
 
 def _open_data(store: Store) -> Source:
-    """The data of a store, its labels in the order of version 0's classes."""
+    """Open the data of a store, with labels in the order of version 0's classes."""
     source = open_data(store)
     return current().in_order_of(source, load_checkpoint(store.place(0))) if source.train.class_names else source
 
 
 def _ended(store: Store) -> None:
-    """Raises UserError while there is a run that has not ended."""
+    """Raise UserError if there is a run that has not ended."""
     run = store.unfinished()
     if run is not None:
         raise UserError(
@@ -317,7 +336,7 @@ def _options(
     gates: Path | None,
     require_proof: bool = False,
 ) -> Options:
-    """The store's settings under what was given in their place."""
+    """Return the store's settings, replaced by what was given in their place."""
     settings = store.settings
     own_gates = str((store.folder / settings["gates"]).resolve()) if settings["gates"] else None
     return Options(
@@ -343,7 +362,7 @@ def _begin(
     if not batch:
         return None
     options = _options(store, method, config, references, gates, require_proof)
-    # Wrong use is found before the run is noted: else it would be in the way of the next.
+    # Wrong use is reported before the run is stored: a stored run would block the next one.
     split_options(options.config, get_method(options.method).Config)
     Task.of_ids(source, store.ids_of(batch), spec="the open requests", excluded=store.forgotten())
     return store.begin(batch, to_dict(options))
@@ -374,13 +393,13 @@ def _go_on(
 
 
 def _unlearn(store: Store, run: Run, task: Task, options: Options, progress: Progress | None) -> dict[str, Any]:
-    """Fills the run folder of a version, from wherever an earlier call was killed; its metrics.json."""
+    """Fill the run folder of a version, resumed from where an earlier call was killed, and return its metrics.json."""
     place = store.place(run.number)
-    # A run ends by writing the evidence, the report last, and then by clearing what it would resume from. A model
-    # without a report is what a rebase left that was killed before it was noted: overwritten.
+    # A run ends by writing the evidence, the report last, and then by deleting its resume folder. A model without a
+    # report comes from a rebase that was killed before it was stored: it is overwritten.
     ended = (place / "model.safetensors").is_file() and not (place / "resume" / "current.json").exists()
     if ended and (place / "report.html").is_file():
-        shutil.rmtree(place / "resume", ignore_errors=True)  # of a process that was killed as it cleared up
+        shutil.rmtree(place / "resume", ignore_errors=True)  # of a process killed during the deletion
         metrics: dict[str, Any] = json.loads((place / "metrics.json").read_text(encoding="utf-8"))
         return metrics
     try:
@@ -408,10 +427,10 @@ def _unlearn(store: Store, run: Run, task: Task, options: Options, progress: Pro
 
 
 def _useless(store: Store, run: Run, metrics: Mapping[str, Any]) -> str:
-    """Why a version fails before any verdict; empty where it does not.
+    """Return why a version fails before any verdict; empty if it does not.
 
-    A verdict compares with the root, from which earlier versions differ already: that this run did nothing at all has
-    to be seen here. Of an exact method it is no fault: nothing that was served need have seen the samples.
+    A verdict compares with version 0, from which earlier versions differ already. A run that changed nothing has to be
+    detected here. For an exact method it is no fault: the deployed model need not have been trained on the samples.
     """
     if metrics["collapsed"]:
         return "COLLAPSED: accuracy on the watched samples fell by more than 10 points"
@@ -426,7 +445,7 @@ def _useless(store: Store, run: Run, metrics: Mapping[str, Any]) -> str:
 def _judge(
     store: Store, verify: Verify | None, whole: Task, batch: Task | None, place: Path, options: Options
 ) -> Verdict:
-    """The verdict on all that was forgotten, or that on the batch alone where it fails. None: the batch is all."""
+    """Return the verdict on all forgotten samples, or that on `batch` alone if it fails; None: the batch is all."""
     from engine.jobs.verify import verify_job
 
     gates = Path(options.gates) if options.gates else None
@@ -449,7 +468,7 @@ def _record(record: Record | None, place: Path, verdict: Verdict) -> None:
 
 
 def _drift(store: Store, run: Run, test: Samples, forgotten: int, options: Options) -> dict[str, Any]:
-    """forgotten: samples since the base; share [0, 1]: of those that the base was trained on; and `drift_from`."""
+    """Return `forgotten`, samples since the base, `share` [0, 1] of the base's training samples, and `drift_from`."""
     base = next(version.base for version in store.versions() if version.number == run.parent)
     before = len(store.forgotten(base))
     since = forgotten - before
@@ -476,5 +495,5 @@ def _predictions(checkpoint: Path, samples: Samples, run: RunConfig) -> Predicti
 
 
 def _reason(verdict: Verdict) -> str:
-    """Why it is no PASS: the gates that decided, each with its reason."""
+    """Return the gates that decided against a PASS, each with its reason."""
     return "; ".join(f"{gate.name}: {gate.reason}" for gate in verdict.gates if gate.name in verdict.decided_by)

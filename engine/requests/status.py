@@ -1,4 +1,4 @@
-"""Where a store stands: what is open and until when, the lineage, its drift, and what to do about it."""
+"""State of a store: open requests with their deadlines, the lineage, its drift, and remedies."""
 
 from __future__ import annotations
 
@@ -11,11 +11,18 @@ from engine.requests.store import Request, Store, Version, utc_now
 
 
 def status(folder: Path, *, max_share: float | None = None, now: datetime.datetime | None = None) -> dict[str, Any]:
-    """All of it as plain values. max_share: in place of the store's, of the forgotten since the last full retrain.
+    """Return the state of a store as plain values.
 
-    pending: what is open or unproven. days_left: until the deadline, negative once it has passed. share: forgotten
-    since the base over what the base was trained on, [0, 1]. Of the drift, lower is better but for test_accuracy; units
-    as of `runner.drift_from`.
+    Args:
+        folder: Folder of the store.
+        max_share: In place of the store's share [0, 1] of samples forgotten since the last full retrain, above which a
+            warning is given.
+        now: The current time; None: of the clock.
+
+    Returns:
+        pending: requests that are open or unproven. days_left: until the deadline, negative once it has passed. share:
+        samples forgotten since the base over those that the base was trained on, [0, 1]. All values of the drift except
+        test_accuracy are better if lower; units as of `runner.drift_from`.
     """
     now = now or utc_now()
     with Store.open(folder) as store:

@@ -1,16 +1,16 @@
-"""The store of deletion requests: which samples, by when, and the model versions made of them.
+"""The store of deletion requests: samples, deadlines, and the model versions made of them.
 
-A folder with requests.sqlite and versions/0000, 0001, ..., each a checkpoint or the run folder of an unlearning.
-Every fact is kept once and the rest is derived from it, so that two of them cannot contradict each other:
+A folder with requests.sqlite and versions/0000, 0001, ..., each a checkpoint or the run folder of an unlearning. Every
+fact is stored once and the rest is derived from it, so that two of them cannot contradict each other:
 
-    an id            stands in one request alone (primary key), and the ids themselves are in the store alone
-    current version  the newest that was accepted
-    unfinished run   the run whose number no version has; there is one at most
+    an id            is in one request alone (primary key), and the ids themselves are in the store alone
+    current version  the newest accepted one
+    unfinished run   the run whose number no version has; there is at most one
     request          open until a version forgot it, unproven until a verdict that covers it passed, then done
     attempts         the finished runs that a request was in
 
-Every change is one transaction, and committed before the command goes on (synchronous=EXTRA): a process that is killed
-leaves either all of a change or nothing of it. Times are UTC, ISO 8601 in whole seconds, so that they sort as text.
+Every change is one transaction, committed before the command continues (synchronous=EXTRA): a killed process leaves
+either all of a change or nothing of it. Times are UTC, ISO 8601 in whole seconds, so that they sort as text.
 """
 
 from __future__ import annotations
@@ -76,10 +76,17 @@ _REQUESTS = """SELECT number, received, deadline, source, version, proven,
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """A deletion request. count: ids in it. version: that forgot them; proven: whose verdict passed with them in it.
+    """A deletion request.
 
-    attempts: finished runs that it was in; reason: what the last of them said where it was no PASS.
-    running: the unfinished run that it is in.
+    Attributes:
+        received, deadline: UTC, ISO 8601.
+        source: Origin of the request, as given.
+        count: Number of its ids.
+        version: Version that forgot them; None: not forgotten yet.
+        proven: Version whose verdict passed with them in it; None: there is none yet.
+        attempts: Number of finished runs that it was in.
+        reason: Reason of the last of these runs, if it was no PASS.
+        running: Unfinished run that it is in.
     """
 
     number: int
@@ -100,15 +107,20 @@ class Request:
         return "unproven" if self.proven is None else "done"
 
     def days_left(self, now: datetime.datetime) -> float:
-        """Days until the deadline; negative once it has passed."""
+        """Return the days until the deadline; negative once it has passed."""
         return (moment(self.deadline) - now).total_seconds() / 86_400
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Version:
-    """A model of the lineage. base: the full retrain that it descends from. requests: that its run took.
+    """A model of the lineage.
 
-    drift: share [0, 1] forgotten since the base, and test figures against it, see `runner.drift_from`.
+    Attributes:
+        parent: Version that it was made from; None for version 0.
+        base: Version of the full retrain that it descends from; version 0 if there is none.
+        verdict, reason: Status of its verdict, if there is one, and reason of a status other than PASS.
+        drift: Share [0, 1] of samples forgotten since the base, and test figures against it, see `runner.drift_from`.
+        requests: Requests of its run.
     """
 
     number: int
@@ -125,7 +137,14 @@ class Version:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """A run that has begun and not ended. number: of the version that it makes. options: see `runner.Options`."""
+    """A run that has begun and not ended.
+
+    Attributes:
+        number, parent: Number of the version that it makes, and of the one that is unlearned.
+        options: See `runner.Options`.
+        started: UTC, ISO 8601.
+        requests: Requests of the run.
+    """
 
     number: int
     parent: int
@@ -135,9 +154,17 @@ class Run:
 
 
 def moment(text: str, *, end_of_day: bool = False) -> datetime.datetime:
-    """A time from ISO 8601; UTC where it names no offset. A date alone is its first second, or its last."""
+    """Parse a time in ISO 8601; without an offset it is UTC.
+
+    Args:
+        text: The time, or a date alone.
+        end_of_day: A date alone is its last second, in place of its first.
+
+    Raises:
+        UserError: The text is no time.
+    """
     try:
-        found = datetime.datetime.fromisoformat(text.strip().replace("Z", "+00:00"))  # Python 3.10 knows no Z
+        found = datetime.datetime.fromisoformat(text.strip().replace("Z", "+00:00"))  # Python 3.10 does not parse Z
     except ValueError:
         raise UserError(
             f"{text!r} is not a time; expected ISO 8601, such as 2026-05-25 or 2026-05-25T12:00:00Z (UTC)"
@@ -156,7 +183,7 @@ def utc_now() -> datetime.datetime:
 
 
 class Store:
-    """An open store. Use it in a `with` block."""
+    """An open store of deletion requests, to be used in a `with` block. `settings`: what it was created with."""
 
     def __init__(self, folder: Path, database: sqlite3.Connection) -> None:
         self.folder, self._database = folder, database
@@ -164,7 +191,7 @@ class Store:
 
     @classmethod
     def create(cls, folder: Path, settings: Mapping[str, Any]) -> Store:
-        """Makes the database around versions/0000, which lies there already. Until it has ended there is no store."""
+        """Create the database next to versions/0000, which exists already. Until it ends there is no store."""
         database = _connect(folder)
         with _transaction(database):
             for table in _TABLES:
@@ -180,6 +207,11 @@ class Store:
 
     @classmethod
     def open(cls, folder: Path) -> Store:
+        """Open the store in a folder.
+
+        Raises:
+            UserError: There is none.
+        """
         if not is_store(folder):
             raise UserError(f"{folder} holds no store of requests; make one with lethe request init --store {folder}")
         return cls(folder, _connect(folder))
@@ -191,13 +223,13 @@ class Store:
         self._database.close()
 
     def place(self, number: int) -> Path:
-        """The folder of a version."""
+        """Return the folder of a version."""
         return place_of(self.folder, number)
 
-    # --- what there is ------------------------------------------------------------------------------------------------
+    # --- reading ------------------------------------------------------------------------------------------------------
 
     def requests(self) -> list[Request]:
-        """All requests, the nearest deadline first."""
+        """Return all requests, the nearest deadline first."""
         rows = self._all(_REQUESTS)
         return [Request(**{**row, "reason": "" if row["proven"] else row["reason"] or ""}) for row in map(dict, rows)]
 
@@ -212,7 +244,7 @@ class Store:
         return [version for version in self.versions() if version.state == "accepted"][-1]
 
     def unfinished(self) -> Run | None:
-        """The run that began and did not end, if there is one."""
+        """Return the run that has begun and not ended, if there is one."""
         rows = self._all("SELECT * FROM runs WHERE number NOT IN (SELECT number FROM versions)")
         if not rows:
             return None
@@ -220,7 +252,7 @@ class Store:
         return Run(**{**row, "options": json.loads(row["options"]), "requests": self._batch(row["number"])})
 
     def forgotten(self, version: int | None = None) -> list[str]:
-        """The ids that have been forgotten, by all versions or by those up to one; sorted."""
+        """Return the ids that were forgotten, by all versions or by those up to `version`; sorted."""
         newest = version if version is not None else self.next_number()
         rows = self._all(
             "SELECT id FROM samples JOIN requests r ON r.number = request WHERE r.version <= ? ORDER BY id", (newest,)
@@ -228,7 +260,7 @@ class Store:
         return [row["id"] for row in rows]
 
     def ids_of(self, requests: Sequence[int]) -> list[str]:
-        """The ids of some requests; sorted."""
+        """Return the ids of some requests; sorted."""
         query = "SELECT id FROM samples WHERE request IN (SELECT value FROM json_each(?)) ORDER BY id"
         return [row["id"] for row in self._all(query, (json.dumps(list(requests)),))]
 
@@ -236,7 +268,7 @@ class Store:
         rows = self._all("SELECT MAX(number) FROM (SELECT number FROM versions UNION ALL SELECT number FROM runs)")
         return int(rows[0][0]) + 1
 
-    # --- what happens to it -------------------------------------------------------------------------------------------
+    # --- writing ------------------------------------------------------------------------------------------------------
 
     def add(
         self,
@@ -247,9 +279,19 @@ class Store:
         source: str = "",
         skip_known: bool = False,
     ) -> tuple[int | None, list[str]]:
-        """(number of the new request, ids left out as known). None where all of them are known.
+        """Add a request.
 
-        Raises UserError, and adds nothing, where an id stands in another request, unless they are to be skipped.
+        Args:
+            ids: Its ids.
+            received, deadline: Times with a time zone.
+            source: Origin of the request.
+            skip_known: Leave out ids of other requests in place of an error.
+
+        Returns:
+            (number of the new request, ids left out as known). The number is None if all ids are known.
+
+        Raises:
+            UserError: An id is in another request, and `skip_known` is off; nothing is added.
         """
         with _transaction(self._database):
             rows = self._all("SELECT id, request, version FROM samples JOIN requests r ON r.number = request")
@@ -276,9 +318,9 @@ class Store:
             return cursor.lastrowid, known
 
     def begin(self, requests: Sequence[int], options: Mapping[str, Any]) -> Run:
-        """Notes that a run on the current version begins with these requests."""
+        """Store a run on the current version that begins with these requests."""
         with _transaction(self._database):
-            assert self.unfinished() is None  # who begins one holds the lock, and has looked
+            assert self.unfinished() is None  # the caller holds the lock, and has checked it
             number = self.next_number()
             self._database.execute(
                 "INSERT INTO runs VALUES (?, ?, ?, ?)",
@@ -297,7 +339,7 @@ class Store:
         return dataclasses.replace(run, options=dict(options))
 
     def withdraw(self, run: Run) -> None:
-        """Takes a run back of which nothing has happened."""
+        """Delete a run before it has had any effect."""
         with _transaction(self._database):
             self._database.execute("DELETE FROM runs WHERE number = ?", (run.number,))
 
@@ -310,9 +352,17 @@ class Store:
         reason: str = "",
         drift: Mapping[str, Any] | None = None,
     ) -> None:
-        """Ends a run with a version. Only an accepted one closes requests, and only with the verdict PASS as done.
+        """End a run with a version.
 
-        A PASS is on all that was ever forgotten, so that it proves what was unproven until then as well.
+        Only an accepted version closes requests, and only with the verdict PASS as done. A PASS covers all samples that
+        were ever forgotten, so it also proves the requests that were unproven until then.
+
+        Args:
+            run: The run.
+            state: State of the version.
+            verdict: Status of the verdict; None if there is none.
+            reason: Reason of a status other than PASS.
+            drift: Drift of the version.
         """
         with _transaction(self._database):
             base = self._all("SELECT base FROM versions WHERE number = ?", (run.parent,))[0]["base"]
@@ -330,10 +380,10 @@ class Store:
                 self._prove(run.number)
 
     def judge_again(self, number: int, verdict: str, reason: str) -> None:
-        """Notes a later verdict on the current version, of which nothing was proven yet.
+        """Store a later verdict on the current version, of which nothing was proven yet.
 
-        PASS proves all that is unproven. FAIL rejects the version, so that the one before is the current one again,
-        and opens its requests.
+        PASS proves all that is unproven. FAIL rejects the version, so that the version before it is the current one
+        again, and opens its requests.
         """
         with _transaction(self._database):
             self._database.execute(
@@ -349,7 +399,7 @@ class Store:
         self._database.execute("UPDATE requests SET proven = ? WHERE version IS NOT NULL AND proven IS NULL", (number,))
 
     def add_rebase(self, number: int, reason: str) -> None:
-        """Adds a full retrain as the current version and as the base of those to come."""
+        """Add a full retrain as the current version, and as the base of later versions."""
         with _transaction(self._database):
             self._database.execute(
                 "INSERT INTO versions VALUES (?, ?, ?, 'rebase', 'accepted', ?, NULL, ?, '{}')",
@@ -367,7 +417,11 @@ class Store:
 
 
 def is_store(folder: Path) -> bool:
-    """Whether a store was made here, to its end. Raises UserError for one that this release cannot read."""
+    """Return whether a folder holds a store whose creation was completed.
+
+    Raises:
+        UserError: This release cannot read it.
+    """
     if not (folder / FILE).is_file():
         return False
     with _translated(), contextlib.closing(_connect(folder)) as database:
@@ -385,9 +439,10 @@ def place_of(folder: Path, number: int) -> Path:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keeps other processes from changing the lineage.
+    """Lock the lineage against changes by other processes. Requests may still be added; the next run processes them.
 
-    Requests may be added meanwhile: the next run takes them.
+    Raises:
+        UserError: There is no store, or another process holds the lock.
     """
     if not is_store(folder):
         raise UserError(f"{folder} holds no store of requests; make one with lethe request init --store {folder}")
@@ -403,7 +458,7 @@ def _in_use(folder: Path, owner: lock.Owner) -> str:
 
 
 def _connect(folder: Path) -> sqlite3.Connection:
-    # isolation_level=None: transactions are begun and ended by `_transaction` alone.
+    # isolation_level=None: `_transaction` alone begins and ends transactions.
     with _translated():
         database = sqlite3.connect(folder / FILE, timeout=30, isolation_level=None)
         database.row_factory = sqlite3.Row
@@ -414,7 +469,7 @@ def _connect(folder: Path) -> sqlite3.Connection:
 
 @contextlib.contextmanager
 def _transaction(database: sqlite3.Connection) -> Iterator[None]:
-    """All of a change or nothing of it; IMMEDIATE, so that what was read in it still holds when it is written."""
+    """Apply all of a change or nothing of it. IMMEDIATE: what was read inside still holds when it is written."""
     with _translated():
         database.execute("BEGIN IMMEDIATE")
         try:

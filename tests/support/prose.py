@@ -29,7 +29,6 @@ NOT_YET = (
     "engine/cli",
     "engine/config.py",
     "engine/report",
-    "engine/requests",
     "engine/run",
     "engine/tuning",
     "kernels",
