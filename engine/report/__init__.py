@@ -1,4 +1,4 @@
-"""report.html: one file, nothing to load and no script in it, for a reader who does not train models."""
+"""report.html: one file without scripts or further files, for readers who do not train models."""
 
 from engine.report.data import GalleryItem, ReportData
 from engine.report.gallery import build_gallery

@@ -1,4 +1,4 @@
-"""What a report is made of."""
+"""Contents of a report."""
 
 from __future__ import annotations
 
@@ -12,10 +12,16 @@ from engine.evaluate import Evaluation
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GalleryItem:
-    """A forget sample. image: uint8 [H, W, 3]. scores, mask: [rows, columns] of the patch grid, float and bool; None
-    for a model without attention that can be read.
+    """A forget sample of the gallery.
 
-    probabilities: of the true class, by model ("original", "unlearned", and "retrained" where there is one).
+    Attributes:
+        id: Id of the sample.
+        label: Class name, or the number of the class.
+        image: uint8 [H, W, 3].
+        scores, mask: Attention and masked patches on the patch grid, float and bool [rows, columns]; None for a model
+            whose attention cannot be read.
+        probabilities: Probability [0, 1] of the true class by model: "original", "unlearned", and "retrained" if there
+            is one.
     """
 
     id: str
@@ -28,12 +34,22 @@ class GalleryItem:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReportData:
-    """All that report.html shows.
+    """Everything that report.html shows.
 
-    request: spec, forget, retain, duplicates (counts), data (spec). metrics: as in metrics.json. history: rows of
-    history.jsonl. evaluations: by model, "original", "unlearned", "retrained 1", ... retrain_seconds: measured on
-    this machine in the same run, None where no retrain was timed. environment: versions. hashes: SHA-256 by name.
-    proof: the verdict with its evidence, see `engine.report.proof.page`; None where it was not asked for.
+    Attributes:
+        title: Title of the page.
+        method, summary: Name of the method, and its summary in one line.
+        request: spec, forget, retain, duplicates, unreadable (numbers of samples) and data (spec).
+        config: Options of the run, resolved.
+        metrics: Contents of metrics.json.
+        history: Rows of history.jsonl.
+        evaluations: Evaluations by model: "original", "unlearned", "retrained 1", ...
+        gallery: Forget samples to show.
+        retrain_seconds: Wall-clock time of a retrain, measured on this machine in the same run; None if no retrain was
+            timed.
+        environment: Versions.
+        hashes: SHA-256 by name.
+        proof: Verdict with its evidence, see `engine.report.proof.page`; None if it was not requested.
     """
 
     title: str

@@ -1,4 +1,4 @@
-"""Forget samples with what the original model attended to, what the mask hides, and what each model says of them."""
+"""Gallery of forget samples: the original's attention, the masked patches, and each model's true-class probability."""
 
 from __future__ import annotations
 
@@ -33,11 +33,19 @@ def build_gallery(
     head_fusion: HeadFusion = "mean",
     seed: int = 0,
 ) -> list[GalleryItem]:
-    """At most `count` samples at equal distances over the forget set: the same ones each time.
+    """Return at most `count` samples at equal distances over the forget set; the choice is deterministic.
 
-    models: "original" (whose attention is shown) and any others, asked for the probability of the true class; each
-    stays on its device, in eval mode afterwards. samples: the whole forget set, in the run's order. preprocessing:
-    the original's. share, source, head_fusion, seed: as in the run, so that the masks are the ones that it used.
+    Args:
+        models: "original", whose attention is shown, and others whose probability of the true class is shown. Each
+            stays on its device, and is in eval mode afterwards.
+        samples: The whole forget set, in the run's order.
+        preprocessing: Preprocessing of the original.
+        count: Maximum number of samples.
+        share: Share (0, 1) of patches that the mask hides.
+        source: Source of the mask.
+        head_fusion: How attention heads are merged.
+        seed: Seed of random masks. With the run's `share`, `source`, `head_fusion` and `seed`, the masks are those of
+            the run.
     """
     original = models["original"].eval()
     info = describe(original)
@@ -84,7 +92,10 @@ def _true_class(logits: Tensor, labels: Tensor) -> np.ndarray:
 
 
 def _pixels(images: Tensor, preprocessing: Preprocessing) -> np.ndarray:
-    """The model's inputs [B, C, H, W] as uint8 [B, H, W, 3]; grey-scale, and channels that are no colours, as grey."""
+    """Convert inputs of the model [B, C, H, W] to uint8 [B, H, W, 3].
+
+    Images whose number of channels is not 3 become grey: grey-scale ones, and those whose channels are no colours.
+    """
     mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (preprocessing.mean, preprocessing.std))
     values = images.float().cpu() * std + mean
     if values.shape[1] != 3:

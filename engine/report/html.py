@@ -1,4 +1,4 @@
-"""report.html: the sentences and the table, computed from the numbers, and the page around them."""
+"""report.html: sentences and table, computed from the numbers, and the page that contains them."""
 
 from __future__ import annotations
 
@@ -78,11 +78,12 @@ MEASURES = {
 
 
 def write_report(path: Path, data: ReportData) -> Path:
-    """Writes the page to `path`, which is replaced only by a whole one; returns it."""
+    """Write the page to `path` and return it; the file is replaced only by a complete page."""
     return write_page(path, render(data))
 
 
 def render(data: ReportData) -> str:
+    """Return the text of the page."""
     rows = table(data)
     evidence = _evidence(data)
     shown = {"original": "Original", "unlearned": "Unlearned"}
@@ -128,7 +129,7 @@ def render(data: ReportData) -> str:
 
 
 def asked(data: ReportData) -> list[str]:
-    """What was asked, in sentences."""
+    """Return the request in sentences."""
     request = data.request
     forget, retain = int(request["forget"]), int(request["retain"])
     share = percent(forget / (forget + retain))
@@ -147,7 +148,7 @@ def asked(data: ReportData) -> list[str]:
 
 
 def results(data: ReportData) -> list[str]:
-    """What came of it, in sentences: behaviour, distance to retraining, time."""
+    """Return the outcome in sentences: behaviour, distance to retraining, time."""
     after, before = data.metrics["accuracy"], _original(data).get("accuracy", {})
     if before:
         sentences = [
@@ -196,7 +197,7 @@ def _time_sentence(data: ReportData) -> str:
 
 
 def warnings(data: ReportData) -> list[dict[str, str]]:
-    """What a reader must not miss. kind: "alarm" or "notice"."""
+    """Return the warnings of a run. Each has a kind, "alarm" or "notice", a title and a text."""
     found = [{"kind": "alarm", **_event(row)} for row in data.history if "event" in row]
     gap, untouched, _, references = _gaps(data)
     if gap is not None and untouched is not None and gap >= untouched:
@@ -236,7 +237,7 @@ def _event(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def cards(data: ReportData) -> list[dict[str, Any]]:
-    """Key figures: label, value, and notes with the numbers beside which it is read."""
+    """Return the key figures. Each has a label, a value, and notes with the numbers that it is compared with."""
     after, before = data.metrics["accuracy"], _original(data).get("accuracy", {})
     reference = data.metrics.get("reference", {}).get("accuracy", {})
     made: list[dict[str, Any]] = []
@@ -261,7 +262,7 @@ def cards(data: ReportData) -> list[dict[str, Any]]:
 
 
 def table(data: ReportData) -> list[dict[str, Any]]:
-    """Rows of measure and cells, a cell for each model in the order of the evaluations."""
+    """Return rows of measure and cells, with a cell for each model in the order of the evaluations."""
     keys = [key for key in MEASURES if key not in ("gap", "top1", "kl") or _references(data)]
     columns = {name: _column(data, name, evaluation) for name, evaluation in data.evaluations.items()}
     return [{"measure": MEASURES[key], "cells": [columns[name][key] for name in columns]} for key in keys]
@@ -292,6 +293,7 @@ def _column(data: ReportData, name: str, evaluation: Evaluation) -> dict[str, st
 
 
 def time_bars(data: ReportData) -> list[dict[str, Any]]:
+    """Return the bars of unlearning and retraining: label, text, and width [0, 100] relative to the longest."""
     took = data.metrics.get("seconds", {}).get("unlearn")
     times = {"Unlearning": took, "Retraining": data.retrain_seconds}
     longest = max((value for value in times.values() if value), default=None)
@@ -303,7 +305,7 @@ def time_bars(data: ReportData) -> list[dict[str, Any]]:
 
 
 def phase_rows(data: ReportData) -> list[tuple[str, str, str]]:
-    """(stretch, time, samples seen), the parts of unlearning first."""
+    """Return (phase, time, samples seen) of each phase, the parts of unlearning first."""
     seconds, seen = data.metrics.get("seconds", {}), data.metrics.get("samples_seen", {})
     rows = [
         (f"Phase {key.removesuffix('_phase')}", duration(value), f"{seen.get(key.removesuffix('_phase'), 0):,}")
@@ -322,7 +324,7 @@ def phase_rows(data: ReportData) -> list[tuple[str, str, str]]:
 
 
 def _evidence(data: ReportData) -> dict[str, Any]:
-    """The tables of the metrics' membership attacks and agreement, but for what the proof shows."""
+    """Return the tables of the metrics' membership attacks and agreement, except those that the proof shows."""
     others = {"original": _original(data), "reference": data.metrics.get("reference", {})}
     attacks = {"model": data.metrics.get("attacks"), **{name: each.get("attacks") for name, each in others.items()}}
     parts = {"attacks": attacks if attacks["model"] else None, "agreement": data.metrics.get("agreement")}
@@ -338,7 +340,10 @@ def _references(data: ReportData) -> dict[str, Evaluation]:
 
 
 def _gaps(data: ReportData) -> tuple[float | None, float | None, float | None, int]:
-    """(of the unlearned model, of the untouched one, the noise floor) in points, and the number of references."""
+    """Return the gaps of the unlearned and the untouched model, the noise floor, and the number of references.
+
+    Gaps and noise floor are in percentage points; None if not measured.
+    """
     metrics = data.metrics
     gap, untouched, floor = (
         part.get("average")

@@ -1,4 +1,4 @@
-"""What the pages share: their templates, and numbers in words."""
+"""Common parts of the pages: their templates, and the formatting of numbers."""
 
 from __future__ import annotations
 
@@ -15,12 +15,18 @@ import jinja2
 
 from engine.runtime.files import replacing
 
-MISSING = "\N{EN DASH}"  # not measured, or not to be measured
+MISSING = "\N{EN DASH}"  # not measured, or not measurable
 
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-    """A row of a table. hint: which way is good, in a few words. definition: what it is and how it is read."""
+    """A row of a table.
+
+    Attributes:
+        name: Name of the measure.
+        hint: Which direction is good, in a few words.
+        definition: Definition, and how a value is read.
+    """
 
     name: str
     hint: str
@@ -28,14 +34,14 @@ class Measure:
 
 
 def render_template(name: str, **values: Any) -> str:
-    """A page from a template of this folder, which may include others of it."""
+    """Render a page from a template of this folder, which may include others of it."""
     written = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     return _environment().get_template(name).render(written=written, **values)
 
 
 @functools.cache
 def _environment() -> jinja2.Environment:
-    # Ids, class names and paths are other people's text: everything is escaped, nothing in the templates is `safe`.
+    # Ids, class names and paths are untrusted text: everything is escaped, nothing in the templates is `safe`.
     return jinja2.Environment(
         loader=jinja2.FunctionLoader(_template),
         autoescape=True,
@@ -50,7 +56,7 @@ def _template(name: str) -> str:
 
 
 def write_page(path: Path, text: str) -> Path:
-    """Writes the page to `path`, which is replaced only by a whole one; returns it."""
+    """Write the page to `path` and return it; the file is replaced only by a complete page."""
     path = Path(path)
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -62,7 +68,7 @@ def usable(value: Any) -> bool:
 
 
 def percent(value: float | None) -> str:
-    """A fraction as a percentage with one decimal."""
+    """Format a fraction as a percentage with one decimal."""
     return f"{100 * value:.1f}%" if value is not None and usable(value) else MISSING
 
 
@@ -79,7 +85,12 @@ def count(value: int, what: str) -> str:
 
 
 def unreadable(images: int, work: str) -> str:
-    """The sentence on images of the request that could not be read. work: what they took no part in."""
+    """Return the sentence on images of the request that cannot be read.
+
+    Args:
+        images: Number of the images.
+        work: Work that was done without them.
+    """
     return (
         f"{count(images, 'image')} of the request could not be read and took no part in {work}: nothing below says "
         f"anything about {'it' if images == 1 else 'these'}."
@@ -94,7 +105,7 @@ def duration(seconds: float) -> str:
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested options as (dotted name, text)."""
+    """Return nested options as (dotted name, text)."""
     rows: list[tuple[str, str]] = []
     for key, value in values.items():
         if isinstance(value, Mapping):

@@ -1,6 +1,6 @@
-"""Pictures of a report as data URIs: figures as SVG, samples as PNG or, where they are photographs, JPEG.
+"""Pictures of a report as data URIs: figures as SVG, samples as PNG or, if they are photographs, JPEG.
 
-Colours are those of Okabe and Ito and matplotlib's viridis, which readers with colour blindness can tell apart.
+Colours are those of Okabe and Ito and matplotlib's viridis, which readers with colour blindness can distinguish.
 """
 
 from __future__ import annotations
@@ -27,23 +27,28 @@ BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY = "#0072b2", "#d55e00", "#009e73", 
 GREY, INK, FAINT = "#52606d", "#3d4852", "#d9dee3"
 _NOT_TERMS = {"phase", "epoch", "step", "grad_norm", "lr", "event", "watched_accuracy", "back_to_step", "points_lost"}
 
-# A curve is drawn through at most this many points: a long run must not make a heavy file.
+# A curve is drawn through at most this many points, so that the file of a long run stays small.
 _MOST_POINTS = 400
 _BINS = 20
-# Pixels of a gallery picture's longer side: small images are enlarged to about this, large ones are reduced to it.
+# Pixels of a gallery picture's longer side. Small images are enlarged to about this size, large ones are reduced to it.
 _SIDE = 192
 
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """src: a data URI. alt: what it shows, in words."""
+    """A picture of a page.
+
+    Attributes:
+        src: A data URI.
+        alt: Description of the picture in words.
+    """
 
     src: str
     alt: str
 
 
 def loss_curves(history: Sequence[Mapping[str, Any]]) -> list[Picture]:
-    """One figure a phase, with all terms of its loss by step."""
+    """Draw one figure for each phase, with all terms of its loss by step."""
     pictures = []
     for phase, rows in _by_phase(history).items():
         terms = {key for row in rows for key, value in row.items() if key not in _NOT_TERMS and _is_number(value)}
@@ -63,7 +68,7 @@ def loss_curves(history: Sequence[Mapping[str, Any]]) -> list[Picture]:
 
 
 def watched_curves(history: Sequence[Mapping[str, Any]]) -> list[Picture]:
-    """One figure a phase that was watched: accuracy on the watched samples, a cross where the model collapsed."""
+    """Draw the watched accuracy, one figure for each watched phase, with a cross at each collapse."""
     pictures = []
     for phase, rows in _by_phase(history).items():
         watched = [row for row in rows if _is_number(row.get("watched_accuracy"))]
@@ -92,7 +97,10 @@ def watched_curves(history: Sequence[Mapping[str, Any]]) -> list[Picture]:
 
 
 def confidence_histograms(evaluations: Mapping[str, Evaluation]) -> list[Picture]:
-    """Probability of the true class, forget samples against test images; one figure a model, all on the same axes."""
+    """Draw the probability of the true class, forget samples against test images.
+
+    There is one figure for each model, all on the same axes.
+    """
     edges = np.linspace(0, 1, _BINS + 1)
     shares = {
         (name, part): _shares(evaluation.predictions[part].confidence, edges)
@@ -124,7 +132,12 @@ def _shares(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
 
 
 def sample_pictures(item: GalleryItem) -> dict[str, Picture]:
-    """image, attention (lighter patches got more) and masked (hidden patches black, outlined) of a gallery item."""
+    """Draw the pictures of a gallery item.
+
+    Returns:
+        image; attention, where lighter patches have more of it; masked, where hidden patches are black and outlined.
+        Only image if the attention cannot be read.
+    """
     height, width = item.image.shape[:2]
     longer = max(height, width)
     small = longer <= _SIDE // 2
@@ -158,7 +171,7 @@ def _to_pixels(grid: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _outline(mask: np.ndarray, thickness: int = 3) -> np.ndarray:
-    """The rim of a masked area, inside it; the picture's own border counts as rim."""
+    """Return the rim of a masked area, inside it; the border of the picture counts as rim."""
     padded = np.pad(mask, thickness)
     inner = np.ones_like(mask)
     for down in (0, thickness, 2 * thickness):
@@ -209,6 +222,7 @@ def _steps_from_zero(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def legend(axes: Axes, place: Literal["best", "upper center", "outside"] = "best") -> None:
+    """Add a legend; "outside" puts it below the axes."""
     options: dict[str, Any] = {"fontsize": 9, "frameon": False, "labelcolor": INK}
     if place == "outside":  # below the axes, for plots that leave no room inside
         handles, labels = axes.get_legend_handles_labels()
@@ -220,7 +234,10 @@ def legend(axes: Axes, place: Literal["best", "upper center", "outside"] = "best
 
 
 def _curve(axes: Axes, steps: np.ndarray, values: np.ndarray, label: str, colour: str) -> None:
-    """The values, faint where there are many, and their running mean."""
+    """Draw the values and their running mean.
+
+    If there are many values, they are drawn faint; if there are few, the mean is left out.
+    """
     window = len(values) // 30
     if window < 2:
         axes.plot(steps, values, color=colour, linewidth=1.8, marker="o" if len(values) == 1 else "", label=label)
@@ -233,7 +250,7 @@ def _curve(axes: Axes, steps: np.ndarray, values: np.ndarray, label: str, colour
 
 
 def _thinned(values: np.ndarray) -> np.ndarray:
-    """Means of neighbours, so that at most _MOST_POINTS are left."""
+    """Return means of neighbours, so that at most `_MOST_POINTS` are left."""
     block = math.ceil(len(values) / _MOST_POINTS)
     return np.array([values[i : i + block].mean() for i in range(0, len(values), block)])
 
@@ -244,7 +261,7 @@ def _cycle(count: int) -> list[str]:
 
 
 def _by_phase(history: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    """Rows by phase; a name that comes again, as the alternating phases of a method do, is numbered."""
+    """Return rows by phase; a repeated name, as of a method's alternating phases, is numbered."""
     phases: dict[str, list[Mapping[str, Any]]] = {}
     before, times, key = None, collections.Counter[str](), ""
     for row in history:

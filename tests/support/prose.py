@@ -28,7 +28,6 @@ NOT_YET = (
     "engine/audit",
     "engine/cli",
     "engine/config.py",
-    "engine/report",
     "engine/run",
     "engine/tuning",
     "kernels",

@@ -1,1 +1,1 @@
-"""The section of a report that sets out the evidence."""
+"""Section of a report that shows the evidence of a verdict."""

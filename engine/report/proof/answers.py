@@ -1,6 +1,6 @@
-"""The evidence of a proof as sections of a page: what the models answer. `proof_inside` has what is behind it.
+"""Sections of a page on the answers of the models: membership attacks and agreement. See also `internals`.
 
-The sentences are made from the numbers; a number that is not there leaves its sentence out.
+The sentences are made from the numbers; if a number is missing, its sentence is left out.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from engine.report.proof.tables import (
     value_of,
 )
 
-# The models of attacks and of agreement, in the order of the columns; the part of the agreement that each has.
+# Models of attacks and agreement in the order of the columns, and the part of the agreement that belongs to each.
 _COLUMNS = {"original": "original", "model": "model", "reference": "noise_floor"}
 _LOOKS = {"original": ORIGINAL, "model": MODEL, "reference": RETRAINED}
 _SHARES = ("top1",)
@@ -52,7 +52,14 @@ def sections(proof: Mapping[str, Any], used: Used) -> list[Section]:
 def attacks_section(
     attacks: Mapping[str, Any], used: Used, *, model: str = "This model", plots: bool = True
 ) -> Section:
-    """attacks: of model, original and reference, any of them missing. model: what the first is called."""
+    """Return the section on membership attacks.
+
+    Args:
+        attacks: Results by model: "model", "original" and "reference"; any of them may be missing.
+        used: Collects the measures that are shown.
+        model: Name of the first on the page.
+        plots: Whether the section has plots.
+    """
     names = {"original": "Original", "model": model, "reference": "Retrained"}
     by_model = {name: attacks.get(name) or {} for name in _COLUMNS}
     there = list(dict.fromkeys(attack for each in by_model.values() for attack in each))
@@ -122,7 +129,7 @@ def _direction(numbers: Any) -> str | None:
 def agreement_section(
     agreement: Mapping[str, Any], used: Used, *, model: str = "This model", plots: bool = True
 ) -> Section:
-    """As `attacks_section`."""
+    """Return the section on agreement; arguments as of `attacks_section`."""
     by_model = {name: agreement.get(key) or {} for name, key in _COLUMNS.items()}
     names = {"original": "Original", "model": model, "reference": "Noise floor"}
 

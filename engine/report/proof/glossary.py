@@ -1,4 +1,4 @@
-"""What the numbers of a proof mean, for readers who do not train models."""
+"""Definitions of the numbers of a proof, for readers who do not train models."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ _RATE = "tpr_at_fpr_"
 
 
 def rate_of(key: str) -> float | None:
-    """The false positive rate that `tpr_at_fpr_0.01` names; None for another key."""
+    """Return the false positive rate of a key such as `tpr_at_fpr_0.01`; None for another key."""
     try:
         return float(key.removeprefix(_RATE)) if key.startswith(_RATE) else None
     except ValueError:
@@ -203,9 +203,13 @@ def rate_of(key: str) -> float | None:
 
 
 def term(key: str, direction: Any = None) -> Measure:
-    """The measure of a key of the proof. direction: what the proof says of how to read it; becomes part of it.
+    """Return the measure of a key of the proof.
 
-    A key that is not known here keeps its name, so that no number is lost.
+    An unknown key keeps its name, so that no number is lost.
+
+    Args:
+        key: The key.
+        direction: How a value is read, according to the proof; added to the definition.
     """
     rate = rate_of(key)
     if rate is not None:

@@ -1,6 +1,6 @@
-"""The evidence of a proof as sections of a page: what is behind a model's answers. See `proof_sections`.
+"""Sections of a page on the internals of the models: relearning, representation, attention. See also `answers`.
 
-Of the models that these parts name, `model` is the examined one, `original` the untouched one, and all others were
+Of the models that these parts name, `model` is the examined one and `original` the untouched one. All others were
 retrained without the forget samples.
 """
 
@@ -93,7 +93,7 @@ def relearning_section(relearning: Mapping[str, Any], used: Used) -> Section:
 
 
 def _accuracies(curve: Mapping[str, Any], key: str, sizes: Mapping[str, int]) -> list[Number | None]:
-    """Accuracy by step, with its interval over that many samples."""
+    """Return the accuracy by step, with its interval over the number of samples."""
     values, size = curve.get("accuracy", {}).get(key, []), sizes.get(key, 0)
     return [proportion(min(v, 1.0) * size, size).to_dict() if size and usable(v) else {"value": v} for v in values]
 
@@ -179,7 +179,7 @@ def representation_section(part: Mapping[str, Any], used: Used) -> Section:
     direction = part.get("direction") or {}
     references = references_of(models)
     sets = [name for name in SETS if any(name in each.get("sets", {}) for each in models.values())]
-    for key in ("cka", "share_of_way"):  # in plots alone
+    for key in ("cka", "share_of_way"):  # shown in plots alone
         used.measure(key, direction.get(key))
     return Section(
         title="What the layers hold",
@@ -202,7 +202,7 @@ def representation_section(part: Mapping[str, Any], used: Used) -> Section:
 
 
 def _to(models: Mapping[str, Any], first: str, second: str, part: str) -> Mapping[str, Any]:
-    """What is known of two models on a set of samples."""
+    """Return the comparison of two models on a set of samples; empty if there is none."""
     found: Mapping[str, Any] = models.get(first, {}).get("sets", {}).get(part, {}).get("to", {}).get(second, {})
     return found
 
@@ -429,7 +429,7 @@ def _reading_plots(reading: Mapping[str, Any]) -> list[Picture]:
 
 
 def _assumption(reading: Mapping[str, Any], images: str) -> list[str]:
-    """Does masking bring the original's answer nearer to a retrained model's?"""
+    """Return a sentence on whether masking brings the original's answer nearer to a retrained model's."""
     against = [(reading.get(f"masked_less_{other}") or {}).get("kl") for other in ("unmasked", "random")]
     if any(value_of(each) is None for each in against):
         return []

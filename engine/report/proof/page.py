@@ -1,20 +1,20 @@
-"""The proof for people who look: the verdict in plain language, and the evidence behind it in tables and plots.
+"""The proof of a verdict for readers: the verdict in plain language, and its evidence in tables and plots.
 
 A proof is one JSON-ready dict, any part of which may be missing:
 
     verdict         `engine.evaluate.verdict.Verdict.to_dict`; a gate may have `within`: [lowest, highest] value that
-                    passes, null for an open side, which is what its bar is drawn against
+                    passes, null for an open side; the gate's bar is drawn against it
     gates           the limits in force, by name
     attacks         by model, original and reference: as `engine.evaluate.membership.attacks` or `mean_attacks` return
     agreement       `engine.evaluate.agreement.agreement_report`
     representation  `engine.evaluate.representation.compare_features`
     relearning      `engine.evaluate.relearning.relearning_report`
     attention       `engine.evaluate.attention.attention_report`
-    seconds         by part, what gathering it took
-    unmeasured      by part, why it is not there
+    seconds         by part, the wall-clock time of its measurement
+    unmeasured      by part, the reason why it is missing
 
-In the last three of the evidence, `model` is the examined model, `original` the untouched one, and every other name a
-retrained one.
+In representation, relearning and attention, `model` is the examined model, `original` the untouched one, and every
+other name a retrained one.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _PARTS = {
     "attention": "Attention",
 }
 
-# By status: (css class, title, what it means).
+# By status: (css class, title, meaning).
 _STATUSES = {
     "PASS": (
         "pass",
@@ -64,7 +64,13 @@ _WORDS = {"pass": "Pass", "fail": "Fail", "undecided": "Undecided"}
 
 @dataclasses.dataclass(frozen=True)
 class Bar:
-    """A found interval against its limits, as shares [0, 100] of the bar's width. alt: the same in words."""
+    """A found interval against its limits, as shares [0, 100] of the bar's width.
+
+    Attributes:
+        limit_low, limit_high: The limits; 0 and 100 for an open side.
+        low, high, value: The interval and the value in it.
+        alt: The same in words.
+    """
 
     limit_low: float
     limit_high: float
@@ -75,16 +81,22 @@ class Bar:
 
 
 def write_proof(path: Path, proof: Mapping[str, Any], *, title: str, facts: Mapping[str, Any]) -> Path:
-    """A page of its own, for `lethe verify --html`. facts: what was examined, shown by (dotted) name.
+    """Write a page of its own, for `lethe verify --html`, and return its path.
 
-    `path` is replaced only by a whole page; returns it.
+    The file is replaced only by a complete page.
+
+    Args:
+        path: The file.
+        proof: The proof.
+        title: Title of the page.
+        facts: What was examined, by (dotted) name.
     """
     text = render_template("proof_page.html", title=title, facts=flat(facts), proof=proof_view(proof))
     return write_page(path, text)
 
 
 def proof_view(proof: Mapping[str, Any]) -> dict[str, Any]:
-    """What proof.html shows."""
+    """Return the values that proof.html shows."""
     used = Used()
     verdict = _verdict(proof["verdict"], used) if proof.get("verdict") else None
     shown = sections(proof, used)
@@ -107,7 +119,12 @@ def proof_view(proof: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tables_view(parts: Mapping[str, Any], model: str) -> dict[str, Any]:
-    """The sections of attacks and agreement, as far as they are there, without plots. model: what it is called."""
+    """Return the sections of attacks and agreement, as far as they exist, without plots.
+
+    Args:
+        parts: The parts of a proof.
+        model: Name of the examined model on the page.
+    """
     used = Used()
     builders = {"attacks": attacks_section, "agreement": agreement_section}
     found = [build(parts[name], used, model=model, plots=False) for name, build in builders.items() if parts.get(name)]
@@ -175,19 +192,19 @@ def _gate(gate: Mapping[str, Any], used: Used) -> dict[str, Any]:
 
 
 def short(value: float) -> str:
-    """A number as the gates' reasons have it."""
+    """Format a number as in the gates' reasons."""
     return f"{value:.3g}"
 
 
 def _bar(value: Mapping[str, Any], within: Sequence[float | None] | None) -> Bar | None:
-    """None where nothing was found, or where there is no limit to draw it against."""
+    """Return the bar of a gate; None if nothing was found, or if there is no limit to draw it against."""
     ends = [value.get(key) for key in ("low", "value", "high")]
     if not all(usable(end) for end in ends) or not within or not any(usable(end) for end in within):
         return None
     low, middle, high = (float(end) for end in ends if end is not None)
     limits = [float(end) for end in within if end is not None and usable(end)]
     first, last = min(low, *limits), max(high, *limits)
-    room = 0.12 * (last - first) or 1.0  # of the bar, beyond the outermost mark on either side
+    room = 0.12 * (last - first) or 1.0  # margin beyond the outermost mark on either side
     first, last = first - room, last + room
 
     def place(number: float) -> float:

@@ -37,14 +37,20 @@ ORIGINAL_TO_RETRAINED = Look(ORANGE, "^", "--")
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    """numbers: {"value", "low", "high"} of each row or tick; None, or a value that is no number: not measured."""
+    """Numbers of one model or pair of models.
+
+    Attributes:
+        name: Name in the legend.
+        look: Colour, mark and line.
+        numbers: {"value", "low", "high"} of each row or tick. None, or a value that is no number: not measured.
+    """
 
     name: str
     look: Look
     numbers: Sequence[Number | None]
 
     def columns(self) -> np.ndarray:
-        """value, low, high [3, n]; NaN where not measured. An end that is missing is the value."""
+        """Return value, low and high as [3, n], NaN if not measured. A missing end is replaced by the value."""
         rows: list[list[Any]] = []
         for each in self.numbers:
             value = each.get("value") if each else None
@@ -64,7 +70,19 @@ def dot_plot(
     line: float | None = None,
     shares: bool = False,
 ) -> list[Picture]:
-    """A mark and a bar a row and series; [] where nothing was measured. line: to compare with. shares: in percent."""
+    """Draw a mark and a bar for each row and series.
+
+    Args:
+        title: Title of the figure.
+        axis: Label of the axis.
+        rows: Names of the rows.
+        series: The numbers.
+        line: Value to compare with; None: no line.
+        shares: Show fractions in percent.
+
+    Returns:
+        One picture; none if nothing was measured.
+    """
     drawn = _measured(series)
     if not drawn:
         return []
@@ -104,7 +122,7 @@ def band_plot(
     line: float | None = None,
     shares: bool = False,
 ) -> list[Picture]:
-    """A line with its band for each series, over ticks at equal distances. Otherwise as `dot_plot`."""
+    """Draw a line with its band for each series, over ticks at equal distances; otherwise as `dot_plot`."""
     drawn = _measured(series)
     if not drawn:
         return []
@@ -158,5 +176,5 @@ def _text(value: float, shares: bool) -> str:
 
 
 def _short(text: str, most: int = 24) -> str:
-    """What fits beside and above a plot; the whole name stands in the table."""
+    """Shorten a text to fit next to or above a plot; the table has the whole name."""
     return text if len(text) <= most else f"{text[: most - 1]}\N{HORIZONTAL ELLIPSIS}"

@@ -1,4 +1,4 @@
-"""What the sections of a proof are made of: tables, figures, and numbers with their intervals in words."""
+"""Parts of the sections of a proof: tables, figures, and numbers with their intervals in words."""
 
 from __future__ import annotations
 
@@ -18,7 +18,12 @@ SETS = {"forget": "Forget samples", "retain": "Retain samples", "test": "Test im
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """note: the interval, or why there is no number."""
+    """A cell of a table.
+
+    Attributes:
+        text: The number.
+        note: Its interval, or why there is no number.
+    """
 
     text: str
     note: str = ""
@@ -40,7 +45,13 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """marked: the column of the examined model, if it has one."""
+    """A table of a section.
+
+    Attributes:
+        columns: Names of the columns.
+        groups: Rows by heading.
+        marked: Column of the examined model, from 0; None if it has none.
+    """
 
     columns: Sequence[str]
     groups: Sequence[Group]
@@ -49,7 +60,12 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Figures:
-    """Plots that belong together. caption: may be empty."""
+    """Plots that belong together.
+
+    Attributes:
+        caption: Caption; may be empty.
+        pictures: The plots.
+    """
 
     caption: str
     pictures: Sequence[Picture]
@@ -57,7 +73,16 @@ class Figures:
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """intro: what was asked. found: what was found, in sentences."""
+    """A section of a proof.
+
+    Attributes:
+        title: Title.
+        intro: The question that is answered.
+        found: The findings, in sentences.
+        figures: Plots.
+        tables: Tables.
+        note: Remark; may be empty.
+    """
 
     title: str
     intro: str
@@ -68,7 +93,10 @@ class Section:
 
 
 class Used:
-    """The measures that a page shows, for its list: what shows on hover alone is lost on touch screens and paper."""
+    """Collects the measures that a page shows, for its list of definitions.
+
+    The list is needed since text that is shown on hover alone is lost on touch screens and paper.
+    """
 
     def __init__(self) -> None:
         self.measures: dict[str, Measure] = {}
@@ -86,7 +114,7 @@ def plain(value: Any) -> str:
 
 
 def signed_points(value: Any) -> str:
-    """A share in percentage points."""
+    """Format a share in percentage points, with its sign."""
     return f"{100 * value:+.1f}" if usable(value) else MISSING
 
 
@@ -116,7 +144,7 @@ def value_of(found: Number | None) -> float | None:
 
 
 def mean_of(numbers: Iterable[Number | None]) -> Number | None:
-    """Mean of the values and of the ends of their intervals, over those that were measured."""
+    """Return the mean of the values and of the ends of their intervals, over those that were measured."""
     there = [each for each in numbers if value_of(each) is not None and each is not None]
     if not there:
         return None
@@ -125,7 +153,7 @@ def mean_of(numbers: Iterable[Number | None]) -> Number | None:
 
 
 def range_of(numbers: Iterable[Number | None]) -> Number | None:
-    """Mean, lowest and highest value: what retrained models differ by. Of a single one: its own interval."""
+    """Return mean, lowest and highest value: the range of retrained models. For a single one it is its own interval."""
     there = [each for each in numbers if value_of(each) is not None and each is not None]
     if len(there) < 2:
         return there[0] if there else None
@@ -136,7 +164,7 @@ def range_of(numbers: Iterable[Number | None]) -> Number | None:
 def by_place(
     lists: Iterable[Sequence[Number | None]], merge: Callable[[Iterable[Number | None]], Number | None]
 ) -> list[Number | None]:
-    """What several lists say of each step or layer, merged; lists that are empty say nothing."""
+    """Merge the numbers of several lists for each step or layer; empty lists are left out."""
     return [merge(each) for each in zip(*(one for one in lists if one), strict=True)]
 
 
@@ -155,7 +183,7 @@ def retrained_range(references: Sequence[str]) -> str:
 def three_cells(
     by_name: Mapping[str, Number | None], references: Sequence[str], text: Callable[[Any], str]
 ) -> list[Cell]:
-    """Cells of original, model and the mean of the references."""
+    """Return the cells of original, model and the mean of the references."""
     mean = mean_of(by_name.get(name) for name in references)
     return [cell(each, text) for each in (by_name.get("original"), by_name.get("model"), mean)]
 
