@@ -1,1 +1,1 @@
-"""The record of a run, its signature, and what a record says of a model."""
+"""The record of a run, its signature, and the origin of a model by its record."""

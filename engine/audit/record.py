@@ -1,4 +1,4 @@
-"""record.json: what was asked of a run, what it did and what came out, so that a later change of either shows.
+"""record.json: the request, the events and the results of a run, hashed so that a later change is detected.
 
 One JSON object:
 
@@ -9,31 +9,32 @@ One JSON object:
      "head": sha256 of the last entry,
      "signature": null | {"algorithm": "Ed25519", "entries": n, "public_key": hex, "value": hex, "sha256": "..."}}
 
-Canonical form, that of the file (with a line feed at its end) and of all that is hashed or signed: keys sorted, no
-white space, ASCII with \\uXXXX for all other characters, no NaN or infinity. It is RFC 8785 but for two points: numbers
-are spelled as Python's repr does (the shortest text that reads back as the same double; 1.0 and 1 differ), and
-characters beyond ASCII are escaped, so that no transport changes them and a file name that is not UTF-8 can be kept.
+Canonical form: keys sorted, no white space, ASCII with \\uXXXX for all other characters, no NaN or infinity. The file
+has it, with a line feed at its end, and so has all that is hashed or signed. It is RFC 8785 with two exceptions:
+    numbers are spelled as by Python's repr: the shortest text that reads back as the same double; 1.0 and 1 differ
+    characters beyond ASCII are escaped: no transport changes them, and a file name that is not UTF-8 can be kept
 A record has one form, so a change of white space is a change.
 
-Chain: sha256 of an entry is over the canonical form of the entry without it; `previous` is that of the entry before, so
-the last one (the head) stands for all. Entries of the kind `files` hold the SHA-256 of files in the run folder, a later
-one in place of an earlier; `files` is what they say in the end.
+Chain: `sha256` of an entry is over the canonical form of the entry without that key. `previous` is the hash of the
+entry before, so the hash of the last entry (the head) stands for all. Entries of the kind `files` hold the SHA-256 of
+files in the run folder; a later hash of a file replaces an earlier one. The key `files` holds the hashes that result.
 
-What it shows: any change of a record, or of a file it covers, by somebody who did not compute all later hashes anew.
-Without a signature somebody who did is not detected, unless the head is known from elsewhere. With one, and a
-public key from a source that is trusted, nobody but the holder of the private key can make another record that holds.
-Entries that were added after the signature are not signed before somebody signs again; and a record as it was signed
-earlier still holds, so who kept it can put it back.
+What is detected: any change of a record, or of a file it covers, by somebody who did not compute all later hashes anew.
+Without a signature, somebody who did is not detected, unless the head is known from elsewhere. With a signature, and a
+public key from a trusted source, only the holder of the private key can make another record that passes the check.
+Two limits remain. Entries added after the signature are unsigned until somebody signs again. A record as it was signed
+earlier still passes, so whoever kept a copy can put it back.
 
 Ids: a record is kept for years after a deletion, and must not itself keep what was to be deleted. So it holds the
-HMAC-SHA256 of each id under 32 random bytes of its own, which lie beside it in `record.salt`, readable by their owner.
-Without a salt a hash would hide nothing: ids are file names and numbers, which anybody can guess and hash one by one.
-So who has the salt can prove that an id was in the request (`contains`), and nobody else can; destroying the file makes
-the record anonymous, and leaves it as sound as before. More than 1,000 ids are in `record.ids`, the canonical form of
-{"bad_images": [...], "forget": [...]}, which the record covers.
-What stays: the digest of the samples that were trained on. Who holds the ids and labels of all the others can tell by
-it which single sample is missing. And files beside the record: config.yaml names the request's file or class and
-the digest of the forget set, and report.html shows pictures of forgotten samples.
+HMAC-SHA256 of each id under 32 random bytes of its own. They are in `record.salt` in the same folder, which only its
+owner can read. Without a salt a hash would hide nothing: ids are file names and numbers, which anybody can guess and
+hash one by one. Whoever has the salt can prove that an id was in the request (`contains`), and nobody else can.
+Destroying the file makes the record anonymous, and the record still passes the check. More than 1,000 ids are in
+`record.ids`, the canonical form of {"bad_images": [...], "forget": [...]}, which the record covers.
+
+What stays: the digest of the samples that were trained on. Whoever holds the ids and labels of all the others can
+derive from it which single sample is missing. Other files of the run folder stay as well: config.yaml names the
+request's file or class and the digest of the forget set, and report.html shows pictures of forgotten samples.
 """
 
 from __future__ import annotations
@@ -65,46 +66,68 @@ _NAME = re.compile("[A-Za-z0-9][A-Za-z0-9._-]{0,199}")  # of a file in the run f
 _SHAPE = {"entries": (list,), "files": (dict,), "format": (int,), "head": (str,), "signature": (dict, type(None))}
 _ENTRY = {"number": (int,), "content": (dict,), **dict.fromkeys(("kind", "time", "previous", "sha256"), (str,))}
 _SIGNATURE = {"entries": (int,), **dict.fromkeys(("algorithm", "public_key", "value", "sha256"), (str,))}
-# More than any run writes: what a checker reads into memory and descends into must have an end.
+# Largest record in bytes, and its deepest nesting: more than any run writes. A check reads and descends no further.
 _LARGEST = 16 * 2**20
 _DEEPEST = 64
 
 
 def canonical(value: Any) -> bytes:
-    """The one form of a JSON value, see above. Raises ValueError for NaN and infinity, TypeError for other objects."""
+    """Return the canonical form of a JSON value, see the top of the file.
+
+    Raises:
+        ValueError: A number is NaN or infinite.
+        TypeError: An object is not a JSON value.
+    """
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
 
 
 class Record:
-    """A record in the making, or one that is being added to."""
+    """A record that is being written, or one that entries are added to.
+
+    Attributes:
+        entries: Entries in order, each with its hash.
+        signature: The object `signature` of the file; None if the record is not signed.
+    """
 
     def __init__(self, entries: Sequence[dict[str, Any]] = (), signature: dict[str, Any] | None = None) -> None:
         self.entries, self.signature = list(entries), signature
 
     @classmethod
     def start(cls, folder: Path) -> Record:
-        """An empty record; an earlier one in the folder is of another run, and removed."""
+        """Return an empty record; an earlier one in the folder belongs to another run and is removed."""
         for name in (RECORD, SALT, IDS):
             (folder / name).unlink(missing_ok=True)
         return cls()
 
     @classmethod
     def open(cls, folder: Path) -> Record:
-        """The record of a run folder. Raises UserError where there is none, or one whose own bytes were changed."""
+        """Return the record of a run folder.
+
+        Raises:
+            UserError: The folder has no record, or the bytes of the record were changed.
+        """
         document, problems = _read(folder)
         if document is None or problems:
             raise UserError(f"{folder}: {problems[0]}; `lethe verify-record {folder}` lists all that is wrong")
         return cls(document["entries"], document["signature"])
 
     def append(self, kind: str, content: Mapping[str, Any]) -> None:
-        """Adds an entry. content: JSON values; nothing in it that names people, since it cannot be taken out again."""
+        """Add an entry.
+
+        Args:
+            kind: One of `KINDS`.
+            content: JSON values. They must not name people, since an entry cannot be removed.
+
+        Raises:
+            ValueError: The kind is unknown, or the content is nested too deeply.
+        """
         if kind not in KINDS:
             raise ValueError(f"record: kind {kind!r}, expected one of {', '.join(KINDS)}")
         entry = {
             "number": len(self.entries) + 1,
             "kind": kind,
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "content": json.loads(json.dumps(content, allow_nan=False)),  # as it will be read: keys are text, no tuples
+            "content": json.loads(json.dumps(content, allow_nan=False)),  # as read back: keys are text, no tuples
             "previous": self.entries[-1]["sha256"] if self.entries else _FIRST,
         }
         if _is_deep({"entries": [entry]}):
@@ -112,10 +135,19 @@ class Record:
         self.entries.append({**entry, "sha256": _digest(entry)})
 
     def seal(self, folder: Path, files: Sequence[str] = (), key: Path | None = None) -> None:
-        """Covers files of the folder as they are now, signs the head if there is a key, and writes record.json.
+        """Add the hashes of files, sign the head, and write record.json.
 
-        key: PEM file of an Ed25519 private key. Without one an earlier signature stays, for the entries that it was
-        made over. record.json is replaced in one step.
+        record.json is replaced in one step.
+
+        Args:
+            folder: Run folder.
+            files: Names of files in the folder that the record covers, as they are now.
+            key: PEM file of an Ed25519 private key. None: an earlier signature is kept, for the entries that it was
+                made over.
+
+        Raises:
+            ValueError: A file is not one that a record can cover.
+            UserError: The key cannot sign, or the record is too large.
         """
         if files:
             if odd := [name for name in files if not _can_be_covered(name)]:
@@ -140,10 +172,17 @@ class Record:
 def append_to_record(
     folder: Path, kind: str, content: Mapping[str, Any], files: Sequence[str] = (), key: Path | None = None
 ) -> None:
-    """Adds an entry to the record of a finished run, and covers `files` (names in the folder) as they are now.
+    """Add an entry to the record of a finished run, and the hashes of files as they are now.
 
-    Earlier entries stay as they are, so files that were changed before are still detected, unless they are named here.
-    Raises UserError where there is no record, or its own bytes were changed. key: as of `Record.seal`.
+    Earlier entries are kept, so a file that was changed before is still detected, unless it is among `files`.
+
+    Args:
+        folder: Run folder.
+        kind, content: As of `Record.append`.
+        files, key: As of `Record.seal`.
+
+    Raises:
+        UserError: The folder has no record, or the bytes of the record were changed.
     """
     record = Record.open(Path(folder))
     record.append(kind, content)
@@ -152,12 +191,17 @@ def append_to_record(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RecordCheck:
-    """What a record says and whether it holds.
+    """Result of the check of a record, with a summary of its contents.
 
-    problems: a line for each; empty = intact. entries: (number, kind, time) of each. files: SHA-256 of those covered.
-    All but problems are empty where the record cannot be read.
-    signature: none | unchecked (no public key was given) | valid | invalid.
-    salt: present | destroyed | none (no ids, or as they are).
+    If the record cannot be read, entries, files and head are empty, and signature and salt are "none".
+
+    Attributes:
+        problems: One line for each problem; empty: the record is intact.
+        entries: (number, kind, time) of each entry.
+        files: SHA-256 of each file that the record covers, by name.
+        head: Hash of the last entry.
+        signature: none | unchecked (no public key was given) | valid | invalid.
+        salt: present | destroyed | none (no ids, or ids in plain text).
     """
 
     problems: list[str]
@@ -173,23 +217,31 @@ class RecordCheck:
 
 
 def verify_record(folder: Path, public_key: Path | None = None) -> list[str]:
-    """What is wrong with a record and the files it covers, a line for each; empty = intact.
+    """Check a record and the files that it covers.
 
-    public_key: PEM file of an Ed25519 public key by whose holder the whole record must be signed. Raises UserError
-    where there is no record or no such key; never for what a record or a file holds.
+    Args:
+        folder: Run folder.
+        public_key: PEM file of an Ed25519 public key; the whole record must then be signed by its holder. None: the
+            signature is not checked.
+
+    Returns:
+        One line for each problem; empty if the record is intact.
+
+    Raises:
+        UserError: The folder has no record, or there is no such key. The contents of a record or a file raise nothing.
     """
     return check_record(folder, public_key).problems
 
 
 def check_record(folder: Path, public_key: Path | None = None) -> RecordCheck:
-    """The same, with what else the record says."""
+    """Check a record as `verify_record`, and return the problems with a summary of the record's contents."""
     folder = Path(folder)
     is_valid = None if public_key is None else checker(public_key)
     document, problems = _read(folder)
     if document is None:
         return RecordCheck(problems=problems, entries=[], files={}, head="", signature="none", salt="none")
     entries = document["entries"]
-    files = _files(entries)  # not document["files"]: these names were looked at
+    files = _files(entries)  # not document["files"]: the names of the entries were checked
     for name, expected in sorted(files.items()):
         if problem := _file_problem(folder / name, expected):
             problems.append(f"{name}: {problem}")
@@ -214,10 +266,16 @@ def check_record(folder: Path, public_key: Path | None = None) -> RecordCheck:
 
 
 def recorded(folder: Path, kind: str) -> dict[str, Any] | None:
-    """The content of the last entry of a kind; None where the folder has no record, or the record no such entry.
+    """Return the content of the last entry of a kind, one of `KINDS`, in the record of a run folder.
 
-    Such as `recorded(reference, "data")["samples"]["retain_sha256"]`, the `Samples.fingerprint()` of what a model was
-    trained on. Raises UserError where the record's own bytes were changed; for the files there is `verify_record`.
+    Returns:
+        The content; None if the folder has no record, or the record has no such entry.
+
+    Raises:
+        UserError: The bytes of the record were changed. The files that it covers are not read; see `verify_record`.
+
+    Example:
+        >>> recorded(reference, "data")["samples"]["retain_sha256"]  # `Samples.fingerprint()` of the training samples
     """
     if not os.path.lexists(Path(folder) / RECORD):
         return None
@@ -226,14 +284,15 @@ def recorded(folder: Path, kind: str) -> dict[str, Any] | None:
 
 
 def hashed_ids(ids: Sequence[str], salt: bytes) -> list[str]:
-    """HMAC-SHA256 of each id, sorted: their order says nothing of the ids."""
+    """Return the HMAC-SHA256 of each id as hex, sorted, so that their order reveals nothing about the ids."""
     return sorted(hmac.digest(salt, i.encode("utf-8", "surrogatepass"), "sha256").hex() for i in ids)
 
 
 def contains(folder: Path, sample_id: str) -> bool:
-    """Whether an id was in the request of a run.
+    """Return whether an id was in the request of a run.
 
-    Raises UserError where that cannot be told: no record, a damaged one, or a salt that was destroyed.
+    Raises:
+        UserError: The folder has no record, the record or its list of ids is damaged, or the salt was destroyed.
     """
     folder = Path(folder)
     entries = Record.open(folder).entries
@@ -273,12 +332,12 @@ def _salt_digest(entries: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def _can_be_covered(name: str) -> bool:
-    # Not the salt: a record must hold without it.
+    # Not the salt: a record must pass the check without it.
     return bool(_NAME.fullmatch(name)) and name not in (RECORD, SALT)
 
 
 def _read(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
-    """(record, what is wrong with its own bytes); no record where it cannot be read as one."""
+    """Return (record, problems of its bytes); the record is None if the file cannot be read as one."""
     path = folder / RECORD
     if not os.path.lexists(path):
         raise UserError(f"{folder} holds no {RECORD}; name a folder that `lethe unlearn` or `lethe train` wrote")
@@ -309,7 +368,7 @@ def _read(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
 
 
 def _is_deep(value: Any) -> bool:
-    """Whether containers lie in each other more than `_DEEPEST` deep; without a call a level, which could fail."""
+    """Return whether containers are nested more than `_DEEPEST` deep; without recursion, which could fail."""
     level = [value]
     for _ in range(_DEEPEST):
         if not level:
@@ -320,7 +379,7 @@ def _is_deep(value: Any) -> bool:
 
 
 def _misshapen(document: Any) -> str:
-    """In what a JSON value is not a record whose hashes can be checked; empty where it is one."""
+    """Return why a JSON value is not a record whose hashes can be checked; empty if it is one."""
     if problem := _unlike(document, _SHAPE):
         return problem
     if document["format"] != _FORMAT:
@@ -339,7 +398,7 @@ def _misshapen(document: Any) -> str:
 
 
 def _unlike(value: Any, shape: Mapping[str, tuple[type, ...]]) -> str:
-    """In what a value is not an object of exactly these keys, with values of these types; empty where it is."""
+    """Return why a value is not an object of exactly these keys, with values of these types; empty if it is."""
     if not isinstance(value, dict):
         return "is not an object"
     for key in sorted({*shape, *value}):
@@ -347,7 +406,7 @@ def _unlike(value: Any, shape: Mapping[str, tuple[type, ...]]) -> str:
             return f"has no key {key!r}"
         if key not in shape:
             return f"has a key {_shown(repr(key))} that does not belong there"
-        if type(value[key]) not in shape[key]:  # exactly: to isinstance, true is an int
+        if type(value[key]) not in shape[key]:  # the exact type: for isinstance, true is an int
             return f"has another type of {key!r} than {shape[key][0].__name__}"
     return ""
 
@@ -359,7 +418,7 @@ def _is_file_list(value: Any) -> bool:
 
 
 def _broken_links(document: Mapping[str, Any]) -> list[str]:
-    """Where the hashes of a well-formed record do not fit what they stand for."""
+    """Return one line for each hash of a well-formed record that does not fit its content."""
     problems = []
     previous = _FIRST
     for number, entry in enumerate(document["entries"], 1):
@@ -385,7 +444,10 @@ def _fits_its_hash(value: Mapping[str, Any]) -> bool:
 
 
 def _irregular(path: Path) -> str:
-    """In what a path is not a plain file. A link is none: what it points to may change with the folder left alone."""
+    """Return why a path is not a regular file; empty if it is.
+
+    A symbolic link is not accepted: its target may change without a change of the folder.
+    """
     mode = path.lstat().st_mode
     if stat.S_ISLNK(mode):
         return "is a symbolic link, not a file"
@@ -404,24 +466,24 @@ def _file_problem(path: Path, expected: str) -> str:
 
 
 def _shown(value: Any) -> str:
-    """Text that nobody vouches for: short, and without characters that a terminal obeys."""
+    """Return untrusted text for a terminal: at most 80 characters, without control characters."""
     text = re.sub("[^ -~]", "?", value if isinstance(value, str) else repr(value))
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _message(entries: int, head: str) -> bytes:
-    """What is signed. The head stands for all entries up to its own."""
+    """Return the bytes that are signed. The head stands for all entries up to its own."""
     return b"lethe record\n" + canonical({"entries": entries, "format": _FORMAT, "head": head})
 
 
 def _sign(entries: Sequence[Mapping[str, Any]], key: Path) -> dict[str, Any]:
     value, public_key = signer(key)(_message(len(entries), entries[-1]["sha256"]))
     signature = {"algorithm": "Ed25519", "entries": len(entries), "public_key": public_key, "value": value}
-    return {**signature, "sha256": _digest(signature)}  # so that damage to it shows without a public key too
+    return {**signature, "sha256": _digest(signature)}  # damage to it is detected without a public key too
 
 
 def _signature_problem(document: Mapping[str, Any], is_valid: Callable[[bytes, str], bool]) -> str:
-    """Why the holder of the key does not vouch for the whole record; empty where he does."""
+    """Return why the whole record is not signed by the holder of the key; empty if it is."""
     signature, entries = document["signature"], document["entries"]
     if signature is None:
         return "carries no signature"

@@ -1,4 +1,4 @@
-"""What record.json holds of a run: the entries that `engine.jobs.task` has it written with."""
+"""The entries of record.json for a run, as `engine.jobs.task` has them written."""
 
 from __future__ import annotations
 
@@ -23,23 +23,25 @@ from engine.runtime.environment import commit
 from engine.runtime.files import full_disk, replacing
 from engine.runtime.process_group import ProcessGroup
 
-# What a run folder holds at the end of a training, and of an unlearning that was evaluated.
+# Files of a run folder at the end of a training, and of an unlearning that was evaluated.
 TRAINED = ("config.yaml", "history.jsonl", "config.json", "model.safetensors")
 UNLEARNED = (*TRAINED, "metrics.json", "report.html")
 
-# More ids than these go to record.ids, so that a person can still open record.json: 1,000 hashes are 67 kB of it.
+# More ids than this are in record.ids, so that record.json stays readable: 1,000 hashes take 67 kB.
 MOST_IDS = 1_000
 
-# Of config.yaml, not of the record's entry `config`: the request by name, and the digest of its samples.
+# Keys of config.yaml that the record's entry `config` leaves out: the request by name, and the digest of its samples.
 _NOT_CONFIG = ("forget", "samples")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RecordOptions:
-    """What a caller decides about the record of a run.
+    """Options of the record of a run.
 
-    key: PEM file of the Ed25519 private key that signs it. plain_ids: keep ids as they are; the record is then personal
-    data itself. request: what else is known of the request (received, deadline, source, ...), as JSON values.
+    Attributes:
+        key: PEM file of the Ed25519 private key that signs the record; None: it is not signed.
+        plain_ids: Store ids in plain text; the record is then personal data itself.
+        request: Further entries of the request (received, deadline, source, ...), as JSON values.
     """
 
     key: Path | None = None
@@ -47,7 +49,11 @@ class RecordOptions:
     request: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def check(self) -> None:
-        """Raises UserError for a key that cannot sign: before the work, not after it."""
+        """Check the key before the work, not after it.
+
+        Raises:
+            UserError: The key cannot sign.
+        """
         key = self.key
         if key is not None:
             ProcessGroup.current().on_main(lambda: signer(key))
@@ -55,11 +61,16 @@ class RecordOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """How a run folder says that its model was made.
+    """How the model of a run folder was made, by the files of the folder.
 
-    samples_sha256: `Samples.fingerprint()` of what was retained. forgotten: how many samples it was to forget; 0 in a
-    training. data: spec of the source. before_sha256: `weights_sha256` of the model that was unlearned. init: of a
-    training from another checkpoint, as `engine.jobs.task.init_model` notes it.
+    Attributes:
+        method: Name of the method.
+        samples_sha256: `Samples.fingerprint()` of the retain set.
+        said_by: File that the origin was read from: record.json or config.yaml.
+        forgotten: Number of samples of the forget set; 0 for a training.
+        data: Spec of the data source.
+        before_sha256: `weights_sha256` of the model that was unlearned.
+        init: For a training from another checkpoint, that checkpoint as noted by `engine.jobs.task.init_model`.
     """
 
     method: str
@@ -72,14 +83,21 @@ class Origin:
 
     @property
     def is_training(self) -> bool:
-        """Whether the model was trained on those samples alone, in one go or in slices."""
+        """Whether the model was trained on the retain set alone, at once or in slices."""
         return self.method == "retrain" or (self.method == "s3t" and not self.forgotten)
 
 
 def origin(folder: Path) -> Origin | None:
-    """By its record where there is one, else by its config.yaml; None for a checkpoint that another program trained.
+    """Return the origin of a model, by its record if there is one, else by its config.yaml.
 
-    Raises UserError for a record that was changed, or that covers files that were.
+    Args:
+        folder: Run folder.
+
+    Returns:
+        The origin; None for a checkpoint that another program trained.
+
+    Raises:
+        UserError: The record, or a file that it covers, was changed.
     """
     data = recorded(folder, "data")
     if data is not None:
@@ -108,11 +126,11 @@ def origin(folder: Path) -> Origin | None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RecordedRequest:
-    """A forget request as a record keeps it.
+    """A forget request as it is recorded.
 
     Attributes:
         counts: Kind (ids, class, random or none) and numbers of samples.
-        ids: Ids to forget; the record keeps them hashed.
+        ids: Ids to forget; the record holds their hashes, unless `RecordOptions.plain_ids`.
         data: Spec of the data source.
     """
 
@@ -142,7 +160,7 @@ def write_record(
         environment: Machine and versions.
         metrics: Contents of metrics.json; None for a training.
         files: Names of the files that the record covers.
-        options: Who signs it, and what else it holds.
+        options: Key that signs the record, form of the ids, and further entries of the request.
     """
     record = Record.start(folder)
     ids, bad_images = _ids(folder, sorted(request.ids), result.bad_images, options.plain_ids)
@@ -162,7 +180,7 @@ def write_record(
 def _ids(
     folder: Path, forget: list[str], bad_images: Mapping[str, str], plain: bool
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The `ids` of the request and the `bad_images` of the events, and the files that they need."""
+    """Return (`ids` of the request, `bad_images` of the events), and write the files that they refer to."""
     form: dict[str, Any] = {"form": "plain"}
     lists = {"forget": forget, "bad_images": sorted(bad_images)}
     if not plain and any(lists.values()):
@@ -179,7 +197,7 @@ def _ids(
 
 
 def _write_private(path: Path, data: bytes) -> None:
-    """Makes a file that nobody but its owner could read at any moment."""
+    """Write a new file that only its owner can read at any moment."""
     with full_disk(path, "nothing was recorded"):
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "wb") as handle:
@@ -189,9 +207,11 @@ def _write_private(path: Path, data: bytes) -> None:
 
 
 def code() -> dict[str, Any]:
-    """Which code ran: version, SHA-256 over all modules of engine and kernels, and the commit where there is one.
+    """Return which code ran.
 
-    commit: None, or hash and whether files differ from it.
+    Returns:
+        `lethe`: Version. `sha256`: SHA-256 over all modules of engine and kernels. `commit`: Hash of the commit and
+        whether files differ from it; None if the code is not in a repository.
     """
     digest = hashlib.sha256()
     for folder, package in (("engine", "engine"), ("kernels", "lethe_kernels")):

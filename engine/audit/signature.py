@@ -1,7 +1,7 @@
-"""Ed25519 signatures (RFC 8032) by keys in PEM files. Needs the package `cryptography`, the extra `record`.
+"""Ed25519 signatures (RFC 8032) with keys in PEM files. Needs the package `cryptography`, the extra `record`.
 
-openssl genpkey -algorithm ed25519 -out key.pem           the private key: signs
-openssl pkey -in key.pem -pubout -out public.pem          the public key: checks
+openssl genpkey -algorithm ed25519 -out key.pem           the private key, for signing
+openssl pkey -in key.pem -pubout -out public.pem          the public key, for checking
 """
 
 from __future__ import annotations
@@ -14,9 +14,16 @@ from engine.errors import UserError
 
 
 def signer(path: Path) -> Callable[[bytes], tuple[str, str]]:
-    """A function that gives (signature, public key) of a message, both as the hex of their raw bytes.
+    """Return a function that signs messages with a private key.
 
-    Raises UserError where there is no such file, or no Ed25519 private key without a password in it.
+    Args:
+        path: PEM file of the key.
+
+    Returns:
+        A function of a message that returns (signature, public key), both as the hex of their raw bytes.
+
+    Raises:
+        UserError: The file cannot be read, or holds no Ed25519 private key without a password.
     """
     serialization, ed25519 = _cryptography()
     make = "make one by: openssl genpkey -algorithm ed25519 -out key.pem"
@@ -25,7 +32,7 @@ def signer(path: Path) -> Callable[[bytes], tuple[str, str]]:
         key = serialization.load_pem_private_key(data, password=None)
     except TypeError:
         raise UserError(f"signing key {path} is encrypted; give one without a password") from None
-    except Exception:  # ValueError, and what OpenSSL raises for algorithms that it does not know
+    except Exception:  # ValueError, and errors of OpenSSL for unknown algorithms
         key = None
     if not isinstance(key, ed25519.Ed25519PrivateKey):
         raise UserError(f"signing key {path} is not an Ed25519 private key in PEM; {make}")
@@ -34,9 +41,16 @@ def signer(path: Path) -> Callable[[bytes], tuple[str, str]]:
 
 
 def checker(path: Path) -> Callable[[bytes, str], bool]:
-    """A function that says whether a signature (hex) is one of a message by the holder of the key.
+    """Return a function that checks signatures with a public key.
 
-    Raises UserError where there is no such file, or no Ed25519 public key in it.
+    Args:
+        path: PEM file of the key.
+
+    Returns:
+        A function of a message and a signature (hex) that returns whether the holder of the private key signed it.
+
+    Raises:
+        UserError: The file cannot be read, or holds no Ed25519 public key.
     """
     serialization, ed25519 = _cryptography()
     from cryptography.exceptions import InvalidSignature

@@ -25,7 +25,6 @@ NOT_YET = (
     "README.md",
     "bench",
     "docs",
-    "engine/audit",
     "engine/cli",
     "engine/config.py",
     "engine/run",
