@@ -1,4 +1,4 @@
-"""A run is a dataclass: the options of the engine and of a method, in and out of YAML and `--set key=value`."""
+"""Options of a run, in dataclasses: those of the engine and of a method, from and to YAML and `--set key=value`."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KernelConfig:
-    """Which implementation of the hot path runs.
+    """Implementation of the hot path.
 
-    backend: auto (Triton on CUDA, else eager) | triton | eager.
+    Attributes:
+        backend: auto (Triton on CUDA, else eager) | triton | eager.
     """
 
     backend: Literal["auto", "triton", "eager"] = "auto"
@@ -31,9 +32,11 @@ class KernelConfig:
 class SetaConfig:
     """Options of `retain_pruning=seta`, see engine/run/seta.py.
 
-    keep: share (0, 1] of the retained samples that an epoch draws at random. groups: of about the same loss, easiest
-    first, that k-means makes of those. window: share (0, 1] of the groups that an epoch takes; 1: all that are drawn.
-    anneal: share [0, 1] of the epochs, the last ones, that draw at random alone.
+    Attributes:
+        keep: Share (0, 1] of the retain set that an epoch draws at random.
+        groups: Number of groups of similar loss, easiest first, that k-means makes of the drawn samples.
+        window: Share (0, 1] of the groups that an epoch takes; 1: all drawn samples.
+        anneal: Share [0, 1] of the epochs, the last ones, that only draw at random.
     """
 
     keep: float = 0.9
@@ -50,48 +53,58 @@ class SetaConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """What every method shares.
+    """Options that all methods share.
 
-    seed: of the sample order, the augmentation, dropout and the method's own draws.
-    batch_size: samples a micro-batch and process.
-    accumulation_steps: micro-batches an optimizer step; a step takes batch_size x accumulation_steps x ranks samples.
-    max_steps: optimizer steps a phase at most; for trials. None: as the epochs say.
-    precision: fp32, bf16 (autocast), or auto: bf16 where the device multiplies it natively, else fp32.
-    device: auto (CUDA if there is one) | cpu | cuda | cuda:N.
-    attention: sdpa (fused) | eager (explicit), of timm's implementations; xformers (memory-efficient attention of that
-        package, an extra). auto: sdpa on CUDA, eager on the CPU, where the backward pass of fused attention takes
-        longer than the maps it saves (docs/lab/2026-11-21.md).
-    gradient_checkpointing: keep the input of each block alone for the backward pass, and compute the block again.
-    compile: torch.compile the model that is changed. Costs a compilation a phase (docs/lab has what it gains).
-    teacher: where the original lies while it is needed, when there are several ranks: replicated (a copy a rank, in
-        bf16 where DeepSpeed keeps weights so) or sharded (ZeRO-3).
-    checkpoint_every: optimizer steps between checkpoints to resume from, beside those at the end of each epoch; null:
-        those alone.
-    timeout: seconds after which a rank that does not answer is given up.
-    workers: processes that decode images. None: 0 where decoded images fit in memory, else up to 8.
-    decode: draft (JPEGs at 1/2, 1/4 or 1/8 of their size, never below what the model's input is resized to; pixels of
-        such images then differ by some 2 of 255 levels) | full. Images less than twice that size are the same bits.
-    on_bad_image: raise (stop at the first image that does not decode, naming it and its file) | skip (leave it out).
-    max_bad_share: with skip, the share of the samples [0, 1] that may be bad before the run is given up.
-    augment: auto | none | flip | crop (random resized crop and flip). auto: none, unless a mirrored image is known
-        to show the same thing (cifar10, cifar100): then crop if images are larger than the model's input, else flip.
-    trainable: all | head | last:N (the last N blocks and what follows them: norms, head) | lora:R (updates of rank R of
-        the linear layers of attention and MLP, merged at the end). The other weights stay as they are, bit for bit.
-    retain_share: share (0, 1] of the retained samples that the run works with, chosen once before it.
-    retain_choice: random (within each class) | hard (highest loss of the original) | near (to forget samples, in the
-        original's features), see engine/run/retain_subset.py. The last two read all retained samples once.
-    retain_pruning: none | seta: every epoch on the retained samples takes a part of them, by their last losses (SeTa).
-        What a step takes beside them grows, so that an epoch has as much of it in fewer steps. seta: its options.
-    stop_when: never | held_out: the run ends after an epoch of its last stage when the forget samples are known no
-        better than held-out samples of their classes were to the original, see engine/run/early_stopping.py. Needs
-        validation samples.
-    stop_tolerance: accuracy [0, 1) by which it may be better, and held-out samples worse, than asked.
-    weight_decay, grad_clip: AdamW's decoupled decay; the largest global gradient norm (0: no clipping).
-    expect_accuracy: accuracy (0, 1] that the original is known to have on the watched samples; a run whose original is
-        far below it (5 points, and more than the sample explains) stops before its first step. null: not checked; an
-        accuracy near chance is a warning. `lethe unlearn` checks retained samples too (--expect-accuracy).
-    collapse_drop: points of accuracy on the watched samples (validation, or retain where there is none) that a
-        forget phase may lose before it is stopped and taken back to its last good weights. 100 switches it off.
+    Attributes:
+        seed: Seed of the sample order, the augmentation, dropout and the method's own draws.
+        batch_size: Samples per micro-batch and process.
+        accumulation_steps: Micro-batches per optimizer step. A step takes batch_size x accumulation_steps x ranks
+            samples.
+        max_steps: Largest number of optimizer steps per phase, for trials; null: the number that follows from the
+            epochs.
+        precision: fp32 | bf16 (autocast) | auto: bf16 if the device multiplies it natively, else fp32.
+        device: auto (CUDA if there is one) | cpu | cuda | cuda:N.
+        attention: sdpa (fused) | eager (explicit), both of timm | xformers (memory-efficient attention of that package,
+            an extra) | auto: sdpa on CUDA, eager on the CPU. On the CPU, the backward pass of fused attention costs
+            more time than it saves by not storing the maps (docs/lab/2026-11-21.md).
+        gradient_checkpointing: Store only the input of each block for the backward pass, and compute the block again.
+        compile: torch.compile the model that is changed. It costs one compilation per phase; docs/lab has the gains.
+        teacher: Placement of the original while it is needed, with several ranks: replicated (one copy per rank, in
+            bf16 if DeepSpeed keeps weights in bf16) | sharded (ZeRO-3).
+        checkpoint_every: Optimizer steps between checkpoints for resume, in addition to those at the end of each
+            epoch; null: only those.
+        timeout: Seconds that a collective operation waits for another rank before the run fails.
+        workers: Processes that decode images; null: 0 if decoded images fit in memory, else up to 8.
+        decode: draft (JPEGs at 1/2, 1/4 or 1/8 of their size, never below the size to which the model's input is
+            resized) | full. With draft, pixels differ by about 2 of 255 levels; images of less than twice that size
+            are identical bit for bit.
+        on_bad_image: raise (stop at the first image that does not decode; the error names it and its file) | skip
+            (leave it out).
+        max_bad_share: With skip, the largest share [0, 1] of the samples that may be bad; above it the run is stopped.
+        augment: none | flip | crop (random resized crop and flip) | auto. auto: none, unless mirroring is known to
+            keep the label (cifar10, cifar100); then crop if images are larger than the model's input, else flip.
+        trainable: all | head | last:N (the last N blocks and all after them: norms, head) | lora:R (updates of rank R
+            of the linear layers of attention and MLP, merged at the end). All other weights are unchanged, bit for bit.
+        retain_share: Share (0, 1] of the retain set that the run uses, chosen once before it.
+        retain_choice: random (within each class) | hard (highest loss of the original) | near (closest to forget
+            samples in the original's features), see engine/run/retain_subset.py. hard and near read the whole retain
+            set once.
+        retain_pruning: none | seta: every epoch on the retain set takes a part of it, chosen by the last losses (SeTa).
+            Paired batches grow, so that an epoch has as many paired samples in fewer steps.
+        seta: Options of `retain_pruning=seta`.
+        stop_when: Early stopping: never | held_out: the run ends after an epoch of its last stage once the accuracy on
+            the forget set is no higher than the original's on held-out samples of the same classes, see
+            engine/run/early_stopping.py. It needs validation samples.
+        stop_tolerance: Accuracy [0, 1) by which the forget set may be above, and held-out samples below, the threshold
+            of stop_when.
+        weight_decay: Decoupled weight decay of AdamW.
+        grad_clip: Largest global gradient norm; 0: no clipping.
+        expect_accuracy: Known accuracy (0, 1] of the original on the watched samples. A run whose original is far below
+            it (by 5 points, and by more than sampling error) stops before its first step. null: not checked; an
+            accuracy near chance is a warning. `lethe unlearn` checks retain samples too (--expect-accuracy).
+        collapse_drop: Points of accuracy on the watched samples (validation, or the retain set if there is none) that
+            a forget phase may lose. Beyond that it is stopped and its last good weights are restored. 100: never.
+        kernels: Implementation of the hot path.
     """
 
     seed: int = 0
@@ -153,20 +166,49 @@ class RunConfig:
 
 
 def require(condition: bool, key: str, value: object, expected: str) -> None:
-    """Raises the one form of error that a wrong option gets."""
+    """Check the value of an option.
+
+    Args:
+        condition: Whether the value is valid.
+        key: Name of the option.
+        value: Its value.
+        expected: Description of the valid values, for the error.
+
+    Raises:
+        UserError: The value is not valid.
+    """
     if not condition:
         raise UserError(f"option {key}={value!r}: expected {expected}")
 
 
 def positive_or_null(options: object, *keys: str) -> None:
-    """The same for options that are above 0, or None."""
+    """Check that options are above 0, or None.
+
+    Args:
+        options: Dataclass of the options.
+        keys: Names of the options to check.
+
+    Raises:
+        UserError: A value is 0 or less.
+    """
     for key in keys:
         value = getattr(options, key)
         require(value is None or value > 0, key, value, "above 0, or null")
 
 
 def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
-    """`["lr=1e-4", "kernels.backend=eager"]` -> `{"lr": 0.0001, "kernels": {"backend": "eager"}}`."""
+    """Parse assignments of `--set` into nested options.
+
+    Returns:
+        Values by name, read as YAML; text that is not YAML is kept as it is.
+
+    Raises:
+        UserError: An assignment has no `=` or no key, or names a part of an option that has a value of its own.
+
+    Example:
+        >>> parse_assignments(["batch_size=64", "kernels.backend=eager"])
+        {'batch_size': 64, 'kernels': {'backend': 'eager'}}
+    """
     options: dict[str, Any] = {}
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
@@ -186,7 +228,18 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
 
 
 def split_options(options: Mapping[str, Any], method_config: type[T]) -> tuple[RunConfig, T]:
-    """Deals flat options out to the run and to the method; a name that neither has is an error."""
+    """Split flat options into those of the run and those of the method.
+
+    Args:
+        options: Values by name.
+        method_config: Dataclass of the method's options.
+
+    Returns:
+        (options of the run, options of the method).
+
+    Raises:
+        UserError: A name belongs to neither, or a value does not fit.
+    """
     run_fields = {field.name for field in dataclasses.fields(RunConfig)}
     method_fields = {field.name for field in dataclasses.fields(method_config)}  # type: ignore[arg-type]
     for name in options:
@@ -197,7 +250,16 @@ def split_options(options: Mapping[str, Any], method_config: type[T]) -> tuple[R
 
 
 def build(cls: type[T], options: Mapping[str, Any], prefix: str = "") -> T:
-    """A dataclass from plain values (YAML, the command line), each checked against its annotation."""
+    """Build a dataclass from plain values of YAML or the command line, each checked against its annotation.
+
+    Args:
+        cls: The dataclass.
+        options: Values by name.
+        prefix: Text before the names in errors, such as "kernels.".
+
+    Raises:
+        UserError: A name is unknown, or a value does not fit.
+    """
     hints = typing.get_type_hints(cls)
     unknown = [name for name in options if name not in hints]
     if unknown:
@@ -240,6 +302,11 @@ def write_yaml(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
+    """Read the options of a YAML file.
+
+    Raises:
+        UserError: The file does not exist, is not YAML, or holds no mapping.
+    """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -26,7 +26,6 @@ NOT_YET = (
     "bench",
     "docs",
     "engine/cli",
-    "engine/config.py",
     "engine/run",
     "engine/tuning",
     "kernels",
