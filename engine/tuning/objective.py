@@ -1,8 +1,9 @@
-"""What a trial is judged by: `engine.evaluate.indistinguishable` on two halves of the held-out samples.
+"""Objective of a search: the score of `engine.evaluate.indistinguishable` on two halves of the held-out set.
 
-Trials are chosen by the first half, which the runs also watch for a collapse. The lowest of many scores flatters: it
-is low by luck as well. So the trial that is chosen is told by its score on the second half, which neither a run nor the
-choice has looked at. Forget and retained samples are the same in both: they are those that are in question, not a draw.
+Trials are chosen by the first half, which the runs also use as the watched samples of the collapse guard. The lowest of
+many scores is biased: it is low by luck as well. So the score that is reported of the chosen trial is that on the
+second half, which neither a run nor the choice has used. The forget and retain samples are the same in both scores:
+they are the sets in question, not a draw.
 """
 
 from __future__ import annotations
@@ -21,14 +22,26 @@ from engine.evaluate.indistinguishable import Score, Views, indistinguishability
 from engine.evaluate.metrics import Evaluator
 from engine.forget_sets.pool import READING_KEYS
 
-# Samples of a set that a trial is measured on, at equal distances: a trial's measure should cost little beside its run.
+# Largest number of samples of a set that a trial is measured on, at equal distances: measuring a trial should cost
+# little compared with its run.
 MOST = 5_000
 
 
 class Objective:
-    """Scores models against the original on the same samples. choosing, reporting: the halves of the held-out ones.
+    """Scores models compared with the original on the same samples.
 
-    before: the scores of the original itself, by half as `__call__` gives them.
+    Args:
+        original: The model before unlearning.
+        forget, retain: Forget set and retain set.
+        validation: Held-out set, which is halved.
+        run: Options of the run, for reading images.
+
+    Attributes:
+        choosing, reporting: Halves of the held-out set.
+        before: Scores of the original itself on both halves, in the form of `__call__`.
+
+    Raises:
+        UserError: The outputs of the original are not finite, or there are fewer than 4 held-out samples.
     """
 
     def __init__(
@@ -41,13 +54,13 @@ class Objective:
             Evaluator(forget, some, evenly_spaced(half, MOST), **options) for half in (self.choosing, self.reporting)
         ]
         self._retained = np.unique(retain.labels)
-        self._original = self._views(copy.deepcopy(original))  # the evaluator moves what it is given to the device
+        self._original = self._views(copy.deepcopy(original))  # the evaluator moves the model to the device
         if not all(views.finite for views in self._original):
             raise UserError("tune: the original's outputs are not finite; the checkpoint is broken")
         self.before = self._scores(self._original)
 
     def __call__(self, model: nn.Module) -> tuple[Score, Score] | None:
-        """The scores of a model on the choosing and on the reporting half; None where its outputs are not finite."""
+        """Return the scores of a model on the choosing and on the reporting half; None if an output is not finite."""
         views = self._views(model)
         return self._scores(views) if all(each.finite for each in views) else None
 
@@ -68,9 +81,12 @@ class Objective:
 
 
 def halves(samples: Samples) -> tuple[Samples, Samples]:
-    """Two halves of some samples, each class shared out evenly, by a hash of the ids: the same ones every time.
+    """Split samples into two halves by a hash of the ids, each class evenly; the halves are the same every time.
 
-    The hash is not the one by which `engine.data.sources` holds validation samples out of the test samples.
+    The hash is not the one by which `engine.data.sources` separates validation samples from the test samples.
+
+    Raises:
+        UserError: There are fewer than 4 samples.
     """
     if len(samples) < 4:
         raise UserError(

@@ -1,4 +1,4 @@
-"""tune(): tries options of a method and keeps the best, as far as held-out samples tell; no retrained model is seen."""
+"""tune(): tries options of a method and keeps the best, measured on held-out samples without a retrained model."""
 
 from __future__ import annotations
 
@@ -34,17 +34,22 @@ from engine.tuning.objective import Objective
 from engine.tuning.study import BEST, Study, Trial, check_folder, require_optuna
 
 TRIALS = 20
-# Seconds between notes of what the search has cost so far, for one that is killed.
+# Seconds between writes of the time that the search has taken so far, for a search that is killed.
 _NOTED = 5.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Tuned:
-    """What a search found.
+    """Result of a search.
 
-    options: the best, with those that were fixed, as `engine.unlearn(config=...)` takes them. best: its trial.
-    original: the scores of the original by half. seconds: of the whole search, over all processes that worked at it.
-    file: best.yaml, None without an output folder.
+    Attributes:
+        method: Name of the method.
+        options: Options of the best trial and those that were fixed, for `engine.unlearn(config=...)`.
+        best: The best trial.
+        trials: Finished trials in order.
+        original: Scores of the original on the halves "choosing" and "reporting".
+        seconds: Time of the whole search, summed over all processes that worked at it.
+        file: Path of best.yaml; None without an output folder.
     """
 
     method: str
@@ -56,9 +61,9 @@ class Tuned:
     file: Path | None
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the result for JSON; of the trials, only the best has its score on the reporting half."""
         trials = [
-            {key: value for key, value in to_dict(trial).items() if key != "reporting"}  # of the chosen one alone
+            {key: value for key, value in to_dict(trial).items() if key != "reporting"}  # reported for the best alone
             for trial in self.trials
         ]
         return {
@@ -89,21 +94,37 @@ def tune(
     on_trial: Callable[[Trial], None] | None = None,
     notes: Mapping[str, Any] | None = None,
 ) -> Tuned:
-    """Chooses a method's options, its numbers of epochs among them, by trials on the model and data in question.
+    """Choose the options of a method, its numbers of epochs included, by trials on the given model and data.
 
-    model, forget, retain, method: as of `engine.unlearn`. validation: samples that the original never trained on, not
-    test samples; half of them choose, half tell how good the choice is (`engine.tuning.objective`).
-    trials: how many, with those of the search that is resumed; 20 where neither is given. The first tries the
-        defaults. seconds: how long the search may take in all. A trial that is not likely to end in time is not begun;
-        one that runs when it is over is cut, within ten steps.
-    config: options that are fixed. Those of the method that have a space (`engine.core.search_space`) and are not fixed
-        are searched. The seed of every trial, and that of the search, is `seed`.
-    output_dir: folder of the study and of best.yaml; None: in memory. resume, overwrite: the study in it.
-    progress: as of `engine.unlearn`. on_trial: called with each finished trial. notes: what a resumed search has to
-        share.
+    A trial that collapses, or whose losses are not finite, is pruned.
 
-    A trial that collapses or whose losses are not finite is pruned. Raises UserError for wrong use and where the time
-    ends before the first trial does, RunStopped where all trials were pruned.
+    Args:
+        model, forget, retain, method: As of `engine.unlearn`.
+        validation: Held-out set: samples that the original was not trained on, not test samples. One half chooses the
+            trial, the other half measures the choice (`engine.tuning.objective`).
+        trials: Number of trials, those of a resumed search included; 20 if neither `trials` nor `seconds` is given. The
+            first trial uses the defaults.
+        seconds: Time limit of the whole search. A trial that is not likely to end in time is not started; a trial that
+            exceeds the limit is stopped within ten steps.
+        config: Options that are fixed. The method's other options that have a space (`engine.core.search_space`) are
+            searched. Its `seed` is the seed of every trial and of the search.
+        output_dir: Folder of the study and of best.yaml; None: the study is kept in memory.
+        resume: Continue the study in the folder.
+        overwrite: Replace the study in the folder.
+        progress: As of `engine.unlearn`.
+        on_trial: Called with each finished trial.
+        notes: Further settings that must be equal for a search to be resumed.
+
+    Returns:
+        The best options and all finished trials.
+
+    Raises:
+        UserError: Wrong use, or the time limit was reached before the first trial ended.
+        RunStopped: All trials were pruned.
+
+    Example:
+        >>> tuned = tune(model, forget, retain, validation=validation, seconds=3600)
+        >>> result = engine.unlearn(model, forget, retain, method=tuned.method, config=tuned.options)
     """
     require(trials is None or trials >= 1, "trials", trials, "at least 1")
     require(seconds is None or seconds > 0, "seconds", seconds, "above 0")
@@ -194,11 +215,11 @@ def tune(
 
 
 class _OutOfTime(Exception):
-    """The time of the search is over while a trial runs."""
+    """The time limit of the search was reached during a trial."""
 
 
 class _Clock:
-    """Seconds of a search, those of earlier processes included."""
+    """Time of a search in seconds, that of earlier processes included."""
 
     def __init__(self, study: Study, began: float, limit: float) -> None:
         self.study, self.limit = study, limit
@@ -214,7 +235,7 @@ class _Clock:
         self.study.spend(self.noted)
 
     def over(self, progress: Progress | None) -> Progress:
-        """A run's callback that ends it when the time is over."""
+        """Return a progress callback that calls `progress`, and ends the run when the time limit is reached."""
 
         def report(phase: str, step: int, steps: int, numbers: dict[str, float]) -> None:
             if progress:
@@ -240,7 +261,7 @@ def _check_tunable(method: str, method_class: type[Method]) -> None:
 
 
 def _goes_on(finished: list[Trial], trials: int | None, clock: _Clock) -> bool:
-    """Whether another trial is wanted, and likely to end in time."""
+    """Return whether to start another trial: the number is not reached, and the trial is likely to end in time."""
     if trials is not None and len(finished) >= trials:
         return False
     each = [sum(trial.seconds.values()) for trial in finished]
@@ -250,7 +271,14 @@ def _goes_on(finished: list[Trial], trials: int | None, clock: _Clock) -> bool:
 def _attempt(
     number: int, options: dict[str, Any], run: Callable[[dict[str, Any]], UnlearnResult], objective: Objective
 ) -> Trial:
-    """Run a trial and score it. run: unlearns with the options of the trial."""
+    """Run a trial and score it.
+
+    Args:
+        number: Number of the trial.
+        options: Options of the trial.
+        run: Unlearns with these options.
+        objective: Scores the unlearned model.
+    """
     began = time.perf_counter()
     scores, reason = None, ""
     try:
@@ -279,7 +307,12 @@ def _attempt(
 
 
 def _best(finished: list[Trial], seconds: float | None) -> Trial:
-    """The lowest score; of equal ones the first."""
+    """Return the trial with the lowest score; the first of equal ones.
+
+    Raises:
+        RunStopped: All trials were pruned.
+        UserError: No trial ended within `seconds`.
+    """
     complete = [trial for trial in finished if trial.score is not None]
     if complete:
         return min(complete, key=lambda trial: trial.score)  # type: ignore[arg-type, return-value]

@@ -1,8 +1,8 @@
-"""Trials of a search, kept by Optuna (Akiba et al. 2019, arXiv 1907.10902) in a SQLite file.
+"""Trials of a search, stored by Optuna (Akiba et al. 2019, arXiv 1907.10902) in a SQLite file.
 
-What a trial tries is a function of the seed, of how many trials are finished and of what they gave: the sampler is
-seeded anew for each. So a search that was killed goes on as if it had not been, and the trial that was cut is drawn and
-run again; in the file the cut one stays, as failed.
+The options of a trial are a function of the seed, the number of finished trials and their scores: the sampler is seeded
+anew for each trial. So a search that was killed and resumed gives the same trials as one that was not. The interrupted
+trial is drawn and run again; its first attempt stays in the file as failed.
 """
 
 from __future__ import annotations
@@ -21,10 +21,16 @@ _NAME = "lethe tune"
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """A finished trial. number: from 0 on, where 0 tries the defaults. options: what it tried.
+    """A finished trial.
 
-    score: on the choosing half, percentage points; None where it was pruned, and `reason` says why. choosing,
-    reporting: that score and that of the other half with their parts, as `Score.to_dict`. seconds: unlearn, measure.
+    Attributes:
+        number: Number of the trial, from 0; trial 0 uses the defaults.
+        options: Options of the trial.
+        score: Score on the choosing half in percentage points; None if the trial was pruned.
+        choosing: That score with its parts, see `Score.to_dict`.
+        reporting: Score on the reporting half, likewise.
+        seconds: Time of "unlearn" and of "measure".
+        reason: Why the trial was pruned; empty if it was not.
     """
 
     number: int
@@ -37,10 +43,18 @@ class Trial:
 
 
 class Study:
-    """Opens the study of a folder, or one in memory.
+    """The study in a folder, or one in memory.
 
-    settings: what the study is of; of one that is there already, it must be what it was. first: the options that trial
-    0 tries. overwrite: begin a new one. The folder is one that `check_folder` let pass.
+    Args:
+        folder: Folder of the study, accepted by `check_folder`; None: in memory.
+        settings: Model, data and options that the study is about. They must equal those of an existing study.
+        space: Space of each option that is searched.
+        first: Options of trial 0.
+        seed: Seed of the search.
+        overwrite: Start a new study.
+
+    Raises:
+        UserError: The existing study has other settings, or Optuna is not installed.
     """
 
     def __init__(
@@ -71,21 +85,21 @@ class Study:
 
     @property
     def spent(self) -> float:
-        """Seconds that the search has cost, over all processes that worked at it."""
+        """Time of the search in seconds, summed over all processes that worked at it."""
         return float(self._study.user_attrs.get("seconds", 0.0))
 
     def spend(self, seconds: float) -> None:
-        """Keeps how many they are by now."""
+        """Store the time of the search so far."""
         self._study.set_user_attr("seconds", seconds)
 
     def finished(self) -> list[Trial]:
-        """Trials that were completed or pruned, in their order."""
+        """Return the trials that were completed or pruned, in order."""
         states = self._optuna.trial.TrialState
         trials = self._study.get_trials(deepcopy=False, states=(states.COMPLETE, states.PRUNED))
         return [Trial(**trial.user_attrs["trial"]) for trial in trials]
 
     def ask(self) -> tuple[Any, int, dict[str, Any]]:
-        """(Optuna's trial, its number here, the options to try)."""
+        """Draw a trial; return (Optuna's trial, its number among the finished trials, its options)."""
         number = len(self.finished())
         self._study.sampler = self._optuna.samplers.TPESampler(seed=self._seed * 100_003 + number, constant_liar=False)
         if number == 0:
@@ -94,7 +108,12 @@ class Study:
         return trial, number, {name: _suggest(trial, name, space) for name, space in self._space.items()}
 
     def tell(self, asked: Any, trial: Trial | None) -> None:
-        """Keeps what came of a trial; None: it was cut, and is to be run again."""
+        """Store the result of a trial.
+
+        Args:
+            asked: Optuna's trial, from `ask`.
+            trial: The finished trial; None: it was interrupted and has to be run again.
+        """
         states = self._optuna.trial.TrialState
         if trial is None:
             self._study.tell(asked, state=states.FAIL)
@@ -122,7 +141,16 @@ def _suggest(trial: Any, name: str, space: Space) -> Any:
 
 
 def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
-    """Raises UserError for a folder that is not fit for a study, or holds one when it should not, or none."""
+    """Check that a folder can hold the study.
+
+    Args:
+        folder: Output folder.
+        resume: It must hold a study.
+        overwrite: It may hold a study.
+
+    Raises:
+        UserError: The folder is not fit for a study, holds one without `resume` or `overwrite`, or has none to resume.
+    """
     if resume and overwrite:
         raise UserError("give --resume or --overwrite, not both")
     if "?" in str(folder):  # SQLAlchemy would read what follows as options
@@ -142,7 +170,7 @@ def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
 
 
 def _storage(folder: Path, overwrite: bool) -> str:
-    """The address of the study's file."""
+    """Return the address of the study's file; with `overwrite`, after removing an earlier study."""
     if overwrite:
         for name in (FILE, BEST):
             (folder / name).unlink(missing_ok=True)

@@ -27,7 +27,6 @@ NOT_YET = (
     "docs",
     "engine/cli",
     "engine/run",
-    "engine/tuning",
     "kernels",
 )
 
