@@ -1,1 +1,1 @@
-"""A run: set up, and what it gives back."""
+"""A run: its set-up, its phases, its folder and its result."""

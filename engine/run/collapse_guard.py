@@ -1,4 +1,4 @@
-"""Watches a phase that may destroy the model; takes it back to its last good weights and ends the phase."""
+"""Collapse guard: ends a phase that destroys the model, and restores the last good weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from engine.run.train_engine import TrainEngine
 
 logger = logging.getLogger(__name__)
 
-# Looks at a guarded phase, spread over its steps.
+# Measurements during a guarded phase, at equal distances over its steps.
 CHECKS = 8
 
 
@@ -22,13 +22,13 @@ class CollapseGuard:
 
     Args:
         phase: Name of the phase.
-        total: Its steps.
-        updater: Holds the model and its weights.
-        watch: Accuracy [0, 1] of a model on the watched samples.
+        total: Steps of the phase.
+        train_engine: The model that is changed, and its weights.
+        watch: Returns the accuracy [0, 1] of a model on the watched samples.
         before: That accuracy before the run.
         limit: Points of accuracy that the phase may lose (`RunConfig.collapse_drop`).
-        record: Takes a row of the history.
-        is_main: Whether this rank keeps the weights.
+        record: Called with a row for the history.
+        is_main: Whether this rank holds the weights.
     """
 
     def __init__(
@@ -55,10 +55,18 @@ class CollapseGuard:
         self.good_step, self.good = state["step"], state["weights"] if self.is_main else None
 
     def collapsed(self, step: int) -> bool:
+        """Measure the watched accuracy; if more than `limit` is lost, restore the last good weights.
+
+        Args:
+            step: Number of steps taken.
+
+        Returns:
+            Whether the model has collapsed, so that the phase ends.
+        """
         now = self.watch(self.train_engine.model)
         self.record({"phase": self.phase, "step": step - 1, "watched_accuracy": now})
         if 100 * (self.before - now) <= self.limit:
-            self.good = None  # before the next copy is made: one is enough to hold
+            self.good = None  # before the next copy is made, so that only one copy is held
             self.good_step, self.good = step, self.train_engine.weights()
             return False
         self.train_engine.load_weights(self.good)

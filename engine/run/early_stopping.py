@@ -1,19 +1,22 @@
-"""When a run may end before its epochs do: once the forget samples are known no better than samples never seen.
+"""Early stopping: end a run once accuracy on the forget set is no higher than on samples that were never trained on.
 
-o is the original, u the model, F the forget samples, H held-out ones, which neither was trained on. After an epoch of
-the last stage (the last phases of one name, so that the stages before have done their part) the run ends where
+o is the original, u the model, F the forget set, and H the held-out set, which neither was trained on. The last stage
+is the last phases of one name; all earlier stages are then complete. After an epoch of the last stage, the run ends if
 
     acc_u(F) <= v               v = acc_o(H), H weighted to the classes of F; 0 in a class of which nothing is retained
     acc_u(H') >= acc_o(H')      H': the held-out samples of classes of which something is retained
 
-This is LoTUS's stopping rule (Spartalis et al., CVPR 2025, arXiv 2503.18314) for any method, without a retrained model:
-v stands for the retrained model's accuracy, and does not move with u. The second line is ours, and is asked where a
-stage trains on retained samples alone: such a stage repairs what another broke, and until it has, forget samples are
-unknown because everything is. A stage in which forget samples take part may only make that worse, so it ends by the
-first line. `stop_tolerance` loosens both lines: few held-out samples tell accuracies by points alone.
+The first line is LoTUS's stopping rule (Spartalis et al., CVPR 2025, arXiv 2503.18314) for any method, without a
+retrained model: v stands for the retrained model's accuracy, and does not depend on u.
 
-What a learning rate schedule had in store is lost: a one-cycle phase that ends early has not come down. Edits that
-follow the last stage (SCRUB+R's way back) still run.
+The second line is ours, and applies if a stage trains on retain samples alone. Such a stage repairs the damage of an
+earlier one. Before it has, accuracy on the forget set is low because accuracy on all samples is. A stage that includes
+forget samples can only increase the damage, so it ends by the first line.
+
+`stop_tolerance` loosens both lines: a small held-out set determines an accuracy only to within some points.
+
+The rest of a learning-rate schedule is lost: a one-cycle phase that ends early ends before its rate is low. Edits that
+follow the last stage (SCRUB+R's rewind) still run.
 """
 
 from __future__ import annotations
@@ -31,17 +34,29 @@ from engine.models.predict import Predictions
 
 
 class HeldOutStop:
-    """Looks at the model after epochs of the last stage, and remembers that the run has ended."""
+    """The rule of `stop_when=held_out`, evaluated after each epoch of the last stage.
+
+    Args:
+        method: The method.
+        phases: Phases of the run in order.
+
+    Attributes:
+        stage: Numbers of the phases of the last stage.
+        tolerance: `stop_tolerance`.
+        target: v.
+        needed: acc_o(H'); 1 if H' is empty.
+        stopped: Row of the epoch that ended the run, with the number of its phase; None until then.
+    """
 
     def __init__(self, method: Method, phases: Sequence[Phase]) -> None:
         self.method, self.context = method, method.context
         self.stage = last_stage(phases)
         self.tolerance = self.context.run.stop_tolerance
-        self.target = self.needed = float("nan")  # v and acc_o(H'); known once prepared
+        self.target = self.needed = float("nan")  # v and acc_o(H'); computed in `prepare`
         self.stopped: dict[str, Any] | None = None
 
     def prepare(self) -> None:
-        """Passes of the original over the held-out samples."""
+        """Compute `target` and `needed` with the original on the held-out set."""
         held_out = predictions_of(self.context.original, self._held_out, self.context)
         self.target = unseen_accuracy(held_out, self.context.forget.labels, self.context.retain.labels)
         self.needed = self._kept(held_out)
@@ -51,12 +66,23 @@ class HeldOutStop:
         return self.method.held_out("to stop where the forget samples are known no better")
 
     def _kept(self, held_out: Predictions) -> float:
-        """Accuracy on H'; 1 where there is none, as there is nothing to keep up."""
+        """Return the accuracy on H'; 1 if H' is empty, as there is no accuracy to preserve."""
         kept = np.flatnonzero(np.isin(held_out.labels, self.context.retain.labels))
         return held_out.take(kept).accuracy if len(kept) else 1.0
 
     def evaluate(self, model: nn.Module, phase: Phase, number: int, epoch: int, step: int) -> dict[str, Any]:
-        """A row for the history: what was measured after an epoch. `stopped` is set where the run ends with it."""
+        """Evaluate the rule after an epoch, and set `stopped` if the run ends with it.
+
+        Args:
+            model: The model that is changed.
+            phase: The phase.
+            number: Position of the phase in the run.
+            epoch: Epoch of the phase.
+            step: Last step that was taken.
+
+        Returns:
+            Measured accuracies, as a row for the history.
+        """
         forget = predictions_of(model, self.context.forget, self.context).accuracy
         row: dict[str, Any] = {"phase": phase.name, "epoch": epoch, "step": step, "forget_accuracy": forget}
         row["unseen_accuracy"] = self.target
@@ -78,7 +104,7 @@ class HeldOutStop:
 
 
 def last_stage(phases: Sequence[Phase]) -> set[int]:
-    """Numbers of the last phases of one name that take steps; edits between and after them do not count."""
+    """Return the numbers of the last phases of one name that take steps; edits between and after them do not count."""
     steps = [(number, phase.name) for number, phase in enumerate(phases) if phase.epochs > 0]
     stage: set[int] = set()
     for number, name in reversed(steps):
@@ -89,7 +115,11 @@ def last_stage(phases: Sequence[Phase]) -> set[int]:
 
 
 def check_stop(method: Method, phases: Sequence[Phase]) -> None:
-    """Raises UserError where a run could not stop so."""
+    """Check that early stopping by `stop_when` fits the method and the data.
+
+    Raises:
+        UserError: The method does not read forget samples or takes no steps, or there is no held-out set.
+    """
     option = f"option stop_when={method.context.run.stop_when!r}"
     if method.exact or not len(method.context.forget):
         raise UserError(f"{option}: {method.name} never looks at forget samples, so they say nothing; leave it out")

@@ -1,9 +1,9 @@
-"""The folder of a run: config.yaml, history.jsonl, resume/ while it runs, and what it ends with.
+"""The folder of a run: config.yaml, history.jsonl, resume/ during the run, and the files of a finished run.
 
-resume/TAG/ holds one checkpoint: state.pt (where the run is) and the files of the updater, of every rank. It counts
-from the moment that resume/current.json names it; that file is replaced in one step, after everything in the folder
-has reached the disk, and older checkpoints are removed after that. So a process that dies at any moment leaves one
-checkpoint that is whole. Several hosts need one file system that all of them see.
+resume/TAG/ holds one checkpoint: state.pt (the position of the run) and the files of the train engine, of every rank.
+The checkpoint is valid from the moment that resume/current.json names it. That file is replaced in one step, after
+everything in the folder has reached the disk; older checkpoints are removed after that. So a process that is killed at
+any moment leaves one complete checkpoint. Several hosts need one shared file system.
 
 One process works in a run folder at a time: the main rank holds its lock (`engine.runtime.lock`) until the run is
 finished, or has failed.
@@ -49,19 +49,19 @@ _FILES = (
     "report.html",
     "verdict.json",
 )
-# Of them those that say of a run that it is done: of one that goes on they would be a lie.
+# Files that mark a run as complete; removed when a run is resumed, as they would be wrong until it finishes again.
 _COMPLETION_FILES = ("record.json", "record.salt", "record.ids", "verdict.json")
 _FOLDERS = ("resume", "last_good")
 # Tracebacks of earlier runs, see `engine.cli.exits`; removed when a run starts.
 CRASHES = "crash*.txt"
 
-# The folders that were opened since `closing` began.
+# Folders that were opened in the current `closing` block.
 _opened: contextvars.ContextVar[list[RunFolder] | None] = contextvars.ContextVar("opened", default=None)
 
 
 @contextlib.contextmanager
 def closing() -> Iterator[None]:
-    """Gives back, at the end of the block, the run folders that were opened in it.
+    """Release, at the end of the block, the run folders that were opened in it.
 
     An exception that ends the block gets the attribute `run_folder`, so that its traceback can be kept there.
     """
@@ -80,13 +80,25 @@ def closing() -> Iterator[None]:
 
 
 def check_free(folder: str | os.PathLike[str]) -> None:
-    """Raises UserError where another process works in a run folder: before the work, which `RunFolder` comes after."""
+    """Check that no other process works in a run folder, before the work that precedes `RunFolder`.
+
+    Raises:
+        UserError: Another process works in it.
+    """
     if ProcessGroup.current().is_main:
         lock.check(Path(folder))
 
 
 def check_apart(folder: str | os.PathLike[str], checkpoints: Iterable[str | os.PathLike[str]]) -> None:
-    """Raises UserError where the folder of a run is that of a checkpoint that the run reads: it would be replaced."""
+    """Check that the folder of a run is not that of a checkpoint that the run reads, which would be replaced.
+
+    Args:
+        folder: Output folder.
+        checkpoints: Checkpoint files, folders or specs that the run reads.
+
+    Raises:
+        UserError: A checkpoint is in the output folder.
+    """
     for checkpoint in checkpoints:
         place = Path(os.fspath(checkpoint).partition("?")[0])
         home = place.parent if place.is_file() else place
@@ -98,10 +110,17 @@ def check_apart(folder: str | os.PathLike[str], checkpoints: Iterable[str | os.P
 
 
 class RunFolder:
-    """Opens a folder for one run.
+    """The folder of one run, locked.
 
-    An empty or new folder is taken. A folder that holds a run is an error, unless `overwrite` (its files are
-    removed when the new run starts) or `resume` (the same configuration goes on where the last epoch ended).
+    Args:
+        folder: A new or empty folder, or one that holds a run if `resume` or `overwrite`.
+        config: Contents of config.yaml.
+        resume: Continue the run in the folder from its last checkpoint; the configuration must be the same.
+        overwrite: Replace the run in the folder; its files are removed when the new run starts.
+        world: Process group; None: one process.
+
+    Raises:
+        UserError: The folder is in use, does not fit the options, holds other files, or is not shared by all ranks.
     """
 
     def __init__(
@@ -126,13 +145,13 @@ class RunFolder:
             opened.append(self)
 
     def close(self) -> None:
-        """Lets other processes use the folder."""
+        """Release the lock, so that other processes can use the folder."""
         if self._lock is not None:
             self._lock.release()
             self._lock = None
 
     def _take(self, config: dict[str, Any], resume: bool, overwrite: bool) -> None:
-        """Locks the folder, and opens it."""
+        """Lock the folder, and open it."""
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"output folder {self.path} is a file; name a folder")
         if resume and not self.path.is_dir():
@@ -190,7 +209,11 @@ class RunFolder:
             )
 
     def append(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Adds rows to history.jsonl; on the main rank alone."""
+        """Append rows to history.jsonl; the main rank writes, the others do nothing.
+
+        Raises:
+            RunStopped: The file cannot be written.
+        """
         if not self.world.is_main:
             return
         text = "".join(json.dumps(row) + "\n" for row in rows)
@@ -206,9 +229,14 @@ class RunFolder:
         return [json.loads(line) for line in (self.path / "history.jsonl").read_text(encoding="utf-8").splitlines()]
 
     def save(self, state: dict[str, Any], write: Callable[[Path], None]) -> None:
-        """Keeps a checkpoint: `state` (tensors and plain values, the main rank's) and what `write` puts in its folder.
+        """Save a checkpoint and remove the previous one; every rank calls it.
 
-        Every rank calls it. Raises RunStopped where there is no space left; the checkpoint before is intact then.
+        Args:
+            state: Tensors and plain values of the main rank.
+            write: Writes further files into the folder of the checkpoint.
+
+        Raises:
+            RunStopped: No space is left on the device; the previous checkpoint is intact.
         """
         place = self.path / "resume" / f"{state['phase']}-{state['step']:08d}"
         intact = f"{self.path / 'resume'} holds the checkpoint before, intact; free space and --resume"
@@ -239,7 +267,7 @@ class RunFolder:
         self.world.on_main(commit)
 
     def keep(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
-        """Keeps tensors beside the checkpoints, for as long as there are any."""
+        """Save tensors, if there are any, in resume/ next to the checkpoints; every rank calls it."""
         if not tensors:
             return
 
@@ -251,11 +279,16 @@ class RunFolder:
         self.world.on_main(write)
 
     def kept(self, name: str) -> dict[str, torch.Tensor] | None:
+        """Return what `keep` saved, on the CPU; None if it saved nothing."""
         path = self.path / "resume" / f"{name}.pt"
         return torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else None
 
     def checkpoint(self) -> Path | None:
-        """The folder of the checkpoint that counts, checked to be whole; None where there is none yet."""
+        """Return the folder of the valid checkpoint; None if there is none yet.
+
+        Raises:
+            UserError: A file of the checkpoint is missing or damaged.
+        """
         current = self.path / "resume" / "current.json"
         if not current.is_file():
             return None
@@ -272,7 +305,14 @@ class RunFolder:
         return place
 
     def load_state(self) -> tuple[dict[str, Any], Path] | None:
-        """(state, folder) of the checkpoint that counts, the history cut back to it; None where there is none yet."""
+        """Load the valid checkpoint, and truncate the history to its length; every rank calls it.
+
+        Returns:
+            (state, folder of the checkpoint); None if there is none yet.
+
+        Raises:
+            UserError: The checkpoint is damaged.
+        """
         place = self.checkpoint()
         size = 0
         loaded = None
@@ -293,16 +333,16 @@ class RunFolder:
         return loaded
 
     def finished(self) -> None:
-        """The run is done: nothing is left to resume."""
+        """Remove resume/ and release the lock at the end of a run; every rank calls it."""
         self.world.barrier()
         if self.world.is_main:
-            (self.path / "resume" / "current.json").unlink(missing_ok=True)  # first: half a checkpoint must not count
+            (self.path / "resume" / "current.json").unlink(missing_ok=True)  # first: half a checkpoint is not valid
             shutil.rmtree(self.path / "resume", ignore_errors=True)
         self.close()
 
 
 def _passed_over(path: Path) -> bool:
-    """Whether a file tells nothing about whose folder it is in."""
+    """Return whether a file may be in a new folder: a lock, a temporary file or a traceback."""
     return path.name == lock.FILE or path.name.endswith(".tmp") or path.match(CRASHES)
 
 
@@ -314,7 +354,16 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def save_result(result: UnlearnResult, folder: str | os.PathLike[str], overwrite: bool) -> Path:
-    """Writes a result as a run folder; see `UnlearnResult.save`."""
+    """Write a result as a run folder; see `UnlearnResult.save`.
+
+    Args:
+        result: The result.
+        folder: Run folder.
+        overwrite: Replace a run in the folder.
+
+    Returns:
+        The folder.
+    """
     model = as_classifier(result.model)
     spec_of(model)  # a model that cannot be saved is an error before anything is removed
     opened = RunFolder(folder, result.config, overwrite=overwrite)

@@ -1,4 +1,4 @@
-"""What the steps of a phase work with: batches, learning-rate schedule, collapse guard, and the numbers of a step."""
+"""State of a phase while it runs: batches, learning-rate schedule, collapse guard, and the numbers of a step."""
 
 from __future__ import annotations
 
@@ -38,7 +38,14 @@ class PhaseRun:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A step before its numbers are read: the rank's weighted loss terms, and the gradient's norm."""
+    """A step whose numbers are not read from the device yet.
+
+    Attributes:
+        step: Step of the phase, from 0.
+        lr: Learning rate.
+        terms: Weighted loss terms of this rank by name.
+        norm: Global norm of the gradient before clipping.
+    """
 
     step: int
     lr: float
@@ -50,6 +57,6 @@ def schedule(phase: Phase, optimizer: torch.optim.Optimizer, total: int) -> Any:
     """Return the learning-rate schedule of a phase of `total` steps."""
     if phase.schedule == "constant":
         return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-    # One step more than is taken: the scheduler refuses to be asked past its end.
+    # One step more than the phase takes: the scheduler raises an error if it is stepped past its end.
     rates = [phase.lr * group.get("lr_scale", 1.0) for group in optimizer.param_groups]
     return torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=total + 1, pct_start=0.15)

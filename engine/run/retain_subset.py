@@ -1,13 +1,13 @@
-"""Which retained samples a run works with: a share of them, for that share of the time of every pass over them.
+"""Choose the part of the retain set that a run uses. Every pass over it then takes that share of the time.
 
 random   the same share of each class: the k-th of a class, in random order and counted from 0, has the key
-         k / (samples of the class), and the lowest keys are taken; so no class is lost while there are no more classes
-         than samples to take
+         k / (samples of the class), and the lowest keys are taken; so every class is represented, unless there are
+         more classes than samples to take
 hard     the highest cross-entropy of the original
 near     the smallest cosine distance, in the original's features, to any forget sample
 
-The last two read every retained image once, unaugmented. Of equal samples those that come first are taken. Images that
-are left out as bad come last. A choice depends on the seed, the samples and the original alone.
+hard and near read every retain image once, unaugmented. Of samples with equal scores, the first ones are taken. Images
+that are left out as bad come last. A choice depends only on the seed, the samples and the original.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from engine.models.attention import attention_backend
 from engine.models.vit import outputs
 from engine.runtime.process_group import ProcessGroup
 
-# Cosines that are held at once: 64 MB.
+# Cosines in memory at a time: 64 MB.
 _BLOCK = 1 << 24
 
 
@@ -40,9 +40,21 @@ def choose_retained(
     autocast: Callable[[], Any],
     world: ProcessGroup,
 ) -> Samples:
-    """`retain_share` of the retained samples, in their order, as `retain_choice` says; the same ones on every rank.
+    """Choose `retain_share` of the retain set by the rule of `retain_choice`.
 
-    Raises UserError for `near` with nothing to forget, and for a share that leaves fewer samples than ranks.
+    Args:
+        run: Options of the run.
+        original: The model before unlearning.
+        forget, retain: Forget set and retain set.
+        loader: Makes a `Loader` of samples with an augmentation.
+        autocast: Returns the context manager in which the model computes.
+        world: Process group.
+
+    Returns:
+        The chosen samples in the order of the retain set; the same ones on every rank.
+
+    Raises:
+        UserError: `near` without forget samples, or a share with fewer samples than ranks.
     """
     if run.retain_share == 1:
         return retain
@@ -68,7 +80,7 @@ def choose_retained(
 
 
 def _random(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Positions [count], see the top of the file."""
+    """Return the positions [count] of the rule "random", see the top of the file."""
     rng = np.random.default_rng([seed, len(labels)])
     draws = rng.random(len(labels))
     order = np.lexsort((draws, labels))  # by class, at random within
@@ -89,7 +101,7 @@ def _losses(original: nn.Module, images: Loader, autocast: Callable[[], Any]) ->
 
 
 def _closeness(original: nn.Module, images: Loader, forget: Loader, autocast: Callable[[], Any]) -> np.ndarray:
-    """The largest cosine of each retained sample to a forget sample."""
+    """Return the largest cosine of each retain sample to a forget sample, [retain samples]; -inf for a bad image."""
 
     def directions(batch: Batch) -> Tensor:
         with autocast():

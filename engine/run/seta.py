@@ -1,5 +1,5 @@
 """SeTa (Zhou, Gao and Wang, "Scale Efficient Training for Large Datasets", CVPR 2025, arXiv 2503.13385): every epoch on
-the retained samples takes a part of them, chosen by the losses they had when they were last trained on.
+the retain set takes a part of it, chosen by the loss that each sample had when it was last trained on.
 
 With n samples, r = keep, k = groups, w = round(window k) and E epochs in all, epoch t = 0, 1, ... takes
 
@@ -7,14 +7,17 @@ With n samples, r = keep, k = groups, w = round(window k) and E epochs in all, e
     the others                          of m at random, in k groups by k-means of their losses, easiest group first:
                                         round(m w / k) samples from where group s begins,  s = (t - 1) mod (k - w + 1)
 
-so easy samples come first, then harder ones, and again; no pass is made for the losses, which are those of the batches
-as they are trained. Ours, and why: the paper's window holds w groups whatever their size, and how many samples that is
-comes out in the run. Here it holds the share w / k of the samples, in random order within a group, and is moved back
-where they would not suffice: so steps, schedule, progress and `lethe plan` know every epoch's size beforehand. Losses
-are skewed, though, so the first group often holds most samples, and every window but the first then ends at the
-hardest. A sample that was not trained on yet counts with the mean of the others. The losses are the cross-entropy to
-the labels, whatever the method's own loss is. What phases there are is counted through: a method of many short ones
-slides on.
+so easy samples come first, then harder ones, and then easy ones again. No extra pass computes the losses: they are
+those of the training batches.
+
+Difference from the paper: its window holds w groups of any size, so the number of samples is known only during the run.
+Here the window holds the share w / k of the samples, in random order within a group, and is moved back if too few
+samples follow its start. So every epoch's size is known in advance, as needed for steps, schedule, progress and
+`lethe plan`. A consequence: losses are skewed, so the first group often holds most samples, and every window except the
+first then ends at the hardest sample.
+
+A sample that was not trained on yet has the mean loss of the others. The losses are the cross-entropy with the labels,
+for every method. Epochs are counted over all phases, so the window continues to slide in a method of many short phases.
 
 Defaults: groups and window of the authors' ImageNet script, anneal as theirs, keep as in their CIFAR example.
 """
@@ -38,14 +41,27 @@ from engine.methods import Phase
 from engine.models.info import num_classes_of
 from engine.runtime.process_group import ProcessGroup
 
-# Told apart from the other draws of a run's seed.
+# Separates these draws from the other draws of a run's seed.
 _DRAWS = 2503
-# Of k-means; on sorted numbers it settles long before.
+# Largest number of rounds of k-means; on sorted numbers it converges long before.
 _ROUNDS = 100
 
 
 class Seta:
-    """Losses and choices for one set of retained samples, over all epochs of the run that go through it."""
+    """Losses and choices for one set of retain samples, over all epochs of the run on it.
+
+    Args:
+        config: Options of SeTa.
+        count: n.
+        epochs: E.
+        seed: Seed of the run.
+
+    Attributes:
+        losses: Last loss of each sample, float64 [n]; NaN for a sample that was not trained on yet.
+        epoch: Epoch of the last choice; -1 before the first.
+        chosen: Positions that this epoch takes, ascending.
+        width: w.
+    """
 
     def __init__(self, config: SetaConfig, count: int, epochs: int, seed: int) -> None:
         self.config, self.count, self.epochs, self.seed = config, count, epochs, seed
@@ -55,18 +71,18 @@ class Seta:
 
     @property
     def kept(self) -> int:
-        """m."""
+        """m, the number of samples that an epoch draws at random."""
         return max(1, round(self.config.keep * self.count))
 
     def size(self, epoch: int) -> int:
-        """Samples that an epoch takes."""
+        """Return the number of samples that an epoch takes."""
         return max(1, round(self.kept * self.width / self.config.groups)) if self._slides(epoch) else self.kept
 
     def _slides(self, epoch: int) -> bool:
         return 0 < epoch < self.epochs - math.ceil(round(self.config.anneal * self.epochs, 6))
 
     def positions(self, epoch: int) -> np.ndarray:
-        """Positions [size] that an epoch takes, ascending; chosen when it is first asked, by the losses of then."""
+        """Return the positions [size] that an epoch takes, ascending; chosen at its first call, by the losses then."""
         if epoch != self.epoch:
             self.epoch, self.chosen = epoch, np.sort(self._choose(epoch))
         return self.chosen
@@ -87,9 +103,15 @@ class Seta:
 
 
 def grouped(values: np.ndarray, groups: int) -> np.ndarray:
-    """The group [n] of each value [n], 0 for that of the lowest: k-means (Lloyd), begun at quantiles.
+    """Group values by k-means (Lloyd's algorithm), started at quantiles.
 
-    Equal values are dealt out to the groups in turn, as there is nothing to tell them by.
+    Args:
+        values: [n].
+        groups: Number of groups.
+
+    Returns:
+        Group of each value, [n]; 0 is the group of the lowest values. If all values are equal, they are assigned to the
+        groups in turn.
     """
     values = values.astype(np.float64)
     ordered = np.sort(values)
@@ -109,12 +131,17 @@ def grouped(values: np.ndarray, groups: int) -> np.ndarray:
 
 
 class PrunedPhase:
-    """What a phase takes of its samples, and the losses that it sees on the way.
+    """The samples that each epoch of a phase takes, and the losses of its batches.
 
-    first: the epochs that earlier phases took of the same retained samples. before: forget samples that come before
-    these in the phase's own; all of them are always taken. epochs: of the phase.
-    counts: samples of each epoch. grown: how many times more a batch beside holds, so that there are as many samples
-    beside an epoch as without pruning.
+    Args:
+        seta: Losses and choices for the phase's retain samples.
+        first: Number of epochs of earlier phases on the same retain samples.
+        before: Number of forget samples that precede the retain samples in the phase; every epoch takes all of them.
+        epochs: Epochs of the phase.
+
+    Attributes:
+        counts: Samples of each epoch.
+        grown: Factor on the size of paired batches, so that an epoch has as many paired samples as without pruning.
     """
 
     def __init__(self, seta: Seta, first: int, before: int, epochs: float) -> None:
@@ -126,12 +153,12 @@ class PrunedPhase:
         self._seen: list[tuple[Tensor, Tensor]] = []
 
     def positions(self, epoch: int) -> np.ndarray:
-        """Positions [counts[epoch]] in the phase's samples, ascending."""
+        """Return the positions [counts[epoch]] in the phase's samples that an epoch takes, ascending."""
         return np.concatenate([np.arange(self.before), self.before + self.seta.positions(self.first + epoch)])
 
     @contextlib.contextmanager
     def watching(self, model: nn.Module, batch: Batch) -> Iterator[None]:
-        """Within it, the first logits that the model gives for a batch of this size are those of the batch."""
+        """Record the losses of a batch: the first logits of the model in this context with the batch's size."""
         seen = len(self._seen)
 
         def look(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -147,7 +174,7 @@ class PrunedPhase:
             hook.remove()
 
     def settle(self, world: ProcessGroup) -> None:
-        """Keeps the losses that were seen, of all ranks; every rank calls it."""
+        """Store the recorded losses of all ranks in `Seta.losses`; every rank calls it."""
         index = torch.cat([index for index, _ in self._seen] or [torch.zeros(0, dtype=torch.int64)])
         losses = torch.cat([losses for _, losses in self._seen] or [torch.zeros(0)])
         self._seen.clear()
@@ -157,15 +184,18 @@ class PrunedPhase:
 
 
 def pruned_phases(run: RunConfig, phases: Sequence[Phase], forget: int, retain: int) -> dict[int, PrunedPhase]:
-    """The phases that go through retained samples, by number; none where the run does not prune.
+    """Return the phases with steps on retain samples, by number; empty if the run does not prune.
 
-    forget, retain: samples of each kind.
+    Args:
+        run: Options of the run.
+        phases: Phases of the run in order.
+        forget, retain: Number of samples of the forget set and of the retain set.
     """
     if run.retain_pruning == "none":
         return {}
     counts = {number: phase.retained(retain) for number, phase in enumerate(phases) if phase.epochs > 0}
     counts = {number: count for number, count in counts.items() if count}
-    epochs: dict[int, int] = {}  # of each number of samples: the same number is the same samples
+    epochs: dict[int, int] = {}  # by the number of samples: phases with equal numbers have the same samples
     firsts = {}
     for number, count in counts.items():
         firsts[number] = epochs.get(count, 0)
@@ -180,7 +210,11 @@ def pruned_phases(run: RunConfig, phases: Sequence[Phase], forget: int, retain: 
 
 
 def check_pruning(run: RunConfig, method: str, pruned: dict[int, PrunedPhase]) -> None:
-    """Raises UserError where there is nothing to prune, or no way to see the losses."""
+    """Check that `retain_pruning` fits the run.
+
+    Raises:
+        UserError: No phase has retain samples, or the model is compiled, so that its losses cannot be recorded.
+    """
     if run.retain_pruning == "none":
         return
     if not pruned:
@@ -196,7 +230,7 @@ def check_pruning(run: RunConfig, method: str, pruned: dict[int, PrunedPhase]) -
 
 
 def state_of(pruned: dict[int, PrunedPhase]) -> dict[int, dict[str, Any]]:
-    """What a resumed run needs, by number of samples."""
+    """Return the state for a resume, by number of samples."""
     return {
         each.seta.count: {
             "losses": torch.from_numpy(each.seta.losses.copy()),
@@ -208,7 +242,7 @@ def state_of(pruned: dict[int, PrunedPhase]) -> dict[int, dict[str, Any]]:
 
 
 def load_state(pruned: dict[int, PrunedPhase], state: dict[int, dict[str, Any]]) -> None:
-    """Takes what `state_of` gave."""
+    """Load what `state_of` returned."""
     for each in pruned.values():
         kept = state[each.seta.count]
         each.seta.losses, each.seta.epoch = kept["losses"].numpy().copy(), kept["epoch"]

@@ -108,7 +108,7 @@ class Environment:
 
     @property
     def loading(self) -> dict[str, Any]:
-        """Options of `Loader` that say how images are read."""
+        """Options of `Loader` for reading images."""
         run = self.run
         return {
             "workers": run.workers,
@@ -120,7 +120,13 @@ class Environment:
         }
 
     def loader(self, samples: Samples, augment: str, **options: Any) -> Loader:
-        """Return the batches of samples with the run's options; options: those of `Loader` that differ."""
+        """Return the batches of samples with the run's options.
+
+        Args:
+            samples: The samples.
+            augment: Augmentation, see `RunConfig.augment`.
+            options: Options of `Loader` in place of the run's.
+        """
         shared = {"batch_size": self.run.batch_size, "seed": self.run.seed, **self.loading}
         return Loader(samples, self.preprocessing, augment=augment, **{**shared, **options})
 
@@ -154,7 +160,7 @@ class Run:
 
     @contextlib.contextmanager
     def computing(self) -> Iterator[None]:
-        """Set the attention backend of both models, and keep the memory that a step frees in the process."""
+        """Set the attention backend of both models, and keep freed memory in the process, for the next step."""
         context = self.method.context
         with contextlib.ExitStack() as stack:
             stack.enter_context(keeping_freed_memory(context.device))
@@ -164,7 +170,7 @@ class Run:
             yield
 
     def loader_of(self, number: int, phase: Phase) -> Loader:
-        """Return the batches of a phase. number: its position in `phases`."""
+        """Return the batches of a phase; `number` is its position in `phases`."""
         run, pruned = self.method.context.run, self.trainer.pruned.get(number)
         part: dict[str, Any] = {"counts": pruned.counts, "chosen": pruned.positions} if pruned else {}
         return self.environment.loader(
@@ -176,7 +182,7 @@ class Run:
         )
 
     def paired_loader(self, number: int, phase: Phase) -> Loader | None:
-        """Return the paired batches of a phase; None if it has none."""
+        """Return the paired batches of a phase; None if it has none. `number` is its position in `phases`."""
         if phase.paired is None:
             return None
         context, pruned = self.method.context, self.trainer.pruned.get(number)
@@ -205,7 +211,7 @@ def set_up(original: nn.Module, forget: Samples, retain: Samples, options: RunOp
         environment.preprocessing.check(forget)
     out_of = len(forget) + len(retain)
     unreadable = bad_images(forget, environment.preprocessing, out_of=out_of, **environment.loading)
-    if not method.exact:  # an exact method needs the ids alone
+    if not method.exact:  # an exact method only needs the ids
         forget = without(forget, unreadable)
     resolved = _to_resolved(environment, config, options, forget, retain, len(unreadable))
     zero, world = environment.zero, environment.world
@@ -237,11 +243,11 @@ def set_up(original: nn.Module, forget: Samples, retain: Samples, options: RunOp
         stop = HeldOutStop(unlearner, phases)
     pruned = pruned_phases(run, phases, len(forget), len(retain))
     check_pruning(run, options.method, pruned)
-    # That a model forgets a class of which nothing is retained is no collapse.
+    # Forgetting a class without retain samples is not a collapse, so the watched samples leave it out.
     watched = watched.of_classes(everything.labels) or watched
     folder = spec = None
     if options.output_dir is not None:
-        spec = spec_of(original)  # a model that cannot be saved is an error now, not after the work
+        spec = spec_of(original)  # raises an error for a model that cannot be saved before the work, not after it
         folder = runfolder.RunFolder(
             options.output_dir, resolved, resume=options.resume, overwrite=options.overwrite, world=world
         )
@@ -311,7 +317,7 @@ def _environment(
 def _to_resolved(
     environment: Environment, config: Any, options: RunOptions, forget: Samples, retain: Samples, unreadable: int
 ) -> dict[str, Any]:
-    """Return what config.yaml keeps of a run."""
+    """Return the contents of config.yaml."""
     return {
         "method": options.method,
         **to_dict(environment.run),
@@ -330,7 +336,7 @@ def _to_resolved(
 
 
 def _train_engine(method: Method, start: nn.Module, run: RunConfig, environment: Environment) -> TrainEngine:
-    """Return the model that is changed, and its optimizer. start: the original, or a copy of it."""
+    """Return the model that is changed, and its optimizer; `start` is the original, or a copy of it."""
     zero = environment.zero
     student = method.initial_model(start).to(environment.device)
     restrict(student, run.trainable, run.seed)
@@ -364,7 +370,7 @@ def _note_augmentation(name: str, found: str, natural: bool) -> None:
 def _resolve_zero(
     deepspeed: Mapping[str, Any] | str | os.PathLike[str] | None, run: RunConfig, world: ProcessGroup
 ) -> dict[str, Any] | None:
-    """The DeepSpeed configuration with the run's values in it; None for plain torch on one process."""
+    """Return the DeepSpeed configuration with the run's values in it; None for plain torch on one process."""
     if deepspeed is None:
         if world.size > 1:
             raise UserError(
@@ -394,10 +400,17 @@ def _check_ranks(
 def _frozen(
     original: nn.Module, device: torch.device, run: RunConfig, zero: dict[str, Any] | None, changing: bool
 ) -> tuple[nn.Module, Callable[[], None]]:
-    """(the original as methods look at it, what gives its memory back).
+    """Return (the original as methods read it, a function that frees its memory).
 
-    On one process that computes where the caller's model lies, both have the same weights: nothing is copied, unless
-    the caller's model is the one that is `changing`.
+    On one process whose device is that of the caller's model, the original shares the weights of that model and nothing
+    is copied, unless the caller's model is the one that is changed.
+
+    Args:
+        original: The caller's model.
+        device: Device of the run.
+        run: Options of the run.
+        zero: DeepSpeed configuration if there are several ranks, else None.
+        changing: The caller's model is changed (`inplace`).
     """
     shares = zero is None and not changing and next(original.parameters()).device == device
     memo = {id(t): t for t in (*original.parameters(), *original.buffers())} if shares else {}

@@ -1,6 +1,6 @@
-"""The model that a run changes, with its optimizer: backward, clip, step, and what is needed to resume.
+"""The model that a run changes, with its optimizer: backward, clipping, step, and the state for a resume.
 
-`TrainEngine` is one process in plain torch; `engine.run.zero.ZeroTrainEngine` has the same face over DeepSpeed.
+`TrainEngine` is plain torch on one process; `engine.run.zero.ZeroTrainEngine` has the same interface with DeepSpeed.
 """
 
 from __future__ import annotations
@@ -16,16 +16,23 @@ from torch import Tensor, nn
 from engine.config import RunConfig
 from engine.models.attention import zero_key_bias_grads
 
-# What a phase may have changed in the optimizer's groups (schedules set rates and momenta).
+# Values of the optimizer's groups that a phase may have changed: schedules set rates and momenta.
 _FRESH = {"betas": (0.9, 0.999), "eps": 1e-8}
 
 
 class TrainEngine:
-    """Plain torch on one process.
+    """The model that a run changes and its optimizer, in plain torch on one process.
 
-    model: what a loss calls. module: the ViT itself, where `model` is wrapped around it.
-    optimizer: AdamW over all of its weights; its first group holds the rate of the step.
-    scales: factors on that rate by the `id` of a parameter, see `Method.lr_scales`.
+    Args:
+        model: The model.
+        run: Options of the run.
+        scales: Factors on the learning rate by the `id` of a parameter, see `Method.lr_scales`.
+
+    Attributes:
+        model: The model that losses are computed with.
+        module: The classifier itself, if `model` is a wrapper of it.
+        trainable: Parameters that require a gradient, in the model's order.
+        optimizer: AdamW over all of them; its first group holds the rate of the step.
     """
 
     def __init__(self, model: nn.Module, run: RunConfig, scales: Mapping[int, float] | None = None) -> None:
@@ -38,7 +45,7 @@ class TrainEngine:
         self._apart: list[list[Tensor]] | None = None
 
     def begin_phase(self, lr: float) -> None:
-        """A fresh optimizer: no moments, no steps, the given rate."""
+        """Reset the optimizer: zero moments, zero steps, the given learning rate."""
         for state in self.optimizer.state.values():
             for moment in state.values():
                 moment.zero_()
@@ -47,11 +54,11 @@ class TrainEngine:
             group.update(_FRESH, lr=lr * group.get("lr_scale", 1.0), weight_decay=self.run.weight_decay)
 
     def backward(self, loss: Tensor) -> None:
-        """Adds the gradient of one micro-batch: `loss` counts 1 / accumulation_steps."""
+        """Add the gradient of one micro-batch; `loss` has the weight 1 / accumulation_steps."""
         (loss / self.run.accumulation_steps if self.run.accumulation_steps > 1 else loss).backward()
 
     def keep_gradients(self, main: Tensor, paired: Tensor) -> None:
-        """Adds the gradients of one micro-batch of each of two losses, apart; `set_gradients` makes one of them."""
+        """Add the gradients of two losses of one micro-batch each, separately; `set_gradients` combines them."""
         parameters = self.trainable
         found = [
             torch.autograd.grad(
@@ -66,16 +73,16 @@ class TrainEngine:
                 torch._foreach_add_(kept, each)
 
     def set_gradients(self, combine: Callable[[list[Tensor], list[Tensor]], list[Tensor]]) -> None:
-        """Steps will take what `combine` makes of the two gradients that were kept apart."""
+        """Set the gradient of the next step to `combine` of the two gradients that `keep_gradients` stored."""
         assert self._apart is not None
         combined, self._apart = combine(*self._apart), None
         for parameter, gradient in zip(self.trainable, combined, strict=True):
             parameter.grad = gradient
 
     def step(self) -> Tensor | float:
-        """Clips, steps, drops the gradients; returns their global norm before clipping."""
+        """Clip the gradients, take a step, and drop the gradients; return their global norm before clipping."""
         for parameter in self.trainable:
-            # One that the loss does not reach decays all the same, as under DeepSpeed; one that was frozen does not.
+            # A parameter without a gradient of the loss still decays, as under DeepSpeed; a frozen one does not.
             if parameter.grad is None and parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.run.grad_clip or math.inf)
@@ -84,45 +91,47 @@ class TrainEngine:
         return norm.detach()
 
     def weights(self) -> dict[str, Tensor] | None:
-        """A copy of all weights and buffers by name, in host memory of the main rank; None on the others."""
+        """Return a copy of all weights and buffers by name, in host memory of the main rank; None on other ranks."""
         return {key: value.detach().cpu().clone() for key, value in self.model.state_dict().items()}
 
     def load_weights(self, weights: dict[str, Tensor] | None) -> None:
-        """Takes what `weights` gave; every rank calls it."""
+        """Load what `weights` returned; every rank calls it."""
         assert weights is not None
         self.model.load_state_dict(weights)
 
     def save(self, folder: Path) -> None:
-        """Writes what `load` needs into an existing folder; every rank calls it."""
+        """Save weights and optimizer into an existing folder, for `load`; every rank calls it."""
         torch.save({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}, folder / "model.pt")
 
     def load(self, folder: Path) -> None:
+        """Load what `save` wrote; every rank calls it."""
         state = _read(folder)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
 
     @staticmethod
     def read_weights(folder: Path) -> dict[str, Tensor]:
-        """The weights alone of what `save` wrote, on the CPU."""
+        """Return the weights of what `save` wrote, on the CPU."""
         return _read(folder)["model"]
 
     def groups(self) -> list[dict[str, Any]]:
-        """Rates and momenta of the optimizer's groups; plain values."""
+        """Return rates and momenta of the optimizer's groups, as plain values."""
         return [{key: value for key, value in g.items() if key != "params"} for g in self.optimizer.param_groups]
 
     def set_groups(self, groups: list[dict[str, Any]]) -> None:
+        """Set what `groups` returned."""
         for group, values in zip(self.optimizer.param_groups, groups, strict=True):
             group.update(values)
 
     def finish(self) -> nn.Module:
-        """The changed model, whole, on every rank; the updater is of no use afterwards."""
+        """Return the changed model, with whole weights on every rank; the engine cannot be used afterwards."""
         for hook in self.hooks:
             hook.remove()
         return self.model
 
 
 def _scaled(parameters: Sequence[nn.Parameter], scales: Mapping[int, float]) -> list[dict[str, Any]]:
-    """Groups of parameters of one factor each, the largest first."""
+    """Return groups of parameters with one factor each, the largest factor first."""
     found: dict[float, list[nn.Parameter]] = {}
     for parameter in parameters:
         found.setdefault(scales.get(id(parameter), 1.0), []).append(parameter)

@@ -1,4 +1,4 @@
-"""Phases of optimizer steps: run, watched, kept, resumed."""
+"""Run phases of optimizer steps, with the collapse guard, early stopping, history, checkpoints and resume."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ _LOG_EVERY = 10
 # Points of watched accuracy lost at the end of a run that are reported as a collapse.
 _COLLAPSE_POINTS = 10.0
 
-# What a checkpoint keeps of the trainer itself.
+# Attributes of the trainer that a checkpoint contains.
 _CHECKPOINT_FIELDS = ("samples_seen", "watched", "seconds", "bad_images")
 
 
 @dataclasses.dataclass(kw_only=True)
 class Trainer:
-    """Runs phases of optimizer steps, watches them, and keeps their history and what a resumed run needs.
+    """Runs phases of optimizer steps with their guards, and saves their history and the state for a resume.
 
     Attributes:
         train_engine: The model that is changed, and its optimizer.
@@ -93,6 +93,14 @@ class Trainer:
         return self.train_engine.model
 
     def begin(self, started: float) -> None:
+        """Resume from the checkpoint of the run folder; without one, measure and check the original.
+
+        Args:
+            started: Start of the run, `time.perf_counter()`.
+
+        Raises:
+            UserError: The original's accuracy is far below the option `expect_accuracy`.
+        """
         self.started = started
         loaded = self.folder.load_state() if self.folder else None
         if loaded is None:
@@ -117,15 +125,11 @@ class Trainer:
         logger.info("resumed at phase %d, step %d", self.phase_number, self.state["step"])
 
     def watch(self, model: nn.Module) -> float:
-        """Accuracy [0, 1] on the watched samples."""
+        """Return the accuracy [0, 1] of a model on the watched samples."""
         return predict(model, self.watch_loader, self.run.precision).accuracy
 
     def _check_accuracy(self) -> None:
-        """Checks that a model to be unlearned is the trained one, fed as in its training.
-
-        Raises:
-            UserError: its accuracy on the watched samples is far below the option `expect_accuracy`.
-        """
+        """Check that a model to be unlearned is the trained one, with the inputs of its training; see `begin`."""
         if not len(self.method.context.forget):
             return
         labels, share = self.watch_loader.samples.labels, self.watched["before"]
@@ -235,17 +239,17 @@ class Trainer:
         )
 
     def _edit(self, phase: Phase, guard: CollapseGuard | None, total: int) -> bool:
-        """Lets the method change weights before the first step; True where that ended the phase."""
+        """Call `Method.edit` before the first step; return whether the edit ended the phase."""
         self.method.edit(self.train_engine.module, phase)
         return bool(guard and total == 0 and guard.collapsed(0))
 
     def _ended(self, number: int, phase: Phase, epoch: int, step: int, total: int) -> bool:
-        """Whether the method, or `stop_when`, ends the phase after an epoch."""
+        """Return whether the method, or `stop_when`, ends the phase after an epoch."""
         reason = self.method.should_stop(self.model, phase, epoch) if step < total else None
         if reason is not None:
             self._record([{"phase": phase.name, "step": step - 1, "ended": reason}])
         stop = self.early_stopping
-        # After the last step of all there is nothing left to stop.
+        # After the last step of the last phase there is nothing left to stop.
         if stop is None or number not in stop.stage or (step == total and number == max(stop.stage)):
             return reason is not None
         self._record([stop.evaluate(self.model, phase, number, epoch, step - 1)])
@@ -254,7 +258,7 @@ class Trainer:
         return reason is not None or stop.stopped is not None
 
     def _step_of(self, number: int) -> int:
-        """Where a phase begins: at its start, or where a resumed run left it."""
+        """Return the first step of a phase: 0, or the step of the checkpoint in a resumed run."""
         return self.state["step"] if self.state is not None and self.state["phase"] == number else 0
 
     def _prepare(self, number: int, phase: Phase) -> None:
@@ -268,7 +272,7 @@ class Trainer:
             self.folder.keep(name, self.method.cache_state(phase))
 
     def _next_checkpoint(self, step: int, total: int, loader: Loader) -> int:
-        """The end of the epoch or of the phase, or `checkpoint_every` steps on."""
+        """Return the step of the next checkpoint: the end of the epoch or phase, or after `checkpoint_every` steps."""
         ends = [total, loader.epochs.place(step)[2]]
         return min(*ends, step + self.run.checkpoint_every if self.run.checkpoint_every else total)
 
@@ -303,13 +307,22 @@ class Trainer:
         others: Iterator[Batch] | None = None,
         pruned: PrunedPhase | None = None,
     ) -> Row:
-        """One optimizer step over its micro-batches, of a model in training mode; nothing of it is read yet.
+        """Take one optimizer step over its micro-batches; the model is in training mode.
 
-        batches, others: of the steps that take one of the phase's samples, and of those that take one of
-        `phase.paired`. pruned: sees the losses on the way.
+        Args:
+            phase: The phase.
+            batches: Batches of the phase's samples, for the steps that take one.
+            seed: Seed of the loader.
+            step: Step of the phase.
+            scheduler: Learning-rate schedule.
+            others: Batches of `phase.paired`, for the steps that take one.
+            pruned: Records the losses of the batches.
+
+        Returns:
+            Numbers of the step, not read from the device yet.
         """
         device, self.method.step = self.method.context.device, step
-        # Dropout is a function of seed, step and rank, so that a run can go on from any step.
+        # Dropout is a function of seed, step and rank, so that a run can be resumed from any step.
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed((seed * 1_000_003 + step) * 8_191 + self.world.rank)
             return self._step(phase, batches, step, scheduler, others, pruned)
@@ -360,7 +373,7 @@ class Trainer:
         phase: Phase,
         sums: dict[str, Tensor],
     ) -> Tensor:
-        """The loss of a batch as it counts in the mean over the step; its terms are added to `sums`."""
+        """Return the loss of a batch with its weight in the mean over the step; add its terms to `sums`."""
         with self.method.context.autocast():
             terms = loss(self.model, batch, phase)
         for name, value in terms.items():
@@ -369,10 +382,10 @@ class Trainer:
         return total * batch.weight if batch.weight != 1 else total
 
     def _flush(self, phase: Phase, epoch: int, total: int, pending: list[Row]) -> None:
-        """Reads the losses of the last steps: into the history, and stops the run where one is not finite."""
+        """Read the losses of the last steps into the history; stop the run if one is not finite."""
         rows: list[dict[str, Any]] = []
-        names = list(dict.fromkeys(name for row in pending for name in row.terms))  # steps that take turns have others
-        # The mean over ranks of what each has weighted: the mean over the samples of the step.
+        names = list(dict.fromkeys(name for row in pending for name in row.terms))  # steps may differ in their terms
+        # The mean over ranks of the weighted terms is the mean over the samples of the step.
         none = next(iter(pending[0].terms.values())).new_zeros(())
         values = torch.stack([torch.stack([row.terms.get(name, none) for name in names]).float() for row in pending])
         values = (self.world.sum(values) / self.world.size).cpu()
@@ -433,11 +446,12 @@ class Trainer:
         self.folder.save({**state, **kept}, self.train_engine.save)
 
     def finish(self, resolved: dict[str, Any], finalize: Callable[[UnlearnResult], None] | None) -> UnlearnResult:
+        """Save the changed model, call `finalize` with the result, and finish the run folder; every rank calls it."""
         model = merge(self.train_engine.finish()).eval()
-        model._compiled_call_impl = None  # torch offers no way back from Module.compile; the caller gets a plain model
+        model._compiled_call_impl = None  # torch cannot undo Module.compile; the caller gets a plain model
         if self.run.gradient_checkpointing:
             model.set_grad_checkpointing(False)  # type: ignore[operator]
-        with attention_backend(model, self.run.attention):  # DeepSpeed's is not the model that was trained
+        with attention_backend(model, self.run.attention):  # with DeepSpeed, not the object that was trained
             return self._finish(model, resolved, finalize)
 
     def _finish(

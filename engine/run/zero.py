@@ -1,11 +1,11 @@
-"""The same updates through DeepSpeed: ZeRO stages 0 to 3, offload, half-precision weights.
+"""The train engine with DeepSpeed: ZeRO stages 0 to 3, offload, half-precision weights.
 
-The run owns its optimizer (torch's AdamW, also where its states are offloaded), rates, batch sizes and clipping; the
-DeepSpeed file says how the work is shared out. Where the file speaks of the former it must say "auto", nothing, or the
-same.
+Optimizer (torch's AdamW, also with offloaded states), rates, batch sizes and clipping are options of the run. The
+DeepSpeed file sets how weights, gradients and states are distributed. If it has one of the run's options, the value
+must be "auto" or equal to the run's.
 
-bf16 is DeepSpeed's own at stages 1 to 3: weights and gradients in bf16, a float32 copy in the optimizer. At stage 0,
-and where the file enables `torch_autocast`, weights are float32 under autocast, as on one process.
+At stages 1 to 3, bf16 is that of DeepSpeed: weights and gradients in bf16, a float32 copy in the optimizer. At stage 0,
+and if the file enables `torch_autocast`, weights are float32 under autocast, as on one process.
 """
 
 from __future__ import annotations
@@ -30,7 +30,14 @@ from engine.runtime.process_group import ProcessGroup, backends
 
 
 def require_deepspeed() -> Any:
-    """The package deepspeed. Raises UserError, saying how to install it, where it does not import."""
+    """Import the package deepspeed.
+
+    Returns:
+        The package.
+
+    Raises:
+        UserError: It cannot be imported; the message has the command that installs it.
+    """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     os.environ.setdefault("DS_LOG_LEVEL", "warning")
     try:
@@ -43,7 +50,17 @@ def require_deepspeed() -> Any:
 
 
 def read_deepspeed(config: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Any]:
-    """A DeepSpeed configuration from its JSON file, or as it is. Raises UserError for a file that is not one."""
+    """Read a DeepSpeed configuration.
+
+    Args:
+        config: JSON file, or the configuration itself.
+
+    Returns:
+        The configuration, a copy.
+
+    Raises:
+        UserError: The file does not exist or is not a JSON object.
+    """
     if isinstance(config, Mapping):
         return copy.deepcopy(dict(config))
     path = Path(config)
@@ -59,10 +76,20 @@ def read_deepspeed(config: str | os.PathLike[str] | Mapping[str, Any]) -> dict[s
 
 
 def resolve_deepspeed(given: Mapping[str, Any], run: RunConfig, ranks: int) -> dict[str, Any]:
-    """The configuration with every "auto" filled in from the run.
+    """Fill in a DeepSpeed configuration from the options of the run.
 
-    Raises UserError that lists all contradictions to the run, and for what the engine cannot keep its promises with
-    (fp16's loss scaling, optimizer states on NVMe).
+    Args:
+        given: The configuration.
+        run: Options of the run.
+        ranks: Number of ranks.
+
+    Returns:
+        The configuration with a value in place of every "auto".
+
+    Raises:
+        UserError: The ZeRO stage is not 0 to 3. Or values contradict the run, or are not supported: fp16, which needs
+            loss scaling; states or weights on NVMe, with which a phase cannot start afresh. The message lists all such
+            values.
     """
     config: dict[str, Any] = copy.deepcopy(dict(given))
     zero = _section(config, "zero_optimization")
@@ -125,12 +152,20 @@ def _section(config: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def half_weights(config: Mapping[str, Any]) -> bool:
-    """Whether a resolved configuration keeps the model's own weights in bf16."""
+    """Return whether the model's own weights are in bf16 under a resolved configuration."""
     return bool(config["bf16"]["enabled"])
 
 
 def shard_frozen(model: nn.Module, config: Mapping[str, Any]) -> nn.Module:
-    """A frozen model whose weights lie in equal parts on the ranks (ZeRO-3) and are gathered layer by layer."""
+    """Shard a frozen model: each rank holds an equal part of the weights (ZeRO-3), gathered layer by layer.
+
+    Args:
+        model: The frozen model.
+        config: Resolved DeepSpeed configuration of the run.
+
+    Returns:
+        The model in a DeepSpeed engine.
+    """
     deepspeed = require_deepspeed()
     kept = {key: config[key] for key in ("train_micro_batch_size_per_gpu", "train_batch_size", "bf16")}
     offload = config["zero_optimization"].get("offload_param")
@@ -140,7 +175,7 @@ def shard_frozen(model: nn.Module, config: Mapping[str, Any]) -> nn.Module:
 
 
 def release_frozen(model: nn.Module) -> None:
-    """Gives back the memory of a frozen model, sharded or not; what is not a weight can still be asked of it."""
+    """Free the memory of the weights of a frozen model, sharded or not; its other attributes stay available."""
     for parameter in model.parameters():
         parameter.data = parameter.data.new_empty(0)
         if hasattr(parameter, "ds_tensor"):
@@ -148,7 +183,13 @@ def release_frozen(model: nn.Module) -> None:
 
 
 class ZeroTrainEngine(TrainEngine):
-    """`TrainEngine` over a DeepSpeed engine. Every method is a collective: all ranks call it."""
+    """`TrainEngine` with a DeepSpeed engine. Every method is a collective operation: all ranks call it.
+
+    Args:
+        model: The model.
+        run: Options of the run.
+        config: DeepSpeed configuration from `resolve_deepspeed`.
+    """
 
     def __init__(self, model: nn.Module, run: RunConfig, config: Mapping[str, Any]) -> None:
         deepspeed = require_deepspeed()
@@ -167,11 +208,11 @@ class ZeroTrainEngine(TrainEngine):
         self._engine.backward(loss)
         self._micro += 1
         if self._micro % self.run.accumulation_steps:
-            self._engine.step()  # counts the micro-batch; nothing steps yet
+            self._engine.step()  # counts the micro-batch; the optimizer takes no step yet
 
     def step(self) -> Tensor | float:
         norm = None
-        if self._stage == 0:  # DeepSpeed keeps no norm there; the gradients are summed up by now
+        if self._stage == 0:  # DeepSpeed stores no norm at stage 0; the gradients are summed over ranks by now
             norm = nn.utils.get_total_norm([p.grad for p in self._engine.module.parameters() if p.grad is not None])
         self._engine.step()
         return norm if norm is not None else self._engine.get_global_grad_norm()
@@ -184,7 +225,10 @@ class ZeroTrainEngine(TrainEngine):
         return kept if self._world.is_main else None
 
     def _whole(self) -> Iterator[tuple[str, Tensor]]:
-        """Every weight (float32 where the optimizer keeps it so) and buffer, whole, one at a time, on every rank."""
+        """Yield (name, whole tensor) of every weight and buffer, one at a time, on every rank.
+
+        A weight is float32 if the optimizer holds a float32 copy.
+        """
         from deepspeed.utils import safe_get_full_fp32_param
 
         for name, parameter in self._engine.module.named_parameters():
@@ -226,7 +270,7 @@ class ZeroTrainEngine(TrainEngine):
 
         if any(folder.glob("*_optim_states.pt")):
             return get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
-        # Stage 0 keeps the weights whole. What the run itself wrote is unpickled, as DeepSpeed does to resume.
+        # At stage 0 the weights are whole. A file that the run itself wrote is unpickled, as DeepSpeed does to resume.
         return torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["module"]
 
     def finish(self) -> nn.Module:
@@ -249,7 +293,7 @@ class ZeroTrainEngine(TrainEngine):
 
 
 def _skeleton(model: nn.Module) -> nn.Module:
-    """The same modules without the memory of their weights."""
+    """Return a copy of a model whose weights take no memory (device "meta")."""
     memo = {
         id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
         for p in model.parameters()

@@ -26,7 +26,6 @@ NOT_YET = (
     "bench",
     "docs",
     "engine/cli",
-    "engine/run",
     "kernels",
 )
 
