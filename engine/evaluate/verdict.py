@@ -289,8 +289,11 @@ def _accuracy(evidence: Evidence, gates: Gates) -> list[Gate]:
     return [*found, *_forget_accuracy(evidence.model, evidence, gates)]
 
 
-def _forget_accuracy(subject: ModelOutputs, evidence: Evidence, gates: Gates) -> list[Gate]:
-    """Return the gate; none without references, since the accuracy to expect is then not known."""
+def _forget_accuracy(subject: ModelOutputs, evidence: Evidence, gates: Gates, above_alone: bool = False) -> list[Gate]:
+    """Return the gate; none without references, since the accuracy to expect is then not known.
+
+    above_alone: Only a higher accuracy fails it: a lower one does not show that the samples were memorised.
+    """
     if not evidence.references:
         return []
     change = _accuracy_change(subject, evidence.references, "forget", gates.level)
@@ -300,7 +303,7 @@ def _forget_accuracy(subject: ModelOutputs, evidence: Evidence, gates: Gates) ->
             "forget accuracy",
             "Is accuracy on the forget samples that of a retrained model?",
             change,
-            low=-most,
+            low=None if above_alone else -most,
             high=most,
             limit=f"within {most:.1f} points of the {len(evidence.references)} references'",
             shown=f"{change.value:+.1f} points",
@@ -339,7 +342,7 @@ def _membership(evidence: Evidence, gates: Gates) -> list[Gate]:
     """Return the gates of the attack on the model, and whether such gates detect the original."""
     found = _attacks(evidence.model, evidence, gates)
     control = [
-        *_forget_accuracy(evidence.original, evidence, gates),
+        *_forget_accuracy(evidence.original, evidence, gates, above_alone=True),
         *_attacks(evidence.original, evidence, gates),
     ]
     question = "Would the attacks see it at all?"

@@ -18,12 +18,14 @@ from engine.jobs.preflight import AccuracyCheck, Expected, check_accuracy, measu
 from engine.models.checkpoint import load_checkpoint
 from engine.models.info import num_classes_of
 from engine.models.labels import label_names, names_for, set_label_names
-from engine.models.preprocessing import Changes, origins_line, preprocessing_of
+from engine.models.preprocessing import Changes, origins, origins_line, preprocessing_of
 
 if TYPE_CHECKING:
     from engine.data import Samples, Source
     from engine.jobs.task import Task
 
+# Accuracy from which on a model cannot be fed clearly wrongly.
+_CERTAIN = 0.95
 LabelOrder = Literal["auto", "data"]
 _current: contextvars.ContextVar[Opening | None] = contextvars.ContextVar("opening", default=None)
 
@@ -96,7 +98,13 @@ class Opening:
         if name in self._ready:
             return self._ready.pop(name)
         model = load_checkpoint(checkpoint, **options)
+        recorded = [key for key, where in origins(model, Changes()).items() if where == "checkpoint"]
+        before = preprocessing_of(model) if self.changes.values() else None
         self.changes.apply(model)
+        if before is not None and before != preprocessing_of(model) and set(recorded) & set(self.changes.values()):
+            self.say(
+                f"{name}: the preprocessing of the checkpoint ({before.line()}) is replaced by that of the command"
+            )
         return model
 
     def prepare(
@@ -194,6 +202,13 @@ class Opening:
         looked = measure_accuracy(model, samples, checkpoint, config)
         if looked is not None:
             self.say(looked.line())
+            unknown = [key for key in ("mean", "std") if origins(model, self.changes)[key] == "default"]
+            if unknown and expected is None and looked.correct.mean() < _CERTAIN:
+                self.say(
+                    f"{' and '.join(unknown)}: timm's default, since the checkpoint gives none. If you measured "
+                    "another accuracy, give those of the training (--mean, --std); --expect-accuracy 0.9 makes it an "
+                    "error"
+                )
             check_accuracy(looked, model, checkpoint, expected, self.say if self.accept else None)
         return looked
 
@@ -243,18 +258,27 @@ class Opening:
         }
 
     def compare(self, name: str, model: nn.Module, original: nn.Module) -> None:
-        """Check a further model against the original, and print its preprocessing if it differs.
+        """Check a further model against the original.
 
         Raises:
-            UserError: The models have different orders of classes.
+            UserError: The models have different orders of classes, or, unless `accept`, different preprocessings: then
+                one of them is probably fed wrongly, and their comparison is worth nothing.
         """
         if self.label_order == "auto":
             mine, theirs = label_names(model), label_names(original)
             if mine and theirs and not same_names(mine, theirs):
                 raise UserError(f"{name}: {_first_difference(mine, theirs)}; give models of one order of classes")
         used, first = preprocessing_of(model), preprocessing_of(original)
-        if used != first:
-            self.say(f"{name} has a preprocessing of its own and is fed by it: {used.line()}")
+        if used == first:
+            return
+        told = f"{name} is fed by its own preprocessing ({used.line()}), the original by another ({first.line()})"
+        if self.accept:
+            self.say(f"warning: {told} (accepted)")
+            return
+        raise UserError(
+            f"{told}: one of them is probably fed wrongly. Give the values of the training, such as --mean, --std and "
+            "--crop-pct, which then hold for all models; if each is right as it is: --accept-accuracy"
+        )
 
 
 def check_head(samples: Samples, model: nn.Module, checkpoint: str, data: str) -> None:

@@ -332,7 +332,11 @@ def _problem(looked: AccuracyCheck, expected: Expected | None) -> str | None:
 def _observed(looked: AccuracyCheck) -> list[str]:
     """Return what would be clearly better, the best first."""
     lines = []
-    better = {name: c for name, c in looked.others.items() if is_clearly_better(c, looked.correct)}
+    better = {
+        name: correct
+        for name, correct in looked.others.items()
+        if is_clearly_better(correct, looked.correct) and not is_near_chance(int(correct.sum()), looked.labels)
+    }
     if better:
         name = max(better, key=lambda each: better[each].sum())
         lines.append(f"{name} would give {_percent(better[name])}")

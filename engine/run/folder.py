@@ -83,7 +83,7 @@ def check_free(folder: str | os.PathLike[str]) -> None:
     """Check that no other process works in a run folder, before the work that precedes `RunFolder`.
 
     Raises:
-        UserError: Another process works in it.
+        UserError: Another process works in it, or it lies below a file.
     """
     if ProcessGroup.current().is_main:
         lock.check(Path(folder))

@@ -152,8 +152,11 @@ def check(folder: Path, refusal: Refusal | None = None) -> None:
     """Check that no other run holds a folder, and remove a stale lock.
 
     Raises:
-        UserError: Another run holds it, or may hold it.
+        UserError: Another run holds it, or may hold it, or it is or lies below a file.
     """
+    there = next((each for each in (folder, *folder.parents) if each.exists()), None)
+    if there is not None and not there.is_dir():
+        raise UserError(f"{folder}: {there} is a file; give a folder")
     path = folder / FILE
     content = _settled(path)
     if content is None:

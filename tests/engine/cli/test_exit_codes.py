@@ -119,7 +119,12 @@ run_app(app)
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signals_end_a_command_in_order(tmp_path: Path, number: int, code: int) -> None:
     lock = tmp_path / "held" / "lock.json"
-    process = subprocess.Popen([sys.executable, "-c", _WAITING, lock.parent], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", _WAITING, lock.parent],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
     for _ in range(600):
         if lock.exists():
             break
@@ -200,3 +205,12 @@ def test_names_that_timm_does_not_have() -> None:
         load_checkpoint("timm:vit_tinny_patch16_224")
     with pytest.raises(UserError, match=r"Invalid pretrained tag.*timm.list_pretrained"):
         load_checkpoint("timm:vit_tiny_patch16_224.nope")
+
+
+def test_an_output_folder_below_a_file_is_one_line(lethe: Lethe, tmp_path: Path, checkpoint: Path) -> None:
+    file = tmp_path / "ids.txt"
+    file.write_text("1")
+    for out in (file, file / "run"):
+        words = ("unlearn", "--checkpoint", checkpoint, "--data", "digits", "--forget", "random:0.1@0", "--out", out)
+        code, _, err = lethe(*words)
+        assert (code, one_line(err)) == (2, f"error: {out}: {file} is a file; give a folder")

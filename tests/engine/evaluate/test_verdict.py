@@ -23,7 +23,7 @@ _KEYS = {name: number for number, name in enumerate(SIZES)}
 
 
 @dataclasses.dataclass(frozen=True)
-class ProcessGroup:
+class SyntheticModels:
     """Samples of some difficulty, and models that know what they were trained on `memory` log-odds better."""
 
     seed: int = 0
@@ -55,7 +55,7 @@ class ProcessGroup:
         return ModelOutputs(before, {"held_back": held_back, "test": before["test"]})
 
 
-W = ProcessGroup()
+W = SyntheticModels()
 
 
 def evidence(model: ModelOutputs, references: int = 2, changed: float | None = 0.9) -> Evidence:
@@ -119,6 +119,9 @@ def test_what_cannot_be_told_is_never_a_pass() -> None:
     # The attack has no power over an original that shows no trace of the samples.
     blind = dataclasses.replace(evidence(W.model(20)), original=W.model(1))
     assert judge(blind, Gates.read()).decided_by == ["power"]
+    # One that is fed wrongly knows the forget samples less than the references: that is no trace of them.
+    misread = dataclasses.replace(evidence(W.model(20)), original=W.model(1, shift=-2.0))
+    assert judge(misread, Gates.read()).decided_by == ["power"]
     # Nor where nobody ran the relearning attack.
     silent = dataclasses.replace(evidence(W.model(20)), model=ModelOutputs(W.model(20).predictions, {}))
     assert judge(silent, Gates.read()).decided_by == ["relearning"]
@@ -194,7 +197,7 @@ def test_references_are_what_they_are_said_to_be() -> None:
     check_reference(
         "seen, but its record says otherwise", W.model(11, forget=W.memory), original, proven=True, level=0.9
     )
-    elsewhere = ProcessGroup(memory=0.0)  # what it was trained on is none of this
+    elsewhere = SyntheticModels(memory=0.0)  # what it was trained on is none of this
     with pytest.raises(UserError, match="it was trained on other data"):
         check_reference("other", elsewhere.model(12), original, proven=True, level=0.9)
     with pytest.raises(UserError, match="its test accuracy is"):

@@ -205,14 +205,20 @@ def test_a_resumed_run_has_the_same_configuration(lethe: Lethe, good: torch.nn.M
     assert (code, "nothing to resume" in err) == (2, True)  # not: another configuration
 
 
-def test_a_reference_with_another_preprocessing_is_said(
+def test_a_reference_with_another_preprocessing_is_refused_unless_it_is_accepted(
     lethe: Lethe, good: torch.nn.Module, data: Path, tmp_path: Path
 ) -> None:
     model = save_checkpoint(good, tmp_path / "model")
     other = without_statistics(save_checkpoint(with_noise(copy.deepcopy(good), 0.01), tmp_path / "other"))
-    code, out, err = lethe(*arguments("evaluate", model, data, "--reference", other, "--set", "precision=fp32"))
+    given = arguments("evaluate", model, data, "--reference", other, "--set", "precision=fp32")
+    line = refused(lethe(*given))
+    assert f"--reference {other} is fed by its own preprocessing (8 x 8 pixels, mean 0.5" in line
+    assert "one of them is probably fed wrongly" in line
+    code, out, err = lethe(*given, "--accept-accuracy")
     assert code == 0, err
-    assert f"--reference {other} has a preprocessing of its own and is fed by it: 8 x 8 pixels, mean 0.5" in out
+    assert "warning: --reference" in out
+    code, out, err = lethe(*given, "--mean", "unit", "--std", "unit")  # holds for all models
+    assert code == 0, err
 
 
 def test_unlearning_in_memory_warns_of_chance(
