@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import typer
+from import_graph import LAYERS
 
 import engine
 from engine.cli.app import app
@@ -113,6 +114,8 @@ def test_architecture_is_drawn_from_packages_that_exist() -> None:
     spec.loader.exec_module(module)
     assert module.TARGET.read_text(encoding="utf-8") == module.draw(), "run python docs/_architecture.py"
     drawn = {name for _, boxes in module.LAYERS for name, _ in boxes}
+    order = [name.removeprefix("engine/") for _, boxes in module.LAYERS for name, _ in boxes if name != "kernels"]
+    assert order == list(LAYERS), "the picture has the order that tests/test_architecture.py holds"
     there = {f"engine/{path.parent.name}" for path in (ROOT / "engine").glob("*/__init__.py")}
     assert drawn == {*there, "kernels"}
 

@@ -287,7 +287,7 @@ def evaluate(
 ) -> None:
     """Forget, retain and test accuracy, membership inference, and the gap to retrained models."""
     from engine.cli.console import print_metrics
-    from engine.jobs.evaluate import evaluate_job
+    from engine.jobs.evaluate import evaluate_models
     from engine.jobs.task import Task
 
     sources = checkpoint_sources([checkpoint, original, *(reference or [])], arch, model_arg, weights)
@@ -296,7 +296,7 @@ def evaluate(
     options = run_options(settings, on_bad_image)
     others = {**({"--checkpoint": source} if before else {}), **named_references(references)}
     task, _ = opening.prepare(Task.open(data, forget), before or source, others, options)
-    metrics = evaluate_job(task, source, before, references, options)
+    metrics = evaluate_models(task, source, before, references, options)
     print_metrics(metrics, name="checkpoint")
     write_json_file(json_file, metrics)
 

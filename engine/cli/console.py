@@ -14,6 +14,7 @@ from rich.table import Table
 
 from engine.core.result import Progress as Report
 from engine.evaluate.membership import DIRECTION
+from engine.runtime.progress import format_numbers
 
 # Of several ranks the first one speaks.
 _SILENT = int(os.environ.get("RANK", "0")) > 0
@@ -46,8 +47,7 @@ def progress_bars() -> Iterator[Report]:
         def report(phase: str, step: int, total: int, numbers: dict[str, float]) -> None:
             if phase not in tasks:
                 tasks[phase] = bars.add_task(phase, total=total, numbers="")
-            shown = "  ".join(f"{key} {value:.3g}" for key, value in numbers.items() if key != "grad_norm")
-            bars.update(tasks[phase], completed=step, numbers=shown)
+            bars.update(tasks[phase], completed=step, numbers=format_numbers(numbers))
 
         yield report
 

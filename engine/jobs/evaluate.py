@@ -29,13 +29,6 @@ from engine.jobs.verify import check_reference, check_references, original_of
 from engine.models.huggingface import as_classifier
 
 
-def evaluate_job(
-    task: Task, checkpoint: str, original: str | None, references: Sequence[str], config: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Return metrics.json of an existing checkpoint; arguments and errors as of `evaluate_models`."""
-    return evaluate_models(task, checkpoint, original, references, config)
-
-
 def evaluate_models(
     task: Task,
     model: nn.Module | str | Path,

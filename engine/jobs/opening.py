@@ -98,10 +98,13 @@ class Opening:
         if name in self._ready:
             return self._ready.pop(name)
         model = load_checkpoint(checkpoint, **options)
-        recorded = [key for key, where in origins(model, Changes()).items() if where == "checkpoint"]
-        before = preprocessing_of(model) if self.changes.values() else None
+        given = self.changes.values()
+        if not given:
+            return model
+        recorded = {key for key, where in origins(model, Changes()).items() if where == "checkpoint"}
+        before = preprocessing_of(model)
         self.changes.apply(model)
-        if before is not None and before != preprocessing_of(model) and set(recorded) & set(self.changes.values()):
+        if before != preprocessing_of(model) and recorded & given.keys():
             self.say(
                 f"{name}: the preprocessing of the checkpoint ({before.line()}) is replaced by that of the command"
             )
@@ -202,15 +205,19 @@ class Opening:
         looked = measure_accuracy(model, samples, checkpoint, config)
         if looked is not None:
             self.say(looked.line())
-            unknown = [key for key in ("mean", "std") if origins(model, self.changes)[key] == "default"]
-            if unknown and expected is None and looked.correct.mean() < _CERTAIN:
-                self.say(
-                    f"{' and '.join(unknown)}: timm's default, since the checkpoint gives none. If you measured "
-                    "another accuracy, give those of the training (--mean, --std); --expect-accuracy 0.9 makes it an "
-                    "error"
-                )
+            if expected is None and looked.correct.mean() < _CERTAIN:
+                self._say_defaults(model)
             check_accuracy(looked, model, checkpoint, expected, self.say if self.accept else None)
         return looked
+
+    def _say_defaults(self, model: nn.Module) -> None:
+        """Print which of mean and std are timm's default, so that the accuracy may be that of a model fed wrongly."""
+        where = origins(model, self.changes)
+        if unknown := [key for key in ("mean", "std") if where[key] == "default"]:
+            self.say(
+                f"{' and '.join(unknown)}: timm's default, since the checkpoint gives none. If you measured another "
+                "accuracy, give those of the training (--mean, --std); --expect-accuracy 0.9 makes it an error"
+            )
 
     def say_preprocessing(self, model: nn.Module) -> None:
         self.say(f"preprocessing: {preprocessing_of(model).line()} ({origins_line(model, self.changes)})")

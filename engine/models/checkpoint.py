@@ -38,7 +38,6 @@ from engine.models.architecture import (
 from engine.models.checkpoint_source import CheckpointSource
 from engine.models.hub import fetching, hub_folder
 from engine.models.spec import (
-    _SPEC,
     CROP_FITTING,
     IMPORTED,
     ModelSpec,
@@ -47,7 +46,9 @@ from engine.models.spec import (
     _recorded_model_args,
     remember_model_args,
     set_folder,
+    set_spec,
     spec_of,
+    stored_spec,
 )
 from engine.models.unwrap import Kind, StateDict, choose, fit
 from engine.models.weight_files import WeightFile, read_weights
@@ -159,7 +160,7 @@ def _open_configured(spec: ModelSpec, file: WeightFile, source: CheckpointSource
         )
     note = _note(file, found)
     if note:
-        setattr(model, _SPEC, dataclasses.replace(spec, extra={**spec.extra, IMPORTED: note}))
+        set_spec(model, dataclasses.replace(spec, extra={**spec.extra, IMPORTED: note}))
     return _filled(model, file, found, note)
 
 
@@ -210,7 +211,7 @@ def _open_described(file: WeightFile, source: CheckpointSource, headless: bool) 
         extra["label_names"] = stored.label_names
     elif stored.label_names:
         note["label_names"] = f"{len(stored.label_names)} names for {spec.num_classes} classes, not taken"
-    setattr(model, _SPEC, dataclasses.replace(spec, extra=extra))
+    set_spec(model, dataclasses.replace(spec, extra=extra))
     return _filled(model, file, found, note)
 
 
@@ -282,8 +283,8 @@ def import_line(model: nn.Module, note: Mapping[str, Any]) -> str:
 
 def imported(model: nn.Module) -> dict[str, Any]:
     """Return how the file of a model was read; empty for a folder that `save_checkpoint` wrote."""
-    spec = getattr(model, _SPEC, None)
-    return dict(spec.extra.get(IMPORTED, {})) if isinstance(spec, ModelSpec) else {}
+    spec = stored_spec(model)
+    return dict(spec.extra.get(IMPORTED, {})) if spec is not None else {}
 
 
 def _note(file: WeightFile, found: StateDict, always: bool = False) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from engine.models.image_processor import (
     resolved_preprocessing,
 )
 from engine.models.info import ModelInfo, pair
-from engine.models.spec import _SPEC, ModelSpec, set_folder
+from engine.models.spec import ModelSpec, set_folder, set_spec
 from engine.models.vit import ViTInfo
 
 logger = logging.getLogger(__name__)
@@ -493,5 +493,5 @@ def _adapt(module: nn.Module, spec: HuggingFaceSpec) -> nn.Module:
         model = HuggingFaceClassifier(module, spec.pretrained_cfg)
     if "mean" not in spec.pretrained_cfg:
         setattr(model, UNKNOWN_PREPROCESSING, True)
-    setattr(model, _SPEC, spec)
+    set_spec(model, spec)
     return model

@@ -21,7 +21,7 @@ from engine.data.preprocessing import CROP_MODES, INTERPOLATIONS, Preprocessing,
 from engine.errors import UserError, nearest
 from engine.models.image_processor import preprocessing_keys, unknown_preprocessing
 from engine.models.info import configuration, configured_model, model_info
-from engine.models.spec import CROP_FITTING, ModelSpec, set_spec, spec_of
+from engine.models.spec import CROP_FITTING, ModelSpec, set_spec, spec_of, stored_spec
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def preprocessing_of(model: nn.Module) -> Preprocessing:
         mean, std = (float(np.mean(mean)),) * info.in_chans, (float(np.mean(std)),) * info.in_chans
     crop_pct = _crop_pct(config.get("crop_pct") or 1.0)
     mode = INTERPOLATIONS[_interpolation(config.get("interpolation") or "bicubic")]
-    hugging_face, kept = getattr(configured_model(model), "crop_rounds_down", False), _spec(model)
+    hugging_face, kept = getattr(configured_model(model), "crop_rounds_down", False), stored_spec(model)
     return Preprocessing(
         info.input_size,
         mean,

@@ -101,6 +101,11 @@ class ModelSpec:
         return None
 
 
+def stored_spec(model: nn.Module) -> ModelSpec | None:
+    """Return the spec that a model carries; None if only `spec_of` could find it out, by building the model again."""
+    return getattr(model, _SPEC, None)
+
+
 def spec_of(model: nn.Module) -> ModelSpec:
     """Return the spec of a model that was built here, or by `timm.create_model`.
 
@@ -108,7 +113,7 @@ def spec_of(model: nn.Module) -> ModelSpec:
         UserError: The architecture is not known. The model then cannot be saved in timm's layout or retrained from
             scratch, but it can be unlearned in memory.
     """
-    known = getattr(model, _SPEC, None)
+    known = stored_spec(model)
     if known is not None:
         return known
     pretrained_cfg = dict(getattr(model, "pretrained_cfg", None) or {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -90,24 +91,19 @@ def unlearn(
     forget, retain = from_dataset(forget, "forget"), from_dataset(retain, "retain")
     if not len(forget):
         raise UserError(f"{forget.name}: no samples; nothing to forget")
-    started = time.perf_counter()
-    resumable = output_dir is not None
-    with shown_progress(progress) as progress, watching_ranks(resumable), runfolder.closing():
-        options = RunOptions(
-            method=method,
-            config=config or {},
-            validation=validation,
-            inplace=inplace,
-            output_dir=output_dir,
-            resume=resume,
-            overwrite=overwrite,
-            progress=progress,
-            after_phase=after_phase,
-            notes=notes,
-            deepspeed=deepspeed,
-        )
-        run = set_up(original, forget, retain, options)
-        result = _run(run, started, finalize)
+    options = RunOptions(
+        method=method,
+        config=config or {},
+        validation=validation,
+        inplace=inplace,
+        output_dir=output_dir,
+        resume=resume,
+        overwrite=overwrite,
+        after_phase=after_phase,
+        notes=notes,
+        deepspeed=deepspeed,
+    )
+    result = _set_up_and_run(original, forget, retain, options, progress, finalize)
     if inplace and result.model is not original:
         original.load_state_dict(result.model.state_dict())
     result.model = given if inplace else as_given(result.model, given)
@@ -148,24 +144,35 @@ def train(
     samples = from_dataset(samples, "train")
     if method == "s3t" and output_dir is None:
         raise UserError("train: a sliced training keeps its stages in its run folder; give output_dir")
-    started = time.perf_counter()
-    resumable = output_dir is not None
-    with shown_progress(progress) as progress, watching_ranks(resumable), runfolder.closing():
-        options = RunOptions(
-            method=method,
-            config=config or {},
-            validation=validation,
-            output_dir=output_dir,
-            resume=resume,
-            overwrite=overwrite,
-            progress=progress,
-            notes=notes,
-            deepspeed=deepspeed,
-        )
-        run = set_up(as_classifier(model), samples.subset([], "forget"), samples, options)
-        result = _run(run, started, finalize)
+    options = RunOptions(
+        method=method,
+        config=config or {},
+        validation=validation,
+        output_dir=output_dir,
+        resume=resume,
+        overwrite=overwrite,
+        notes=notes,
+        deepspeed=deepspeed,
+    )
+    nothing = samples.subset([], "forget")
+    result = _set_up_and_run(as_classifier(model), nothing, samples, options, progress, finalize)
     result.model = as_given(result.model, model)
     return result
+
+
+def _set_up_and_run(
+    model: nn.Module,
+    forget: Samples,
+    retain: Samples,
+    options: RunOptions,
+    progress: Progress | bool | None,
+    finalize: Callable[[UnlearnResult], None] | None,
+) -> UnlearnResult:
+    started = time.perf_counter()
+    resumable = options.output_dir is not None
+    with shown_progress(progress) as report, watching_ranks(resumable), runfolder.closing():
+        run = set_up(model, forget, retain, dataclasses.replace(options, progress=report))
+        return _run(run, started, finalize)
 
 
 @contextlib.contextmanager

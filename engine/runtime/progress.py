@@ -8,7 +8,7 @@ import importlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from tqdm import tqdm
@@ -17,6 +17,11 @@ Report = Callable[[str, int, int, dict[str, float]], None]
 
 # Seconds between two updates of a bar in a notebook.
 _EVERY_S = 0.2
+
+
+def format_numbers(numbers: Mapping[str, float]) -> str:
+    """Return the numbers of a step in one line, without the norm of the gradient."""
+    return "  ".join(f"{key} {value:.3g}" for key, value in numbers.items() if key != "grad_norm")
 
 
 class NotebookBar:
@@ -29,11 +34,8 @@ class NotebookBar:
         self._lines: dict[str, str] = {}
 
     def __call__(self, phase: str, step: int, total: int, numbers: dict[str, float]) -> None:
-        shown = "  ".join(f"{key} {value:.3g}" for key, value in numbers.items() if key != "grad_norm")
-        name = html.escape(phase)
-        self._lines[phase] = (
-            f"{name} <progress value={step} max={total}></progress> {step}/{total} {html.escape(shown)}"
-        )
+        name, shown = html.escape(phase), html.escape(format_numbers(numbers))
+        self._lines[phase] = f"{name} <progress value={step} max={total}></progress> {step}/{total} {shown}"
         now = time.monotonic()
         if self._handle is not None and (now - self._shown > _EVERY_S or step >= total):
             self._shown = now
@@ -51,19 +53,20 @@ class TerminalBars:
     """A tqdm bar for each phase, on standard error."""
 
     def __init__(self) -> None:
-        self._bars: dict[str, Any] = {}
+        self._phase = ""
+        self._bar: Any = None
 
     def __call__(self, phase: str, step: int, total: int, numbers: dict[str, float]) -> None:
-        if phase not in self._bars:
+        if self._bar is None or phase != self._phase:
             self.close()
-            self._bars[phase] = tqdm(total=total, desc=phase, file=sys.stderr)
-        bar = self._bars[phase]
-        bar.set_postfix({key: f"{value:.3g}" for key, value in numbers.items() if key != "grad_norm"}, refresh=False)
-        bar.update(step - bar.n)
+            self._phase, self._bar = phase, tqdm(total=total, desc=phase, file=sys.stderr)
+        self._bar.set_postfix_str(format_numbers(numbers), refresh=False)
+        self._bar.update(step - self._bar.n)
 
     def close(self) -> None:
-        for bar in self._bars.values():
-            bar.close()
+        """Leave the bar of the phase as it is."""
+        if self._bar is not None:
+            self._bar.close()
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from toy_subject import toy_subject
 from toys import tiny_vit
 from typer.testing import CliRunner
 
@@ -55,15 +56,7 @@ def test_foresight_is_kendalls_tau_between_score_and_gap() -> None:
 def test_chosen_methods_run_beside_the_retrain_and_the_best_comes_first(
     tmp_path: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    names = [str(save_checkpoint(tiny_vit(seed=seed), tmp_path / str(seed))) for seed in range(3)]
-    subject = Subject(
-        name="toy",
-        data="digits",
-        forget="random:0.01@0",
-        checkpoint=names[0],
-        references=tuple(names[1:]),
-        recipe={"epochs": 1.0},
-    )
+    subject = toy_subject(tmp_path)
     settings = ["max_steps=1", "batch_size=16", "precision=fp32"]
     methods = ("finetune", "gradient_ascent", "random_labels")
     report = run_retrain_cost([subject], 2, settings, None, None, None, projection=False, methods=methods)

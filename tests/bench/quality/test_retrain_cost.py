@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from toy_subject import toy_subject
 from toys import tiny_vit
 from typer.testing import CliRunner
 
@@ -29,7 +30,6 @@ from engine.errors import UserError
 from engine.evaluate import compare
 from engine.jobs.task import Task
 from engine.methods import list_methods
-from engine.models.checkpoint import save_checkpoint
 from engine.plan.work import RECIPES as PLANNED
 
 QUICK = ["max_steps=1", "batch_size=16", "precision=fp32"]
@@ -51,16 +51,7 @@ def run(subject: Subject, file: Path | None = None, seeds: int = 2, settings: li
 
 @pytest.fixture(scope="module")
 def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
-    folder = tmp_path_factory.mktemp("models")
-    names = [str(save_checkpoint(tiny_vit(seed=seed), folder / str(seed))) for seed in range(3)]
-    return Subject(
-        name="toy",
-        data="digits",
-        forget="random:0.01@0",
-        checkpoint=names[0],
-        references=tuple(names[1:]),
-        recipe={"epochs": 1.0},
-    )
+    return toy_subject(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from drawn_predictions import drawn
 from toys import few, tiny_vit
 
 from engine.data import Loader, Samples, open_source
@@ -20,15 +21,6 @@ from engine.models.preprocessing import preprocessing_of
 @pytest.fixture(scope="module")
 def train() -> Samples:
     return open_source("digits").train
-
-
-def drawn(count: int, sharpness: float, seed: int, classes: int = 5) -> Predictions:
-    """Predictions of a model that is `sharpness` sure of the true class, with noise."""
-    rng = np.random.default_rng(seed)
-    labels = rng.integers(0, classes, count)
-    logits = rng.normal(size=(count, classes)).astype(np.float32)
-    logits[np.arange(count), labels] += sharpness
-    return Predictions(logits, labels)
 
 
 def test_predictions_equal_a_plain_loop_over_the_model(train: Samples) -> None:

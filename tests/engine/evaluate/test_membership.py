@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from drawn_predictions import drawn
 from sklearn.metrics import roc_auc_score
 from sklearn.svm import SVC
 
@@ -31,15 +32,6 @@ from engine.models.predict import Predictions
 
 ATTACKS = ("loss", "entropy", "modified_entropy", "confidence")
 RATES = ("tpr_at_fpr_0.001", "tpr_at_fpr_0.01")
-
-
-def drawn(count: int, sharpness: float, seed: int, classes: int = 5) -> Predictions:
-    """Predictions of a model that is `sharpness` sure of the true class, with noise."""
-    rng = np.random.default_rng(seed)
-    labels = rng.integers(0, classes, count)
-    logits = rng.normal(size=(count, classes)).astype(np.float32)
-    logits[np.arange(count), labels] += sharpness
-    return Predictions(logits, labels)
 
 
 def with_losses(losses: Any, labels: Any = None, classes: int = 2) -> Predictions:

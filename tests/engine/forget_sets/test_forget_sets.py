@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from command_line import Lethe
-from planted import fitted_digits
 from toys import TINY, few, tiny_vit
 
 from engine.data import Samples, open_source, read_forget_request
@@ -25,16 +24,6 @@ from engine.forget_sets.pool import _measure
 from engine.models.checkpoint import save_checkpoint
 from engine.models.spec import ModelSpec
 from engine.models.vit import outputs
-
-
-@pytest.fixture(scope="module")
-def digits() -> Samples:
-    return fitted_digits()[0]
-
-
-@pytest.fixture(scope="module")
-def fitted() -> torch.nn.Module:
-    return fitted_digits()[1]
 
 
 def relabelled(samples: Samples, labels: np.ndarray) -> Samples:

@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from planted import fitted_digits
 from scipy.optimize import minimize
 
 from engine.data import Samples
@@ -26,16 +25,6 @@ from engine.forget_sets.adversarial import (
 from engine.forget_sets.pool import reading
 from engine.forget_sets.projection import project
 from engine.models.checkpoint import weights_sha256
-
-
-@pytest.fixture(scope="module")
-def digits() -> Samples:
-    return fitted_digits()[0]
-
-
-@pytest.fixture(scope="module")
-def fitted() -> torch.nn.Module:
-    return fitted_digits()[1]
 
 
 @settings(max_examples=60, deadline=None)

@@ -18,7 +18,7 @@ from engine.data import BadImageError, Samples, open_source
 from engine.data.readable import bad_images
 from engine.errors import RunStopped, UserError
 from engine.evaluate.metrics import Evaluator
-from engine.jobs.evaluate import evaluate_job
+from engine.jobs.evaluate import evaluate_models
 from engine.jobs.evidence import gather_proof
 from engine.jobs.task import Task
 from engine.jobs.unlearn import run_job
@@ -88,8 +88,8 @@ def test_evaluate_leaves_them_out(job: tuple[Task, str], tmp_path: Path) -> None
     task, _ = job
     original = str(save_checkpoint(tiny_vit(), tmp_path / "original"))
     with pytest.raises(BadImageError, match=r"train/0003.png"):
-        evaluate_job(task, original, None, [], {})
-    metrics = evaluate_job(task, original, None, [], SKIP)
+        evaluate_models(task, original, None, [], {})
+    metrics = evaluate_models(task, original, None, [], SKIP)
     assert metrics["unreadable"] == {"forget": 2}
     assert metrics["evaluated"] == {"forget": 8, "retain": 49, "test": 32}
     whole = Evaluator(task.forget.subset([0, 1, 2, 4, 5, 6, 8, 9]), task.retain, task.source.test, **SKIP)

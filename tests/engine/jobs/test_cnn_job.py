@@ -10,7 +10,7 @@ import pytest
 from toys import few
 
 from engine.data import Source, open_source
-from engine.jobs.evaluate import evaluate_job
+from engine.jobs.evaluate import evaluate_models
 from engine.jobs.evidence import gather_proof
 from engine.jobs.task import Task
 from engine.jobs.unlearn import run_job
@@ -46,7 +46,7 @@ def test_a_cnn_is_unlearned_evaluated_and_reported(task: Task, cnn: Path, tmp_pa
     page = (tmp_path / "run" / "report.html").read_text()
     assert "Neither attention nor a mask is shown" in page
     assert "where the\n  original model looks" not in page
-    metrics = evaluate_job(task, str(tmp_path / "run"), str(cnn), [], {"device": "cpu", "workers": 0})
+    metrics = evaluate_models(task, str(tmp_path / "run"), str(cnn), [], {"device": "cpu", "workers": 0})
     assert metrics["seconds"]["evaluate"] > 0
     assert input_size_of(load_checkpoint(tmp_path / "run")) == (32, 32)
 

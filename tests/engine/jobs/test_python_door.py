@@ -16,7 +16,7 @@ from engine.audit.run_record import origin
 from engine.core.result import UnlearnResult
 from engine.data import open_source
 from engine.errors import UserError
-from engine.jobs.evaluate import evaluate_job
+from engine.jobs.evaluate import evaluate_models
 from engine.jobs.task import Task
 from engine.models.checkpoint import load_checkpoint, save_checkpoint, weights_sha256
 from engine.run.unlearn import unlearn
@@ -39,7 +39,7 @@ def test_evaluate_gives_what_the_command_gives(tmp_path: Path) -> None:
     found = engine.evaluate(
         model, task.forget, task.retain, task.source.test, original=original, config={"precision": "fp32"}
     )
-    expected = evaluate_job(task, *paths, [], {"precision": "fp32"})
+    expected = evaluate_models(task, *paths, [], {"precision": "fp32"})
     for metrics in (found, expected):
         metrics.pop("seconds")
     assert found == expected

@@ -17,6 +17,7 @@ from toys import tiny_vit
 from engine.data.preprocessing import Preprocessing
 from engine.models.checkpoint import load_checkpoint, save_checkpoint
 from engine.models.preprocessing import Changes, preprocessing_of
+from engine.models.spec import ModelSpec
 
 SHAPES = [(40, 70), (500, 375), (333, 517)]
 
@@ -83,3 +84,9 @@ def test_crop_pct_of_a_training_script_is_chosen(tmp_path: Path) -> None:
     settings = {"model": "test_vit", "crop_pct": 0.75}
     torch.save({"state_dict": model.state_dict(), "args": settings}, tmp_path / "x.pth")
     assert preprocessing_of(load_checkpoint(tmp_path / "x.pth")).crop_fitting
+
+
+def test_the_preprocessing_of_a_model_builds_no_other_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = timm.create_model("test_vit")
+    monkeypatch.setattr(ModelSpec, "build", lambda *_, **__: 1 / 0)  # a quarter of a second for a ViT-B
+    assert preprocessing_of(model).size == (160, 160)
