@@ -17,7 +17,7 @@ from toys import tiny_vit
 import engine
 from engine.cli import exits
 from engine.errors import EXIT_CODES, BadResult, ExitCode, RunStopped, UserError
-from engine.jobs.evaluate import evaluate_job
+from engine.jobs.evaluate import evaluate_models
 from engine.jobs.task import Task
 from engine.jobs.train import train_job
 from engine.jobs.unlearn import run_job
@@ -158,7 +158,7 @@ def test_the_original_is_no_reference(task: Task, tmp_path: Path) -> None:
     other = str(save_checkpoint(tiny_vit(5), tmp_path / "model"))
     for reference in (original, copy):
         with pytest.raises(UserError, match=rf"--reference {reference}: its weights are those of the original"):
-            evaluate_job(task, other, original, [reference], {})
+            evaluate_models(task, other, original, [reference], {})
     with pytest.raises(UserError, match="its weights are those of the original"):
         run_job(task, original, tmp_path / "run", references=[copy])
     assert not (tmp_path / "run").exists()
@@ -168,10 +168,10 @@ def test_a_reference_counts_once(task: Task, tmp_path: Path) -> None:
     model = str(save_checkpoint(tiny_vit(5), tmp_path / "model"))
     first, again = (str(save_checkpoint(tiny_vit(1), tmp_path / name)) for name in ("first", "again"))
     with pytest.raises(UserError, match=rf"--reference {again}: its weights are those of --reference {first}"):
-        evaluate_job(task, model, None, [first, again], {})
+        evaluate_models(task, model, None, [first, again], {})
     with pytest.raises(UserError, match="its weights are those of the model that is evaluated"):
-        evaluate_job(task, model, None, [first, model], {})
-    metrics = evaluate_job(task, model, None, [first], {"precision": "fp32"})
+        evaluate_models(task, model, None, [first, model], {})
+    metrics = evaluate_models(task, model, None, [first], {"precision": "fp32"})
     assert metrics["reference"]["count"] == 1
 
 
@@ -180,11 +180,11 @@ def test_a_reference_by_its_record_and_by_what_it_predicts(task: Task, tmp_path:
     train_job(task.source, tiny_vit(), tmp_path / "all", config=config)
     model = str(save_checkpoint(tiny_vit(5), tmp_path / "model"))
     with pytest.raises(UserError, match=r"by its record.json it was trained on all samples"):
-        evaluate_job(task, model, None, [str(tmp_path / "all")], {})
+        evaluate_models(task, model, None, [str(tmp_path / "all")], {})
     stranger = str(save_checkpoint(tiny_vit(7), tmp_path / "stranger"))
     original = str(save_checkpoint(tiny_vit(8), tmp_path / "original"))
     with pytest.raises(UserError, match=r"it knows the forget samples as well as the original does"):
-        evaluate_job(task, model, original, [stranger], {"precision": "fp32"})
+        evaluate_models(task, model, original, [stranger], {"precision": "fp32"})
 
 
 # --- the Hub ----------------------------------------------------------------------------------------------------------

@@ -16,11 +16,10 @@ from PIL import Image
 import engine
 from engine.data import Loader, Samples
 from engine.errors import UserError
-from engine.models import checkpoint as checkpoints
 from engine.models.checkpoint import load_checkpoint, save_checkpoint
 from engine.models.huggingface import as_classifier
 from engine.models.preprocessing import preprocessing_of
-from engine.models.spec import spec_of
+from engine.models.spec import set_spec, spec_of
 
 transformers = pytest.importorskip("transformers")
 SQUARE = {"height": 32, "width": 32}
@@ -129,7 +128,7 @@ def changed(model: Any, **values: Any) -> Any:
     spec = spec_of(model)
     model.pretrained_cfg = {**model.pretrained_cfg, **values}
     new = dataclasses.replace(spec, pretrained_cfg={**spec.pretrained_cfg, **values})
-    setattr(model, checkpoints._SPEC, new)
+    set_spec(model, new)
     return model
 
 
