@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from engine.data import Batch, Loader, Preprocessing, Samples
 from engine.data.samples import evenly_spaced
 from engine.errors import UserError
 from engine.evaluate.intervals import bootstrap_means, percentiles, proportion
+from engine.evaluate.options import MeasureOptions
 from engine.models.attention_masking import count_masked, random_masks, scores_and_outputs, top_mask
 from engine.models.info import num_classes_of
 from engine.models.predict import Predictions
@@ -33,8 +34,6 @@ from engine.models.preprocessing import preprocessing_of
 from engine.models.vit import ViTInfo, attention_info, outputs
 from engine.runtime.device import autocast, resolve_device, resolve_precision
 from lethe_kernels import mask_patches
-
-MOST_SAMPLES = 1_000
 
 # Inputs of the original: the image, the image without its most attended patches, without as many random ones.
 READINGS = ("unmasked", "masked", "random")
@@ -58,24 +57,18 @@ def attention_report(
     test: Samples,
     *,
     share: float = 0.05,
-    max_samples: int = MOST_SAMPLES,
-    device: str = "auto",
-    precision: Literal["auto", "fp32", "bf16"] = "fp32",
     batch_size: int = 100,
-    seed: int = 0,
-    **loading: Any,
+    options: MeasureOptions | None = None,
 ) -> dict[str, Any]:
     """Compare attention maps of all models with the original's and the references', and evaluate it on masked images.
 
     Args:
         original: The model before unlearning.
         models, references: Models by name, none of them "original".
-        forget, test: The sets; of each at most `max_samples` are used, at equal distances.
+        forget, test: The sets; of each at most `options.max_samples` are used, at equal distances.
         share: Share of the patches that count as most attended, and are masked.
-        max_samples: Most samples of each set.
-        device, precision, batch_size: Of the forward passes.
-        seed: Seed of random masks and of intervals.
-        **loading: Further options of `engine.data.Loader`.
+        batch_size: Samples of a forward pass.
+        options: Options of the measurement; its seed is that of random masks and of intervals. None: the defaults.
 
     Returns:
         share, k, patches, samples, direction, `chance` (the IoU of random patches), `overlap`: by set, model and other
@@ -87,51 +80,21 @@ def attention_report(
     Raises:
         UserError: A set is empty, a name occurs twice, or a model has other patches or classes than the original.
     """
+    options = options or MeasureOptions()
     require(0 < share < 1, "share", share, "between 0 and 1")
+    everyone = _checked_models(original, models, references)
     info = attention_info(original)
-    everyone = {"original": original, **models, **references}
-    if len(everyone) != 1 + len(models) + len(references):
-        raise UserError("attention: a name is given twice; name models and references apart, and none 'original'")
-    wanted = info.grid, num_classes_of(original)
-    for name, model in everyone.items():
-        grid, classes = attention_info(model).grid, num_classes_of(model)
-        if (grid, classes) != wanted:
-            raise UserError(
-                f"attention: {name} has a grid of {grid} patches and {classes} classes, the original {wanted[0]} and "
-                f"{wanted[1]}; only models of the same can be compared"
-            )
-    where = resolve_device(device)
-    precision = resolve_precision(precision, where)
     k = count_masked(info, share)
-    sets = {name: evenly_spaced(each, max_samples, name) for name, each in (("forget", forget), ("test", test))}
+    passes = _Passes(everyone, tuple(references), k, batch_size, options)
+    sets = {name: evenly_spaced(each, options.max_samples, name) for name, each in (("forget", forget), ("test", test))}
     overlap: dict[str, Any] = {}
     reading: dict[str, Any] = {}
     for set_name, samples in sets.items():
         if not len(samples):
             raise UserError(f"attention: the {set_name} set has no samples")
-        scores: dict[str, np.ndarray] = {}
-        answers: dict[str, Predictions] = {}
-        readings: dict[str, Predictions] = {}
-        loaders: dict[Preprocessing, Loader] = {}
-        for name, model in everyone.items():
-            model.to(where).eval()
-            preprocessing = preprocessing_of(model)
-            if preprocessing not in loaders:  # decoded images are kept between models
-                loaders[preprocessing] = Loader(samples, preprocessing, batch_size=batch_size, device=where, **loading)
-            loader = loaders[preprocessing]
-            scores[name], answers[name] = _scores_and_predictions(model, loader, precision)
-            if name == "original" and references:
-                readings = read_masked(model, loader, k, precision=precision, seed=seed)
-        overlap[set_name] = {
-            name: {
-                other: _overlap(scores[name], scores[other], k, seed)
-                for other in ("original", *references)
-                if other != name
-            }
-            for name in everyone
-        }
-        if references:
-            reading[set_name] = _compare_readings(readings, [answers[name] for name in references], seed)
+        overlap[set_name], compared = passes.compare(samples)
+        if compared is not None:
+            reading[set_name] = compared
     return {
         "share": share,
         "k": k,
@@ -142,6 +105,81 @@ def attention_report(
         "overlap": overlap,
         "reading": reading or None,
     }
+
+
+def _checked_models(
+    original: nn.Module, models: Mapping[str, nn.Module], references: Mapping[str, nn.Module]
+) -> dict[str, nn.Module]:
+    """Return all models by name, the original first.
+
+    Raises:
+        UserError: A name occurs twice, or a model has other patches or classes than the original.
+    """
+    wanted = attention_info(original).grid, num_classes_of(original)
+    everyone = {"original": original, **models, **references}
+    if len(everyone) != 1 + len(models) + len(references):
+        raise UserError("attention: a name is given twice; name models and references apart, and none 'original'")
+    for name, model in everyone.items():
+        grid, classes = attention_info(model).grid, num_classes_of(model)
+        if (grid, classes) != wanted:
+            raise UserError(
+                f"attention: {name} has a grid of {grid} patches and {classes} classes, the original {wanted[0]} and "
+                f"{wanted[1]}; only models of the same can be compared"
+            )
+    return everyone
+
+
+class _Passes:
+    """Forward passes of all models over a set, and the comparisons of what they return.
+
+    Args:
+        models: Models by name, the original first.
+        references: Names of the references.
+        k: Number of most attended patches.
+        batch_size: Samples of a forward pass.
+        options: Options of the measurement.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, nn.Module],
+        references: Sequence[str],
+        k: int,
+        batch_size: int,
+        options: MeasureOptions,
+    ) -> None:
+        self._models, self._references, self._k = models, references, k
+        self._batch_size, self._options = batch_size, options
+        self._device = resolve_device(options.device)
+        self._precision = resolve_precision(options.precision, self._device)
+
+    def compare(self, samples: Samples) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """Return (overlap of attention maps, readings of masked images; None without references) for one set."""
+        scores: dict[str, np.ndarray] = {}
+        predictions: dict[str, Predictions] = {}
+        readings: dict[str, Predictions] = {}
+        loaders: dict[Preprocessing, Loader] = {}
+        for name, model in self._models.items():
+            model.to(self._device).eval()
+            preprocessing = preprocessing_of(model)
+            if preprocessing not in loaders:  # decoded images are kept between models
+                loaders[preprocessing] = self._loader(samples, preprocessing)
+            loader = loaders[preprocessing]
+            scores[name], predictions[name] = _scores_and_predictions(model, loader, self._precision)
+            if name == "original" and self._references:
+                readings = read_masked(model, loader, self._k, precision=self._precision, seed=self._options.seed)
+        overlap = {name: self._overlaps(name, scores) for name in self._models}
+        if not self._references:
+            return overlap, None
+        of_references = [predictions[name] for name in self._references]
+        return overlap, _compare_readings(readings, of_references, self._options.seed)
+
+    def _loader(self, samples: Samples, preprocessing: Preprocessing) -> Loader:
+        return Loader(samples, preprocessing, batch_size=self._batch_size, device=self._device, **self._options.loading)
+
+    def _overlaps(self, name: str, scores: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        others = (other for other in ("original", *self._references) if other != name)
+        return {other: _overlap(scores[name], scores[other], self._k, self._options.seed) for other in others}
 
 
 # --- maps -------------------------------------------------------------------------------------------------------------

@@ -29,24 +29,21 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from engine.config import RunConfig, require
 from engine.data import Batch, Loader, Samples
 from engine.data.samples import evenly_spaced
-from engine.errors import RunStopped, UserError, nearest
+from engine.errors import RunStopped, UserError
 from engine.evaluate.intervals import Interval, bootstrap, percentiles
 from engine.evaluate.membership import auc_interval, calibrated_scores
-from engine.evaluate.representation import head_features
+from engine.evaluate.options import MOST_SAMPLES
 from engine.methods.finetune import RETAIN_LR_PER_WIDTH
 from engine.models.info import model_info
 from engine.models.losses import cross_entropy
@@ -57,20 +54,6 @@ from engine.runtime.device import autocast, resolve_device, resolve_precision
 
 STEPS = (0, 1, 2, 4, 8, 16, 32, 64)
 BATCH_SIZE = 50
-MOST_SAMPLES = 1_000
-
-DIRECTION = {
-    "excess": "accuracy on held-back forget samples less that on test samples; target: the references'; above = "
-    "knowledge of these very samples",
-    "advantage": "excess less the references', mean over the steps after the first look; 0 = relearns as a retrained "
-    "model does, above = knowledge that was hidden comes back, or was never gone",
-    "auc": "loss attack calibrated by the references after as many steps, held-back against test samples; 0.5 = as a "
-    "retrained model, above = knowledge of these very samples",
-    "steps_to_original": "optimizer steps until accuracy on the held-back samples is the untouched original's; null = "
-    "not within the steps; fewer than the references = relearns faster",
-    "probe": "logistic regression on frozen features of retained samples; excess as above: what the features know of "
-    "the forget samples, whatever the head says",
-}
 
 
 @dataclass(frozen=True)
@@ -173,7 +156,7 @@ def relearning_curve(
     }
     loader = Loader(attacked, preprocessing, batch_size=batch_size, seed=seed, device=where, **loading)
     changed = copy.deepcopy(model).to(where).float().requires_grad_(True)
-    lr = RETAIN_LR_PER_WIDTH / model_info(changed).width if lr is None else lr
+    lr = peak_lr(changed) if lr is None else lr
     predictions: list[dict[str, Predictions]] = []
     for step in _trained(changed, loader, steps[-1], lr, seed, precision):
         if step in steps:
@@ -182,6 +165,11 @@ def relearning_curve(
         {name: [of(each[name]) for each in predictions] for name in watched} for of in (_accuracy, _mean_loss)
     )
     return RelearningCurve(list(steps), **accuracy, losses=losses, predictions=predictions)
+
+
+def peak_lr(model: nn.Module) -> float:
+    """Return the peak learning rate of the attack if none is given: 0.192 / width."""
+    return RETAIN_LR_PER_WIDTH / model_info(model).width
 
 
 def _checked(steps: Sequence[int]) -> tuple[int, ...]:
@@ -273,10 +261,11 @@ def calibrated_auc(
 
 def _share_correct(curve: RelearningCurve, name: str) -> np.ndarray:
     """Return for each sample [n] the share of measurements after the first in which it is predicted correctly."""
-    return np.mean([_right(each[name]) for each in curve.predictions[1:]], axis=0)
+    return np.mean([is_correct(each[name]) for each in curve.predictions[1:]], axis=0)
 
 
-def _right(p: Predictions) -> np.ndarray:
+def is_correct(p: Predictions) -> np.ndarray:
+    """Return 1.0 or 0.0 [n] for each sample: whether its class is predicted."""
     return (p.logits.argmax(1) == p.labels).astype(np.float64)
 
 
@@ -284,7 +273,7 @@ def _difference(first: np.ndarray, second: np.ndarray) -> float:
     return float(first.mean() - second.mean())
 
 
-def _excess(held_back: np.ndarray, test: np.ndarray, *, draws: int = 1000, seed: int = 0) -> Interval:
+def excess_interval(held_back: np.ndarray, test: np.ndarray, *, draws: int = 1000, seed: int = 0) -> Interval:
     """Return the excess with a 95% interval, from which samples are predicted correctly [m], [n].
 
     The interval is the difference of two Jeffreys posteriors, since resampling would give 0 of 20 no width.
@@ -292,178 +281,3 @@ def _excess(held_back: np.ndarray, test: np.ndarray, *, draws: int = 1000, seed:
     rng = np.random.default_rng(seed)
     first, second = (rng.beta(r.sum() + 0.5, len(r) - r.sum() + 0.5, draws) for r in (held_back, test))
     return percentiles(_difference(held_back, test), first - second)
-
-
-# --- linear probe -----------------------------------------------------------------------------------------------------
-
-
-def probe(
-    retain: tuple[np.ndarray, np.ndarray],
-    forget: tuple[np.ndarray, np.ndarray],
-    test: tuple[np.ndarray, np.ndarray],
-    *,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """Train a linear probe on given features, see `linear_probe`.
-
-    Args:
-        retain, forget, test: Features [n, d] and labels [n] of each set.
-        seed: Seed of the interval.
-
-    Raises:
-        UserError: The retain samples have one class alone.
-    """
-    if len(np.unique(retain[1])) < 2:
-        raise UserError("linear probe: the retained samples are all of one class; nothing can be learned from them")
-    classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2_000))
-    classifier.fit(*retain)
-    right = [(classifier.predict(features) == labels).astype(np.float64) for features, labels in (forget, test)]
-    return {
-        "accuracy": {name: float(each.mean()) for name, each in zip(("forget", "test"), right, strict=True)},
-        "excess": _excess(*right, seed=seed).to_dict(),
-    }
-
-
-def linear_probe(
-    model: nn.Module,
-    retain: Samples,
-    forget: Samples,
-    test: Samples,
-    *,
-    max_samples: int = MOST_SAMPLES,
-    batch_size: int = 250,
-    device: str = "auto",
-    precision: Literal["auto", "fp32", "bf16"] = "fp32",
-    seed: int = 0,
-    **loading: Any,
-) -> dict[str, Any]:
-    """Train a new head (logistic regression) on frozen features of retain samples, and measure it on the others.
-
-    A model whose head alone was changed has the original's excess. Classes without retain samples are never predicted,
-    in either set.
-
-    Args:
-        model: The model.
-        retain, forget, test: The sets; of each at most `max_samples` are used, at equal distances.
-        max_samples: Most samples of each set.
-        batch_size, device, precision: Of the forward passes.
-        seed: Seed of the interval.
-        **loading: Further options of `engine.data.Loader`.
-
-    Returns:
-        accuracy of forget and test, and excess (with a 95% interval): forget minus test.
-    """
-    where = resolve_device(device)
-    precision = resolve_precision(precision, where)
-    model.to(where)
-    preprocessing = preprocessing_of(model)
-
-    def read(samples: Samples) -> tuple[np.ndarray, np.ndarray]:
-        part = evenly_spaced(samples, max_samples)
-        loader = Loader(part, preprocessing, batch_size=batch_size, device=where, **loading)
-        return head_features(model, loader, precision)
-
-    return probe(read(retain), read(forget), read(of_classes(test, forget)), seed=seed)
-
-
-# --- report -----------------------------------------------------------------------------------------------------------
-
-
-def relearning_report(
-    models: Mapping[str, nn.Module],
-    forget: Samples,
-    test: Samples,
-    *,
-    original: str = "original",
-    references: Sequence[str] = (),
-    retain: Samples | None = None,
-    unrelated: Samples | None = None,
-    share: float = 0.5,
-    steps: Sequence[int] = STEPS,
-    seed: int = 0,
-    lr: float | None = None,
-    batch_size: int = BATCH_SIZE,
-    max_samples: int = MOST_SAMPLES,
-    **options: Any,
-) -> dict[str, Any]:
-    """Run the attacks and the probe on every model, and compare them with the references; ready for JSON.
-
-    Args:
-        models: Models by name.
-        forget, test: Forget set and test set.
-        original: Name of the original in `models`.
-        references: Names of the references in `models`.
-        retain: Retain set for the probe; None: no probe.
-        unrelated: Samples for the second attack; None: no second attack.
-        share, steps, seed, lr, batch_size, max_samples, **options: As in `relearning_curve`.
-
-    Returns:
-        attack (steps, share, samples, rate), direction, and by model: by attack (forget_share, unrelated) accuracy and
-            loss (lists over the steps, for attacked, held_back and test), excess (a list of intervals),
-            steps_to_original, and, None without references other than itself, advantage and auc (a list of intervals);
-            and probe. Intervals are 95%, over samples.
-
-    Raises:
-        UserError: A name is not in `models`.
-    """
-    for name in (original, *references):
-        if name not in models:
-            raise UserError(f"relearning_report: no model {name!r}{nearest(name, models)}")
-    attacks: dict[str, Samples | None] = {"forget_share": None}
-    if unrelated is not None:
-        attacks["unrelated"] = unrelated
-    found: dict[str, dict[str, Any]] = {name: {} for name in models}
-    sizes: dict[str, dict[str, int]] = {}
-    for attack, data in attacks.items():
-        curves = {
-            name: relearning_curve(
-                model,
-                forget,
-                test,
-                share=share,
-                unrelated=data,
-                steps=steps,
-                seed=seed,
-                lr=lr,
-                batch_size=batch_size,
-                max_samples=max_samples,
-                **options,
-            )
-            for name, model in models.items()
-        }
-        sizes[attack] = {name: len(each) for name, each in curves[original].predictions[0].items()}
-        for name, curve in curves.items():
-            others = [curves[reference] for reference in references if reference != name]
-            found[name][attack] = _described(curve, curves[original].held_back[0], others, seed)
-    if retain is not None:
-        for name, model in models.items():
-            found[name]["probe"] = linear_probe(
-                model, retain, forget, test, max_samples=max_samples, seed=seed, **options
-            )
-    width = model_info(models[original]).width
-    return {
-        "attack": {
-            "share": share,
-            "steps": list(steps),
-            "samples": sizes,
-            "batch_size": batch_size,
-            "lr": RETAIN_LR_PER_WIDTH / width if lr is None else lr,
-        },
-        "direction": DIRECTION,
-        "models": found,
-    }
-
-
-def _described(
-    curve: RelearningCurve, level: float, references: Sequence[RelearningCurve], seed: int
-) -> dict[str, Any]:
-    return {
-        "accuracy": {"attacked": curve.attacked, "held_back": curve.held_back, "test": curve.test},
-        "loss": curve.losses,
-        "excess": [
-            _excess(_right(each["held_back"]), _right(each["test"]), seed=seed).to_dict() for each in curve.predictions
-        ],
-        "steps_to_original": steps_to(curve, level),
-        "advantage": advantage(curve, references, seed=seed).to_dict() if references else None,
-        "auc": [each.to_dict() for each in calibrated_auc(curve, references)] if references else None,
-    }

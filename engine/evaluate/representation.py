@@ -33,12 +33,12 @@ from engine.data import Batch, Loader, Preprocessing, Samples
 from engine.data.samples import evenly_spaced
 from engine.errors import UserError, nearest
 from engine.evaluate.intervals import Interval, bootstrap, proportion
+from engine.evaluate.options import MOST_SAMPLES
 from engine.models.info import ModelInfo, classifiers
 from engine.models.preprocessing import preprocessing_of
 from engine.models.vit import ViTInfo, describe, outputs
 from engine.runtime.device import autocast, resolve_device, resolve_precision
 
-MOST_SAMPLES = 1_000
 NEIGHBOURS = 5
 
 # The denominator of the debiased CKA is zero for three samples.

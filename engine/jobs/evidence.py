@@ -17,7 +17,9 @@ from engine.errors import RunStopped, UserError
 from engine.evaluate.agreement import agreement_report
 from engine.evaluate.attention import attention_report
 from engine.evaluate.membership import attack_report
-from engine.evaluate.relearning import relearning_report, steps_of
+from engine.evaluate.options import MeasureOptions
+from engine.evaluate.relearning import steps_of
+from engine.evaluate.relearning_report import RelearningAttack, RelearningSets, relearning_report
 from engine.evaluate.representation import compare_features
 from engine.evaluate.verdict import Evidence, Verdict
 from engine.jobs.task import Task
@@ -66,12 +68,12 @@ def gather_proof(examiner: Verifier, evidence: Evidence, model: nn.Module, verdi
     models = {"original": examiner.before, "model": model, **references}
     task, evaluator, gates = examiner.task, examiner.evaluator, examiner.gates
     forget, test = task.forget, evaluator.sets["test"]
-    options: dict[str, Any] = {
-        **examiner.loading,
-        "device": str(evaluator.device),
-        "precision": evaluator.precision,
-        "seed": examiner.seed,
-    }
+    options = MeasureOptions(
+        device=str(evaluator.device),
+        precision=evaluator.precision,
+        seed=examiner.seed,
+        loading=examiner.loading,
+    )
     parts: dict[str, Callable[[], dict[str, Any]]] = {
         "attacks": lambda: attack_report(
             evidence.model.predictions,
@@ -85,17 +87,20 @@ def gather_proof(examiner: Verifier, evidence: Evidence, model: nn.Module, verdi
         ),
         "relearning": lambda: relearning_report(
             models,
-            forget,
-            test,
+            RelearningSets(forget=forget, test=test, retain=task.retain, unrelated=task.source.validation),
             references=list(references),
-            retain=task.retain,
-            unrelated=task.source.validation,
-            share=gates.relearning_share,
-            steps=steps_of(round(gates.relearning_share * len(forget)), gates.relearning_epochs),
-            **options,
+            attack=RelearningAttack(
+                share=gates.relearning_share,
+                steps=steps_of(round(gates.relearning_share * len(forget)), gates.relearning_epochs),
+            ),
+            options=options,
         ),
-        "representation": lambda: compare_features(models, evaluator.sets, references=list(references), **options),
-        "attention": lambda: attention_report(examiner.before, {"model": model}, references, forget, test, **options),
+        "representation": lambda: compare_features(
+            models, evaluator.sets, references=list(references), **options.keywords()
+        ),
+        "attention": lambda: attention_report(
+            examiner.before, {"model": model}, references, forget, test, options=options
+        ),
     }
     proof: dict[str, Any] = {
         "verdict": verdict.to_dict(),

@@ -8,7 +8,7 @@ A proof is one JSON-ready dict, any part of which may be missing:
     attacks         by model, original and reference: as `engine.evaluate.membership.attacks` or `mean_attacks` return
     agreement       `engine.evaluate.agreement.agreement_report`
     representation  `engine.evaluate.representation.compare_features`
-    relearning      `engine.evaluate.relearning.relearning_report`
+    relearning      `engine.evaluate.relearning_report`
     attention       `engine.evaluate.attention.attention_report`
     seconds         by part, the wall-clock time of its measurement
     unmeasured      by part, the reason why it is missing

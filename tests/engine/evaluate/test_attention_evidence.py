@@ -15,6 +15,7 @@ from toys import few, tiny_vit
 from engine.data import Loader, Samples, open_source
 from engine.errors import UserError
 from engine.evaluate.attention import attention_report, chance_iou, read_masked, spearman, top_iou
+from engine.evaluate.options import MeasureOptions
 from engine.models.attention_masking import random_masks, scores_and_outputs
 from engine.models.preprocessing import preprocessing_of
 from engine.models.vit import describe
@@ -92,8 +93,7 @@ def test_report_of_a_reference_that_is_the_original(digits: Samples) -> None:
         few(digits, 40),
         digits.subset(range(900, 1000)),
         share=0.2,
-        max_samples=50,
-        device="cpu",
+        options=MeasureOptions(max_samples=50, device="cpu"),
     )
     assert json.loads(json.dumps(report, allow_nan=False)) == report
     assert (report["k"], report["patches"]) == (3, 16)
@@ -108,7 +108,15 @@ def test_report_of_a_reference_that_is_the_original(digits: Samples) -> None:
         assert overlap["other"]["copy"] == overlap["other"]["original"]
         assert overlap["other"]["original"]["iou"]["value"] < 0.9
         assert overlap["other"]["original"]["spearman"]["value"] < 0.9
-    only = attention_report(original, {}, {"copy": copied}, few(digits, 40), few(digits, 30), share=0.2, device="cpu")
+    only = attention_report(
+        original,
+        {},
+        {"copy": copied},
+        few(digits, 40),
+        few(digits, 30),
+        share=0.2,
+        options=MeasureOptions(device="cpu"),
+    )
     reading = only["reading"]["forget"]
     assert reading["unmasked"]["top1"]["value"] == 1
     assert reading["unmasked"]["kl"]["value"] == pytest.approx(0, abs=1e-9)
@@ -126,7 +134,7 @@ def test_report_of_a_reference_that_is_the_original(digits: Samples) -> None:
 def test_likeness_is_the_mean_over_references_and_kl_is_from_them(digits: Samples) -> None:
     original, references = looking(), {"one": looking(1, drop_rate=0.5).train(), "two": looking(2)}
     samples = few(digits, 20)
-    report = attention_report(original, {}, references, samples, samples, device="cpu")
+    report = attention_report(original, {}, references, samples, samples, options=MeasureOptions(device="cpu"))
     preprocessing = preprocessing_of(original)
     images = preprocessing.normalise(torch.stack([samples.tensor(i, 1) for i in range(20)]))
     with torch.no_grad():
@@ -144,7 +152,9 @@ def test_likeness_is_the_mean_over_references_and_kl_is_from_them(digits: Sample
 
 
 def test_report_without_references_has_maps_alone(digits: Samples) -> None:
-    report = attention_report(looking(), {"model": looking(1)}, {}, few(digits, 5), few(digits, 5), device="cpu")
+    report = attention_report(
+        looking(), {"model": looking(1)}, {}, few(digits, 5), few(digits, 5), options=MeasureOptions(device="cpu")
+    )
     assert report["reading"] is None
     assert set(report["overlap"]["forget"]["model"]) == {"original"}
 
@@ -159,7 +169,9 @@ def test_windowed_models_are_read_by_their_rule() -> None:
     rng = np.random.default_rng(0)
     images = [torch.tensor(rng.normal(size=(3, 56, 56)), dtype=torch.float32) for _ in range(6)]
     samples = Samples("random", [str(i) for i in range(6)], np.arange(6) % 5, images.__getitem__)
-    report = attention_report(swin(0), {}, {"retrained": swin(1)}, samples, samples, device="cpu")
+    report = attention_report(
+        swin(0), {}, {"retrained": swin(1)}, samples, samples, options=MeasureOptions(device="cpu")
+    )
     assert (report["patches"], report["k"]) == (49, 2)
     assert report["overlap"]["forget"]["retrained"]["original"]["iou"]["value"] < 1
     assert report["reading"]["test"]["masked"]["kl"]["value"] > 0
@@ -168,7 +180,7 @@ def test_windowed_models_are_read_by_their_rule() -> None:
 def test_errors(digits: Samples) -> None:
     model, samples = tiny_vit(), few(digits, 5)
     with pytest.raises(UserError, match="the test set has no samples"):
-        attention_report(model, {}, {}, samples, few(digits, 0), device="cpu")
+        attention_report(model, {}, {}, samples, few(digits, 0), options=MeasureOptions(device="cpu"))
     with pytest.raises(UserError, match="a name is given twice"):
         attention_report(model, {"a": model}, {"a": model}, samples, samples)
     with pytest.raises(UserError, match="a name is given twice"):

@@ -14,19 +14,19 @@ from toys import few, tiny_vit
 from engine.data import Batch, Loader, Samples, open_source
 from engine.errors import RunStopped, UserError
 from engine.evaluate import relearning
+from engine.evaluate.linear_probe import linear_probe, probe
+from engine.evaluate.options import MeasureOptions
 from engine.evaluate.relearning import (
     RelearningCurve,
     advantage,
     calibrated_auc,
-    linear_probe,
     of_classes,
-    probe,
     relearning_curve,
-    relearning_report,
     split_forget,
     steps_of,
     steps_to,
 )
+from engine.evaluate.relearning_report import RelearningAttack, RelearningSets, relearning_report
 from engine.models.checkpoint import weights_sha256
 from engine.models.predict import Predictions, predict
 from engine.models.preprocessing import preprocessing_of
@@ -233,11 +233,11 @@ def test_probe_finds_planted_knowledge() -> None:
 def test_probe_reads_what_the_head_reads_and_ignores_the_head(digits: Samples) -> None:
     model, retain = tiny_vit(global_pool="avg"), digits.subset(range(100, 300))
     forget, test = few(digits, 60), digits.subset(range(400, 460))
-    found = linear_probe(model, retain, forget, test, device="cpu")
+    found = linear_probe(model, retain, forget, test, options=MeasureOptions(device="cpu"))
     reset = copy.deepcopy(model)
     with torch.no_grad():
         reset.head.weight.normal_()
-    assert linear_probe(reset, retain, forget, test, device="cpu") == found
+    assert linear_probe(reset, retain, forget, test, options=MeasureOptions(device="cpu")) == found
     images = {
         name: Loader(samples, preprocessing_of(model), batch_size=500)
         for name, samples in (("retain", retain), ("forget", forget))
@@ -256,13 +256,15 @@ def test_report(digits: Samples) -> None:
     before = {name: weights_sha256(model) for name, model in models.items()}
     report = relearning_report(
         models,
-        few(digits, 40),
-        digits.subset(range(500, 560)),
+        RelearningSets(
+            forget=few(digits, 40),
+            test=digits.subset(range(500, 560)),
+            retain=digits.subset(range(100, 200)),
+            unrelated=digits.subset(range(300, 350)),
+        ),
         references=["retrained", "retrained 2"],
-        retain=digits.subset(range(100, 200)),
-        unrelated=digits.subset(range(300, 350)),
-        steps=(0, 1, 2),
-        device="cpu",
+        attack=RelearningAttack(steps=(0, 1, 2)),
+        options=MeasureOptions(device="cpu"),
     )
     assert json.loads(json.dumps(report, allow_nan=False)) == report
     assert {name: weights_sha256(model) for name, model in models.items()} == before
@@ -295,7 +297,10 @@ def test_report(digits: Samples) -> None:
 
 def test_report_without_the_optional_parts(digits: Samples) -> None:
     report = relearning_report(
-        {"original": tiny_vit(), "model": tiny_vit(1)}, few(digits, 10), few(digits, 30), steps=(0, 1), device="cpu"
+        {"original": tiny_vit(), "model": tiny_vit(1)},
+        RelearningSets(forget=few(digits, 10), test=few(digits, 30)),
+        attack=RelearningAttack(steps=(0, 1)),
+        options=MeasureOptions(device="cpu"),
     )
     assert set(report["models"]["model"]) == {"forget_share"}
     assert report["models"]["model"]["forget_share"]["advantage"] is None
@@ -316,7 +321,7 @@ def test_errors(digits: Samples) -> None:
     with pytest.raises(UserError, match="has no samples to train on"):
         relearning_curve(model, forget, forget, unrelated=few(digits, 0))
     with pytest.raises(UserError, match="no model 'original'"):
-        relearning_report({"model": model}, forget, forget)
+        relearning_report({"model": model}, RelearningSets(forget=forget, test=forget))
     broken = tiny_vit()
     with torch.no_grad():
         broken.head.weight.fill_(float("nan"))
