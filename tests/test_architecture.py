@@ -18,7 +18,6 @@ LINES, FUNCTION_LINES, ARGUMENTS = 500, 80, 8
 # Functions above a limit, each with its reason.
 KEYWORDS = "a public function: users give its options by name"
 COMMAND = "the options of a command"
-KNOWN = "to be taken apart"
 LONG = {
     "engine.run.unlearn.unlearn": KEYWORDS,
     "engine.run.unlearn.train": KEYWORDS,
@@ -29,8 +28,6 @@ LONG = {
     "engine.evaluate.relearning.relearning_curve": KEYWORDS,
     "engine.evaluate.representation.compare_features": KEYWORDS,
     "engine.jobs.unlearn.run_job": KEYWORDS,
-    "engine.requests.intake.add_request": KNOWN,
-    "engine.requests.runner.run_requests": KNOWN,
     "bench.quality.ablation.run_ablation": COMMAND,
     "bench.quality.retrain_cost.run_retrain_cost": COMMAND,
     "bench.training_cost.scale.run_memory": COMMAND,

@@ -120,15 +120,13 @@ def add(
     from engine.cli.console import console
     from engine.requests.intake import add_request
     from engine.requests.status import describe_request
-    from engine.requests.store import utc_now
+    from engine.requests.times import RequestTimes, utc_now
 
     request, left_out = add_request(
         store,
         file=ids,
         ids=sample or [],
-        received=received,
-        deadline=deadline,
-        days=days,
+        times=RequestTimes(received=received, deadline=deadline, days=days),
         source=source,
         skip_known=skip_known,
     )
@@ -163,7 +161,8 @@ def list_requests(
     """The open requests, the nearest deadline first, or all."""
     from engine.cli.console import console
     from engine.requests.status import describe_request
-    from engine.requests.store import Store, utc_now
+    from engine.requests.store import Store
+    from engine.requests.times import utc_now
 
     with Store.open(store) as opened:
         chosen = [each for each in opened.requests() if everything or each.state == "open"]
@@ -246,6 +245,7 @@ def run(
     """
     from engine.cli.console import console, print_metrics, progress_bars
     from engine.config import parse_assignments, to_dict
+    from engine.requests.run_options import Overrides
     from engine.requests.runner import abandon_run, run_requests
     from engine.requests.status import status
 
@@ -259,11 +259,13 @@ def run(
         finished = run_requests(
             store,
             limit=limit,
-            method=method,
-            config=parse_assignments(settings or []),
-            references=[] if no_reference else reference,
-            gates=gates,
-            require_proof=require_proof,
+            given=Overrides(
+                method=method,
+                config=parse_assignments(settings or []),
+                references=[] if no_reference else reference,
+                gates=gates,
+                require_proof=require_proof,
+            ),
             progress=progress,
             say=lambda line: console.print(line, soft_wrap=True),
         )
@@ -303,8 +305,8 @@ def judge(
     """
     from engine.cli.console import console
     from engine.config import parse_assignments, to_dict
-    from engine.requests.runner import judge_again
     from engine.requests.status import status
+    from engine.requests.verdicts import judge_again
 
     found = judge_again(
         store,
@@ -339,7 +341,7 @@ def rebase(
 ) -> None:
     """Makes a full retrain without the forgotten samples the current version, from which drift is counted anew."""
     from engine.cli.console import console
-    from engine.requests.runner import rebase as add_rebase
+    from engine.requests.rebase import rebase as add_rebase
 
     (place,) = checkpoint_sources([checkpoint], arch, model_arg, weights)
     number, proven = add_rebase(store, place or checkpoint)

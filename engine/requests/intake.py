@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,9 +22,11 @@ from engine.models.checkpoint import save_checkpoint
 from engine.models.checkpoint_source import CheckpointSource
 from engine.models.info import model_info
 from engine.models.slice_stages import copy_stages
-from engine.requests.store import Request, Store, is_store, moment, place_of, utc_now
+from engine.requests.database import is_store
+from engine.requests.entries import Request
+from engine.requests.store import Store, place_of
+from engine.requests.times import RequestTimes
 
-DAYS = 30  # from receipt to the deadline, if neither a deadline nor a number of days is given
 MAX_SHARE = 0.2
 _GATES = "gates.yaml"
 
@@ -101,12 +102,9 @@ def add_request(
     *,
     file: Path | None = None,
     ids: Sequence[str] = (),
-    received: str | None = None,
-    deadline: str | None = None,
-    days: float | None = None,
+    times: RequestTimes | None = None,
     source: str = "",
     skip_known: bool = False,
-    now: datetime.datetime | None = None,
 ) -> tuple[Request | None, dict[str, int]]:
     """Add a request to a store.
 
@@ -114,12 +112,9 @@ def add_request(
         folder: Folder of the store.
         file: File of ids to forget; either this or `ids`.
         ids: Ids to forget.
-        received: Time of receipt, ISO 8601; None: now.
-        deadline: ISO 8601; a date alone ends with its last second.
-        days: Days from receipt to the deadline, in place of `deadline`; None: 30 (`DAYS`).
+        times: Receipt and deadline; None: now, and in 30 days (`engine.requests.times.DAYS`).
         source: Origin of the request, kept as given.
         skip_known: Leave out ids of other requests in place of an error.
-        now: The current time; None: of the clock.
 
     Returns:
         (the new request, {"duplicates": number of merged ids, "skipped": number of ids left out as known}). The request
@@ -131,19 +126,7 @@ def add_request(
     """
     if (file is None) == (not ids):
         raise UserError("give --ids FILE or --id ID, one of the two")
-    if deadline is not None and days is not None:
-        raise UserError("give --deadline or --days, not both")
-    now = now or utc_now()
-    came = moment(received) if received else now
-    if came > now:
-        raise UserError(f"--received {received}: lies in the future (UTC)")
-    due = (
-        moment(deadline, end_of_day=True)
-        if deadline
-        else came + datetime.timedelta(days=DAYS if days is None else days)
-    )
-    if due < came:
-        raise UserError(f"the deadline {due:%Y-%m-%d %H:%M} lies before the receipt {came:%Y-%m-%d %H:%M} (UTC)")
+    received, deadline = (times or RequestTimes()).resolve()
     with Store.open(folder) as store:
         data = open_data(store)
         if file is not None:
@@ -151,7 +134,7 @@ def add_request(
         else:
             request = Task.of_ids(data, ids, spec="--id").request
         wanted = list(data.train.ids.take(request.indices))
-        number, known = store.add(wanted, received=came, deadline=due, source=source, skip_known=skip_known)
+        number, known = store.add(wanted, received=received, deadline=deadline, source=source, skip_known=skip_known)
         added = next((request for request in store.requests() if request.number == number), None)
     return added, {"duplicates": request.duplicates, "skipped": len(known)}
 

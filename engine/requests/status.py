@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.requests.store import Request, Store, Version, utc_now
+from engine.requests.entries import Request, Version
+from engine.requests.store import Store
+from engine.requests.times import utc_now
 
 
 def status(folder: Path, *, max_share: float | None = None, now: datetime.datetime | None = None) -> dict[str, Any]:
@@ -22,7 +24,7 @@ def status(folder: Path, *, max_share: float | None = None, now: datetime.dateti
     Returns:
         pending: requests that are open or unproven. days_left: until the deadline, negative once it has passed. share:
         samples forgotten since the base over those that the base was trained on, [0, 1]. All values of the drift except
-        test_accuracy are better if lower; units as of `runner.drift_from`.
+        test_accuracy are better if lower; units as of `engine.requests.drift.drift_from`.
     """
     now = now or utc_now()
     with Store.open(folder) as store:

@@ -24,45 +24,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from engine.errors import RunStopped, UserError
+from engine.errors import UserError
+from engine.requests.database import SCHEMA, TABLES, connect, is_store, transaction, translated
+from engine.requests.entries import Request, Run, Version
+from engine.requests.times import stamp, utc_now
 from engine.runtime import lock
-
-FILE = "requests.sqlite"
-SCHEMA = 1
-
-_TABLES = (
-    "CREATE TABLE settings (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
-    """CREATE TABLE versions (
-        number INTEGER PRIMARY KEY,
-        parent INTEGER REFERENCES versions,
-        base INTEGER NOT NULL REFERENCES versions,
-        kind TEXT NOT NULL CHECK (kind IN ('root', 'unlearned', 'rebase')),
-        state TEXT NOT NULL CHECK (state IN ('accepted', 'rejected', 'abandoned')),
-        created TEXT NOT NULL,
-        verdict TEXT,
-        reason TEXT NOT NULL,
-        drift TEXT NOT NULL)""",
-    """CREATE TABLE runs (
-        number INTEGER PRIMARY KEY,
-        parent INTEGER NOT NULL REFERENCES versions,
-        options TEXT NOT NULL,
-        started TEXT NOT NULL)""",
-    """CREATE TABLE requests (
-        number INTEGER PRIMARY KEY AUTOINCREMENT,
-        received TEXT NOT NULL,
-        deadline TEXT NOT NULL,
-        source TEXT NOT NULL,
-        version INTEGER REFERENCES versions,
-        proven INTEGER REFERENCES versions CHECK (proven IS NULL OR version IS NOT NULL))""",
-    """CREATE TABLE samples (
-        id TEXT PRIMARY KEY,
-        request INTEGER NOT NULL REFERENCES requests) WITHOUT ROWID""",
-    "CREATE INDEX samples_of_request ON samples (request)",
-    """CREATE TABLE batches (
-        run INTEGER NOT NULL REFERENCES runs ON DELETE CASCADE,
-        request INTEGER NOT NULL REFERENCES requests,
-        PRIMARY KEY (run, request)) WITHOUT ROWID""",
-)
 
 _REQUESTS = """SELECT number, received, deadline, source, version, proven,
     (SELECT COUNT(*) FROM samples WHERE request = r.number) AS count,
@@ -72,114 +38,6 @@ _REQUESTS = """SELECT number, received, deadline, source, version, proven,
     (SELECT b.run FROM batches b
         WHERE b.request = r.number AND b.run NOT IN (SELECT number FROM versions)) AS running
     FROM requests r ORDER BY deadline, number"""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Request:
-    """A deletion request.
-
-    Attributes:
-        received, deadline: UTC, ISO 8601.
-        source: Origin of the request, as given.
-        count: Number of its ids.
-        version: Version that forgot them; None: not forgotten yet.
-        proven: Version whose verdict passed with them in it; None: there is none yet.
-        attempts: Number of finished runs that it was in.
-        reason: Reason of the last of these runs, if it was no PASS.
-        running: Unfinished run that it is in.
-    """
-
-    number: int
-    received: str
-    deadline: str
-    source: str
-    count: int
-    version: int | None = None
-    proven: int | None = None
-    attempts: int = 0
-    reason: str = ""
-    running: int | None = None
-
-    @property
-    def state(self) -> Literal["open", "unproven", "done"]:
-        if self.version is None:
-            return "open"
-        return "unproven" if self.proven is None else "done"
-
-    def days_left(self, now: datetime.datetime) -> float:
-        """Return the days until the deadline; negative once it has passed."""
-        return (moment(self.deadline) - now).total_seconds() / 86_400
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Version:
-    """A model of the lineage.
-
-    Attributes:
-        parent: Version that it was made from; None for version 0.
-        base: Version of the full retrain that it descends from; version 0 if there is none.
-        verdict, reason: Status of its verdict, if there is one, and reason of a status other than PASS.
-        drift: Share [0, 1] of samples forgotten since the base, and test figures against it, see `runner.drift_from`.
-        requests: Requests of its run.
-    """
-
-    number: int
-    parent: int | None
-    base: int
-    kind: Literal["root", "unlearned", "rebase"]
-    state: Literal["accepted", "rejected", "abandoned"]
-    created: str
-    verdict: str | None
-    reason: str
-    drift: dict[str, Any]
-    requests: list[int]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Run:
-    """A run that has begun and not ended.
-
-    Attributes:
-        number, parent: Number of the version that it makes, and of the one that is unlearned.
-        options: See `runner.Options`.
-        started: UTC, ISO 8601.
-        requests: Requests of the run.
-    """
-
-    number: int
-    parent: int
-    options: dict[str, Any]
-    started: str
-    requests: list[int]
-
-
-def moment(text: str, *, end_of_day: bool = False) -> datetime.datetime:
-    """Parse a time in ISO 8601; without an offset it is UTC.
-
-    Args:
-        text: The time, or a date alone.
-        end_of_day: A date alone is its last second, in place of its first.
-
-    Raises:
-        UserError: The text is no time.
-    """
-    try:
-        found = datetime.datetime.fromisoformat(text.strip().replace("Z", "+00:00"))  # Python 3.10 does not parse Z
-    except ValueError:
-        raise UserError(
-            f"{text!r} is not a time; expected ISO 8601, such as 2026-05-25 or 2026-05-25T12:00:00Z (UTC)"
-        ) from None
-    if end_of_day and len(text.strip()) <= len("2026-05-25"):
-        found = found.replace(hour=23, minute=59, second=59)
-    return found.replace(tzinfo=found.tzinfo or datetime.timezone.utc).astimezone(datetime.timezone.utc)
-
-
-def stamp(time: datetime.datetime) -> str:
-    return time.astimezone(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def utc_now() -> datetime.datetime:
-    return datetime.datetime.now(datetime.timezone.utc)
 
 
 class Store:
@@ -192,9 +50,9 @@ class Store:
     @classmethod
     def create(cls, folder: Path, settings: Mapping[str, Any]) -> Store:
         """Create the database next to versions/0000, which exists already. Until it ends there is no store."""
-        database = _connect(folder)
-        with _transaction(database):
-            for table in _TABLES:
+        database = connect(folder)
+        with transaction(database):
+            for table in TABLES:
                 database.execute(table)
             database.executemany(
                 "INSERT INTO settings VALUES (?, ?)", [(key, json.dumps(value)) for key, value in settings.items()]
@@ -214,7 +72,7 @@ class Store:
         """
         if not is_store(folder):
             raise UserError(f"{folder} holds no store of requests; make one with lethe request init --store {folder}")
-        return cls(folder, _connect(folder))
+        return cls(folder, connect(folder))
 
     def __enter__(self) -> Store:
         return self
@@ -293,7 +151,7 @@ class Store:
         Raises:
             UserError: An id is in another request, and `skip_known` is off; nothing is added.
         """
-        with _transaction(self._database):
+        with transaction(self._database):
             rows = self._all("SELECT id, request, version FROM samples JOIN requests r ON r.number = request")
             stands = {row["id"]: (row["request"], row["version"]) for row in rows}
             known = [i for i in ids if i in stands]
@@ -319,7 +177,7 @@ class Store:
 
     def begin(self, requests: Sequence[int], options: Mapping[str, Any]) -> Run:
         """Store a run on the current version that begins with these requests."""
-        with _transaction(self._database):
+        with transaction(self._database):
             assert self.unfinished() is None  # the caller holds the lock, and has checked it
             number = self.next_number()
             self._database.execute(
@@ -332,7 +190,7 @@ class Store:
         return run
 
     def change_options(self, run: Run, options: Mapping[str, Any]) -> Run:
-        with _transaction(self._database):
+        with transaction(self._database):
             self._database.execute(
                 "UPDATE runs SET options = ? WHERE number = ?", (json.dumps(dict(options)), run.number)
             )
@@ -340,7 +198,7 @@ class Store:
 
     def withdraw(self, run: Run) -> None:
         """Delete a run before it has had any effect."""
-        with _transaction(self._database):
+        with transaction(self._database):
             self._database.execute("DELETE FROM runs WHERE number = ?", (run.number,))
 
     def finish(
@@ -364,7 +222,7 @@ class Store:
             reason: Reason of a status other than PASS.
             drift: Drift of the version.
         """
-        with _transaction(self._database):
+        with transaction(self._database):
             base = self._all("SELECT base FROM versions WHERE number = ?", (run.parent,))[0]["base"]
             self._database.execute(
                 "INSERT INTO versions VALUES (?, ?, ?, 'unlearned', ?, ?, ?, ?, ?)",
@@ -385,7 +243,7 @@ class Store:
         PASS proves all that is unproven. FAIL rejects the version, so that the version before it is the current one
         again, and opens its requests.
         """
-        with _transaction(self._database):
+        with transaction(self._database):
             self._database.execute(
                 "UPDATE versions SET verdict = ?, reason = ?, state = ? WHERE number = ?",
                 (verdict, reason, "rejected" if verdict == "FAIL" else "accepted", number),
@@ -400,7 +258,7 @@ class Store:
 
     def add_rebase(self, number: int, reason: str) -> None:
         """Add a full retrain as the current version, and as the base of later versions."""
-        with _transaction(self._database):
+        with transaction(self._database):
             self._database.execute(
                 "INSERT INTO versions VALUES (?, ?, ?, 'rebase', 'accepted', ?, NULL, ?, '{}')",
                 (number, self.current().number, number, stamp(utc_now()), reason),
@@ -412,25 +270,8 @@ class Store:
         ]
 
     def _all(self, query: str, values: Sequence[Any] = ()) -> list[sqlite3.Row]:
-        with _translated():
+        with translated():
             return self._database.execute(query, tuple(values)).fetchall()
-
-
-def is_store(folder: Path) -> bool:
-    """Return whether a folder holds a store whose creation was completed.
-
-    Raises:
-        UserError: This release cannot read it.
-    """
-    if not (folder / FILE).is_file():
-        return False
-    with _translated(), contextlib.closing(_connect(folder)) as database:
-        schema = database.execute("PRAGMA user_version").fetchone()[0]
-    if schema not in (0, SCHEMA):
-        raise UserError(
-            f"{folder / FILE} has schema {schema}, this release reads {SCHEMA}; use the release that made it"
-        )
-    return bool(schema == SCHEMA)
 
 
 def place_of(folder: Path, number: int) -> Path:
@@ -455,39 +296,3 @@ def _in_use(folder: Path, owner: lock.Owner) -> str:
         f"{folder}: another process ({owner.pid}) is running this store (on host {owner.host}, since {owner.since}); "
         "wait for it"
     )
-
-
-def _connect(folder: Path) -> sqlite3.Connection:
-    # isolation_level=None: `_transaction` alone begins and ends transactions.
-    with _translated():
-        database = sqlite3.connect(folder / FILE, timeout=30, isolation_level=None)
-        database.row_factory = sqlite3.Row
-        database.execute("PRAGMA foreign_keys = ON")
-        database.execute("PRAGMA synchronous = EXTRA")
-    return database
-
-
-@contextlib.contextmanager
-def _transaction(database: sqlite3.Connection) -> Iterator[None]:
-    """Apply all of a change or nothing of it. IMMEDIATE: what was read inside still holds when it is written."""
-    with _translated():
-        database.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-            database.execute("COMMIT")
-        except BaseException:
-            if database.in_transaction:
-                database.execute("ROLLBACK")
-            raise
-
-
-@contextlib.contextmanager
-def _translated() -> Iterator[None]:
-    try:
-        yield
-    except sqlite3.OperationalError as error:  # locked for longer than the timeout, or no space left
-        raise RunStopped(f"{FILE}: {error}; nothing was changed; try again") from error
-    except sqlite3.DatabaseError as error:
-        if isinstance(error, sqlite3.IntegrityError):
-            raise
-        raise UserError(f"{FILE} is damaged ({error}); take it from a backup") from error

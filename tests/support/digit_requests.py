@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
 import signal
@@ -12,6 +13,7 @@ from typing import Any
 from engine.data import Source
 from engine.evaluate.verdict import Gate, Status, Verdict
 from engine.jobs.task import Task
+from engine.requests.run_options import Overrides
 from engine.requests.runner import Finished, run_requests
 from engine.requests.store import Store
 from engine.runtime.files import write_json
@@ -44,7 +46,8 @@ def ids_of(digits: Source, start: int, count: int = 6) -> list[str]:
 
 
 def run(store: Path, *statuses: Status, judge: Judge | None = None, **options: Any) -> Finished:
-    finished = run_requests(store, verify=judge or Judge(*statuses), record=record, **options)
+    given = {field.name: options.pop(field.name) for field in dataclasses.fields(Overrides) if field.name in options}
+    finished = run_requests(store, given=Overrides(**given), verify=judge or Judge(*statuses), record=record, **options)
     assert finished is not None
     return finished
 

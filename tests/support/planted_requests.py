@@ -73,5 +73,5 @@ def plant(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(intake, "open_source", lambda spec: SOURCE)
     monkeypatch.setattr(runner, "run_job", unlearned)
-    monkeypatch.setattr(runner, "_drift", drift)
-    monkeypatch.setattr(runner, "_useless", lambda store, run, metrics: "")
+    monkeypatch.setattr(runner, "measure_drift", drift)
+    monkeypatch.setattr(runner, "why_unusable", lambda store, run, metrics: "")

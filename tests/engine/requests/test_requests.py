@@ -20,9 +20,11 @@ from engine.jobs.task import Task
 from engine.models.checkpoint import load_checkpoint, save_checkpoint, weights_sha256
 from engine.requests import intake
 from engine.requests.intake import add_request, init_store
-from engine.requests.runner import abandon_run, rebase, run_requests
+from engine.requests.rebase import rebase
+from engine.requests.runner import abandon_run, run_requests
 from engine.requests.status import status
 from engine.requests.store import Store
+from engine.requests.times import RequestTimes
 
 
 def test_ten_requests_with_a_kill_in_one_and_a_verdict_that_fails_in_another(
@@ -166,7 +168,7 @@ def test_insufficient_evidence_is_unproven_until_a_later_verdict_passes(store: P
 
 def test_deadlines_decide_the_order_and_limit_the_number(store: Path, digits: Source) -> None:
     for start, days in ((0, 30), (10, 5), (20, 10)):
-        add_request(store, ids=ids_of(digits, start), days=days)
+        add_request(store, ids=ids_of(digits, start), times=RequestTimes(days=days))
     assert run(store, limit=2).requests == [2, 3]
     with pytest.raises(UserError, match="--limit 0: expected 1 or more"):
         run(store, limit=0)

@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 
 from engine.cli.app import app
 from engine.errors import UserError
-from engine.requests import intake, runner
+from engine.requests import intake, rebase
 from engine.requests.runner import run_requests
 from engine.requests.store import Store
 from engine.runtime.files import write_json
@@ -165,8 +165,8 @@ def test_a_full_retrain_is_judged_without_a_record(
     said = ["INSUFFICIENT EVIDENCE", "PASS"]
     monkeypatch.setattr(engine.jobs.verify, "verify_job", lambda *a, **k: verdict(said.pop(0)))
     monkeypatch.setattr(engine.jobs.verify, "record_verdict", lambda place, found: None)
-    monkeypatch.setattr(runner, "load_fitting", lambda checkpoint, source: None)
-    monkeypatch.setattr(runner, "save_checkpoint", lambda model, place: place.mkdir())
+    monkeypatch.setattr(rebase, "load_fitting", lambda checkpoint, source: None)
+    monkeypatch.setattr(rebase, "save_checkpoint", lambda model, place: place.mkdir())
     lethe("add", "--id", "train/1")
     lethe("run")
     lethe("rebase", "--checkpoint", "retrain")
@@ -196,8 +196,8 @@ def test_commands_of_an_unfinished_run(
 def test_commands_that_take_a_checkpoint(
     lethe: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner, "load_fitting", lambda checkpoint, source: None)
-    monkeypatch.setattr(runner, "save_checkpoint", lambda model, place: place.mkdir())
+    monkeypatch.setattr(rebase, "load_fitting", lambda checkpoint, source: None)
+    monkeypatch.setattr(rebase, "save_checkpoint", lambda model, place: place.mkdir())
     assert (
         "version 0001 is a copy of retrain; that none of the forgotten"
         in lethe("rebase", "--checkpoint", "retrain").output

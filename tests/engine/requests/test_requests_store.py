@@ -19,11 +19,15 @@ from engine.errors import RunStopped, UserError
 from engine.evaluate.verdict import Verdict
 from engine.jobs.task import Task
 from engine.jobs.unlearn import Outcome
+from engine.requests import rebase as rebase_module
 from engine.requests import runner
 from engine.requests.intake import add_request
-from engine.requests.runner import judge_again, rebase, run_requests
+from engine.requests.rebase import rebase
+from engine.requests.runner import run_requests
 from engine.requests.status import status
-from engine.requests.store import Store, moment, place_of, stamp
+from engine.requests.store import Store, place_of
+from engine.requests.times import RequestTimes, moment, stamp
+from engine.requests.verdicts import judge_again
 
 NOW = datetime.datetime(2026, 5, 25, 12, tzinfo=datetime.timezone.utc)
 
@@ -84,7 +88,7 @@ def test_a_file_of_ids_is_read_as_everywhere(store: Path, tmp_path: Path) -> Non
 
 def test_received_and_deadline(store: Path) -> None:
     def times(n: int, **options: Any) -> tuple[str, str]:
-        request, _ = add_request(store, ids=[f"train/{n}"], now=NOW, **options)
+        request, _ = add_request(store, ids=[f"train/{n}"], times=RequestTimes(now=NOW, **options))
         assert request is not None
         return request.received, request.deadline
 
@@ -99,12 +103,12 @@ def test_received_and_deadline(store: Path) -> None:
         ("lies before the receipt", {"days": -1}),
         ("lies in the future", {"received": "2026-05-26"}),
         ("--deadline or --days, not both", {"deadline": "2026-05-26", "days": 3}),
-        ("--ids FILE or --id ID", {"file": Path("x")}),
     ):
         with pytest.raises(UserError, match=message):
             times(5, **options)
-    with pytest.raises(UserError, match="--ids FILE or --id ID"):
-        add_request(store)
+    for given in ({}, {"file": Path("x"), "ids": ["train/5"]}):
+        with pytest.raises(UserError, match="--ids FILE or --id ID"):
+            add_request(store, **given)
     found = {row["request"]: row for row in status(store, now=NOW + datetime.timedelta(hours=18))["pending"]}
     assert found[1]["days_left"] == pytest.approx(29.25)
     assert (found[4]["overdue"], found[4]["days_left"]) == (True, -0.25)
@@ -178,7 +182,7 @@ class Sequences(RuleBasedStateMachine):
     @rule(count=st.integers(1, 4), days=st.integers(0, 60))
     def add(self, count: int, days: int) -> None:
         ids = [self.left.pop() for _ in range(count)]
-        request, _ = add_request(self.folder, ids=ids, days=days)
+        request, _ = add_request(self.folder, ids=ids, times=RequestTimes(days=days))
         assert request is not None
         self.batches[request.number], self.state[request.number] = ids, "open"
 
@@ -292,8 +296,8 @@ class Sequences(RuleBasedStateMachine):
     def rebase(self) -> None:
         with Store.open(self.folder) as opened, pytest.MonkeyPatch.context() as patch:
             unfinished = opened.unfinished()
-            patch.setattr(runner, "load_fitting", lambda checkpoint, source: None)
-            patch.setattr(runner, "save_checkpoint", lambda model, place: place.mkdir())
+            patch.setattr(rebase_module, "load_fitting", lambda checkpoint, source: None)
+            patch.setattr(rebase_module, "save_checkpoint", lambda model, place: place.mkdir())
             if unfinished:
                 with pytest.raises(UserError):
                     rebase(self.folder, "retrain")

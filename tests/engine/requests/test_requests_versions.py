@@ -16,11 +16,13 @@ from engine.jobs.task import Task
 from engine.models.checkpoint import load_checkpoint, save_checkpoint
 from engine.models.predict import Predictions
 from engine.models.slice_stages import Stages, slices_of, tokens_of
-from engine.requests import runner
+from engine.requests.drift import drift_from
 from engine.requests.intake import add_request, init_store
-from engine.requests.runner import abandon_run, rebase
+from engine.requests.rebase import rebase
+from engine.requests.runner import abandon_run
 from engine.requests.status import status
 from engine.requests.store import Store
+from engine.requests.times import RequestTimes
 from engine.run.unlearn import train
 from engine.runtime.files import write_json
 
@@ -70,7 +72,7 @@ def test_drift_is_counted_from_the_last_full_retrain(
     store: Path, digits: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     add_request(store, ids=ids_of(digits, 0, 16))
-    add_request(store, ids=ids_of(digits, 16, 8), days=60)
+    add_request(store, ids=ids_of(digits, 16, 8), times=RequestTimes(days=60))
     count = len(digits.train)
     first, second = run(store, limit=1), run(store)
     assert (first.drift["forgotten"], second.drift["forgotten"]) == (16, 24)
@@ -78,7 +80,7 @@ def test_drift_is_counted_from_the_last_full_retrain(
     assert second.drift["test_kl"] > 0
     evaluator = Task.of_ids(digits, ids_of(digits, 0), spec="x").evaluator({"precision": "fp32"})
     root, version = (evaluator(load_checkpoint(store / "versions" / name)) for name in ("0000", "0002"))
-    expected = runner.drift_from(root.predictions["test"], version.predictions["test"])
+    expected = drift_from(root.predictions["test"], version.predictions["test"])
     assert {key: second.drift[key] for key in expected} == pytest.approx(expected)
     assert status(store)["warnings"] == []
     (warning,) = status(store, max_share=0.09)["warnings"]
@@ -119,7 +121,7 @@ def test_drift_by_hand() -> None:
     labels = np.array([0, 0])
     base = Predictions(np.log(np.array([[0.5, 0.5 - 1e-9], [0.9, 0.1]])), labels)
     version = Predictions(np.log(np.array([[0.25, 0.75], [0.9, 0.1]])), labels)
-    found = runner.drift_from(base, version)
+    found = drift_from(base, version)
     assert found == pytest.approx(
         {
             "test_accuracy": 0.5,

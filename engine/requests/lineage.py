@@ -1,0 +1,48 @@
+"""Access to a store for the commands that change its lineage: one process, one lock, the models' options active."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from engine.data import Source
+from engine.errors import UserError
+from engine.jobs.opening import Opening, current
+from engine.jobs.opening import open_model as load_checkpoint
+from engine.requests.intake import open_data
+from engine.requests.store import Store, locked
+from engine.runtime.process_group import launched
+
+
+def refuse_launcher(command: str) -> None:
+    """Raise UserError under a launcher: each of its ranks would change the lineage."""
+    if launched():
+        raise UserError(f"lethe request {command} is one process; start it without a launcher")
+
+
+@contextlib.contextmanager
+def open_lineage(folder: Path) -> Iterator[Store]:
+    """Lock and open a store; inside, models are opened with the options that `init_store` was given.
+
+    Raises:
+        UserError: There is no store, or another process holds the lock.
+    """
+    with locked(folder), Store.open(folder) as store, Opening.of(store.settings.get("opening")).active():
+        yield store
+
+
+def open_ordered_data(store: Store) -> Source:
+    """Open the data of a store, with labels in the order of version 0's classes."""
+    source = open_data(store)
+    return current().in_order_of(source, load_checkpoint(store.place(0))) if source.train.class_names else source
+
+
+def refuse_unfinished(store: Store) -> None:
+    """Raise UserError if there is a run that has not ended."""
+    run = store.unfinished()
+    if run is not None:
+        raise UserError(
+            f"{store.folder}: the run of version {run.number:04d} has not ended; go on with it by lethe request run, "
+            "or give it up by lethe request run --abandon"
+        )

@@ -1,0 +1,85 @@
+"""Options of a run of deletion requests: those of the store, and what a call gives in their place."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from engine.config import split_options
+from engine.errors import UserError
+from engine.methods import get_method
+from engine.requests.entries import Run
+from engine.requests.intake import absolute
+from engine.requests.store import Store
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of a run, stored with it so that a resumed run has the options that it began with.
+
+    Attributes:
+        method, config: As of `engine.unlearn`.
+        references, gates, require_proof: As of `Overrides`, for the verdict.
+    """
+
+    method: str
+    config: dict[str, Any]
+    references: list[str]
+    gates: str | None
+    require_proof: bool = False
+
+    def check(self) -> None:
+        """Raise UserError if the method does not exist or an option is wrong."""
+        split_options(self.config, get_method(self.method).Config)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Overrides:
+    """Options of one call, in place of the store's; None: the store's.
+
+    Attributes:
+        method: Name of the method.
+        config: Options of `engine.unlearn` that take precedence over the store's.
+        references: Reference models for the verdict; [] are none.
+        gates: File of limits of the verdict.
+        require_proof: Treat INSUFFICIENT EVIDENCE as a FAIL.
+    """
+
+    method: str | None = None
+    config: Mapping[str, Any] | None = None
+    references: Sequence[str] | None = None
+    gates: Path | None = None
+    require_proof: bool = False
+
+    def of_store(self, store: Store) -> Options:
+        """Return the store's settings, replaced by what was given in their place."""
+        settings = store.settings
+        own_gates = str((store.folder / settings["gates"]).resolve()) if settings["gates"] else None
+        return Options(
+            method=self.method or settings["method"],
+            config={**settings["config"], **(self.config or {})},
+            references=settings["references"] if self.references is None else absolute(self.references),
+            gates=str(self.gates.resolve()) if self.gates else own_gates,
+            require_proof=self.require_proof,
+        )
+
+    def of_unfinished(self, run: Run) -> Options:
+        """Return the options of an unfinished run with another verdict's; method and config are kept.
+
+        Raises:
+            UserError: Another method or other options of it were given.
+        """
+        options = Options(**run.options)
+        if self.method not in (None, options.method) or {**options.config, **(self.config or {})} != options.config:
+            raise UserError(
+                f"the run of version {run.number:04d} has not ended and has another method or other options; leave "
+                "--method and --set out to go on with it, or give it up by --abandon"
+            )
+        return dataclasses.replace(
+            options,
+            references=options.references if self.references is None else absolute(self.references),
+            gates=str(self.gates.resolve()) if self.gates else options.gates,
+            require_proof=options.require_proof or self.require_proof,
+        )
