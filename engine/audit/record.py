@@ -39,46 +39,33 @@ request's file or class and the digest of the forget set, and report.html shows 
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import hmac
 import json
 import os
-import re
-import stat
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.audit.signature import checker, signer
+from engine.audit.record_format import (
+    FIRST,
+    FORMAT,
+    IDS,
+    KINDS,
+    RECORD,
+    SALT,
+    can_be_covered,
+    covered_files,
+    digest,
+    encode,
+    file_problem,
+    is_deep,
+    read_document,
+    signed_message,
+)
+from engine.audit.signature import signer
 from engine.errors import UserError
 from engine.runtime.files import replacing, sha256
-
-RECORD, SALT, IDS = "record.json", "record.salt", "record.ids"
-KINDS = ("request", "data", "code", "environment", "config", "weights", "metrics", "events", "files", "verdict")
-
-_FORMAT = 2
-_FIRST = "0" * 64
-_HASH = re.compile("[0-9a-f]{64}")
-_NAME = re.compile("[A-Za-z0-9][A-Za-z0-9._-]{0,199}")  # of a file in the run folder itself
-# The keys of each object and the types of their values.
-_SHAPE = {"entries": (list,), "files": (dict,), "format": (int,), "head": (str,), "signature": (dict, type(None))}
-_ENTRY = {"number": (int,), "content": (dict,), **dict.fromkeys(("kind", "time", "previous", "sha256"), (str,))}
-_SIGNATURE = {"entries": (int,), **dict.fromkeys(("algorithm", "public_key", "value", "sha256"), (str,))}
-# Largest record in bytes, and its deepest nesting: more than any run writes. A check reads and descends no further.
-_LARGEST = 16 * 2**20
-_DEEPEST = 64
-
-
-def canonical(value: Any) -> bytes:
-    """Return the canonical form of a JSON value, see the top of the file.
-
-    Raises:
-        ValueError: A number is NaN or infinite.
-        TypeError: An object is not a JSON value.
-    """
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
 
 
 class Record:
@@ -106,7 +93,7 @@ class Record:
         Raises:
             UserError: The folder has no record, or the bytes of the record were changed.
         """
-        document, problems = _read(folder)
+        document, problems = read_document(folder)
         if document is None or problems:
             raise UserError(f"{folder}: {problems[0]}; `lethe verify-record {folder}` lists all that is wrong")
         return cls(document["entries"], document["signature"])
@@ -128,11 +115,11 @@ class Record:
             "kind": kind,
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "content": json.loads(json.dumps(content, allow_nan=False)),  # as read back: keys are text, no tuples
-            "previous": self.entries[-1]["sha256"] if self.entries else _FIRST,
+            "previous": self.entries[-1]["sha256"] if self.entries else FIRST,
         }
-        if _is_deep({"entries": [entry]}):
+        if is_deep({"entries": [entry]}):
             raise ValueError(f"record: the content of {kind!r} is nested too deeply; flatten it")
-        self.entries.append({**entry, "sha256": _digest(entry)})
+        self.entries.append({**entry, "sha256": digest(entry)})
 
     def seal(self, folder: Path, files: Sequence[str] = (), key: Path | None = None) -> None:
         """Add the hashes of files, sign the head, and write record.json.
@@ -150,21 +137,19 @@ class Record:
             UserError: The key cannot sign, or the record is too large.
         """
         if files:
-            if odd := [name for name in files if not _can_be_covered(name)]:
+            if odd := [name for name in files if not can_be_covered(name)]:
                 raise ValueError(f"record: {odd[0]!r} is not the name of a file that can be covered")
             self.append("files", {"sha256": {name: sha256(folder / name) for name in files}})
         if key is not None:
             self.signature = _sign(self.entries, key)
         document = {
-            "format": _FORMAT,
+            "format": FORMAT,
             "entries": self.entries,
-            "files": _files(self.entries),
+            "files": covered_files(self.entries),
             "head": self.entries[-1]["sha256"],
             "signature": self.signature,
         }
-        data = canonical(document) + b"\n"
-        if len(data) > _LARGEST:
-            raise UserError(f"{folder / RECORD} would have {len(data):,} bytes, more than {_LARGEST:,}; record less")
+        data = encode(document, folder / RECORD)
         with replacing(folder / RECORD) as temporary:
             temporary.write_bytes(data)
 
@@ -187,82 +172,6 @@ def append_to_record(
     record = Record.open(Path(folder))
     record.append(kind, content)
     record.seal(Path(folder), files, key)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RecordCheck:
-    """Result of the check of a record, with a summary of its contents.
-
-    If the record cannot be read, entries, files and head are empty, and signature and salt are "none".
-
-    Attributes:
-        problems: One line for each problem; empty: the record is intact.
-        entries: (number, kind, time) of each entry.
-        files: SHA-256 of each file that the record covers, by name.
-        head: Hash of the last entry.
-        signature: none | unchecked (no public key was given) | valid | invalid.
-        salt: present | destroyed | none (no ids, or ids in plain text).
-    """
-
-    problems: list[str]
-    entries: list[tuple[int, str, str]]
-    files: dict[str, str]
-    head: str
-    signature: str
-    salt: str
-
-    def to_dict(self) -> dict[str, Any]:
-        entries = [dict(zip(("number", "kind", "time"), entry, strict=True)) for entry in self.entries]
-        return {"intact": not self.problems, **dataclasses.asdict(self), "entries": entries}
-
-
-def verify_record(folder: Path, public_key: Path | None = None) -> list[str]:
-    """Check a record and the files that it covers.
-
-    Args:
-        folder: Run folder.
-        public_key: PEM file of an Ed25519 public key; the whole record must then be signed by its holder. None: the
-            signature is not checked.
-
-    Returns:
-        One line for each problem; empty if the record is intact.
-
-    Raises:
-        UserError: The folder has no record, or there is no such key. The contents of a record or a file raise nothing.
-    """
-    return check_record(folder, public_key).problems
-
-
-def check_record(folder: Path, public_key: Path | None = None) -> RecordCheck:
-    """Check a record as `verify_record`, and return the problems with a summary of the record's contents."""
-    folder = Path(folder)
-    is_valid = None if public_key is None else checker(public_key)
-    document, problems = _read(folder)
-    if document is None:
-        return RecordCheck(problems=problems, entries=[], files={}, head="", signature="none", salt="none")
-    entries = document["entries"]
-    files = _files(entries)  # not document["files"]: the names of the entries were checked
-    for name, expected in sorted(files.items()):
-        if problem := _file_problem(folder / name, expected):
-            problems.append(f"{name}: {problem}")
-    salt, salt_digest = "none", _salt_digest(entries)
-    if salt_digest is not None:
-        salt = "present" if os.path.lexists(folder / SALT) else "destroyed"
-        if salt == "present" and (problem := _file_problem(folder / SALT, salt_digest)):
-            problems.append(f"{SALT}: {problem}")
-    state = "none" if document["signature"] is None else "unchecked"
-    if is_valid is not None:
-        problem = _signature_problem(document, is_valid)
-        problems += [f"{RECORD}: {problem}"] if problem else []
-        state = "invalid" if problem else "valid"
-    return RecordCheck(
-        problems=problems,
-        entries=[(entry["number"], _shown(entry["kind"]), _shown(entry["time"])) for entry in entries],
-        files=files,
-        head=_shown(document["head"]),
-        signature=state,
-        salt=salt,
-    )
 
 
 def recorded(folder: Path, kind: str) -> dict[str, Any] | None:
@@ -301,197 +210,19 @@ def contains(folder: Path, sample_id: str) -> bool:
         raise UserError(f"{folder / RECORD} does not say which ids were asked for")
     listed = ids.get("forget")
     if listed is None:
-        if problem := _file_problem(folder / IDS, _files(entries).get(IDS, "")):
+        if problem := file_problem(folder / IDS, covered_files(entries).get(IDS, "")):
             raise UserError(f"{folder / IDS} {problem}; restore it")
         listed = json.loads((folder / IDS).read_bytes())["forget"]
     if ids.get("form") == "plain":
         return sample_id in listed
-    if problem := _file_problem(folder / SALT, str(ids.get("salt_sha256"))):
+    if problem := file_problem(folder / SALT, str(ids.get("salt_sha256"))):
         raise UserError(
             f"{folder / SALT} {problem}; without the salt of this record nobody can tell which ids it means"
         )
     return hashed_ids([sample_id], (folder / SALT).read_bytes())[0] in listed
 
 
-def _digest(value: Any) -> str:
-    return hashlib.sha256(canonical(value)).hexdigest()
-
-
-def _files(entries: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    files: dict[str, str] = {}
-    for entry in entries:
-        if entry["kind"] == "files":
-            files.update(entry["content"]["sha256"])
-    return files
-
-
-def _salt_digest(entries: Sequence[Mapping[str, Any]]) -> str | None:
-    found = (entry["content"].get("ids") for entry in entries if entry["kind"] == "request")
-    digests = (ids.get("salt_sha256") for ids in found if isinstance(ids, dict))
-    return next((digest for digest in digests if isinstance(digest, str)), None)
-
-
-def _can_be_covered(name: str) -> bool:
-    # Not the salt: a record must pass the check without it.
-    return bool(_NAME.fullmatch(name)) and name not in (RECORD, SALT)
-
-
-def _read(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
-    """Return (record, problems of its bytes); the record is None if the file cannot be read as one."""
-    path = folder / RECORD
-    if not os.path.lexists(path):
-        raise UserError(f"{folder} holds no {RECORD}; name a folder that `lethe unlearn` or `lethe train` wrote")
-    try:
-        if problem := _irregular(path):
-            return None, [f"{RECORD}: {problem}"]
-        if path.stat().st_size > _LARGEST:
-            return None, [f"{RECORD}: is larger than any record"]
-        data = path.read_bytes()
-    except OSError as error:
-        return None, [f"{RECORD}: cannot be read ({error.strerror})"]
-    try:
-        document = json.loads(data.decode("ascii"))
-        if _is_deep(document):
-            return None, [f"{RECORD}: is nested more deeply than any record"]
-        form = canonical(document) + b"\n"
-    except (ValueError, RecursionError) as error:
-        return None, [f"{RECORD}: is not canonical JSON ({_shown(str(error))})"]
-    if problem := _misshapen(document):
-        return None, [f"{RECORD}: {problem}"]
-    problems = _broken_links(document)
-    if form != data:
-        problems.append(
-            f"{RECORD}: is not in canonical form: white space, the order of keys or the spelling of a value was "
-            "changed, or a key stands there twice"
-        )
-    return document, problems
-
-
-def _is_deep(value: Any) -> bool:
-    """Return whether containers are nested more than `_DEEPEST` deep; without recursion, which could fail."""
-    level = [value]
-    for _ in range(_DEEPEST):
-        if not level:
-            return False
-        objects = [inner for outer in level if isinstance(outer, dict) for inner in outer.values()]
-        level = [*objects, *(inner for outer in level if isinstance(outer, list) for inner in outer)]
-    return bool(level)
-
-
-def _misshapen(document: Any) -> str:
-    """Return why a JSON value is not a record whose hashes can be checked; empty if it is one."""
-    if problem := _unlike(document, _SHAPE):
-        return problem
-    if document["format"] != _FORMAT:
-        return f"has format {_shown(document['format'])}, expected {_FORMAT}"
-    if not document["entries"]:
-        return "has no entries"
-    for number, entry in enumerate(document["entries"], 1):
-        if problem := _unlike(entry, _ENTRY):
-            return f"entry {number} {problem}"
-        if entry["kind"] == "files" and not _is_file_list(entry["content"].get("sha256")):
-            return f"entry {number} (files) is not a list of files and their hashes"
-    signature = document["signature"]
-    if signature is not None and (problem := _unlike(signature, _SIGNATURE)):
-        return f"signature {problem}"
-    return ""
-
-
-def _unlike(value: Any, shape: Mapping[str, tuple[type, ...]]) -> str:
-    """Return why a value is not an object of exactly these keys, with values of these types; empty if it is."""
-    if not isinstance(value, dict):
-        return "is not an object"
-    for key in sorted({*shape, *value}):
-        if key not in value:
-            return f"has no key {key!r}"
-        if key not in shape:
-            return f"has a key {_shown(repr(key))} that does not belong there"
-        if type(value[key]) not in shape[key]:  # the exact type: for isinstance, true is an int
-            return f"has another type of {key!r} than {shape[key][0].__name__}"
-    return ""
-
-
-def _is_file_list(value: Any) -> bool:
-    return isinstance(value, dict) and all(
-        _can_be_covered(name) and isinstance(digest, str) and _HASH.fullmatch(digest) for name, digest in value.items()
-    )
-
-
-def _broken_links(document: Mapping[str, Any]) -> list[str]:
-    """Return one line for each hash of a well-formed record that does not fit its content."""
-    problems = []
-    previous = _FIRST
-    for number, entry in enumerate(document["entries"], 1):
-        name = f"{RECORD}: entry {number} ({_shown(entry['kind'])})"
-        if not _fits_its_hash(entry):
-            problems.append(f"{name} was changed: its hash is not that of its content")
-        if entry["number"] != number:
-            problems.append(f"{name} has the number {_shown(entry['number'])}")
-        if entry["previous"] != previous:
-            problems.append(f"{name} does not follow the entry before it")
-        previous = entry["sha256"]
-    if document["head"] != previous:
-        problems.append(f"{RECORD}: head is not the hash of the last entry")
-    if document["files"] != _files(document["entries"]):
-        problems.append(f"{RECORD}: files are not those of its entries")
-    if document["signature"] is not None and not _fits_its_hash(document["signature"]):
-        problems.append(f"{RECORD}: signature was changed: its hash is not that of its content")
-    return problems
-
-
-def _fits_its_hash(value: Mapping[str, Any]) -> bool:
-    return _digest({key: inner for key, inner in value.items() if key != "sha256"}) == value["sha256"]
-
-
-def _irregular(path: Path) -> str:
-    """Return why a path is not a regular file; empty if it is.
-
-    A symbolic link is not accepted: its target may change without a change of the folder.
-    """
-    mode = path.lstat().st_mode
-    if stat.S_ISLNK(mode):
-        return "is a symbolic link, not a file"
-    return "" if stat.S_ISREG(mode) else "is not a file"
-
-
-def _file_problem(path: Path, expected: str) -> str:
-    try:
-        if problem := _irregular(path):
-            return problem
-        return "" if sha256(path) == expected else "was changed: its hash is not the one recorded"
-    except FileNotFoundError:
-        return "is missing"
-    except OSError as error:
-        return f"cannot be read ({error.strerror})"
-
-
-def _shown(value: Any) -> str:
-    """Return untrusted text for a terminal: at most 80 characters, without control characters."""
-    text = re.sub("[^ -~]", "?", value if isinstance(value, str) else repr(value))
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _message(entries: int, head: str) -> bytes:
-    """Return the bytes that are signed. The head stands for all entries up to its own."""
-    return b"lethe record\n" + canonical({"entries": entries, "format": _FORMAT, "head": head})
-
-
 def _sign(entries: Sequence[Mapping[str, Any]], key: Path) -> dict[str, Any]:
-    value, public_key = signer(key)(_message(len(entries), entries[-1]["sha256"]))
+    value, public_key = signer(key)(signed_message(len(entries), entries[-1]["sha256"]))
     signature = {"algorithm": "Ed25519", "entries": len(entries), "public_key": public_key, "value": value}
-    return {**signature, "sha256": _digest(signature)}  # damage to it is detected without a public key too
-
-
-def _signature_problem(document: Mapping[str, Any], is_valid: Callable[[bytes, str], bool]) -> str:
-    """Return why the whole record is not signed by the holder of the key; empty if it is."""
-    signature, entries = document["signature"], document["entries"]
-    if signature is None:
-        return "carries no signature"
-    count = signature["entries"]
-    if not 1 <= count <= len(entries):
-        return f"signature is over {_shown(count)} entries, and there are {len(entries)}"
-    if not is_valid(_message(count, entries[count - 1]["sha256"]), signature["value"]):
-        return "signature is not one of this record by the holder of this key"
-    if count < len(entries):
-        return f"signature is over entries 1 to {count}; the {len(entries) - count} after them are not signed"
-    return ""
+    return {**signature, "sha256": digest(signature)}  # damage to it is detected without a public key too

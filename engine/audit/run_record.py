@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from engine._version import __version__
-from engine.audit.record import IDS, SALT, Record, canonical, hashed_ids, recorded, verify_record
+from engine.audit.record import Record, hashed_ids, recorded
+from engine.audit.record_check import verify_record
+from engine.audit.record_format import IDS, SALT, canonical
 from engine.audit.signature import signer
 from engine.config import read_yaml
 from engine.core.result import UnlearnResult

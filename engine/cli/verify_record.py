@@ -26,7 +26,7 @@ def verify_record(
     Any changed byte of record.json, or of a file that it covers, is found. Without --public-key that does not hold
     against somebody who computed every later hash anew.
     """
-    from engine.audit.record import check_record
+    from engine.audit.record_check import check_record
     from engine.cli.console import console
 
     check = check_record(folder, public_key)

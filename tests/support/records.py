@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from engine.audit.record import RECORD, Record
+from engine.audit.record import Record
+from engine.audit.record_format import RECORD
 
 
 def made(folder: Path, key: Path | None = None) -> Path:

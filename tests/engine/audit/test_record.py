@@ -15,17 +15,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from records import digest, forge, made, make_keys, overwrite, read
 
-from engine.audit.record import (
-    RECORD,
-    SALT,
-    Record,
-    append_to_record,
-    canonical,
-    check_record,
-    contains,
-    recorded,
-    verify_record,
-)
+from engine.audit.record import Record, append_to_record, contains, recorded
+from engine.audit.record_check import check_record, verify_record
+from engine.audit.record_format import RECORD, SALT, canonical
 from engine.errors import UserError
 
 
@@ -188,11 +180,11 @@ def test_true_is_no_number(small: Path) -> None:
 
 
 def test_no_record_is_larger_than_a_checker_reads(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.audit.record._LARGEST", (small / RECORD).stat().st_size)
+    monkeypatch.setattr("engine.audit.record_format.LARGEST", (small / RECORD).stat().st_size)
     with pytest.raises(UserError, match="record less"):
         append_to_record(small, "verdict", {})
     assert verify_record(small) == []
-    monkeypatch.setattr("engine.audit.record._LARGEST", (small / RECORD).stat().st_size - 1)
+    monkeypatch.setattr("engine.audit.record_format.LARGEST", (small / RECORD).stat().st_size - 1)
     assert verify_record(small) == [f"{RECORD}: is larger than any record"]
 
 

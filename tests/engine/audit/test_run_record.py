@@ -19,18 +19,9 @@ from records import digest, made, make_keys, overwrite, read
 from toys import few, tiny_vit
 
 from engine.audit import run_record
-from engine.audit.record import (
-    IDS,
-    RECORD,
-    SALT,
-    Record,
-    append_to_record,
-    canonical,
-    check_record,
-    contains,
-    recorded,
-    verify_record,
-)
+from engine.audit.record import Record, append_to_record, contains, recorded
+from engine.audit.record_check import check_record, verify_record
+from engine.audit.record_format import IDS, RECORD, SALT, canonical
 from engine.audit.run_record import RecordOptions, code
 from engine.cli import app as cli
 from engine.data import ForgetRequest, Samples, open_source

@@ -12,7 +12,8 @@ import torch
 from command_line import Lethe, one_line
 from toys import tiny_vit
 
-from engine.audit.record import recorded, verify_record
+from engine.audit.record import recorded
+from engine.audit.record_check import verify_record
 from engine.cli import app as cli
 from engine.jobs.task import Task
 from engine.jobs.train import train_job

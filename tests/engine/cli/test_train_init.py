@@ -13,7 +13,8 @@ from command_line import invoke as lethe
 from toys import few, tiny_vit
 
 import engine
-from engine.audit.record import recorded, verify_record
+from engine.audit.record import recorded
+from engine.audit.record_check import verify_record
 from engine.config import read_yaml
 from engine.data import Source, open_source
 from engine.errors import UserError

@@ -13,7 +13,8 @@ import torch
 from command_line import Lethe, one_line
 from toys import few, tiny_vit
 
-from engine.audit.record import recorded, verify_record
+from engine.audit.record import recorded
+from engine.audit.record_check import verify_record
 from engine.data import BadImageError, Samples, open_source
 from engine.data.readable import bad_images
 from engine.errors import RunStopped, UserError

@@ -18,7 +18,8 @@ from torch import Tensor
 from toys import few, tiny_vit
 from typer.testing import CliRunner, Result
 
-from engine.audit.record import recorded, verify_record
+from engine.audit.record import recorded
+from engine.audit.record_check import verify_record
 from engine.cli.app import app
 from engine.core.result import UnlearnResult
 from engine.data import Samples, open_source
