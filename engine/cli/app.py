@@ -19,27 +19,25 @@ from engine.cli.import_checkpoint import import_checkpoint
 from engine.cli.opening import named_references, takes_models
 from engine.cli.options import (
     RANK,
-    Architecture,
     Checkpoint,
     ConfigFile,
     Data,
-    DeepSpeed,
     Forget,
     Json,
+    MethodName,
     ModelArgs,
     OnBadImage,
     Out,
-    Overwrite,
     Reference,
-    Resume,
+    RunFolderOptions,
     Settings,
-    Sign,
+    WeightFile,
     Weights,
     check_free,
-    checkpoint_sources,
     join_ranks,
     run_options,
     takes_data,
+    takes_groups,
     write_json_file,
 )
 from engine.cli.plan import plan
@@ -100,6 +98,7 @@ def demo(
 
 
 @app.command()
+@takes_groups
 @takes_data
 @takes_models("preprocessing")
 def train(
@@ -143,13 +142,9 @@ def train(
     model_arg: ModelArgs = None,
     weights: Weights = None,
     settings: Settings = None,
-    deepspeed: DeepSpeed = None,
-    sign: Sign = None,
-    on_bad_image: OnBadImage = None,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    json_file: Json = None,
     *,
+    run: RunFolderOptions,
+    json_file: Json = None,
     opening: Opening,
 ) -> None:
     """Trains a model, from fresh weights or from --init; with --forget, the retrained reference for those samples."""
@@ -161,7 +156,7 @@ def train(
     from engine.jobs.train import train_job
     from engine.run.folder import check_apart
 
-    options = {**run_options(settings, on_bad_image), "epochs": epochs, "seed": seed}
+    options = {**run_options(settings, run.on_bad_image), "epochs": epochs, "seed": seed}
     join_ranks(options)
     check_apart(out, [init] if init else [])
     start = Start(init, arch, model_arg, weights, sliced)
@@ -178,12 +173,12 @@ def train(
             task=task,
             method="s3t" if sliced else "retrain",
             config=options,
-            resume=resume,
-            overwrite=overwrite,
+            resume=run.resume,
+            overwrite=run.overwrite,
             progress=progress,
-            deepspeed=deepspeed,
+            deepspeed=run.deepspeed,
             notes={**notes, **facts},
-            record=RecordOptions(key=sign),
+            record=RecordOptions(key=run.sign),
         )
     samples = task.retain if task else source.train
     accuracy = {"train": result.accuracy(samples), "test": result.accuracy(source.test)}
@@ -195,6 +190,7 @@ def train(
 
 
 @app.command()
+@takes_groups
 @takes_data
 @takes_models()
 def unlearn(
@@ -202,20 +198,14 @@ def unlearn(
     data: Data,
     forget: Forget,
     out: Out,
-    method: Annotated[str, typer.Option(help="One of `lethe methods`.")] = "lethe",
+    method: MethodName = "lethe",
     settings: Settings = None,
     config: ConfigFile = None,
     reference: Reference = None,
-    arch: Architecture = None,
-    model_arg: ModelArgs = None,
-    weights: Weights = None,
-    deepspeed: DeepSpeed = None,
-    sign: Sign = None,
-    on_bad_image: OnBadImage = None,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    json_file: Json = None,
     *,
+    files: WeightFile,
+    run: RunFolderOptions,
+    json_file: Json = None,
     opening: Opening,
 ) -> None:
     """Makes a trained model forget samples; writes the new checkpoint, metrics.json, record.json and report.html.
@@ -230,10 +220,10 @@ def unlearn(
     from engine.jobs.unlearn import run_job
     from engine.methods import get_method
 
-    options = {**(read_yaml(config) if config else {}), **run_options(settings, on_bad_image)}
+    options = {**(read_yaml(config) if config else {}), **run_options(settings, run.on_bad_image)}
     split_options(options, get_method(method).Config)  # an unknown option is an error now
     join_ranks(options)
-    sources = checkpoint_sources([checkpoint, *(reference or [])], arch, model_arg, weights)
+    sources = files.sources([checkpoint, *(reference or [])])
     source, references = sources[0] or checkpoint, [each for each in sources[1:] if each]
     task = Task.open(data, forget)
     if task.request.duplicates:
@@ -248,11 +238,11 @@ def unlearn(
             method=method,
             config=options,
             references=references,
-            resume=resume,
-            overwrite=overwrite,
+            resume=run.resume,
+            overwrite=run.overwrite,
             progress=progress,
-            deepspeed=deepspeed,
-            record=RecordOptions(key=sign, request=looked.entry() if looked else {}),
+            deepspeed=run.deepspeed,
+            record=RecordOptions(key=run.sign, request=looked.entry() if looked else {}),
         )
     print_metrics(outcome.metrics)
     print_seconds(outcome.metrics["seconds"])
@@ -266,6 +256,7 @@ def unlearn(
 
 
 @app.command()
+@takes_groups
 @takes_data
 @takes_models()
 def evaluate(
@@ -276,13 +267,11 @@ def evaluate(
         str | None, typer.Option(help="The model before unlearning, for its row.", show_default=False)
     ] = None,
     reference: Reference = None,
-    arch: Architecture = None,
-    model_arg: ModelArgs = None,
-    weights: Weights = None,
+    *,
+    files: WeightFile,
     settings: Settings = None,
     on_bad_image: OnBadImage = None,
     json_file: Json = None,
-    *,
     opening: Opening,
 ) -> None:
     """Forget, retain and test accuracy, membership inference, and the gap to retrained models."""
@@ -290,7 +279,7 @@ def evaluate(
     from engine.jobs.evaluate import evaluate_models
     from engine.jobs.task import Task
 
-    sources = checkpoint_sources([checkpoint, original, *(reference or [])], arch, model_arg, weights)
+    sources = files.sources([checkpoint, original, *(reference or [])])
     source, before = sources[0] or checkpoint, sources[1]
     references = [each for each in sources[2:] if each]
     options = run_options(settings, on_bad_image)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from engine.cli.opening import takes_models
-from engine.cli.options import Data, Json, Settings, takes_data, write_json_file
+from engine.cli.options import Data, Json, MethodName, ModelArgs, Settings, takes_data, write_json_file
 
 if TYPE_CHECKING:
     from engine.attack.ensemble import EnsembleSpec
@@ -36,21 +36,14 @@ def attack(
             show_default=False,
         ),
     ],
-    method: Annotated[str, typer.Option(help="One of `lethe methods`.")] = "lethe",
+    method: MethodName = "lethe",
     models: Annotated[int, typer.Option(help="K: models with each target, and as many without it.")] = 16,
     cache: Annotated[
         Path, typer.Option(help="Folder of the trained models; those that are there are not trained again.")
     ] = Path("runs/ensemble"),
     workers: Annotated[int, typer.Option(help="Models trained at once; each then has its share of the threads.")] = 1,
     seed: Annotated[int, typer.Option(help="Of the draws; each model and run has a seed of its own above it.")] = 0,
-    model_arg: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="KEY=VALUE",
-            help="Argument of timm.create_model, such as img_size=32 or patch_size=4; repeat for more.",
-            show_default=False,
-        ),
-    ] = None,
+    model_arg: ModelArgs = None,
     settings: Settings = None,
     train_settings: Annotated[
         list[str] | None,

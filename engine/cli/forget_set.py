@@ -9,13 +9,11 @@ import typer
 
 from engine.cli.opening import takes_models
 from engine.cli.options import (
-    Architecture,
     Data,
     Json,
-    ModelArgs,
-    Weights,
-    checkpoint_sources,
+    WeightFile,
     takes_data,
+    takes_groups,
     write_json_file,
 )
 
@@ -26,6 +24,7 @@ if TYPE_CHECKING:
     from engine.jobs.opening import Opening
 
 
+@takes_groups
 @takes_data
 @takes_models()
 def forget_set(
@@ -48,9 +47,8 @@ def forget_set(
             show_default=False,
         ),
     ] = None,
-    arch: Architecture = None,
-    model_arg: ModelArgs = None,
-    weights: Weights = None,
+    *,
+    files: WeightFile,
     share: Annotated[
         float | None, typer.Option(help="Share of the training samples, such as 0.1.", show_default=False)
     ] = None,
@@ -67,7 +65,6 @@ def forget_set(
         ),
     ] = None,
     json_file: Json = None,
-    *,
     opening: Opening,
 ) -> None:
     """Writes a list of training samples to forget, chosen at random or to be hard to forget, and describes it.
@@ -82,7 +79,7 @@ def forget_set(
     require_csv(out)  # an error now, not after the work
     samples, model = open_source(data).train, None
     options = parse_assignments(settings or [])
-    (place,) = checkpoint_sources([checkpoint], arch, model_arg, weights)
+    (place,) = files.sources([checkpoint])
     if place:
         model = opening.model(place)
         samples = opening.check_samples(samples, model, place, data, options)

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from engine.cli.opening import takes_models
-from engine.cli.options import Architecture, Json, ModelArgs, Weights, checkpoint_sources, write_json_file
+from engine.cli.options import Json, WeightFile, takes_groups, write_json_file
 from engine.errors import UserError
 
 if TYPE_CHECKING:
     from engine.jobs.opening import Opening
 
 
+@takes_groups
 @takes_models("preprocessing")
 def import_checkpoint(
     file: Annotated[
@@ -27,9 +28,8 @@ def import_checkpoint(
         ),
     ],
     out: Annotated[Path, typer.Option(help="Checkpoint folder to write.", show_default=False)],
-    arch: Architecture = None,
-    model_arg: ModelArgs = None,
-    weights: Weights = None,
+    *,
+    files: WeightFile,
     label_names: Annotated[
         Path | None,
         typer.Option(
@@ -39,7 +39,6 @@ def import_checkpoint(
         ),
     ] = None,
     json_file: Json = None,
-    *,
     opening: Opening,
 ) -> None:
     """Writes a file of weights as a checkpoint folder (config.json, model.safetensors), which every command opens.
@@ -54,7 +53,7 @@ def import_checkpoint(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: exists already; name a new folder")
     names = read_label_names(label_names) if label_names else []
-    (source,) = checkpoint_sources([file], arch, model_arg, weights)
+    (source,) = files.sources([file])
     model = load_checkpoint(source or file)
     if names:
         with_label_names(model, names, f"--label-names {label_names}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import os
@@ -63,6 +64,7 @@ Checkpoint = Annotated[
         show_default=False,
     ),
 ]
+MethodName = Annotated[str, typer.Option(help="One of `lethe methods`.")]
 Architecture = Annotated[
     str | None,
     typer.Option(
@@ -135,6 +137,33 @@ Sign = Annotated[
 ]
 
 
+@dataclasses.dataclass(frozen=True)
+class WeightFile:
+    """Options of commands that open files of weights, which do not hold how the model is built."""
+
+    arch: Architecture = None
+    model_arg: ModelArgs = None
+    weights: Weights = None
+
+    def sources(self, checkpoints: Sequence[str | None]) -> list[str | None]:
+        """Return checkpoints with these options in their strings, as `load_checkpoint` reads them."""
+        return checkpoint_sources(checkpoints, self.arch, self.model_arg, self.weights)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFolderOptions:
+    """Options of commands that train or unlearn in a run folder."""
+
+    deepspeed: DeepSpeed = None
+    sign: Sign = None
+    on_bad_image: OnBadImage = None
+    resume: Resume = False
+    overwrite: Overwrite = False
+
+
+_GROUPS = (WeightFile, RunFolderOptions)
+
+
 def _can_be_written(path: Path | None) -> Path | None:
     """Raises UserError for a file that cannot be made: before the work whose numbers it is for."""
     if path is not None:
@@ -150,6 +179,32 @@ Json = Annotated[
     Path | None,
     typer.Option("--json", help="Write the numbers to this file too.", show_default=False, callback=_can_be_written),
 ]
+
+
+def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
+    """Replace each parameter of a command that is a group of options, such as `WeightFile`, by its options."""
+    groups: dict[str, type[Any]] = {}
+    parameters = []
+    hints = get_type_hints(command, include_extras=True)
+    for parameter in inspect.signature(command).parameters.values():
+        kind, hint = inspect.Parameter.KEYWORD_ONLY, hints[parameter.name]
+        if hint not in _GROUPS:
+            parameters.append(parameter.replace(kind=kind, annotation=hint))
+            continue
+        groups[parameter.name] = hint
+        own = get_type_hints(hint, include_extras=True)
+        parameters += [
+            inspect.Parameter(field.name, kind, default=field.default, annotation=own[field.name])
+            for field in dataclasses.fields(hint)
+        ]
+
+    @functools.wraps(command)
+    def wrapped(**values: Any) -> None:
+        for name, group in groups.items():
+            values[name] = group(**{field.name: values.pop(field.name) for field in dataclasses.fields(group)})
+        command(**values)
+
+    return _with_parameters(wrapped, parameters)
 
 
 def takes_data(command: Callable[..., None]) -> Callable[..., None]:
@@ -171,9 +226,14 @@ def takes_data(command: Callable[..., None]) -> Callable[..., None]:
         values["data"] = with_options(values["data"], image=image, label=label, classes=classes)
         command(**values)
 
-    wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return wrapped
+    return _with_parameters(wrapped, parameters)
+
+
+def _with_parameters(command: Callable[..., None], parameters: list[inspect.Parameter]) -> Callable[..., None]:
+    """Return a command with the parameters that typer makes options of."""
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
 
 
 def check_free(out: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from engine.cli.options import Json, Settings, write_json_file
+from engine.cli.options import Json, MethodName, Settings, write_json_file
 
 
 def plan(
@@ -25,7 +25,7 @@ def plan(
         typer.Option(help="DeepSpeed JSON: stage, offload and bucket sizes are read from it.", show_default=False),
     ] = None,
     device: Annotated[str, typer.Option(help="cuda, or cpu: then all that a rank holds is counted.")] = "cuda",
-    method: Annotated[str, typer.Option(help="One of `lethe methods`.")] = "lethe",
+    method: MethodName = "lethe",
     batch_size: Annotated[int, typer.Option(help="Samples a micro-batch and GPU.")] = 64,
     accumulation: Annotated[int, typer.Option(help="Micro-batches an optimizer step.")] = 1,
     precision: Annotated[str, typer.Option(help="bf16 or fp32.")] = "bf16",

@@ -9,16 +9,14 @@ import typer
 
 from engine.cli.opening import takes_models
 from engine.cli.options import (
-    Architecture,
     Checkpoint,
     Data,
     Json,
-    ModelArgs,
     Reference,
     Settings,
-    Weights,
-    checkpoint_sources,
+    WeightFile,
     takes_data,
+    takes_groups,
     write_json_file,
 )
 from engine.cli.verify import EXIT
@@ -56,6 +54,7 @@ MaxShare = Annotated[
 
 
 @request_app.command("init")
+@takes_groups
 @takes_data
 @takes_models()
 def init(
@@ -66,11 +65,9 @@ def init(
     settings: Settings = None,
     gates: GatesFile = None,
     reference: Reference = None,
-    arch: Architecture = None,
-    model_arg: ModelArgs = None,
-    weights: Weights = None,
-    max_share: MaxShare = None,
     *,
+    files: WeightFile,
+    max_share: MaxShare = None,
     opening: Opening,
 ) -> None:
     """Makes a store. Version 0 is a copy of the checkpoint, so that the lineage is whole whatever becomes of it."""
@@ -78,7 +75,7 @@ def init(
     from engine.config import parse_assignments
     from engine.requests.intake import MAX_SHARE, init_store
 
-    sources = checkpoint_sources([checkpoint, *(reference or [])], arch, model_arg, weights)
+    sources = files.sources([checkpoint, *(reference or [])])
     checkpoint, *references = [each for each in sources if each is not None]
     init_store(
         store,
@@ -332,18 +329,18 @@ def judge(
 
 
 @request_app.command("rebase")
+@takes_groups
 def rebase(
     store: StoreFolder,
     checkpoint: Checkpoint,
-    arch: Architecture = None,
-    model_arg: ModelArgs = None,
-    weights: Weights = None,
+    *,
+    files: WeightFile,
 ) -> None:
     """Makes a full retrain without the forgotten samples the current version, from which drift is counted anew."""
     from engine.cli.console import console
     from engine.requests.rebase import rebase as add_rebase
 
-    (place,) = checkpoint_sources([checkpoint], arch, model_arg, weights)
+    (place,) = files.sources([checkpoint])
     number, proven = add_rebase(store, place or checkpoint)
     shown = (
         "by its run folder it was trained on exactly the samples that are left"

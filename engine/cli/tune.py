@@ -9,21 +9,20 @@ import typer
 
 from engine.cli.opening import takes_models
 from engine.cli.options import (
-    Architecture,
     Checkpoint,
     ConfigFile,
     Data,
     Forget,
     Json,
-    ModelArgs,
+    MethodName,
     OnBadImage,
     Overwrite,
     Settings,
-    Weights,
+    WeightFile,
     check_free,
-    checkpoint_sources,
     run_options,
     takes_data,
+    takes_groups,
     write_json_file,
 )
 
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
 _PARTS = ("forget", "membership", "validation", "retain")
 
 
+@takes_groups
 @takes_data
 @takes_models()
 def tune(
@@ -41,7 +41,7 @@ def tune(
     data: Data,
     forget: Forget,
     out: Annotated[Path, typer.Option(help="Folder of the study and of best.yaml.", show_default=False)],
-    method: Annotated[str, typer.Option(help="One of `lethe methods`.")] = "lethe",
+    method: MethodName = "lethe",
     trials: Annotated[
         int | None,
         typer.Option(help="How many sets of options to try, in all; 20 without --seconds.", show_default=False),
@@ -49,16 +49,14 @@ def tune(
     seconds: Annotated[
         float | None, typer.Option(help="How long the search may take, in all.", show_default=False)
     ] = None,
-    arch: Architecture = None,
-    model_arg: ModelArgs = None,
-    weights: Weights = None,
+    *,
+    files: WeightFile,
     settings: Settings = None,
     config: ConfigFile = None,
     on_bad_image: OnBadImage = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the study in --out.")] = False,
     overwrite: Overwrite = False,
     json_file: Json = None,
-    *,
     opening: Opening,
 ) -> None:
     """Chooses a method's options by trials on held-out samples, without a retrained model; writes best.yaml.
@@ -73,7 +71,7 @@ def tune(
     from engine.tuning import tune as search
 
     options = {**(read_yaml(config) if config else {}), **run_options(settings, on_bad_image)}
-    (place,) = checkpoint_sources([checkpoint], arch, model_arg, weights)
+    (place,) = files.sources([checkpoint])
     place = place or checkpoint
     task, _ = opening.prepare(Task.open(data, forget), place, {}, options)
 

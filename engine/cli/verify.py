@@ -9,19 +9,17 @@ import typer
 
 from engine.cli.opening import named_references, takes_models
 from engine.cli.options import (
-    Architecture,
     Checkpoint,
     Data,
     Forget,
-    ModelArgs,
     OnBadImage,
     Reference,
     Settings,
     Sign,
-    Weights,
-    checkpoint_sources,
+    WeightFile,
     run_options,
     takes_data,
+    takes_groups,
     write_json_file,
 )
 from engine.errors import ExitCode, UserError
@@ -37,6 +35,7 @@ EXIT = {
 }
 
 
+@takes_groups
 @takes_data
 @takes_models()
 def verify(
@@ -45,9 +44,8 @@ def verify(
     forget: Forget,
     original: Annotated[str, typer.Option(help="The model before unlearning.", show_default=False)],
     reference: Reference = None,
-    arch: Architecture = None,
-    model_arg: ModelArgs = None,
-    weights: Weights = None,
+    *,
+    files: WeightFile,
     gates: Annotated[
         Path | None,
         typer.Option(help="YAML file of gates that are tighter than the defaults.", show_default=False),
@@ -72,7 +70,6 @@ def verify(
             show_default=False,
         ),
     ] = None,
-    *,
     opening: Opening,
 ) -> None:
     """Is it forgotten? PASS (exit 0), FAIL (1) or INSUFFICIENT EVIDENCE (3), with the reason of each gate."""
@@ -91,7 +88,7 @@ def verify(
     elif sign:
         raise UserError(f"--sign {sign}: what is signed is the record; give --record too")
     _make_room({"--json": json_file, "--html": html_file})
-    sources = checkpoint_sources([checkpoint, original, *(reference or [])], arch, model_arg, weights)
+    sources = files.sources([checkpoint, original, *(reference or [])])
     checkpoint, original, *references = [each for each in sources if each is not None]
     task = Task.open(data, forget)
     options: dict[str, Any] = {"gates": gates, "config": run_options(settings, on_bad_image)}
