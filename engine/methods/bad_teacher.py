@@ -96,7 +96,7 @@ class BadTeacher(Distillation):
         if not self.needs_original(phase, prepared=True):
             self._untrained = None  # all its outputs are cached
 
-    def taught(self, batch: Batch, phase: Phase) -> Tensor:
+    def teacher_forward(self, batch: Batch, phase: Phase) -> Tensor:
         # The original runs on every image, so that ranks that share its weights make the same calls.
         logits = outputs(self.context.original, batch.images)
         return torch.where(self._to_forget(batch)[:, None], outputs(self.untrained, batch.images), logits)

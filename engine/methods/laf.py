@@ -169,13 +169,13 @@ class Laf(Distillation):
         )
         return [phase for phase in (forget, repair) if phase.epochs > 0]
 
-    def teachers_run(self, phase: Phase) -> bool:
+    def uses_teachers(self, phase: Phase) -> bool:
         return phase.name == "forget"
 
     def needs_original(self, phase: Phase, prepared: bool) -> bool:
         return phase.name == "forget"  # for the paired retain samples, few of which occur twice
 
-    def taught(self, batch: Batch, phase: Phase) -> Tensor:
+    def teacher_forward(self, batch: Batch, phase: Phase) -> Tensor:
         return outputs(self.context.original, batch.images, "features")
 
     def passes(self, phases: list[Phase], number: int, taken: StepCounts) -> list[ExtraPasses]:
@@ -191,8 +191,9 @@ class Laf(Distillation):
             return
         context, config = self.context, self.config
         some = evenly_spaced(context.retain, config.vae_samples, "for the autoencoder")
-        (retained,) = context.loader(some, "none").rows(lambda batch: (self._teacher_outputs(batch, phase),))
-        for which, features in (("forget", self._rows["forget"]), ("retain", retained)):
+        (forgotten,) = self._cache["forget"]
+        (retained,) = context.loader(some, "none").rows(lambda batch: self.run_teachers(batch, phase))
+        for which, features in (("forget", forgotten), ("retain", retained)):
             self._autoencoders[which] = fitted(
                 features.to(context.device), config.latent, config.vae_epochs, context.run.seed
             )
@@ -228,7 +229,8 @@ class Laf(Distillation):
 
     def paired_loss(self, model: nn.Module, batch: Batch, phase: Phase) -> dict[str, Tensor]:
         features = outputs(model, batch.images, "features").float()
-        away = 1 - F.cosine_similarity(features, self._teacher_outputs(batch, phase))
+        (original,) = self.run_teachers(batch, phase)
+        away = 1 - F.cosine_similarity(features, original)
         return {
             "retain_extraction": extraction(self._autoencoders["retain"], features).mean(),
             "retain_alignment": self.config.alignment * away.mean(),

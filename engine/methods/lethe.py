@@ -27,11 +27,12 @@ import torch
 from torch import Tensor, nn
 
 from engine.config import positive_or_null, require
-from engine.core.method import Context, Method, register
+from engine.core.method import Context, register
 from engine.core.phase import ExtraPasses, Phase, StepCounts
 from engine.core.search_space import Range, rate, tunable
 from engine.data import Batch
 from engine.errors import UserError
+from engine.methods.common.cached_teachers import CachedTeachers
 from engine.methods.finetune import RETAIN_LR_PER_WIDTH
 from engine.models.attention_masking import HeadFusion, MaskSource, count_masked, mask_and_outputs, random_masks
 from engine.models.losses import cross_entropy
@@ -92,11 +93,12 @@ class LetheConfig:
 
 
 @register
-class Lethe(Method):
+class Lethe(CachedTeachers):
     name = "lethe"
     summary = "LetheViT: contrast on attention-masked forget images, then repair on the retained ones"
     Config = LetheConfig
     needs = frozenset({"logits", "attention"})
+    cache_names = ("positives", "negatives")
 
     def __init__(self, config: LetheConfig, context: Context) -> None:
         super().__init__(config, context)
@@ -106,7 +108,6 @@ class Lethe(Method):
                 f"{context.run.accumulation_steps} splits a step; use negatives=paired, or a larger batch_size"
             )
         self.k = count_masked(context.patches, config.mask_share)
-        self._cache: tuple[Tensor, Tensor] | None = None
         self._fill: Tensor | None = None
         self._by_tokens = supports_tokens(context.original)
         self._token: Tensor | None = None
@@ -141,32 +142,17 @@ class Lethe(Method):
             ExtraPasses(name="masks and teacher outputs", images=images, forward=2, rollouts=rollouts, kind="teacher")
         ]
 
-    def prepare(self, phase: Phase) -> None:
-        if phase.name != "forget" or self.config.augment_forget:
-            return
-        positives, negatives = self.context.loader(self.context.forget, "none").rows(self.teacher)
-        self._cache = positives, negatives
+    def uses_teachers(self, phase: Phase) -> bool:
+        return phase.name == "forget"
 
-    def cache_state(self, phase: Phase) -> dict[str, Tensor]:
-        if phase.name != "forget" or self._cache is None:
-            return {}
-        return {"positives": self._cache[0], "negatives": self._cache[1]}
-
-    def load_cache_state(self, phase: Phase, prepared: dict[str, Tensor]) -> None:
-        if prepared:
-            self._cache = prepared["positives"], prepared["negatives"]
-
-    def needs_original(self, phase: Phase, prepared: bool) -> bool:
-        return phase.name == "forget" and (self.config.augment_forget or not prepared)
+    def run_teachers(self, batch: Batch, phase: Phase) -> tuple[Tensor, ...]:
+        return self.teacher(batch)
 
     def loss(self, model: nn.Module, batch: Batch, phase: Phase) -> dict[str, Tensor]:
         if phase.name == "retain":
             return {"retain_ce": cross_entropy(model, batch)}
         config = self.config
-        if self._cache is None:
-            positives, negatives = self.teacher(batch)
-        else:
-            positives, negatives = (cached[batch.index].to(batch.images.device) for cached in self._cache)
+        positives, negatives = self.teacher_outputs(batch, phase)
         loss = info_nce(
             outputs(model, batch.images, config.contrast).float(),
             positives,

@@ -119,7 +119,7 @@ class Lotus(Distillation):
         super().load_cache_state(phase, prepared)
         self._expected = float(prepared["expected"])
 
-    def taught(self, batch: Batch, phase: Phase) -> Tensor:
+    def teacher_forward(self, batch: Batch, phase: Phase) -> Tensor:
         return outputs(self.context.original, batch.images)
 
     def loss(self, model: nn.Module, batch: Batch, phase: Phase) -> dict[str, Tensor]:

@@ -97,10 +97,10 @@ class Scrub(Distillation):
         # Phases of one name are summed in the reported seconds and samples.
         return [forget, retain] * config.forget_epochs + [retain] * (config.retain_epochs - config.forget_epochs)
 
-    def teachers_run(self, phase: Phase) -> bool:
+    def uses_teachers(self, phase: Phase) -> bool:
         return phase.samples == "forget" or self.config.alpha > 0
 
-    def taught(self, batch: Batch, phase: Phase) -> Tensor:
+    def teacher_forward(self, batch: Batch, phase: Phase) -> Tensor:
         return outputs(self.context.original, batch.images)
 
     def loss(self, model: nn.Module, batch: Batch, phase: Phase) -> dict[str, Tensor]:
@@ -141,8 +141,8 @@ class ScrubRewind(Scrub):
         rewind = Phase(name="rewind", samples="forget", epochs=0, lr=0.0, schedule="constant", augment=False)
         return [*super().phases(), rewind]
 
-    def teachers_run(self, phase: Phase) -> bool:
-        return phase.name != "rewind" and super().teachers_run(phase)
+    def uses_teachers(self, phase: Phase) -> bool:
+        return phase.name != "rewind" and super().uses_teachers(phase)
 
     def passes(self, phases: list[Phase], number: int, taken: StepCounts) -> list[ExtraPasses]:
         found = super().passes(phases, number, taken)

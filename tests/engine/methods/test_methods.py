@@ -76,7 +76,7 @@ def test_lethes_first_gradient_pulls_only(train: Samples) -> None:
     method.prepare(phase)
     student, batch = copy.deepcopy(method.context.original).requires_grad_(True), batch_of(method)
     logits = outputs(student, batch.images)
-    push = F.cosine_similarity(logits, method._cache[1][batch.index]).sum()  # type: ignore[attr-defined]
+    push = F.cosine_similarity(logits, method._cache["forget"][1][batch.index]).sum()  # type: ignore[attr-defined]
     (gradient,) = torch.autograd.grad(push, logits)
     assert gradient.abs().max() < 1e-5
     sum(method.loss(student, batch, phase).values()).backward()
