@@ -312,15 +312,15 @@ def train_ensemble(spec: EnsembleSpec, cache: Path, *, workers: int = 1, progres
     began = time.perf_counter()
     with holding(cache):
         opened, parts, jobs = _trainings(spec, cache)
-        answers = in_processes(_member, jobs, workers, "train", progress)
+        results = in_processes(_member, jobs, workers, "train", progress)
     return Ensemble(
         spec,
         opened.targets,
         parts,
-        np.stack([answer[0] for answer in answers]),
+        np.stack([result[0] for result in results]),
         [job.key for job in jobs],
         [job.folder for job in jobs],
-        np.array([answer[1] for answer in answers]),
+        np.array([result[1] for result in results]),
         time.perf_counter() - began,
     )
 

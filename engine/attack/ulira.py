@@ -317,12 +317,12 @@ def unlearn_ensemble(
     with holding(cache):
         results = in_processes(_unlearned, jobs, workers, "unlearn", progress)
     margins = np.full(ensemble.parts.shape, np.nan)
-    for number, (job, answer) in enumerate(zip(jobs, results, strict=True)):
-        margins[number // 2, job.forgotten] = answer["margins"]
+    for number, (job, row) in enumerate(zip(jobs, results, strict=True)):
+        margins[number // 2, job.forgotten] = row["margins"]
     return Unlearned(
         margins,
-        sum(answer["collapsed"] for answer in results),
-        np.array([answer["seconds"] for answer in results]),
+        sum(row["collapsed"] for row in results),
+        np.array([row["seconds"] for row in results]),
         time.perf_counter() - began,
     )
 
@@ -339,12 +339,12 @@ def _unlearned(job: _Unlearning) -> dict[str, Any]:
             config=job.options,
             validation=opened.source.validation,
         )
-        answer = {
+        row = {
             "margins": read_margins(result.model, forget, job.spec.run()).tolist(),
             "collapsed": result.collapsed,
             "seconds": result.seconds["unlearn"],
         }
-        write_json(job.file, answer)
+        write_json(job.file, row)
     return dict(json.loads(job.file.read_text(encoding="utf-8")))
 
 

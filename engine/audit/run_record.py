@@ -68,7 +68,7 @@ class Origin:
     Attributes:
         method: Name of the method.
         samples_sha256: `Samples.fingerprint()` of the retain set.
-        said_by: File that the origin was read from: record.json or config.yaml.
+        source: File that the origin was read from: record.json or config.yaml.
         forgotten: Number of samples of the forget set; 0 for a training.
         data: Spec of the data source.
         before_sha256: `weights_sha256` of the model that was unlearned.
@@ -77,7 +77,7 @@ class Origin:
 
     method: str
     samples_sha256: str
-    said_by: str
+    source: str
     forgotten: int = 0
     data: str | None = None
     before_sha256: str | None = None
@@ -105,10 +105,10 @@ def origin(folder: Path) -> Origin | None:
     if data is not None:
         if problems := verify_record(folder):
             raise UserError(f"{folder}: its record does not hold ({problems[0]}); take a folder that nobody changed")
-        config, said_by = recorded(folder, "config"), "record.json"
+        config, source = recorded(folder, "config"), "record.json"
     elif (folder / "config.yaml").is_file():
         config = data = read_yaml(folder / "config.yaml")
-        said_by = "config.yaml"
+        source = "config.yaml"
     else:
         return None
     config, samples = config or {}, (data or {}).get("samples", {})
@@ -118,7 +118,7 @@ def origin(folder: Path) -> Origin | None:
     return Origin(
         method=method,
         samples_sha256=digest,
-        said_by=said_by,
+        source=source,
         forgotten=int(samples.get("forget", 0)),
         data=(data or {}).get("spec") or config.get("data"),
         before_sha256=(recorded(folder, "weights") or {}).get("before"),

@@ -63,8 +63,8 @@ app = typer.Typer(
 )
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
+def _print_version(requested: bool) -> None:
+    if requested:
         typer.echo(f"lethe {__version__}")
         raise typer.Exit
 
@@ -228,7 +228,7 @@ def unlearn(
     task = Task.open(data, forget)
     if task.request.duplicates:
         console.print(f"{task.request.duplicates} ids were named more than once and merged")
-    task, looked = opening.prepare(task, source, named_references(references), options)
+    task, check = opening.prepare(task, source, named_references(references), options)
     console.print(f"forgetting {len(task.forget)} of {len(task.source.train)} samples of {data} by {method}")
     with progress_bars() as progress:
         outcome = run_job(
@@ -242,7 +242,7 @@ def unlearn(
             overwrite=run.overwrite,
             progress=progress,
             deepspeed=run.deepspeed,
-            record=RecordOptions(key=run.sign, request=looked.entry() if looked else {}),
+            record=RecordOptions(key=run.sign, request=check.entry() if check else {}),
         )
     print_metrics(outcome.metrics)
     print_seconds(outcome.metrics["seconds"])

@@ -81,7 +81,7 @@ def attack(
 
     model = architecture(arch, parse_assignments(model_arg or []), open_source(data))
     opening.changes.apply(model)
-    opening.say_preprocessing(model)
+    opening.print_preprocessing(model)
     options, recipe = parse_assignments(settings or []), parse_assignments(train_settings or [])
     spec = EnsembleSpec(
         data=data,

@@ -32,7 +32,7 @@ def run(command: Callable[[], Any], stderr: Console) -> None:
             if not error.shared:
                 rank = f" (rank {RANK})" if RANK > 0 else ""
                 label = "error" if isinstance(error, UserError) else "stopped"
-                _say(stderr, f"{label}{rank}", str(error))
+                _print_error(stderr, f"{label}{rank}", str(error))
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
             sys.exit(ExitCode.INTERRUPTED)
@@ -41,7 +41,7 @@ def run(command: Callable[[], Any], stderr: Console) -> None:
             sys.exit(ExitCode.CRASH)
 
 
-def _say(stderr: Console, label: str, text: str) -> None:
+def _print_error(stderr: Console, label: str, text: str) -> None:
     stderr.print(f"[bold red]{label}:[/] {escape(text)}", soft_wrap=True, highlight=False)
 
 
@@ -52,14 +52,14 @@ def _report_crash(error: Exception, stderr: Console) -> None:
     what = f"{type(error).__name__}: {first}" if first else type(error).__name__
     if os.environ.get(DEBUG, "0") not in ("", "0"):
         sys.stderr.write(text)
-        _say(stderr, "crash", what)
+        _print_error(stderr, "crash", what)
         return
     for folder in filter(None, (getattr(error, "run_folder", None), tempfile.gettempdir())):
         name = f"crash-{os.getpid()}.txt"
         with contextlib.suppress(OSError):
             path = Path(folder) / (name if folder != tempfile.gettempdir() else f"lethe-{name}")
             path.write_text(f"{' '.join(sys.argv)}\n\n{text}", encoding="utf-8", errors="backslashreplace")
-            _say(
+            _print_error(
                 stderr,
                 "crash",
                 f"{what}; this is no wrong use but a fault of lethe, of a package or of the machine. The traceback is "
@@ -67,7 +67,7 @@ def _report_crash(error: Exception, stderr: Console) -> None:
             )
             return
     sys.stderr.write(text)
-    _say(stderr, "crash", what)
+    _print_error(stderr, "crash", what)
 
 
 @contextlib.contextmanager

@@ -58,7 +58,7 @@ def import_checkpoint(
     if names:
         with_label_names(model, names, f"--label-names {label_names}")
     opening.changes.apply(model)
-    opening.say_preprocessing(model)
+    opening.print_preprocessing(model)
     save_checkpoint(model, out)
     spec, digest = spec_of(model), weights_sha256(model)
     if weights_sha256(load_checkpoint(out)) != digest:

@@ -146,7 +146,7 @@ def _opening(given: dict[str, Any]) -> Any:
         file=given["preprocessing"],
     )
 
-    def say(line: str) -> None:
+    def notify(line: str) -> None:
         if RANK == 0:
             console.print(line, soft_wrap=True, markup=False, highlight=False)
 
@@ -155,5 +155,5 @@ def _opening(given: dict[str, Any]) -> Any:
         label_order=order,
         expect=read_accuracy(given.get("expect_accuracy")),
         accept=bool(given.get("accept_accuracy")),
-        say=say,
+        notify=notify,
     )

@@ -127,7 +127,7 @@ def add(
         source=source,
         skip_known=skip_known,
     )
-    told = "".join(
+    notes = "".join(
         f"; {count} {what}"
         for what, count in (
             ("ids named more than once, merged", left_out["duplicates"]),
@@ -136,10 +136,10 @@ def add(
         if count
     )
     if request is None:
-        console.print(f"nothing was added{told}", soft_wrap=True)
+        console.print(f"nothing was added{notes}", soft_wrap=True)
     else:
         console.print(
-            f"request {request.number}: {request.count} samples, deadline {request.deadline}{told}", soft_wrap=True
+            f"request {request.number}: {request.count} samples, deadline {request.deadline}{notes}", soft_wrap=True
         )
     added = None if request is None else describe_request(request, utc_now())
     write_json_file(json_file, {"added": added, **left_out})
@@ -264,7 +264,7 @@ def run(
                 require_proof=require_proof,
             ),
             progress=progress,
-            say=lambda line: console.print(line, soft_wrap=True),
+            notify=lambda line: console.print(line, soft_wrap=True),
         )
     warnings = status(store)["warnings"]
     if finished is None:
@@ -310,7 +310,7 @@ def judge(
         config=parse_assignments(settings or []),
         references=reference,
         gates=gates,
-        say=lambda line: console.print(line, soft_wrap=True),
+        notify=lambda line: console.print(line, soft_wrap=True),
     )
     warnings = status(store)["warnings"]
     write_json_file(json_file, {"judged": None if found is None else to_dict(found), "warnings": warnings})

@@ -75,7 +75,7 @@ def tune(
     place = place or checkpoint
     task, _ = opening.prepare(Task.open(data, forget), place, {}, options)
 
-    def say(line: str) -> None:
+    def print_line(line: str) -> None:
         console.print(line, soft_wrap=True, markup=False, highlight=False)
 
     tuned = search(
@@ -90,12 +90,12 @@ def tune(
         output_dir=out,
         resume=resume,
         overwrite=overwrite,
-        on_trial=lambda trial: say(_line(trial)),
+        on_trial=lambda trial: print_line(_line(trial)),
         notes={"checkpoint": place or checkpoint, **task.notes()},
     )
     console.print(_table(tuned))
     for line in _lines(tuned):
-        say(line)
+        print_line(line)
     write_json_file(json_file, tuned.to_dict())
 
 

@@ -31,20 +31,22 @@ def verify_record(
 
     check = check_record(folder, public_key)
 
-    def say(line: str) -> None:
+    def print_line(line: str) -> None:
         console.print(line, soft_wrap=True, markup=False, highlight=False)
 
     for number, kind, time in check.entries:
-        say(f"{number:>4}  {time}  {kind}")
+        print_line(f"{number:>4}  {time}  {kind}")
     for problem in check.problems:
-        say(f"WRONG: {problem}")
+        print_line(f"WRONG: {problem}")
     if check.problems:
-        say(f"{folder}: {len(check.problems)} problem{'s' * (len(check.problems) > 1)}; do not rely on this record")
+        print_line(
+            f"{folder}: {len(check.problems)} problem{'s' * (len(check.problems) > 1)}; do not rely on this record"
+        )
     else:
-        say(f"{folder}: intact; {len(check.entries)} entries, {len(check.files)} files covered")
-        say(f"head {check.head}")
-        say(_ASSURANCE[check.signature])
-        say(_SALT[check.salt])
+        print_line(f"{folder}: intact; {len(check.entries)} entries, {len(check.files)} files covered")
+        print_line(f"head {check.head}")
+        print_line(_ASSURANCE[check.signature])
+        print_line(_SALT[check.salt])
     write_json_file(json_file, check.to_dict())
     if check.problems:
         raise typer.Exit(ExitCode.FAILED)

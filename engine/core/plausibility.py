@@ -28,7 +28,7 @@ def chance_of(labels: np.ndarray) -> float:
     return float(np.bincount(labels).max() / len(labels))
 
 
-def can_tell(labels: np.ndarray) -> bool:
+def can_differ(labels: np.ndarray) -> bool:
     """Return whether a sample of this size could show at all that a model is better than chance."""
     return len(labels) > 0 and chance_of(labels) ** len(labels) <= SIGNIFICANCE
 
@@ -37,10 +37,10 @@ def is_near_chance(correct: int, labels: np.ndarray) -> bool:
     """Return whether the number of correct predictions fits a model that was not trained on such samples.
 
     True if at least as many correct predictions occur by chance with a probability above 0.001 (binomial, one-sided),
-    or if the accuracy is less than a tenth of the way from chance to 1. If `can_tell` is false, as for samples of one
+    or if the accuracy is less than a tenth of the way from chance to 1. If `can_differ` is false, as for samples of one
     class: true if less than a tenth of at least `_FEW` samples are correct; a trained model is far above that.
     """
-    if not can_tell(labels):
+    if not can_differ(labels):
         return len(labels) >= _FEW and correct / len(labels) < NEAR
     chance = chance_of(labels)
     compatible = binom.sf(correct - 1, len(labels), chance) > SIGNIFICANCE
@@ -96,9 +96,9 @@ def permutation(predicted: np.ndarray, labels: np.ndarray, classes: int) -> Perm
     np.add.at(counts, (row, predicted), 1)
     rows, columns = linear_sum_assignment(-counts)
     majority = 2 * counts[rows, columns] > counts.sum(1)
-    answered = np.where(majority, columns, present)
-    correct = predicted == answered[row]
+    predicted_as = np.where(majority, columns, present)
+    correct = predicted == predicted_as[row]
     if correct.mean() < _EXPLAINED or not is_clearly_better(correct, predicted == labels):
         return None
-    moved = {int(a): int(b) for a, b in zip(present, answered, strict=True) if a != b}
+    moved = {int(a): int(b) for a, b in zip(present, predicted_as, strict=True) if a != b}
     return Permutation(moved, correct)

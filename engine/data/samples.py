@@ -169,31 +169,31 @@ class Samples:
         found = np.isin(self.labels, labels)
         return self if found.all() else self.subset(np.flatnonzero(found))
 
-    def positions(self, ids: Sequence[str], asked: str) -> np.ndarray:
+    def positions(self, ids: Sequence[str], source: str) -> np.ndarray:
         """Return the position, int64 [n], of each id.
 
         An id with the same text in another Unicode form (NFC, NFD) is found, unless two ids of the set have that text.
 
         Args:
             ids: The ids.
-            asked: Source of the ids, for errors.
+            source: Source of the ids, for errors.
 
         Raises:
             UserError: An id is not in the set.
         """
         positions = self.ids.positions(ids)
         if (positions < 0).any():
-            positions = self._in_any_form(ids, positions, asked)
+            positions = self._in_any_form(ids, positions, source)
         unknown = [i for i, position in zip(ids, positions.tolist(), strict=True) if position < 0]
         if unknown:
             kind = f", {self.id_kind.what}" if self.id_kind else ""
             raise UserError(
-                f"{asked}: {len(unknown)} of {len(ids)} ids are not in {self.name}, the first: "
+                f"{source}: {len(unknown)} of {len(ids)} ids are not in {self.name}, the first: "
                 f"{', '.join(map(repr, unknown[:3]))}; its ids look like {self.ids[0]!r}{kind}"
             )
         return positions
 
-    def _in_any_form(self, ids: Sequence[str], positions: np.ndarray, asked: str) -> np.ndarray:
+    def _in_any_form(self, ids: Sequence[str], positions: np.ndarray, source: str) -> np.ndarray:
         """Return `positions` with those of ids that the set has in another Unicode form."""
         missing = np.flatnonzero(positions < 0)
         wanted = Ids([ids[int(i)] for i in missing]).normalised()
@@ -203,7 +203,7 @@ class Samples:
         for first, second in zip(found.tolist(), last.tolist(), strict=True):
             if 0 <= first < second:
                 raise UserError(
-                    f"{asked}: the id {self.ids[first]!r} is in {self.name} in two Unicode forms (samples {first} and "
+                    f"{source}: the id {self.ids[first]!r} is in {self.name} in two Unicode forms (samples {first} and "
                     f"{second}), and the list has it in a third; write it as in the data"
                 )
         positions = positions.copy()

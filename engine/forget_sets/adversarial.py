@@ -111,12 +111,12 @@ class Adversarial(Strategy):
         # Ties in weight, caused by the caps of the box, go to the lowest loss.
         order = candidates[np.lexsort((losses[candidates], -weights[candidates]))[: pool.count]]
         drawn = np.random.default_rng([pool.seed, 1]).permutation(candidates)[: pool.count]
-        easiest = highest(-pool.answers.losses, candidates, pool.count).indices
+        easiest = highest(-pool.measurements.losses, candidates, pool.count).indices
         facts = {
             "loss_after_unlearning": set_objective(unlearn, order, n),
             "loss_of_lowest_loss_set_after_unlearning": set_objective(unlearn, easiest, n),
             "loss_of_random_set_after_unlearning": set_objective(unlearn, drawn, n),
-            "loss_of_random_set_before": float(pool.answers.losses[drawn].mean()),
+            "loss_of_random_set_before": float(pool.measurements.losses[drawn].mean()),
             "share_among_lowest_loss": len(np.intersect1d(order, easiest)) / pool.count,
             "objective_by_iteration": objectives,
         }

@@ -168,11 +168,11 @@ def describe(pool: Pool, indices: np.ndarray) -> dict[str, Any]:
         "imbalance": float(np.abs(sizes / len(indices) - everywhere / len(labels)).sum() / 2),
     }
     if pool.has_model:
-        answers = pool.answers
-        read = indices[answers.readable[indices]]
+        measurements = pool.measurements
+        read = indices[measurements.readable[indices]]
         known = len(read) > 0
-        numbers["accuracy"] = float(answers.correct[read].mean()) if known else None
-        numbers["loss"] = float(answers.losses[read].mean()) if known else None
+        numbers["accuracy"] = float(measurements.correct[read].mean()) if known else None
+        numbers["loss"] = float(measurements.losses[read].mean()) if known else None
         numbers["unreadable"] = len(indices) - len(read)
     return numbers
 

@@ -54,10 +54,10 @@ class Influence(Strategy):
     needs_model = True
 
     def select(self, pool: Pool) -> Selection:
-        answers = pool.answers
-        scores = answers.error_norms
+        measurements = pool.measurements
+        scores = measurements.error_norms
         if self.config.measure == "gradient":
-            scores = scores * np.sqrt(answers.input_norms**2 + pool.bias_weight)
+            scores = scores * np.sqrt(measurements.input_norms**2 + pool.bias_weight)
         return highest(scores, pool.candidates, pool.count)
 
 

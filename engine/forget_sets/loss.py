@@ -19,7 +19,7 @@ class LowestLoss(Strategy):
     needs_model = True
 
     def select(self, pool: Pool) -> Selection:
-        chosen = highest(-pool.answers.losses, pool.candidates, pool.count)
+        chosen = highest(-pool.measurements.losses, pool.candidates, pool.count)
         return Selection(chosen.indices, -chosen.scores)
 
 
@@ -31,4 +31,4 @@ class HighestLoss(Strategy):
     needs_model = True
 
     def select(self, pool: Pool) -> Selection:
-        return highest(pool.answers.losses, pool.candidates, pool.count)
+        return highest(pool.measurements.losses, pool.candidates, pool.count)

@@ -36,7 +36,7 @@ def reading(options: Mapping[str, Any]) -> RunConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Answers:
+class PoolMeasurements:
     """Four numbers for each sample, all [n]: they fit in memory for a million samples, logits would not.
 
     Attributes:
@@ -82,7 +82,7 @@ class Pool:
         self.samples, self.count, self.seed, self.progress = samples, count, seed, progress
         model = None if model is None else as_classifier(model)
         self._model, self._run = model, run or reading({})
-        self._answers: Answers | None = None
+        self._measurements: PoolMeasurements | None = None
         self._features: Tensor | None = None
         if model is not None and samples.labels.max() >= num_classes_of(model):
             raise UserError(
@@ -124,12 +124,12 @@ class Pool:
         )
 
     @property
-    def answers(self) -> Answers:
+    def measurements(self) -> PoolMeasurements:
         """Numbers of the model for each sample; one pass, at the first use."""
-        if self._answers is None:
+        if self._measurements is None:
             self._read(keep_features=False)
-        assert self._answers is not None
-        return self._answers
+        assert self._measurements is not None
+        return self._measurements
 
     @property
     def features(self) -> Tensor:
@@ -142,7 +142,7 @@ class Pool:
     @property
     def candidates(self) -> np.ndarray:
         """Positions of the samples with readable images, int64."""
-        return np.flatnonzero(self.answers.readable)
+        return np.flatnonzero(self.measurements.readable)
 
     def last_layer(self) -> nn.Linear:
         """Return a copy of the last layer, which maps `features` to logits.
@@ -200,8 +200,8 @@ class Pool:
         if not finite.all():
             bad = self.samples.ids[int(np.flatnonzero(~finite)[0])]
             raise UserError(f"forget set: the model's output for {bad!r} is not finite; the checkpoint is broken")
-        if self._answers is None:
-            self._answers = Answers(losses, correct > 0, errors, norms, readable)
+        if self._measurements is None:
+            self._measurements = PoolMeasurements(losses, correct > 0, errors, norms, readable)
         if keep_features:
             self._features = rows[5]
 

@@ -23,10 +23,9 @@ from engine.data.samples import concatenate
 from engine.errors import UserError, nearest
 from engine.evaluate import compare
 from engine.evaluate.verdict import Gates, ModelOutputs
-from engine.jobs.opening import open_model as load_checkpoint
+from engine.jobs.opening import open_given
 from engine.jobs.task import EVALUATION_OPTIONS, Task
 from engine.jobs.verify import check_reference, check_references, original_of
-from engine.models.huggingface import as_classifier
 
 
 def evaluate_models(
@@ -59,8 +58,8 @@ def evaluate_models(
     if unknown:
         raise UserError(f"unknown option {unknown[0]!r} of evaluate{nearest(unknown[0], EVALUATION_OPTIONS)}")
     began = time.perf_counter()
-    opened = _opened(model)
-    before = None if original is None else _opened(original)
+    opened = open_given(model)
+    before = None if original is None else open_given(original)
     made = None if original is None or before is None else original_of(original, before)
     checked = check_references(task, references, {"the model that is evaluated": opened, "the original": before}, made)
     measured = task.readable(opened, config)
@@ -69,7 +68,7 @@ def evaluate_models(
     evaluation_before = None if before is None else evaluator(before)
     evaluations = []
     for (name, proven), reference in zip(checked, references, strict=True):
-        evaluations.append(evaluator(_opened(reference)))
+        evaluations.append(evaluator(open_given(reference)))
         if evaluation_before is not None:
             mine, theirs = (ModelOutputs(each.predictions, {}) for each in (evaluations[-1], evaluation_before))
             check_reference(name, mine, theirs, proven=proven, level=Gates.read().level)
@@ -128,7 +127,3 @@ def _as_they_were(models: Sequence[nn.Module]) -> Iterator[None]:
             model.to(device)
         for module, training in modes:
             module.training = training
-
-
-def _opened(model: nn.Module | str | Path) -> nn.Module:
-    return load_checkpoint(model) if isinstance(model, (str, Path)) else as_classifier(model)

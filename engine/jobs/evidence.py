@@ -42,19 +42,19 @@ def prove_job(
     Returns:
         (verdict, proof as of `gather_proof`).
     """
-    model, examiner = prepare(task, checkpoint, original, references, gates=gates, config=config)
-    evidence = examiner.evidence(model)
-    verdict = examiner.judge(evidence)
-    return verdict, gather_proof(examiner, evidence, model, verdict)
+    model, verifier = prepare(task, checkpoint, original, references, gates=gates, config=config)
+    evidence = verifier.evidence(model)
+    verdict = verifier.judge(evidence)
+    return verdict, gather_proof(verifier, evidence, model, verdict)
 
 
-def gather_proof(examiner: Verifier, evidence: Evidence, model: nn.Module, verdict: Verdict) -> dict[str, Any]:
+def gather_proof(verifier: Verifier, evidence: Evidence, model: nn.Module, verdict: Verdict) -> dict[str, Any]:
     """Measure the evidence behind a verdict, in the form that `engine.report.proof.page` shows.
 
     All models are held in memory at once.
 
     Args:
-        examiner: The verifier that the verdict came from.
+        verifier: The verifier that the verdict came from.
         evidence: The evidence that the verdict came from.
         model: The model that was judged; it is not changed.
         verdict: The verdict.
@@ -64,15 +64,15 @@ def gather_proof(examiner: Verifier, evidence: Evidence, model: nn.Module, verdi
         that cannot be measured (too few samples, a model whose attention cannot be read) is missing; `unmeasured` holds
         the reason by the name of the part.
     """
-    references = {f"retrained {number}": each for number, each in enumerate(examiner.load_references(), 1)}
-    models = {"original": examiner.before, "model": model, **references}
-    task, evaluator, gates = examiner.task, examiner.evaluator, examiner.gates
+    references = {f"retrained {number}": each for number, each in enumerate(verifier.load_references(), 1)}
+    models = {"original": verifier.before, "model": model, **references}
+    task, evaluator, gates = verifier.task, verifier.evaluator, verifier.gates
     forget, test = task.forget, evaluator.sets["test"]
     options = MeasureOptions(
         device=str(evaluator.device),
         precision=evaluator.precision,
-        seed=examiner.seed,
-        loading=examiner.loading,
+        seed=verifier.seed,
+        loading=verifier.loading,
     )
     parts: dict[str, Callable[[], dict[str, Any]]] = {
         "attacks": lambda: attack_report(
@@ -99,7 +99,7 @@ def gather_proof(examiner: Verifier, evidence: Evidence, model: nn.Module, verdi
             models, evaluator.sets, references=list(references), **options.keywords()
         ),
         "attention": lambda: attention_report(
-            examiner.before, {"model": model}, references, forget, test, options=options
+            verifier.before, {"model": model}, references, forget, test, options=options
         ),
     }
     proof: dict[str, Any] = {

@@ -7,6 +7,7 @@ import contextvars
 import dataclasses
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -16,6 +17,7 @@ from engine.data.labels import match_names, relabelled, relabelled_source, same_
 from engine.errors import UserError
 from engine.jobs.preflight import AccuracyCheck, Expected, check_accuracy, measure_accuracy, recorded_accuracy
 from engine.models.checkpoint import load_checkpoint
+from engine.models.huggingface import as_classifier
 from engine.models.info import num_classes_of
 from engine.models.labels import label_names, names_for, set_label_names
 from engine.models.preprocessing import Changes, origins, origins_line, preprocessing_of
@@ -44,6 +46,11 @@ def open_model(checkpoint: str | os.PathLike[str], **options: Any) -> nn.Module:
     return current().model(checkpoint, **options)
 
 
+def open_given(model: nn.Module | str | Path) -> nn.Module:
+    """Return a model as a classifier, or load it if it is given as a checkpoint."""
+    return open_model(model) if isinstance(model, (str, Path)) else as_classifier(model)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Opening:
     """Options that a command was given for its models.
@@ -54,7 +61,7 @@ class Opening:
         expect: Accuracy [0, 1] on retained samples that the original is expected to have; None: the recorded one.
         accept: Continue whatever the accuracy of the original is.
         checked: Whether the accuracy of the original is measured.
-        say: Receives lines to print.
+        notify: Receives lines to print.
     """
 
     changes: Changes = dataclasses.field(default_factory=Changes)
@@ -62,7 +69,7 @@ class Opening:
     expect: float | None = None
     accept: bool = False
     checked: bool = True
-    say: Callable[[str], None] = lambda line: None
+    notify: Callable[[str], None] = lambda line: None
     _ready: dict[str, nn.Module] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     @classmethod
@@ -105,7 +112,7 @@ class Opening:
         before = preprocessing_of(model)
         self.changes.apply(model)
         if before != preprocessing_of(model) and recorded & given.keys():
-            self.say(
+            self.notify(
                 f"{name}: the preprocessing of the checkpoint ({before.line()}) is replaced by that of the command"
             )
         return model
@@ -133,26 +140,26 @@ class Opening:
                 label, or the accuracy is not plausible: the model receives a wrong input.
         """
         original = self.model(checkpoint)
-        self.say_preprocessing(original)
+        self.print_preprocessing(original)
         mapping, names, line = self.match(task.source.train, original)
-        self.say(line)
+        self.notify(line)
         if mapping is not None:
             task = task.relabelled(mapping, names)
         for name, other in others.items():
             self.compare(name, self.model(other), original)
         check_head(task.source.train, original, checkpoint, task.source.spec)
-        looked = self.check(original, task.retain, checkpoint, task.source.spec, config or {})
+        check = self.check(original, task.retain, checkpoint, task.source.spec, config or {})
         task = dataclasses.replace(task, facts={**task.facts, **self.facts(original)})
         self._ready[checkpoint] = original
-        return task, looked
+        return task, check
 
     def check_samples(
         self, samples: Samples, model: nn.Module, checkpoint: str, data: str, config: Mapping[str, Any]
     ) -> Samples:
         """Return training samples in the model's order of labels, checked and printed as in `prepare`."""
-        self.say_preprocessing(model)
+        self.print_preprocessing(model)
         mapping, names, line = self.match(samples, model)
-        self.say(line)
+        self.notify(line)
         samples = samples if mapping is None else relabelled(samples, mapping, names)
         check_head(samples, model, checkpoint, data)
         self.check(model, samples, checkpoint, data, config)
@@ -172,14 +179,14 @@ class Opening:
             (the data in the order of labels of the model, the task likewise, what config.yaml keeps).
         """
         self.changes.apply(model)
-        self.say_preprocessing(model)
+        self.print_preprocessing(model)
         try:
             mapping, names, line = self.match(source.train, model)
         except UserError:  # an architecture is taken from a model of other classes
             mapping, names, line = None, source.train.class_names, ""
         if mapping is None and names:  # the names of a fresh model are those of the data: nothing was compared
             line = f"classes: {len(names)}, {shown(names)}; in the data's order"
-        self.say(line)
+        self.notify(line)
         if mapping is not None:
             source = relabelled_source(source, mapping, names)
             task = task.relabelled(mapping, names) if task else None
@@ -202,25 +209,25 @@ class Opening:
         expected = recorded_accuracy(checkpoint, data)
         if self.expect is not None:
             expected = Expected(self.expect, "--expect-accuracy")
-        looked = measure_accuracy(model, samples, checkpoint, config)
-        if looked is not None:
-            self.say(looked.line())
-            if expected is None and looked.correct.mean() < _CERTAIN:
-                self._say_defaults(model)
-            check_accuracy(looked, model, checkpoint, expected, self.say if self.accept else None)
-        return looked
+        check = measure_accuracy(model, samples, checkpoint, config)
+        if check is not None:
+            self.notify(check.line())
+            if expected is None and check.correct.mean() < _CERTAIN:
+                self._print_defaults(model)
+            check_accuracy(check, model, checkpoint, expected, self.notify if self.accept else None)
+        return check
 
-    def _say_defaults(self, model: nn.Module) -> None:
+    def _print_defaults(self, model: nn.Module) -> None:
         """Print which of mean and std are timm's default, so that the accuracy may be that of a model fed wrongly."""
         where = origins(model, self.changes)
         if unknown := [key for key in ("mean", "std") if where[key] == "default"]:
-            self.say(
+            self.notify(
                 f"{' and '.join(unknown)}: timm's default, since the checkpoint gives none. If you measured another "
                 "accuracy, give those of the training (--mean, --std); --expect-accuracy 0.9 makes it an error"
             )
 
-    def say_preprocessing(self, model: nn.Module) -> None:
-        self.say(f"preprocessing: {preprocessing_of(model).line()} ({origins_line(model, self.changes)})")
+    def print_preprocessing(self, model: nn.Module) -> None:
+        self.notify(f"preprocessing: {preprocessing_of(model).line()} ({origins_line(model, self.changes)})")
 
     def in_order_of(self, source: Source, model: nn.Module) -> Source:
         """Return the data with labels in the model's order of classes."""
@@ -278,12 +285,12 @@ class Opening:
         used, first = preprocessing_of(model), preprocessing_of(original)
         if used == first:
             return
-        told = f"{name} is fed by its own preprocessing ({used.line()}), the original by another ({first.line()})"
+        text = f"{name} is fed by its own preprocessing ({used.line()}), the original by another ({first.line()})"
         if self.accept:
-            self.say(f"warning: {told} (accepted)")
+            self.notify(f"warning: {text} (accepted)")
             return
         raise UserError(
-            f"{told}: one of them is probably fed wrongly. Give the values of the training, such as --mean, --std and "
+            f"{text}: one of them is probably fed wrongly. Give the values of the training, such as --mean, --std and "
             "--crop-pct, which then hold for all models; if each is right as it is: --accept-accuracy"
         )
 

@@ -52,11 +52,11 @@ class Expected:
 
     Attributes:
         accuracy: In [0, 1].
-        said_by: Source of the accuracy, for messages.
+        source: Source of the accuracy, for messages.
     """
 
     accuracy: float
-    said_by: str
+    source: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,27 +123,27 @@ def measure_accuracy(
     found: list[AccuracyCheck | None] = [None]
 
     def on_main() -> None:
-        found[0] = _look(model, samples, checkpoint, config)
+        found[0] = _measure(model, samples, checkpoint, config)
 
     world.on_main(on_main)
     return world.broadcast(found[0])
 
 
-def _look(model: nn.Module, samples: Samples, checkpoint: str, config: Mapping[str, Any]) -> AccuracyCheck | None:
+def _measure(model: nn.Module, samples: Samples, checkpoint: str, config: Mapping[str, Any]) -> AccuracyCheck | None:
     began = time.perf_counter()
     chosen = stratified(samples, SAMPLES)
     device = resolve_device(config.get("device", "auto"))
-    answer = _Answers(model, chosen, device, config)
+    predictor = _Predictor(model, chosen, device, config)
     home = next(model.parameters()).device
     try:
-        predicted, labels = answer.of(model.to(device))
+        predicted, labels = predictor.of(model.to(device))
         others: dict[str, np.ndarray] = {}
         if len(labels) and (predicted == labels).mean() < 1 - MARGIN:
-            others = {name: each == labels for name, each in answer.with_statistics(model).items()}
+            others = {name: each == labels for name, each in predictor.with_statistics(model).items()}
             other = _other_weights(model, checkpoint)
             if other is not None:
                 name, weights = other
-                others[name] = answer.of(weights.to(device))[0] == labels
+                others[name] = predictor.of(weights.to(device))[0] == labels
     finally:
         model.to(home)
     if not len(labels):
@@ -169,7 +169,7 @@ def stratified(samples: Samples, count: int) -> Samples:
     return samples.subset(np.sort(by_label[places]))
 
 
-class _Answers:
+class _Predictor:
     """Predictions for a few samples, which are decoded once."""
 
     def __init__(self, model: nn.Module, samples: Samples, device: torch.device, config: Mapping[str, Any]) -> None:
@@ -280,7 +280,7 @@ def recorded_accuracy(checkpoint: str, data: str) -> Expected | None:
 
 
 def check_accuracy(
-    looked: AccuracyCheck,
+    check: AccuracyCheck,
     model: nn.Module,
     checkpoint: str,
     expected: Expected | None,
@@ -289,7 +289,7 @@ def check_accuracy(
     """Check that the accuracy of the untouched model is plausible.
 
     Args:
-        looked: The measured accuracy.
+        check: The measured accuracy.
         model: The model, whose preprocessing is named in the message.
         checkpoint: Its checkpoint, for messages.
         expected: Accuracy that the model is known to have; None if unknown.
@@ -298,30 +298,30 @@ def check_accuracy(
     Raises:
         UserError: It is not plausible, and `accept` is None.
     """
-    problem = _problem(looked, expected)
+    problem = _problem(check, expected)
     if problem is None:
         return
-    told = f"checkpoint {checkpoint}: accuracy of the untouched model on {len(looked.labels)} retained samples is "
-    told += f"{_percent(looked.correct)}, {problem}"
+    text = f"checkpoint {checkpoint}: accuracy of the untouched model on {len(check.labels)} retained samples is "
+    text += f"{_percent(check.correct)}, {problem}"
     if accept is not None:
-        accept(f"warning: {told} (accepted)")
+        accept(f"warning: {text} (accepted)")
         return
     used = preprocessing_of(model)
     raise UserError(
-        f"{told}. Likely reasons: the order of labels (--class-map, --label-order), mean and std (--mean, --std; now "
+        f"{text}. Likely reasons: the order of labels (--class-map, --label-order), mean and std (--mean, --std; now "
         f"{used.line()}), the input size (--input-size) or the weights (raw or EMA, --weights). If it is right as it "
         "is: --accept-accuracy"
     )
 
 
-def _problem(looked: AccuracyCheck, expected: Expected | None) -> str | None:
+def _problem(check: AccuracyCheck, expected: Expected | None) -> str | None:
     """Return why an accuracy is not plausible, with what was observed; None if it is."""
-    observed = _observed(looked)
-    if is_near_chance(int(looked.correct.sum()), looked.labels):
-        constant = chance_of(looked.labels)
+    observed = _observed(check)
+    if is_near_chance(int(check.correct.sum()), check.labels):
+        constant = chance_of(check.labels)
         why = f"near chance ({100 * constant:.1f}%)" if constant < 1 else "though all of them are of one class"
-    elif expected is not None and is_far_below(looked.correct, expected.accuracy):
-        why = f"far below the {100 * expected.accuracy:.1f}% of {expected.said_by}"
+    elif expected is not None and is_far_below(check.correct, expected.accuracy):
+        why = f"far below the {100 * expected.accuracy:.1f}% of {expected.source}"
     elif observed:
         return "; ".join(observed)
     else:
@@ -329,20 +329,20 @@ def _problem(looked: AccuracyCheck, expected: Expected | None) -> str | None:
     return "; ".join([why, *observed])
 
 
-def _observed(looked: AccuracyCheck) -> list[str]:
+def _observed(check: AccuracyCheck) -> list[str]:
     """Return what would be clearly better, the best first."""
     lines = []
     better = {
         name: correct
-        for name, correct in looked.others.items()
-        if is_clearly_better(correct, looked.correct) and not is_near_chance(int(correct.sum()), looked.labels)
+        for name, correct in check.others.items()
+        if is_clearly_better(correct, check.correct) and not is_near_chance(int(correct.sum()), check.labels)
     }
     if better:
         name = max(better, key=lambda each: better[each].sum())
         lines.append(f"{name} would give {_percent(better[name])}")
-    if looked.exchanged:
-        moved, correct = looked.exchanged
-        shown = [f"{_name(looked, a)} is answered as {_name(looked, b)}" for a, b in list(moved.items())[:3]]
+    if check.exchanged:
+        moved, correct = check.exchanged
+        shown = [f"{_name(check, a)} is answered as {_name(check, b)}" for a, b in list(moved.items())[:3]]
         more = f" and {len(moved) - 3} more" if len(moved) > 3 else ""
         lines.append(
             f"labels look permuted: {', '.join(shown)}{more}; with labels exchanged so it would be {_percent(correct)}"
@@ -350,8 +350,8 @@ def _observed(looked: AccuracyCheck) -> list[str]:
     return lines
 
 
-def _name(looked: AccuracyCheck, label: int) -> str:
-    return repr(looked.class_names[label]) if label < len(looked.class_names) else f"label {label}"
+def _name(check: AccuracyCheck, label: int) -> str:
+    return repr(check.class_names[label]) if label < len(check.class_names) else f"label {label}"
 
 
 def _percent(correct: np.ndarray) -> str:

@@ -103,7 +103,7 @@ def init_model(checkpoint: str, source: Source, task: Task | None, seed: int) ->
         head = f"kept, its classes are those of {source.spec}"
     else:
         head = f"kept; the base gives no class names, so its labels are taken for those of {source.spec}"
-    current().say(f"head: {head}")
+    current().notify(f"head: {head}")
     note = {
         "checkpoint": checkpoint,
         "weights_sha256": weights_sha256(given),
@@ -134,7 +134,7 @@ def _head_names(model: nn.Module, source: Source) -> list[str] | None:
 
 
 def _check_base(checkpoint: str, made: Origin, task: Task) -> None:
-    name = f"--init {checkpoint}: by its {made.said_by}"
+    name = f"--init {checkpoint}: by its {made.source}"
     remedy = "take a base that never saw the samples to be left out, such as the one that the original was made from"
     seen = made.init.get("trained_on") if made.init else None
     if task.source.train.fingerprint() in (made.samples_sha256, seen):

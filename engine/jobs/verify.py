@@ -16,16 +16,16 @@ from engine.errors import UserError
 from engine.evaluate.relearning import relearning_curve, steps_of
 from engine.evaluate.representation import compare_weights
 from engine.evaluate.verdict import Evidence, Gates, ModelOutputs, Verdict, attack_power, judge
+from engine.jobs.opening import open_given
 from engine.jobs.opening import open_model as load_checkpoint
 from engine.jobs.task import Task
 from engine.models.checkpoint import weights_sha256
 from engine.models.checkpoint_source import CheckpointSource
-from engine.models.huggingface import as_classifier
 from engine.runtime import lock
 from engine.runtime.files import write_json
 
 # A reference was trained on other data if its test accuracy is more than this many points below the original's.
-_STRANGER = 20.0
+_MAX_ACCURACY_LOSS = 20.0
 # AUC above which the original fits the retained samples better than a reference does, compared with test samples. A
 # reference that was trained on them is at 0.5, up to the effect of seeds and of a tenth fewer samples.
 _UNTRAINED = 0.6
@@ -57,7 +57,7 @@ class Verifier:
         seed: int = 0,
     ) -> None:
         self.gates, self.seed = gates or Gates.read(), seed
-        self.before = _model(original)
+        self.before = open_given(original)
         self.task = task.readable(self.before, config)
         self.evaluator = self.task.evaluator(config)
         self.original = self.evaluate(self.before)
@@ -66,13 +66,13 @@ class Verifier:
         self._sources = list(references)
         checked = check_references(task, references, {"the original": self.before}, made)
         for (name, proven), reference in zip(checked, references, strict=True):
-            witness = self.evaluate(_model(reference))
-            check_reference(name, witness, self.original, proven=proven, level=self.gates.level)
-            self.references.append(witness)
+            outputs = self.evaluate(open_given(reference))
+            check_reference(name, outputs, self.original, proven=proven, level=self.gates.level)
+            self.references.append(outputs)
 
     def load_references(self) -> list[nn.Module]:
         """Load the reference models again: only their outputs are kept."""
-        return [_model(source) for source in self._sources]
+        return [open_given(source) for source in self._sources]
 
     def evaluate(self, model: nn.Module) -> ModelOutputs:
         """Return the outputs of a model, as it is and after the relearning attack on a copy of it.
@@ -104,9 +104,9 @@ class Verifier:
 
     def evidence(self, model: nn.Module) -> Evidence:
         """Evaluate a model, and return the evidence that `judge` takes."""
-        witness = self.evaluate(model)
+        outputs = self.evaluate(model)
         return Evidence(
-            model=witness,
+            model=outputs,
             original=self.original,
             references=self.references,
             repeated=self.evaluator.predictions(model, "forget"),
@@ -149,8 +149,8 @@ def verify_job(
     Raises:
         UserError: A checkpoint cannot be opened, or a reference is not valid.
     """
-    model, examiner = prepare(task, checkpoint, original, references, gates=gates, config=config)
-    return examiner(model)
+    model, verifier = prepare(task, checkpoint, original, references, gates=gates, config=config)
+    return verifier(model)
 
 
 def prepare(
@@ -199,7 +199,7 @@ def check_references(
         path = Path(CheckpointSource.parse(reference).place) if isinstance(reference, (str, Path)) else None
         name = f"reference {number}" if path is None else str(reference)
         proven = path is not None and check_origin(CheckpointSource.parse(path).folder, task, made)
-        digest = weights_sha256(_model(reference))
+        digest = weights_sha256(open_given(reference))
         if digest in owners:
             raise UserError(
                 f"--reference {name}: its weights are those of {owners[digest]}; a reference is a model of its own, "
@@ -258,7 +258,7 @@ def check_origin(folder: Path, task: Task, original: MadeFrom | None = None) -> 
     found = origin(folder)
     if found is None:
         return False
-    name, remedy = f"--reference {folder}: by its {found.said_by}", "retrain with `lethe train --forget`"
+    name, remedy = f"--reference {folder}: by its {found.source}", "retrain with `lethe train --forget`"
     if not found.is_training:
         elsewhere = original and found.before_sha256 not in (None, original.weights_sha256)
         if not (found.method == "finetune" and elsewhere and found.samples_sha256 == task.retain.fingerprint()):
@@ -299,30 +299,30 @@ def check_reference(name: str, reference: ModelOutputs, original: ModelOutputs, 
     Raises:
         UserError: By its outputs the reference was trained on other data, or with the forget samples.
     """
-    mine, theirs = (_accuracy(witness) for witness in (reference, original))
-    if theirs - mine > _STRANGER:
+    mine, theirs = (_accuracy(outputs) for outputs in (reference, original))
+    if theirs - mine > _MAX_ACCURACY_LOSS:
         raise UserError(
             f"--reference {name}: its test accuracy is {mine:.1f}%, the original's {theirs:.1f}%; it was trained on "
             "other data or not to its end"
         )
-    stranger = attack_power(original, [reference], ("retain", "test"), level)
-    if stranger.low > _UNTRAINED:
+    retained = attack_power(original, [reference], ("retain", "test"), level)
+    if retained.low > _UNTRAINED:
         raise UserError(
             f"--reference {name}: the original knows the retained samples better than it does (AUC "
-            f"{stranger.value:.3f} beside test samples; 0.5 for a model trained on them); it was trained on other data"
+            f"{retained.value:.3f} beside test samples; 0.5 for a model trained on them); it was trained on other data"
         )
-    lacking = attack_power(original, [reference], ("forget", "retain"), level)
-    if not proven and lacking.low <= 0.5:
+    forgotten = attack_power(original, [reference], ("forget", "retain"), level)
+    if not proven and forgotten.low <= 0.5:
         raise UserError(
-            f"--reference {name}: it knows the forget samples as well as the original does (AUC {lacking.value:.3f} "
+            f"--reference {name}: it knows the forget samples as well as the original does (AUC {forgotten.value:.3f} "
             "beside retained samples; above 0.5 for a model trained without them); it was trained with them, or the "
             "original shows no trace of them. A run folder of `lethe train --forget` is taken by its record; one of "
             "`lethe train --init` if the original's own record names the same base"
         )
 
 
-def _accuracy(witness: ModelOutputs) -> float:
-    return 100 * witness.predictions["test"].accuracy
+def _accuracy(outputs: ModelOutputs) -> float:
+    return 100 * outputs.predictions["test"].accuracy
 
 
 def _changed(model: nn.Module, original: nn.Module) -> float | None:
@@ -331,10 +331,6 @@ def _changed(model: nn.Module, original: nn.Module) -> float | None:
     ]:
         return None
     return float(compare_weights(model, original)["changed"])
-
-
-def _model(model: nn.Module | str | Path) -> nn.Module:
-    return load_checkpoint(model) if isinstance(model, (str, Path)) else as_classifier(model)
 
 
 def record_verdict(folder: Path, verdict: Verdict, key: Path | None = None) -> None:

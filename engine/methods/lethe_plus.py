@@ -131,10 +131,10 @@ class LethePlus(Method):
         known[torch.from_numpy(context.retain.labels).unique()] = True
         if config.calibrate:
             held_out = self.held_out("whose log-odds the targets take over")
-            answers, true = context.loader(held_out, "none").rows(
+            held_out_logits, true = context.loader(held_out, "none").rows(
                 lambda batch: (*self._original_logits(batch), batch.labels)
             )
-            logits = with_log_odds_of(logits, labels, log_odds(answers, true), true)
+            logits = with_log_odds_of(logits, labels, log_odds(held_out_logits, true), true)
         self.targets = logits.masked_fill(~known, -torch.inf).softmax(1)
 
     def cache_state(self, phase: Phase) -> dict[str, Tensor]:

@@ -35,7 +35,7 @@ class Described:
 
     Attributes:
         architecture: timm's name.
-        said_by: Key or file that the name comes from.
+        source: Key or file that the name comes from.
         model_args: Arguments of timm.create_model.
         img_size: Image size of the training in pixels, the side of a square or [height, width].
         preprocessing: Keys of pretrained_cfg.
@@ -44,7 +44,7 @@ class Described:
     """
 
     architecture: str | None = None
-    said_by: str = ""
+    source: str = ""
     model_args: dict[str, Any] = dataclasses.field(default_factory=dict)
     img_size: int | list[int] | None = None
     preprocessing: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -69,7 +69,7 @@ def described(contents: Any, path: Path) -> Described:
     for name in ("args.yaml", "hparams.yaml"):
         if settings := _yaml(path.parent / name):
             places.append((name, settings))
-    architecture, said_by, unknown = _architecture(places)
+    architecture, source, unknown = _architecture(places)
     settings = {key: value for _, place in reversed(places) for key, value in place.items() if isinstance(key, str)}
     model_args = {ours: settings[key] for key, ours in _MODEL_KEYS.items() if isinstance(settings.get(key), (int, str))}
     if architecture is not None and architecture.startswith(("vit_", "deit")):
@@ -78,7 +78,7 @@ def described(contents: Any, path: Path) -> Described:
         model_args |= dict(given)
     return Described(
         architecture=architecture,
-        said_by=said_by,
+        source=source,
         model_args=model_args,
         img_size=_img_size(settings),
         preprocessing=_preprocessing(settings),
@@ -118,12 +118,12 @@ def _architecture(places: Sequence[tuple[str, Mapping[str, Any]]]) -> tuple[str 
             name = place.get(key)
             if not isinstance(name, str) or not name:
                 continue
-            said_by = f"{where}.{key}".lstrip(".")
+            source = f"{where}.{key}".lstrip(".")
             name = name.removeprefix("timm/").removeprefix("hf-hub:timm/")
             if is_architecture(name):
-                return name, said_by, ""
+                return name, source, ""
             if key != "name" and not unknown:
-                unknown = f"{said_by} = {name!r}"
+                unknown = f"{source} = {name!r}"
     return None, "", unknown
 
 

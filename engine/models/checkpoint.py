@@ -201,7 +201,7 @@ def _open_described(file: WeightFile, source: CheckpointSource, headless: bool) 
         )
     note: dict[str, Any] = {
         **_note(file, found, always=True),
-        "architecture_from": "--arch" if source.architecture else stored.said_by,
+        "architecture_from": "--arch" if source.architecture else stored.source,
         "inferred": {**inferred, "num_classes": spec.num_classes},
     }
     extra: dict[str, Any] = {IMPORTED: note}

@@ -152,7 +152,7 @@ def untouched(stages: Stages, retain: Samples, forget: Samples) -> list[int]:
     """
     seed, slices, members = stages.recipe["seed"], stages.recipe["slices"], stages.members
     retained, forgotten = tokens_of(retain, seed), tokens_of(forget, seed)
-    for strange, what, remedy in (
+    for refused, what, remedy in (
         (
             np.isin(retained, forgotten),
             "to be forgotten too",
@@ -164,9 +164,9 @@ def untouched(stages: Stages, retain: Samples, forget: Samples) -> list[int]:
             "they were deleted before, or are new: name all earlier deletions in the request too, and add no data",
         ),
     ):
-        if strange.any():
-            shown = ", ".join(repr(retain.ids[i]) for i in np.flatnonzero(strange)[:3].tolist())
-            raise UserError(f"s3t: {strange.sum()} samples to retain are {what}, the first: {shown}; {remedy}")
+        if refused.any():
+            shown = ", ".join(repr(retain.ids[i]) for i in np.flatnonzero(refused)[:3].tolist())
+            raise UserError(f"s3t: {refused.sum()} samples to retain are {what}, the first: {shown}; {remedy}")
     missing = np.isin(members, np.concatenate([retained, forgotten]), invert=True)
     if missing.any():
         raise UserError(

@@ -211,20 +211,20 @@ def describing(model: nn.Module, names: Sequence[str]) -> nn.Module:
     return model
 
 
-def with_label_names(model: nn.Module, names: Sequence[str], said_by: str) -> nn.Module:
+def with_label_names(model: nn.Module, names: Sequence[str], source: str) -> nn.Module:
     """Set the class names of a model, in place.
 
     Args:
         model: The model.
         names: Class names by label.
-        said_by: Option or file that the names come from, for the message.
+        source: Option or file that the names come from, for the message.
 
     Raises:
         UserError: The number of names differs from the number of classes.
     """
     spec = spec_of(model)
     if len(names) != spec.num_classes:
-        raise UserError(f"{said_by}: {len(names)} names for the {spec.num_classes} classes of the model; give one each")
+        raise UserError(f"{source}: {len(names)} names for the {spec.num_classes} classes of the model; give one each")
     setattr(model, _SPEC, dataclasses.replace(spec, extra={**spec.extra, "label_names": [str(n) for n in names]}))
     return model
 

@@ -18,8 +18,8 @@ from engine.plan.memory import Zero
 # The imports of a rank, and a first pass of each kind, which triggers what torch loads lazily.
 _PROGRAM = """
 import json, sys
-asked = json.loads(sys.argv[1])
-answer = {}
+request = json.loads(sys.argv[1])
+result = {}
 def resident():
     with open("/proc/self/status") as status:
         return next(1024 * int(line.split()[1]) for line in status if line.startswith("VmRSS"))
@@ -29,16 +29,16 @@ def estimates():
         from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs as zero2
     except ImportError as error:
         return {"missing": str(error)}
-    shape = {"num_gpus_per_node": asked["gpus_per_node"], "num_nodes": asked["nodes"]}
-    if asked["stage"] == 2:
-        host, gpu = zero2(asked["parameters"], cpu_offload=asked["offload_optimizer"], **shape)
+    shape = {"num_gpus_per_node": request["gpus_per_node"], "num_nodes": request["nodes"]}
+    if request["stage"] == 2:
+        host, gpu = zero2(request["parameters"], cpu_offload=request["offload_optimizer"], **shape)
     else:
-        host, gpu, _ = zero3(asked["parameters"], asked["largest_layer"], cpu_offload=asked["offload_optimizer"],
-                             cpu_offload_params=asked["offload_param"], zero_init=False, **shape)
+        host, gpu, _ = zero3(request["parameters"], request["largest_layer"], cpu_offload=request["offload_optimizer"],
+                             cpu_offload_params=request["offload_param"], zero_init=False, **shape)
     return {"host": host, "gpu": gpu}
-if asked["baseline"]:
+if request["baseline"]:
     import torch, timm, engine.jobs.task
-    if asked["deepspeed"]:
+    if request["deepspeed"]:
         try:
             import deepspeed
         except ImportError:
@@ -48,10 +48,10 @@ if asked["baseline"]:
     heads = layer(torch.zeros(2, 3, 224, 224)).view(2, 1, 64, 64)
     torch.nn.functional.scaled_dot_product_attention(heads, heads, heads).softmax(-1).sum().backward()
     optimizer.step()
-    answer["baseline"] = resident()
-if asked["stage"] >= 2:
-    answer["estimates"] = estimates()
-print("\\n" + json.dumps(answer))
+    result["baseline"] = resident()
+if request["stage"] >= 2:
+    result["estimates"] = estimates()
+print("\\n" + json.dumps(result))
 """
 
 
@@ -74,7 +74,7 @@ def ask(
         UserError: The process failed.
     """
     nodes = -(-gpus // 8)
-    asked = {
+    request = {
         "parameters": parameters,
         "largest_layer": largest_layer,
         "gpus_per_node": gpus // nodes,
@@ -86,7 +86,7 @@ def ask(
         "baseline": baseline,
     }
     environment = {**os.environ, "DS_LOG_LEVEL": "error", **({"DS_ACCELERATOR": "cpu"} if baseline else {})}
-    command = [sys.executable, "-c", _PROGRAM, json.dumps(asked)]
+    command = [sys.executable, "-c", _PROGRAM, json.dumps(request)]
     ended = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if ended.returncode:
         reason = (ended.stderr.strip().splitlines() or ["no words"])[-1]

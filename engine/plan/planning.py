@@ -154,8 +154,8 @@ def plan(
         forget=forget,
         watched=any(phase.guarded for phase in phases_of(method, method_config)),
     )
-    cost, answer = _count(spec, job, attention, run.gradient_checkpointing, run.trainable)
-    memory = count_memory(cost, job, answer.get("baseline"))
+    cost, host_results = _count(spec, job, attention, run.gradient_checkpointing, run.trainable)
+    memory = count_memory(cost, job, host_results.get("baseline"))
     sizes = Sizes(
         forget=forget,
         retain=images - forget,
@@ -194,7 +194,7 @@ def plan(
         },
         cost=cost,
         memory=memory,
-        estimates=_estimates(zero, precision, answer),
+        estimates=_estimates(zero, precision, host_results),
         communication=communication(
             cost, gpus, zero, 2 if job.bf16 and not job.by_autocast else 4, run.accumulation_steps
         ),
@@ -207,7 +207,7 @@ def plan(
         rate={key: value for key, value in rate.items() if key != "rates"} | {"images_per_second": rate["rates"]},
         capacity=capacity,
         fits=fits,
-        advice=_advice(cost, job, spec, attention, run, memory, capacity, answer.get("baseline"))
+        advice=_advice(cost, job, spec, attention, run, memory, capacity, host_results.get("baseline"))
         if fits is False
         else [],
         notes=[
@@ -279,7 +279,7 @@ def _count(
         return _pass(spec, job, attention, checkpointing, trainable), {}
     parameters, largest = count_parameters(spec)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(
+        host_results = pool.submit(
             ask,
             parameters=parameters,
             largest_layer=largest,
@@ -288,7 +288,7 @@ def _count(
             deepspeed=job.deepspeed,
             baseline=baseline,
         )
-        return _pass(spec, job, attention, checkpointing, trainable), answer.result()
+        return _pass(spec, job, attention, checkpointing, trainable), host_results.result()
 
 
 def _pass(spec: ModelSpec, job: Run, attention: str, checkpointing: bool, trainable: str = "all") -> Cost:
@@ -303,10 +303,10 @@ def _pass(spec: ModelSpec, job: Run, attention: str, checkpointing: bool, traina
     )
 
 
-def _estimates(zero: Zero, precision: str, answer: Mapping[str, Any]) -> dict[str, Any]:
+def _estimates(zero: Zero, precision: str, host_results: Mapping[str, Any]) -> dict[str, Any]:
     if zero.stage < 2:
         return {"missing": "DeepSpeed has estimators for ZeRO-2 and ZeRO-3 alone"}
-    found = dict(answer["estimates"])
+    found = dict(host_results["estimates"])
     if "missing" in found:
         return {
             "missing": f"deepspeed is not installed ({found['missing']}); pip install 'lethe-unlearning[distributed]'"

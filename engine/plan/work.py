@@ -99,7 +99,7 @@ def unlearning_work(cost: Cost, sizes: Sizes, method: str, config: Any, run: Run
     pruned = pruned_phases(run, phases, sizes.forget, used)
     stage = last_stage(phases) if run.stop_when != "never" else set()
     items = _choosing(cost, sizes, run)
-    watches, looks = 2, sizes.validation if stage else 0  # before and after; for the original
+    watches, evaluations = 2, sizes.validation if stage else 0  # before and after; for the original
     for number, phase in enumerate(phases):
         taken = _taken(phase, sizes, used, run, pruned.get(number))
         for each in made.passes(phases, number, taken):
@@ -112,8 +112,8 @@ def unlearning_work(cost: Cost, sizes: Sizes, method: str, config: Any, run: Run
         if number in stage:
             epochs = math.ceil(phase.epochs) - (number == max(stage))  # none after the last of all
             alone = phase.samples == "retain" and phase.paired is None
-            looks += epochs * (sizes.forget + (sizes.validation if alone else 0))
-    items.append(_forward("looks of stop_when", cost, looks))
+            evaluations += epochs * (sizes.forget + (sizes.validation if alone else 0))
+    items.append(_forward("looks of stop_when", cost, evaluations))
     items.append(_forward("watched accuracy", cost, watches * min(WATCHED, sizes.test or used)))
     items.append(_forward("evaluation of the original and the result", cost, 2 * sizes.evaluated))
     return [item for item in _merged(items) if item.images or item.steps or item.name.endswith("phase")]

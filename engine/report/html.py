@@ -97,7 +97,7 @@ def render(data: ReportData) -> str:
         title=data.title,
         method=data.method,
         warnings=warnings(data),
-        asked=asked(data),
+        request_sentences=request_sentences(data),
         results=results(data),
         cards=cards(data),
         columns=[shown.get(name, name.capitalize()) for name in data.evaluations],
@@ -128,7 +128,7 @@ def render(data: ReportData) -> str:
     )
 
 
-def asked(data: ReportData) -> list[str]:
+def request_sentences(data: ReportData) -> list[str]:
     """Return the request in sentences."""
     request = data.request
     forget, retain = int(request["forget"]), int(request["retain"])

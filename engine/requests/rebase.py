@@ -26,12 +26,12 @@ def rebase(folder: Path, checkpoint: str) -> tuple[int, bool]:
         model, found = load_fitting(checkpoint, source), origin(CheckpointSource.parse(checkpoint).folder)
         if found is not None and found.method != "retrain":
             raise UserError(
-                f"--checkpoint {checkpoint}: by its {found.said_by} it comes of {found.method}, not of a full retrain; "
+                f"--checkpoint {checkpoint}: by its {found.source} it comes of {found.method}, not of a full retrain; "
                 "retrain with lethe train --forget"
             )
         if found is not None and forgotten and found.samples_sha256 == source.train.fingerprint():
             raise UserError(
-                f"--checkpoint {checkpoint}: by its {found.said_by} it was trained on all samples, the "
+                f"--checkpoint {checkpoint}: by its {found.source} it was trained on all samples, the "
                 f"{len(forgotten)} forgotten ones among them; retrain with lethe train --forget and the list that "
                 "lethe request list --all --ids FILE writes"
             )

@@ -75,7 +75,7 @@ def run_requests(
     verify: Verify | None = None,
     record: Record | None = None,
     progress: Progress | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    notify: Callable[[str], None] = lambda line: None,
 ) -> Finished | None:
     """Make the next version from the open requests, or resume a run that was killed; None if no request is open.
 
@@ -85,7 +85,7 @@ def run_requests(
         given: Options in place of the store's; None: none. A resumed run keeps its method and config.
         verify, record: By default `engine.jobs.verify.verify_job` and `record_verdict`.
         progress: As of `engine.unlearn`.
-        say: Receives lines that announce the next step.
+        notify: Receives lines that announce the next step.
 
     Raises:
         UserError: Another process runs this store, the data changed, or a reference is refused. The next call resumes.
@@ -109,11 +109,11 @@ def run_requests(
             run = _resume(store, run, given)
             doing = f"going on with the run of {run.started}:"
         attempt = _Attempt.of(store, source, run)
-        say(
+        notify(
             f"{doing} {len(attempt.batch)} samples of requests {attempt.listed}, from version {run.parent:04d} to "
             f"{run.number:04d}"
         )
-        return attempt.finish(verify, record, progress, say)
+        return attempt.finish(verify, record, progress, notify)
 
 
 def abandon_run(folder: Path) -> Run:
@@ -173,7 +173,7 @@ class _Attempt:
         return ", ".join(map(str, self.run.requests))
 
     def finish(
-        self, verify: Verify | None, record: Record | None, progress: Progress | None, say: Callable[[str], None]
+        self, verify: Verify | None, record: Record | None, progress: Progress | None, notify: Callable[[str], None]
     ) -> Finished:
         """Unlearn, measure the drift, judge, and store the version; arguments as of `run_requests`."""
         store, run, batch, earlier = self.store, self.run, self.batch, self.earlier
@@ -186,7 +186,7 @@ class _Attempt:
         verdict = None
         status, reason = FAIL, why_unusable(store, run, metrics)
         if not reason:
-            say(f"judging version {run.number:04d} on the {len(whole.forget)} samples forgotten so far")
+            notify(f"judging version {run.number:04d} on the {len(whole.forget)} samples forgotten so far")
             verdict = judge_version(store, verify, whole, task if earlier else None, place, options)
             # If the process is killed before `finish`, the verdict is repeated and recorded twice, which is harmless.
             record_in(place, verdict, record)

@@ -153,19 +153,19 @@ class Store:
         """
         with transaction(self._database):
             rows = self._all("SELECT id, request, version FROM samples JOIN requests r ON r.number = request")
-            stands = {row["id"]: (row["request"], row["version"]) for row in rows}
-            known = [i for i in ids if i in stands]
+            requests_of = {row["id"]: (row["request"], row["version"]) for row in rows}
+            known = [i for i in ids if i in requests_of]
             if known and not skip_known:
                 shown = [
-                    f"{i!r} (request {stands[i][0]}, "
-                    + ("open)" if stands[i][1] is None else f"forgotten in version {stands[i][1]:04d})")
+                    f"{i!r} (request {requests_of[i][0]}, "
+                    + ("open)" if requests_of[i][1] is None else f"forgotten in version {requests_of[i][1]:04d})")
                     for i in known[:3]
                 ]
                 raise UserError(
                     f"{len(known)} of {len(ids)} ids stand in a request already: {', '.join(shown)}; leave them out, "
                     "or give --skip-known"
                 )
-            new = [i for i in ids if i not in stands]
+            new = [i for i in ids if i not in requests_of]
             if not new:
                 return None, known
             cursor = self._database.execute(

@@ -51,7 +51,7 @@ def judge_again(
     gates: Path | None = None,
     verify: Verify | None = None,
     record: Record | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    notify: Callable[[str], None] = lambda line: None,
 ) -> Judged | None:
     """Judge the current version with other evidence, such as retrained models; None if nothing is unproven.
 
@@ -62,7 +62,7 @@ def judge_again(
     Args:
         folder: Folder of the store.
         config, references, gates: As of `Overrides`.
-        verify, record, say: As of `engine.requests.runner.run_requests`.
+        verify, record, notify: As of `engine.requests.runner.run_requests`.
 
     Raises:
         UserError: A run has not ended, another process runs this store, the data changed, or a reference is refused.
@@ -80,7 +80,7 @@ def judge_again(
         batch = store.ids_of(unproven)
         earlier = sorted({*ids} - {*batch})
         part = Task.of_ids(source, batch, spec="the unproven requests", excluded=earlier) if earlier else None
-        say(f"judging version {version.number:04d} on the {len(ids)} samples forgotten so far")
+        notify(f"judging version {version.number:04d} on the {len(ids)} samples forgotten so far")
         place = store.place(version.number)
         verdict = judge_version(store, verify, whole, part, place, options)
         if version.kind == "unlearned":  # a full retrain was copied without its record

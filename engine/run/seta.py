@@ -161,13 +161,13 @@ class PrunedPhase:
         """Record the losses of a batch: the first logits of the model in this context with the batch's size."""
         seen = len(self._seen)
 
-        def look(module: nn.Module, inputs: Any, output: Any) -> None:
+        def record(module: nn.Module, inputs: Any, output: Any) -> None:
             fits = isinstance(output, Tensor) and output.shape == (len(batch), num_classes_of(module))
             if fits and batch.weight and len(self._seen) == seen:
                 losses = F.cross_entropy(output.detach().float(), batch.labels, reduction="none")
                 self._seen.append((batch.index, losses))
 
-        hook = model.register_forward_hook(look)
+        hook = model.register_forward_hook(record)
         try:
             yield
         finally:

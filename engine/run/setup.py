@@ -352,11 +352,11 @@ def _train_engine(method: Method, start: nn.Module, run: RunConfig, environment:
     return ZeroTrainEngine(student, run, zero) if zero else TrainEngine(student, run, scales)
 
 
-def _augmentation(asked: str, loader: Callable[..., Loader], retain: Samples, forget: Samples) -> str:
+def _augmentation(augment: str, loader: Callable[..., Loader], retain: Samples, forget: Samples) -> str:
     """Return what the run's option `augment` resolves to for its samples."""
-    if asked != "auto":
-        return asked
-    found = loader(retain if len(retain) else forget, asked).augment
+    if augment != "auto":
+        return augment
+    found = loader(retain if len(retain) else forget, augment).augment
     _note_augmentation(retain.name, found, retain.natural)
     return found
 

@@ -188,13 +188,13 @@ def tune(
             )
 
         while _goes_on(study.finished(), trials, clock):
-            asked, number, options = study.ask()
+            pending, number, options = study.ask()
             try:
                 trial = _attempt(number, options, run_trial, objective)
             except _OutOfTime:
-                study.tell(asked, None)
+                study.finish(pending, None)
                 break
-            study.tell(asked, trial)
+            study.finish(pending, trial)
             clock.note()
             if on_trial:
                 on_trial(trial)

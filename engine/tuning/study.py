@@ -107,22 +107,22 @@ class Study:
         trial = self._study.ask()
         return trial, number, {name: _suggest(trial, name, space) for name, space in self._space.items()}
 
-    def tell(self, asked: Any, trial: Trial | None) -> None:
+    def finish(self, pending: Any, trial: Trial | None) -> None:
         """Store the result of a trial.
 
         Args:
-            asked: Optuna's trial, from `ask`.
+            pending: Optuna's trial, from `ask`.
             trial: The finished trial; None: it was interrupted and has to be run again.
         """
         states = self._optuna.trial.TrialState
         if trial is None:
-            self._study.tell(asked, state=states.FAIL)
+            self._study.tell(pending, state=states.FAIL)
             return
-        asked.set_user_attr("trial", dataclasses.asdict(trial))
+        pending.set_user_attr("trial", dataclasses.asdict(trial))
         if trial.score is None:
-            self._study.tell(asked, state=states.PRUNED)
+            self._study.tell(pending, state=states.PRUNED)
         else:
-            self._study.tell(asked, trial.score)
+            self._study.tell(pending, trial.score)
 
 
 def require_optuna() -> Any:

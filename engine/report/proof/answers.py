@@ -31,7 +31,7 @@ from engine.report.proof.tables import (
 
 # Models of attacks and agreement in the order of the columns, and the part of the agreement that belongs to each.
 _COLUMNS = {"original": "original", "model": "model", "reference": "noise_floor"}
-_LOOKS = {"original": ORIGINAL, "model": MODEL, "reference": RETRAINED}
+_STYLES = {"original": ORIGINAL, "model": MODEL, "reference": RETRAINED}
 _SHARES = ("top1",)
 
 
@@ -116,7 +116,7 @@ def _strongest(by_model: Mapping[str, Any]) -> list[str]:
 
 
 def _series(names: Mapping[str, str], numbers: Mapping[str, Sequence[Number | None]]) -> list[Series]:
-    return [Series(names[name].lower(), _LOOKS[name], numbers[name]) for name in _COLUMNS]
+    return [Series(names[name].lower(), _STYLES[name], numbers[name]) for name in _COLUMNS]
 
 
 def _direction(numbers: Any) -> str | None:

@@ -218,8 +218,8 @@ def _cka_plots(models: Mapping[str, Any], layers: Sequence[str], sets: Sequence[
     pictures: list[Picture] = []
     for part in sets:
         series = [
-            Series(name, look, by_place((_to(models, *pair, part).get("cka") or [] for pair in between), mean_of))
-            for name, (look, between) in pairs.items()
+            Series(name, style, by_place((_to(models, *pair, part).get("cka") or [] for pair in between), mean_of))
+            for name, (style, between) in pairs.items()
         ]
         ticks = [_layer(name) for name in layers]
         pictures += band_plot(f"CKA, {SETS[part].lower()}", "layer", "similarity", ticks, series)
@@ -380,8 +380,8 @@ def _overlap_plots(overlap: Mapping[str, Any], references: Sequence[str], part: 
         ("spearman", "Rank correlation", "rank correlation of all patches"),
     ):
         series = [
-            Series(name, look, [mean_of(_between(overlap[s], *pair).get(key) for pair in between) for s in overlap])
-            for name, (look, between) in pairs.items()
+            Series(name, style, [mean_of(_between(overlap[s], *pair).get(key) for pair in between) for s in overlap])
+            for name, (style, between) in pairs.items()
         ]
         chance = part.get("chance", {}).get(key, 0.0)
         pictures += dot_plot(title, axis, [SETS.get(name, name) for name in overlap], series, line=chance)
@@ -410,7 +410,7 @@ def _overlap_group(
 
 
 def _reading_plots(reading: Mapping[str, Any]) -> list[Picture]:
-    looks = {"forget": MODEL, "test": ORIGINAL_TO_RETRAINED}
+    styles = {"forget": MODEL, "test": ORIGINAL_TO_RETRAINED}
     pictures: list[Picture] = []
     for key, title, axis, shares in (
         ("kl", "KL from retrained", "KL (nats)", False),
@@ -419,7 +419,7 @@ def _reading_plots(reading: Mapping[str, Any]) -> list[Picture]:
         series = [
             Series(
                 SETS.get(name, name).lower(),
-                looks.get(name, RETRAINED),
+                styles.get(name, RETRAINED),
                 [(each.get(r) or {}).get(key) for r in _READINGS],
             )
             for name, each in reading.items()

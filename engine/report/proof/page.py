@@ -163,15 +163,15 @@ def _verdict(verdict: Mapping[str, Any], used: Used) -> dict[str, Any]:
 def _basis(verdict: Mapping[str, Any], gates: Sequence[Mapping[str, Any]]) -> str:
     samples = verdict.get("samples", {})
     references = int(verdict.get("references", 0))
-    looked = " and ".join(count(int(samples[name]), f"{name} sample") for name in ("forget", "test") if name in samples)
+    sizes = " and ".join(count(int(samples[name]), f"{name} sample") for name in ("forget", "test") if name in samples)
     paired = f", beside {count(references, 'model')} retrained without the forget samples" if references else ""
-    examined = f"It rests on {looked}{paired}. " if looked else ""
+    basis = f"It rests on {sizes}{paired}. " if sizes else ""
     kinds = [gate["kind"] for gate in gates]
     counted = ", ".join(
         f"{kinds.count(kind)} {word}"
         for kind, word in (("pass", "passed"), ("fail", "failed"), ("undecided", "undecided"))
     )
-    return f"{examined}Of {count(len(gates), 'question')}: {counted}."
+    return f"{basis}Of {count(len(gates), 'question')}: {counted}."
 
 
 def _gate(gate: Mapping[str, Any], used: Used) -> dict[str, Any]:

@@ -21,18 +21,18 @@ _MOST_TICKS = 9
 
 
 @dataclasses.dataclass(frozen=True)
-class Look:
+class Style:
     colour: str
     marker: str
     line: str
 
 
-MODEL = Look(BLUE, "o", "-")
-ORIGINAL = Look(VERMILLION, "s", "--")
-RETRAINED = Look(GREY, "D", "-.")
-MODEL_TO_ORIGINAL = Look(VERMILLION, "o", "-")
-MODEL_TO_RETRAINED = Look(BLUE, "s", "-")
-ORIGINAL_TO_RETRAINED = Look(ORANGE, "^", "--")
+MODEL = Style(BLUE, "o", "-")
+ORIGINAL = Style(VERMILLION, "s", "--")
+RETRAINED = Style(GREY, "D", "-.")
+MODEL_TO_ORIGINAL = Style(VERMILLION, "o", "-")
+MODEL_TO_RETRAINED = Style(BLUE, "s", "-")
+ORIGINAL_TO_RETRAINED = Style(ORANGE, "^", "--")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,12 +41,12 @@ class Series:
 
     Attributes:
         name: Name in the legend.
-        look: Colour, mark and line.
+        style: Colour, mark and line.
         numbers: {"value", "low", "high"} of each row or tick. None, or a value that is no number: not measured.
     """
 
     name: str
-    look: Look
+    style: Style
     numbers: Sequence[Number | None]
 
     def columns(self) -> np.ndarray:
@@ -96,8 +96,8 @@ def dot_plot(
     for place, (each, columns) in enumerate(drawn):
         value, low, high = scale * columns
         y = -np.arange(len(rows)) - 0.22 * (place - (len(drawn) - 1) / 2)
-        axes.hlines(y, low, high, color=each.look.colour, linewidth=1.6)
-        axes.plot(value, y, each.look.marker, color=each.look.colour, markersize=5, label=each.name)
+        axes.hlines(y, low, high, color=each.style.colour, linewidth=1.6)
+        axes.plot(value, y, each.style.marker, color=each.style.colour, markersize=5, label=each.name)
     axes.set_yticks(-np.arange(len(rows)), [_short(row) for row in rows], parse_math=False)
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(0.5 - len(rows), 0.5)
@@ -144,10 +144,17 @@ def band_plot(
 
 def _line(axes: Axes, places: np.ndarray, columns: np.ndarray, series: Series) -> None:
     value, low, high = columns
-    look = series.look
-    axes.fill_between(places, low, high, color=look.colour, alpha=0.16, linewidth=0)
+    style = series.style
+    axes.fill_between(places, low, high, color=style.colour, alpha=0.16, linewidth=0)
     axes.plot(
-        places, value, look.line, color=look.colour, marker=look.marker, markersize=4, linewidth=1.6, label=series.name
+        places,
+        value,
+        style.line,
+        color=style.colour,
+        marker=style.marker,
+        markersize=4,
+        linewidth=1.6,
+        label=series.name,
     )
 
 

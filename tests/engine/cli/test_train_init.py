@@ -84,7 +84,7 @@ def test_a_base_without_class_names_is_not_called_compared(tmp_path: Path, digit
     data.train.class_names = list("0123456789")
     place = save_checkpoint(describing(tiny_vit(seed=5), []), tmp_path / "base")
     lines: list[str] = []
-    opening = Opening(checked=False, say=lines.append)
+    opening = Opening(checked=False, notify=lines.append)
     with opening.active():
         model, _ = init_model(str(place), data, None, seed=0)
         opening.prepare_training(data, None, model)
@@ -105,7 +105,7 @@ def test_the_same_classes_in_another_order_keep_the_head_and_are_matched_by_name
     base = describing(tiny_vit(seed=5), [f"digit_{i}" for i in reversed(range(10))])
     place = save_checkpoint(base, tmp_path / "base")
     lines: list[str] = []
-    opening = Opening(label_order=order, checked=False, say=lines.append)
+    opening = Opening(label_order=order, checked=False, notify=lines.append)
     with opening.active():
         model, note = init_model(str(place), data, task, seed=0)
         trained, left, _ = opening.prepare_training(data, task, model)

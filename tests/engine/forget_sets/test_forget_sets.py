@@ -45,10 +45,10 @@ def test_features_and_the_last_layer_give_the_logits(digits: Samples, fitted: to
     with torch.no_grad():
         torch.testing.assert_close(logits[: len(batch)], outputs(fitted, batch.images), rtol=1e-4, atol=1e-4)
     losses = F.cross_entropy(logits.double(), torch.from_numpy(digits.labels), reduction="none")
-    np.testing.assert_allclose(pool.answers.losses, losses.detach(), rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(pool.measurements.losses, losses.detach(), rtol=1e-3, atol=1e-5)
     assert pool.precision == "fp32"  # not auto: a list should not depend on the machine
-    assert pool.answers.correct.mean() > 0.8  # the fixture knows most of them
-    assert (pool.answers.correct == (logits.argmax(1).numpy() == digits.labels)).all()
+    assert pool.measurements.correct.mean() > 0.8  # the fixture knows most of them
+    assert (pool.measurements.correct == (logits.argmax(1).numpy() == digits.labels)).all()
 
 
 def test_losses_and_errors_keep_their_order_where_a_model_is_sure() -> None:
@@ -94,7 +94,7 @@ def test_influence_is_the_length_of_the_last_layers_gradient(digits: Samples, ar
 def test_a_mislabelled_sample_comes_first(digits: Samples, fitted: torch.nn.Module) -> None:
     pool = Pool(digits, 1, model=fitted)
     logits = pool.last_layer()(pool.features).detach().numpy()
-    planted = int(pool.answers.losses.argmin())
+    planted = int(pool.measurements.losses.argmin())
     labels = digits.labels.copy()
     labels[planted] = logits[planted].argmin()
     wrong = relabelled(digits, labels)
@@ -106,7 +106,7 @@ def test_a_mislabelled_sample_comes_first(digits: Samples, fitted: torch.nn.Modu
 
 
 def test_loss_strategies_take_both_ends_in_order(digits: Samples, fitted: torch.nn.Module) -> None:
-    losses = Pool(digits, 1, model=fitted).answers.losses
+    losses = Pool(digits, 1, model=fitted).measurements.losses
     order = np.argsort(losses)
     low = choose_forget_set(digits, "lowest-loss", count=20, model=fitted).selection
     assert low.indices.tolist() == order[:20].tolist()
@@ -274,11 +274,11 @@ def test_description_by_hand() -> None:
 
 def test_description_is_of_the_model(digits: Samples, fitted: torch.nn.Module) -> None:
     result = choose_forget_set(digits, "highest-loss", count=20, model=fitted)
-    answers = Pool(digits, 1, model=fitted).answers
+    measurements = Pool(digits, 1, model=fitted).measurements
     of = result.description["chosen"]
-    assert of["loss"] == pytest.approx(answers.losses[result.selection.indices].mean(), rel=1e-6)
-    assert of["accuracy"] == answers.correct[result.selection.indices].mean()
-    assert result.description["all"]["loss"] == pytest.approx(answers.losses.mean(), rel=1e-6)
+    assert of["loss"] == pytest.approx(measurements.losses[result.selection.indices].mean(), rel=1e-6)
+    assert of["accuracy"] == measurements.correct[result.selection.indices].mean()
+    assert result.description["all"]["loss"] == pytest.approx(measurements.losses.mean(), rel=1e-6)
     assert result.description["random"]["samples"] == 20
     assert of["loss"] > result.description["random"]["loss"]
 

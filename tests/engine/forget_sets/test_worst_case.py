@@ -133,7 +133,7 @@ def test_the_worst_case_is_harder_than_a_random_set(digits: Samples, fitted: tor
     )
     facts = result.selection.facts
     assert facts["loss_after_unlearning"] < 0.5 * facts["loss_of_random_set_after_unlearning"]
-    losses = Pool(digits, 20, model=fitted).answers.losses
+    losses = Pool(digits, 20, model=fitted).measurements.losses
     drawn = np.random.default_rng([0, 1]).permutation(200)[:20]
     assert facts["loss_of_random_set_before"] == pytest.approx(losses[drawn].mean(), rel=1e-6)
     lowest = set(np.argsort(losses)[:20].tolist())

@@ -17,7 +17,7 @@ from toys import tiny_vit
 from engine import unlearn
 from engine.audit.record import recorded
 from engine.core.plausibility import (
-    can_tell,
+    can_differ,
     chance_of,
     is_clearly_better,
     is_far_below,
@@ -259,7 +259,7 @@ def test_chance_and_what_so_few_samples_can_tell() -> None:
     two = np.repeat([0, 1], 200)
     assert is_near_chance(219, two)
     assert not is_near_chance(232, two)
-    assert not can_tell(np.array([0, 1, 2]))
+    assert not can_differ(np.array([0, 1, 2]))
     assert not is_near_chance(0, np.array([0, 1, 2]))
     thousand = np.arange(400)
     assert is_near_chance(20, thousand)  # 5% of 1000 classes: far from chance, and misread all the same
