@@ -1,1 +1,1 @@
-"""The `lethe` command: one file a command."""
+"""The `lethe` command; `app` gathers its commands."""

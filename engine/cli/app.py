@@ -79,7 +79,10 @@ def common(
     ] = False,
     local_rank: Annotated[int, typer.Option("--local_rank", hidden=True, help="Passed by launchers.")] = 0,
 ) -> None:
-    """Options of every command, given before its name. LOCAL_RANK in the environment stands for --local_rank."""
+    """Set the options of every command, which are given before its name.
+
+    LOCAL_RANK in the environment has the effect of --local_rank.
+    """
     if debug:
         os.environ[exits.DEBUG] = "1"
 
@@ -90,7 +93,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Seed of every model and draw.")] = 0,
     json_file: Json = None,
 ) -> None:
-    """The main job on scikit-learn's digits: train, forget a tenth, retrain twice without it, compare."""
+    """Run the main job on scikit-learn's digits: train, forget a tenth, retrain twice without it, compare."""
     from engine.cli.demo import run_demo
 
     metrics = run_demo(out, seed)
@@ -147,7 +150,7 @@ def train(
     json_file: Json = None,
     opening: Opening,
 ) -> None:
-    """Trains a model, from fresh weights or from --init; with --forget, the retrained reference for those samples."""
+    """Train a model, from fresh weights or from --init; with --forget, the retrained reference for those samples."""
     check_free(out)
     from engine.audit.run_record import RecordOptions
     from engine.cli.console import console, print_seconds, progress_bars
@@ -208,9 +211,9 @@ def unlearn(
     json_file: Json = None,
     opening: Opening,
 ) -> None:
-    """Makes a trained model forget samples; writes the new checkpoint, metrics.json, record.json and report.html.
+    """Make a trained model forget samples; write the new checkpoint, metrics.json, record.json and report.html.
 
-    The original is never changed. Test samples are looked at only after the model is final.
+    The original is never changed. Test samples are evaluated only after the model is final.
     """
     check_free(out)
     from engine.audit.run_record import RecordOptions
@@ -221,7 +224,7 @@ def unlearn(
     from engine.methods import get_method
 
     options = {**(read_yaml(config) if config else {}), **run_options(settings, run.on_bad_image)}
-    split_options(options, get_method(method).Config)  # an unknown option is an error now
+    split_options(options, get_method(method).Config)  # an unknown option is reported before the work
     join_ranks(options)
     sources = files.sources([checkpoint, *(reference or [])])
     source, references = sources[0] or checkpoint, [each for each in sources[1:] if each]
@@ -274,7 +277,7 @@ def evaluate(
     json_file: Json = None,
     opening: Opening,
 ) -> None:
-    """Forget, retain and test accuracy, membership inference, and the gap to retrained models."""
+    """Measure forget, retain and test accuracy, membership inference, and the gap to retrained models."""
     from engine.cli.console import print_metrics
     from engine.jobs.evaluate import evaluate_models
     from engine.jobs.task import Task
@@ -295,7 +298,7 @@ def methods(
     name: Annotated[str | None, typer.Argument(help="A method, to list its options.", show_default=False)] = None,
     json_file: Json = None,
 ) -> None:
-    """The registered methods, or the options of one with their defaults."""
+    """List the registered methods, or the options of one with their defaults."""
     import inspect
 
     from rich.table import Table
@@ -335,7 +338,7 @@ def methods(
 
 @app.command()
 def env(json_file: Json = None) -> None:
-    """Versions, devices, optional packages, and whether the installation is sound."""
+    """Print versions, devices and optional packages, and check the installation."""
     from engine.runtime.environment import environment, extras, kernel_backends, kernels_problem, rollout_launches
 
     console = Console()
@@ -364,16 +367,16 @@ app.add_typer(request_app, name="request")
 
 
 def main() -> None:
-    """The console script."""
+    """Run the `lethe` command; the console script."""
     run_app(app)
 
 
 def run_app(command: typer.Typer) -> None:
-    """Runs a command, and ends the process with its exit code (`engine.errors.EXIT_CODES`)."""
+    """Run a command, and end the process with its exit code (`engine.errors.EXIT_CODES`)."""
     stderr = Console(stderr=True)
     handler = RichHandler(show_time=False, show_path=False, console=stderr)
     logging.basicConfig(level=logging.WARNING if RANK == 0 else logging.ERROR, format="%(message)s", handlers=[handler])
-    if RANK == 0:  # how a file of weights was read, and what auto came to, are for everybody to see
+    if RANK == 0:  # how a file of weights was read, and what `auto` was resolved to
         for name in ("engine.models.checkpoint", "engine.run.setup"):
             logging.getLogger(name).setLevel(logging.INFO)
     exits.run(command, stderr)

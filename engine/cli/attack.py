@@ -66,7 +66,7 @@ def attack(
     *,
     opening: Opening,
 ) -> None:
-    """U-LiRA: can models that unlearned a sample be told from models that never saw it?
+    """Run U-LiRA: can models that unlearned a sample be distinguished from models that were never trained on it?
 
     It is the procedure that is attacked, not one checkpoint: 2 K models are trained, half of them without each target,
     and the method runs on those with it.
@@ -103,7 +103,7 @@ def attack(
 
 
 def write_scores(path: Path, ids: list[str], scores: list[float | None]) -> None:
-    """CSV with the columns id and score, highest first; samples without a score are left out."""
+    """Write a CSV file with the columns id and score, highest first; samples without a score are left out."""
     import csv
 
     from engine.runtime.files import replacing
@@ -118,7 +118,7 @@ def write_scores(path: Path, ids: list[str], scores: list[float | None]) -> None
 
 
 def state_needs(spec: EnsembleSpec, method: str, options: Mapping[str, Any], cache: Path, workers: int) -> None:
-    """Says what the ensemble takes, before it takes it."""
+    """Print the models, memory and disk that the ensemble needs, before it is trained."""
     import torch
 
     from engine.attack.ensemble import ensemble_needs, open_data
@@ -135,7 +135,7 @@ def state_needs(spec: EnsembleSpec, method: str, options: Mapping[str, Any], cac
     for name, chosen in (("retrain", spec.recipe), (method, options)):
         run, _ = split_options(chosen, get_method(name).Config)
         step = run.batch_size * run.accumulation_steps
-        forget = max(len(opened.targets) // 3, step)  # a plan wants a whole step of both sets
+        forget = max(len(opened.targets) // 3, step)  # a plan needs a whole step of both sets
         images = max(len(opened.source.train), forget + step)
         planned = plan(
             spec.model.architecture,
@@ -158,7 +158,7 @@ def state_needs(spec: EnsembleSpec, method: str, options: Mapping[str, Any], cac
 
 
 def print_attack(found: Mapping[str, Any]) -> None:
-    """The table of the method beside the originals that unlearned nothing, and which way each number reads."""
+    """Print the method compared with the originals, which unlearned nothing, and the direction of each number."""
     from rich.table import Table
 
     from engine.attack.ulira import DIRECTION

@@ -1,4 +1,4 @@
-"""What the command prints: tables and progress bars."""
+"""Output of the command: tables and progress bars."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from engine.core.result import Progress as Report
 from engine.evaluate.membership import DIRECTION
 from engine.runtime.progress import format_numbers
 
-# Of several ranks the first one speaks.
+# Of several ranks, only the first one prints.
 _SILENT = int(os.environ.get("RANK", "0")) > 0
 
-# A file or a pipe has no width: wide enough there for every table.
+# A file or a pipe has no width; 150 columns are enough for every table.
 console = Console(width=None if sys.stdout.isatty() else 150, quiet=_SILENT)
 
 
@@ -27,13 +27,13 @@ _COLOURS = {"PASS": "green", "FAIL": "red", "INSUFFICIENT EVIDENCE": "yellow"}
 
 
 def coloured(status: str) -> str:
-    """The status of a verdict or a gate, as rich markup."""
+    """Return the status of a verdict or a gate as rich markup."""
     return f"[{_COLOURS[status]}]{status}[/]"
 
 
 @contextlib.contextmanager
 def progress_bars() -> Iterator[Report]:
-    """Yields the callback of `engine.unlearn`: one bar a phase."""
+    """Yield the callback of `engine.unlearn`, which draws one bar for each phase."""
     columns = (
         TextColumn("{task.description:>8}"),
         BarColumn(),
@@ -53,7 +53,7 @@ def progress_bars() -> Iterator[Report]:
 
 
 def print_metrics(metrics: Mapping[str, Any], name: str = "unlearned") -> None:
-    """The table original / unlearned / retrained of one metrics.json."""
+    """Print the table original / unlearned / retrained of one metrics.json."""
     table = Table(header_style="bold")
     table.add_column("model", no_wrap=True)
     for column in ("forget", "retain", "test", "MIA", "AUC", "gap", "agree"):

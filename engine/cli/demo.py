@@ -22,7 +22,7 @@ RECIPE = {**RUN, "epochs": 40, "lr": 2e-3}
 
 
 def run_demo(out: Path, seed: int = 0) -> dict[str, Any]:
-    """Trains, unlearns a random tenth, retrains twice (two seeds: the noise floor), compares; returns metrics."""
+    """Train, unlearn a random tenth, retrain twice (two seeds: the noise floor) and compare; return the metrics."""
     if out.exists() and any(out.iterdir()) and not (out / "original").is_dir():
         raise UserError(f"folder {out} holds files that are not the demo's; name another with --out")
     with lock.held(out):

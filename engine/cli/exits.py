@@ -1,4 +1,4 @@
-"""How a command ends: its exit code, the line on standard error, and where the traceback of a crash is kept."""
+"""End of a command: its exit code, the line on standard error, and the file with the traceback of a crash."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DEBUG = "LETHE_DEBUG"
 
 
 def run(command: Callable[[], Any], stderr: Console) -> None:
-    """Runs a command, and ends the process with its exit code."""
+    """Run a command, and end the process with its exit code."""
     with _terminated_in_order():
         try:
             command()
@@ -46,7 +46,7 @@ def _print_error(stderr: Console, label: str, text: str) -> None:
 
 
 def _report_crash(error: Exception, stderr: Console) -> None:
-    """One line on what happened and where its traceback is; it is never lost."""
+    """Write the traceback of a crash to a file, or to standard error if that fails; print one line that names it."""
     text = "".join(traceback.format_exception(error))
     first = next(iter(str(error).strip().splitlines()), "")
     what = f"{type(error).__name__}: {first}" if first else type(error).__name__
@@ -72,7 +72,7 @@ def _report_crash(error: Exception, stderr: Console) -> None:
 
 @contextlib.contextmanager
 def _terminated_in_order() -> Iterator[None]:
-    """A SIGTERM (of a scheduler, of `kill`) ends the process as an exception does, so that locks are given back."""
+    """End the process by an exception on SIGTERM (of a scheduler, of `kill`), so that locks are released."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -67,16 +67,16 @@ def forget_set(
     json_file: Json = None,
     opening: Opening,
 ) -> None:
-    """Writes a list of training samples to forget, chosen at random or to be hard to forget, and describes it.
+    """Write a list of training samples to forget, chosen at random or to be hard to forget, and describe it.
 
-    Test data is not looked at. The same arguments give the same list.
+    Test data is not used. The same arguments give the same list.
     """
     from engine.cli.console import console, progress_bars
     from engine.config import parse_assignments
     from engine.data import open_source
     from engine.forget_sets import choose_forget_set, require_csv
 
-    require_csv(out)  # an error now, not after the work
+    require_csv(out)  # before the work
     samples, model = open_source(data).train, None
     options = parse_assignments(settings or [])
     (place,) = files.sources([checkpoint])
@@ -125,7 +125,7 @@ def _table(chosen: ForgetSet) -> Table:
 
 
 def _lines(of: dict[str, Any]) -> list[str]:
-    """What the table does not say."""
+    """Return what the table does not show: units, scores and times."""
     facts = [
         f"{key.replace('_', ' ')}: {value:.4g}" if isinstance(value, float) else f"{key.replace('_', ' ')}: {value}"
         for key, value in of["facts"].items()

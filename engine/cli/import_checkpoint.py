@@ -41,7 +41,7 @@ def import_checkpoint(
     json_file: Json = None,
     opening: Opening,
 ) -> None:
-    """Writes a file of weights as a checkpoint folder (config.json, model.safetensors), which every command opens.
+    """Write a file of weights as a checkpoint folder (config.json, model.safetensors), which every command opens.
 
     Example: lethe import model_best.pth.tar --arch vit_tiny_patch16_224 --model-arg img_size=32 --out model
     """

@@ -87,9 +87,9 @@ _GROUPS: dict[str, dict[str, Any]] = {"preprocessing": _PREPROCESSING, "labels":
 
 
 def takes_models(*groups: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Gives a typer command the options above, which come to it as one argument `opening` (`engine.jobs.opening`).
+    """Return a decorator that adds these options to a command, as one argument `opening` (`engine.jobs.opening`).
 
-    Inside the command, jobs open models with these changes.
+    Inside the command, jobs open models with these options.
 
     Args:
         groups: Names of groups of options, by default all three.
@@ -98,7 +98,7 @@ def takes_models(*groups: str) -> Callable[[Callable[..., Any]], Callable[..., A
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(command)
-        command.__annotations__.pop("opening")  # of a module that is loaded when the command runs
+        command.__annotations__.pop("opening")  # its module is loaded when the command runs
         hints = typing.get_type_hints(command, include_extras=True)
 
         @functools.wraps(command)
@@ -125,7 +125,7 @@ def takes_models(*groups: str) -> Callable[[Callable[..., Any]], Callable[..., A
 
 
 def named_references(references: list[str] | None) -> dict[str, str]:
-    """References by what errors and notes call them."""
+    """Return references by their names in errors and notes."""
     return {f"--reference {reference}": reference for reference in references or []}
 
 

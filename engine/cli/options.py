@@ -1,4 +1,4 @@
-"""Options that several commands take, and what they do with them."""
+"""Options that several commands share, and their checks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import typer
 
 from engine.errors import UserError
 
-# Of this process, where a launcher started several: the first one speaks for all.
+# Rank of this process under a launcher; only rank 0 prints and writes.
 RANK = int(os.environ.get("RANK", "0"))
 
 Data = Annotated[
@@ -165,7 +165,7 @@ _GROUPS = (WeightFile, RunFolderOptions)
 
 
 def _can_be_written(path: Path | None) -> Path | None:
-    """Raises UserError for a file that cannot be made: before the work whose numbers it is for."""
+    """Return the path; raise UserError before the work if the file cannot be written."""
     if path is not None:
         there = next(place for place in (path, *path.absolute().parents) if place.exists())
         if path.is_dir() or (there != path and not there.is_dir()):
@@ -208,7 +208,7 @@ def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def takes_data(command: Callable[..., None]) -> Callable[..., None]:
-    """Adds --image-column, --label-column and --class-map to a command with --data, and appends them to its spec."""
+    """Add --image-column, --label-column and --class-map to a command with --data, and append them to its spec."""
     hints = get_type_hints(command, include_extras=True)
     parameters = []
     for parameter in inspect.signature(command).parameters.values():
@@ -237,14 +237,15 @@ def _with_parameters(command: Callable[..., None], parameters: list[inspect.Para
 
 
 def check_free(out: Path) -> None:
-    """Raises UserError where another run is at work in a folder: at once, before models and data are opened."""
+    """Raise UserError if another run is at work in a folder, before models and data are opened."""
     from engine.runtime import lock
 
-    if "RANK" not in os.environ:  # several ranks find out together, when the folder is opened
+    if "RANK" not in os.environ:  # several ranks check together when the folder is opened
         lock.check(out)
 
 
 def run_options(settings: list[str] | None, on_bad_image: str | None) -> dict[str, Any]:
+    """Return the options of --set and --on-bad-image by name."""
     from engine.config import parse_assignments
 
     return {**parse_assignments(settings or []), **({"on_bad_image": on_bad_image} if on_bad_image else {})}
@@ -253,15 +254,13 @@ def run_options(settings: list[str] | None, on_bad_image: str | None) -> dict[st
 def checkpoint_sources(
     checkpoints: Sequence[str | None], arch: str | None, model_arg: list[str] | None, weights: str | None
 ) -> list[str | None]:
-    """Checkpoints with `--arch`, `--model-arg` and `--weights` in their strings, as `load_checkpoint` reads them.
+    """Return checkpoints with `--arch`, `--model-arg` and `--weights` in their strings, for `load_checkpoint`.
 
-    They are for files, and for folders without a config.json; if all of the checkpoints say how they are built, the
-    first one is given them, and refuses.
+    These options are for files, and for folders without a config.json. If the architecture of every checkpoint is
+    stored with it, the first one gets them, and `load_checkpoint` raises an error.
     """
     if not (arch or model_arg or weights):
         return list(checkpoints)
-    import dataclasses
-
     from engine.config import parse_assignments
     from engine.models.checkpoint_source import CheckpointSource
 
@@ -286,7 +285,7 @@ def checkpoint_sources(
 
 
 def join_ranks(options: dict[str, Any]) -> None:
-    """Meets the other ranks, where a launcher started several, before any of them opens the data."""
+    """Join the process group, if a launcher started several ranks, before any of them opens the data."""
     from engine.config import RunConfig, build
     from engine.runtime.process_group import init_process_group
 
@@ -295,6 +294,7 @@ def join_ranks(options: dict[str, Any]) -> None:
 
 
 def write_json_file(path: Path | None, values: Any) -> None:
+    """Write the numbers of a command to the file of --json, if one was given."""
     if path is None or RANK > 0:
         return
     from engine.runtime.files import write_json

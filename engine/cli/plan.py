@@ -60,7 +60,7 @@ def plan(
     price: Annotated[float | None, typer.Option(help="Of an hour of a GPU.", show_default=False)] = None,
     json_file: Json = None,
 ) -> None:
-    """What unlearning needs, before anybody asks for the GPUs: memory, flops, bytes and time, beside a retrain."""
+    """Estimate what unlearning needs before it runs: memory, flops, bytes and time, compared with a retrain."""
     from engine.cli.plan_table import print_plan
     from engine.config import parse_assignments
     from engine.plan import plan as make_plan

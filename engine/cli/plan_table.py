@@ -1,4 +1,4 @@
-"""The plan as the command prints it."""
+"""Tables of `lethe plan`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from engine.plan.planning import GIB, Plan
 
 
 def print_plan(plan: Plan) -> None:
-    """The tables of `lethe plan`: memory by part, work and time beside the retrain, and what is not counted."""
+    """Print a plan: memory by part, work and time compared with the retrain, and what is not counted."""
     setup, zero = plan.setup, plan.setup["zero"]
     rank = "GPU" if setup["device"] == "cuda" else "rank"
     moved = [name for name in ("offload_optimizer", "offload_param") if zero[name]]

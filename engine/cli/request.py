@@ -70,7 +70,7 @@ def init(
     max_share: MaxShare = None,
     opening: Opening,
 ) -> None:
-    """Makes a store. Version 0 is a copy of the checkpoint, so that the lineage is whole whatever becomes of it."""
+    """Create a store. Version 0 is a copy of the checkpoint, so that the lineage stays complete if that is deleted."""
     from engine.cli.console import console
     from engine.config import parse_assignments
     from engine.requests.intake import MAX_SHARE, init_store
@@ -113,7 +113,7 @@ def add(
     ] = False,
     json_file: Json = None,
 ) -> None:
-    """Adds a request. Ids are checked against the data now; an id that it does not hold adds nothing."""
+    """Add a request. Ids are checked against the data now; an id that it does not hold adds nothing."""
     from engine.cli.console import console
     from engine.requests.intake import add_request
     from engine.requests.status import describe_request
@@ -155,7 +155,7 @@ def list_requests(
     ] = None,
     json_file: Json = None,
 ) -> None:
-    """The open requests, the nearest deadline first, or all."""
+    """List the open requests, the nearest deadline first, or all."""
     from engine.cli.console import console
     from engine.requests.status import describe_request
     from engine.requests.store import Store
@@ -180,7 +180,7 @@ def list_requests(
 
 @request_app.command("status")
 def show_status(store: StoreFolder, max_share: MaxShare = None, json_file: Json = None) -> None:
-    """Open requests with the days that are left, the versions, and the drift from the last full retrain."""
+    """Show open requests with the days that are left, the versions, and the drift from the last full retrain."""
     from engine.cli.console import console
     from engine.requests.status import status
 
@@ -234,11 +234,11 @@ def run(
     ] = False,
     json_file: Json = None,
 ) -> None:
-    """Unlearns the open requests as one batch and judges the new version. Exit 0: done; 1: FAIL; 3: unproven.
+    """Unlearn the open requests as one batch and judge the new version. Exit 0: done; 1: FAIL; 3: unproven.
 
     Samples that were forgotten earlier are never trained on again, and the verdict is on all of them. After a FAIL the
     version before stays the current one and the requests stay open; INSUFFICIENT EVIDENCE leaves them unproven until
-    a later verdict passes. A run that was killed goes on where it was.
+    a later verdict passes. A run that was killed is resumed.
     """
     from engine.cli.console import console, print_metrics, progress_bars
     from engine.config import parse_assignments, to_dict
@@ -295,7 +295,7 @@ def judge(
     gates: GatesFile = None,
     json_file: Json = None,
 ) -> None:
-    """Judges the current version again, with retrained models above all. Exit 0: done; 1: FAIL; 3: still unproven.
+    """Judge the current version again, in most cases with retrained models. Exit 0: done; 1: FAIL; 3: still unproven.
 
     PASS makes all unproven requests done, without another run. After a FAIL the version before is the current one and
     the requests of this one are open again.
@@ -336,7 +336,7 @@ def rebase(
     *,
     files: WeightFile,
 ) -> None:
-    """Makes a full retrain without the forgotten samples the current version, from which drift is counted anew."""
+    """Make a full retrain without the forgotten samples the current version, from which drift is counted anew."""
     from engine.cli.console import console
     from engine.requests.rebase import rebase as add_rebase
 

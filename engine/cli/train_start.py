@@ -1,4 +1,4 @@
-"""What `lethe train` starts from: a timm architecture, or a checkpoint (`--init`)."""
+"""Initial model of `lethe train`: a timm architecture, or a checkpoint (`--init`)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Start:
     sliced: bool
 
     def check(self, options: dict[str, Any]) -> None:
-        """Raises UserError for options that contradict each other; with `--init` the option base is `given`."""
+        """Raise UserError for options that contradict each other; with `--init`, set the option base to `given`."""
         base = options.get("base")
         if self.init is None:
             if self.arch is None:
@@ -41,7 +41,7 @@ class Start:
         options["base"] = "given"
 
     def model(self, source: Source, task: Task | None, options: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
-        """The model to train, and what config.yaml and the record keep of where it came from."""
+        """Return the model to train, and the notes on its origin for config.yaml and the record."""
         from engine.config import parse_assignments
         from engine.jobs.start import architecture, init_model, pretrained
         from engine.models.spec import describing, spec_of
@@ -53,4 +53,4 @@ class Start:
             return init_model(place or self.init, source, task, options["seed"])
         build = pretrained if options.get("base") == "given" else architecture
         model = build(self.arch or "", parse_assignments(self.model_arg or []), source)
-        return describing(model, spec_of(model).label_names), {"arch": self.arch}  # those of the data: Opening's work
+        return describing(model, spec_of(model).label_names), {"arch": self.arch}  # `Opening` sets those of the data

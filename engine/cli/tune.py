@@ -59,10 +59,10 @@ def tune(
     json_file: Json = None,
     opening: Opening,
 ) -> None:
-    """Chooses a method's options by trials on held-out samples, without a retrained model; writes best.yaml.
+    """Choose a method's options by trials on held-out samples, without a retrained model; write best.yaml.
 
     Options of --set and --config are fixed, the others that can be tuned are searched; the first trial has the
-    defaults. No test sample is looked at. `lethe unlearn --config OUT/best.yaml` takes what was found.
+    defaults. No test sample is used. `lethe unlearn --config OUT/best.yaml` takes what was found.
     """
     check_free(out)
     from engine.cli.console import console

@@ -10,6 +10,7 @@ from engine.evaluate.verdict import DOES_NOT_PROVE, Verdict
 
 
 def print_verdict(verdict: Verdict) -> None:
+    """Print the gates of a verdict, its status, and what it does not prove."""
     table = Table("gate", "", "limit", "found", header_style="bold")
     for gate in verdict.gates:
         table.add_row(gate.name, coloured(gate.status), escape(gate.limit), escape(gate.reason))

@@ -27,7 +27,7 @@ from engine.errors import ExitCode, UserError
 if TYPE_CHECKING:
     from engine.jobs.opening import Opening
 
-# What scripts and queues read; 2 is wrong use, as everywhere.
+# For scripts and queues; 2 is wrong use, as in every command.
 EXIT = {
     "PASS": ExitCode.GOOD,
     "FAIL": ExitCode.FAILED,
@@ -72,7 +72,7 @@ def verify(
     ] = None,
     opening: Opening,
 ) -> None:
-    """Is it forgotten? PASS (exit 0), FAIL (1) or INSUFFICIENT EVIDENCE (3), with the reason of each gate."""
+    """Judge a checkpoint: PASS (exit 0), FAIL (1) or INSUFFICIENT EVIDENCE (3), with the reason of each gate."""
     from engine.audit.run_record import RecordOptions
     from engine.cli.console import console
     from engine.cli.verdict_table import print_verdict
@@ -118,7 +118,7 @@ def verify(
 
 
 def _make_room(files: dict[str, Path | None]) -> None:
-    """Before the work begins: a wrong name shall not cost minutes."""
+    """Create the folders of output files, and raise UserError for a wrong name before the work."""
     for option, path in files.items():
         if path is None:
             continue

@@ -21,7 +21,7 @@ def verify_record(
     ] = None,
     json_file: Json = None,
 ) -> None:
-    """Was a run folder changed since its record was written? Intact: exit 0; changed: 1, with what and where.
+    """Check whether a run folder was changed since its record was written. Intact: exit 0; changed: 1, with the place.
 
     Any changed byte of record.json, or of a file that it covers, is found. Without --public-key that does not hold
     against somebody who computed every later hash anew.

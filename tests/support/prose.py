@@ -25,7 +25,6 @@ NOT_YET = (
     "README.md",
     "bench",
     "docs",
-    "engine/cli",
     "kernels",
 )
 
