@@ -180,7 +180,10 @@ def _bytes(
         for parameter in model.parameters():
             parameter.register_post_accumulate_grad_hook(_drop_gradient)
         with attention_backend(model, attention):
-            for one_pass in (_train, functools.partial(_teach, keep=isinstance(info, ViTInfo) and not info.windowed)):
+            for one_pass in (
+                _train,
+                functools.partial(_teacher_pass, keep=isinstance(info, ViTInfo) and not info.windowed),
+            ):
                 with _Tracker(model) as tracker:
                     images = torch.empty(batch, info.in_chans, *info.input_size, dtype=dtype)
                     one_pass(model, images, torch.autocast("cpu", torch.bfloat16, enabled=casts))
@@ -195,7 +198,7 @@ def _train(model: nn.Module, images: Tensor, autocast: Any) -> None:
 
 
 @torch.no_grad()
-def _teach(model: nn.Module, images: Tensor, autocast: Any, keep: bool) -> None:
+def _teacher_pass(model: nn.Module, images: Tensor, autocast: Any, keep: bool) -> None:
     capture: Any = capture_queries_keys if plain_attention(model) else attention_calls
     with autocast, capture(model) if keep else contextlib.nullcontext():
         model.eval()(images)
@@ -263,11 +266,11 @@ class _Tracker(TorchDispatchMode):
                 storage = tensor.untyped_storage()
                 self.known[storage] = True
                 self.live += storage.nbytes()
-                weakref.finalize(storage, self._gone, storage.nbytes())
+                weakref.finalize(storage, self._freed, storage.nbytes())
         self.peak = max(self.peak, self.live)
         return result
 
-    def _gone(self, size: int) -> None:
+    def _freed(self, size: int) -> None:
         self.live -= size
 
 

@@ -55,7 +55,7 @@ print("\\n" + json.dumps(result))
 """
 
 
-def ask(
+def measure_host(
     *,
     parameters: int,
     largest_layer: int,

@@ -13,7 +13,7 @@ from engine.errors import UserError
 from engine.methods import Method, get_method
 from engine.models.spec import ModelSpec
 from engine.plan.cost import Cost, count_cost, count_parameters, on_meta
-from engine.plan.host import ask
+from engine.plan.host import measure_host
 from engine.plan.memory import Memory, Run, Zero, count_memory
 from engine.plan.timing import Measured, measure_rates
 from engine.plan.work import Sizes, Work, communication, phases_of, recipe, retraining_work, seconds_of, unlearning_work
@@ -139,7 +139,7 @@ def plan(
     refuse_unfit(get_method(method), on_meta(spec))
     precision = "fp32" if run.precision == "auto" and device == "cpu" else run.precision.replace("auto", "bf16")
     attention = {"cuda": "sdpa", "cpu": "eager"}[device] if run.attention == "auto" else run.attention
-    taught = method == "lethe" and method_config.forget_epochs > 0
+    has_teacher = method == "lethe" and method_config.forget_epochs > 0
     job = Run(
         zero=zero,
         ranks=gpus,
@@ -148,9 +148,9 @@ def plan(
         bf16=precision == "bf16",
         deepspeed=gpus > 1 or zero.stage > 0,
         device=device,
-        teacher=run.teacher if taught else "none",
-        augmented=taught and method_config.augment_forget,
-        contrast=method_config.contrast if taught else "logits",
+        teacher=run.teacher if has_teacher else "none",
+        augmented=has_teacher and method_config.augment_forget,
+        contrast=method_config.contrast if has_teacher else "logits",
         forget=forget,
         watched=any(phase.guarded for phase in phases_of(method, method_config)),
     )
@@ -280,7 +280,7 @@ def _count(
     parameters, largest = count_parameters(spec)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         host_results = pool.submit(
-            ask,
+            measure_host,
             parameters=parameters,
             largest_layer=largest,
             gpus=job.ranks,

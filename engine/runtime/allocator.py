@@ -17,9 +17,9 @@ import torch
 # Parameters of mallopt(3), from malloc.h, and their values: blocks below 1 GiB come from the heap, its end is never
 # returned, and it grows by 64 MiB at a time.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
-_KEEPING = {_MMAP_THRESHOLD: 1 << 30, _TRIM_THRESHOLD: 2**31 - 1, _TOP_PAD: 64 << 20}
+_KEEP_FREED = {_MMAP_THRESHOLD: 1 << 30, _TRIM_THRESHOLD: 2**31 - 1, _TOP_PAD: 64 << 20}
 # The end of glibc's own adjustment. Defaults cannot be restored: setting a threshold switches the adjustment off.
-_USUAL = {_MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 64 << 20, _TOP_PAD: 128 << 10}
+_DEFAULTS = {_MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 64 << 20, _TOP_PAD: 128 << 10}
 
 _open = 0
 
@@ -36,13 +36,13 @@ def keeping_freed_memory(device: torch.device) -> Iterator[None]:
         yield
         return
     _open += 1
-    _set(libc, _KEEPING)
+    _set(libc, _KEEP_FREED)
     try:
         yield
     finally:
         _open -= 1
         if not _open:
-            _set(libc, _USUAL)
+            _set(libc, _DEFAULTS)
             libc.malloc_trim(0)
 
 

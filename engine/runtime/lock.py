@@ -158,7 +158,7 @@ def check(folder: Path, refusal: Refusal | None = None) -> None:
     if there is not None and not there.is_dir():
         raise UserError(f"{folder}: {there} is a file; give a folder")
     path = folder / FILE
-    content = _settled(path)
+    content = _content_after_wait(path)
     if content is None:
         return
     owner = _owner(content)
@@ -237,7 +237,7 @@ def _content(path: Path) -> bytes | None:
         return None
 
 
-def _settled(path: Path) -> bytes | None:
+def _content_after_wait(path: Path) -> bytes | None:
     """Return the content of a lock file, after a short wait if it is empty; None if there is none."""
     until = time.monotonic() + _EMPTY_FOR_S
     while (content := _content(path)) == b"" and time.monotonic() < until:

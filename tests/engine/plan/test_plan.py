@@ -26,7 +26,7 @@ from engine.plan import Plan, planning, timing
 from engine.plan import cost as cost_module
 from engine.plan import plan as make_plan
 from engine.plan.cost import Bytes, Cost, count_cost
-from engine.plan.host import ask
+from engine.plan.host import measure_host
 from engine.plan.memory import Memory, Run, Zero
 from engine.plan.timing import measure_rates
 from engine.plan.work import (
@@ -356,7 +356,7 @@ def test_the_setup_reaches_the_counts(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.update(given)
         return {"baseline": 50 * MIB, "estimates": {"host": 7, "gpu": 5}}
 
-    monkeypatch.setattr(planning, "ask", answer)
+    monkeypatch.setattr(planning, "measure_host", answer)
     made = tiny_plan(gpus=2, stage=3, offload=True, device="cpu", options={"precision": "fp32", "batch_size": 2})
     assert asked["zero"] == Zero(stage=3, offload_optimizer=True, offload_param=True, overlap_comm=True)
     assert (asked["gpus"], asked["baseline"], asked["deepspeed"]) == (2, True, True)
@@ -365,7 +365,9 @@ def test_the_setup_reaches_the_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert made.setup["attention"] == "eager"
     assert made.estimates["gpu"] == 5
     assert "this run has float32 ones" in made.estimates["assumes"]
-    monkeypatch.setattr(planning, "ask", lambda **given: {"estimates": {"missing": "No module named 'deepspeed'"}})
+    monkeypatch.setattr(
+        planning, "measure_host", lambda **given: {"estimates": {"missing": "No module named 'deepspeed'"}}
+    )
     absent = tiny_plan(gpus=2, deepspeed={"zero_optimization": {"stage": 2, "reduce_bucket_size": 1000}})
     assert "pip install 'lethe-unlearning[distributed]'" in absent.estimates["missing"]
     assert sizes_of(absent.memory)["reduce bucket"] == 2 * 1000
@@ -480,10 +482,10 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
 def test_a_process_answers_what_it_holds_and_what_deepspeed_estimates() -> None:
     pytest.importorskip("deepspeed")
     given: dict[str, Any] = {"parameters": P, "largest_layer": 1000, "gpus": 16, "deepspeed": True}
-    found = ask(zero=Zero(stage=2), baseline=True, **given)
+    found = measure_host(zero=Zero(stage=2), baseline=True, **given)
     assert 200 * MIB < found["baseline"] < 4000 * MIB
     assert found["estimates"] == {"gpu": 2 * P + 18 * P // 16, "host": 48 * P}  # 4 bytes x 8 GPUs of a node x 1.5
-    third = ask(zero=Zero(stage=3, offload_optimizer=True, offload_param=True), baseline=False, **given)
+    third = measure_host(zero=Zero(stage=3, offload_optimizer=True, offload_param=True), baseline=False, **given)
     assert "baseline" not in third
     assert third["estimates"]["gpu"] == 4 * 1000
 
