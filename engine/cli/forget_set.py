@@ -11,7 +11,7 @@ from engine.cli.opening import takes_models
 from engine.cli.options import (
     Data,
     Json,
-    WeightFile,
+    WeightFileOptions,
     takes_data,
     takes_groups,
     write_json_file,
@@ -48,7 +48,7 @@ def forget_set(
         ),
     ] = None,
     *,
-    files: WeightFile,
+    files: WeightFileOptions,
     share: Annotated[
         float | None, typer.Option(help="Share of the training samples, such as 0.1.", show_default=False)
     ] = None,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from engine.cli.opening import takes_models
-from engine.cli.options import Json, WeightFile, takes_groups, write_json_file
+from engine.cli.options import Json, WeightFileOptions, takes_groups, write_json_file
 from engine.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def import_checkpoint(
     ],
     out: Annotated[Path, typer.Option(help="Checkpoint folder to write.", show_default=False)],
     *,
-    files: WeightFile,
+    files: WeightFileOptions,
     label_names: Annotated[
         Path | None,
         typer.Option(

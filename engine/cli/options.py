@@ -138,7 +138,7 @@ Sign = Annotated[
 
 
 @dataclasses.dataclass(frozen=True)
-class WeightFile:
+class WeightFileOptions:
     """Options of commands that open files of weights, which do not hold how the model is built."""
 
     arch: Architecture = None
@@ -161,7 +161,7 @@ class RunFolderOptions:
     overwrite: Overwrite = False
 
 
-_GROUPS = (WeightFile, RunFolderOptions)
+_GROUPS = (WeightFileOptions, RunFolderOptions)
 
 
 def _can_be_written(path: Path | None) -> Path | None:
@@ -182,7 +182,7 @@ Json = Annotated[
 
 
 def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
-    """Replace each parameter of a command that is a group of options, such as `WeightFile`, by its options."""
+    """Replace each parameter of a command that is a group of options, such as `WeightFileOptions`, by its options."""
     groups: dict[str, type[Any]] = {}
     parameters = []
     hints = get_type_hints(command, include_extras=True)

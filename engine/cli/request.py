@@ -14,7 +14,7 @@ from engine.cli.options import (
     Json,
     Reference,
     Settings,
-    WeightFile,
+    WeightFileOptions,
     takes_data,
     takes_groups,
     write_json_file,
@@ -66,7 +66,7 @@ def init(
     gates: GatesFile = None,
     reference: Reference = None,
     *,
-    files: WeightFile,
+    files: WeightFileOptions,
     max_share: MaxShare = None,
     opening: Opening,
 ) -> None:
@@ -334,7 +334,7 @@ def rebase(
     store: StoreFolder,
     checkpoint: Checkpoint,
     *,
-    files: WeightFile,
+    files: WeightFileOptions,
 ) -> None:
     """Make a full retrain without the forgotten samples the current version, from which drift is counted anew."""
     from engine.cli.console import console

@@ -18,7 +18,7 @@ from engine.cli.options import (
     OnBadImage,
     Overwrite,
     Settings,
-    WeightFile,
+    WeightFileOptions,
     check_free,
     run_options,
     takes_data,
@@ -50,7 +50,7 @@ def tune(
         float | None, typer.Option(help="How long the search may take, in all.", show_default=False)
     ] = None,
     *,
-    files: WeightFile,
+    files: WeightFileOptions,
     settings: Settings = None,
     config: ConfigFile = None,
     on_bad_image: OnBadImage = None,

@@ -16,7 +16,7 @@ from engine.cli.options import (
     Reference,
     Settings,
     Sign,
-    WeightFile,
+    WeightFileOptions,
     run_options,
     takes_data,
     takes_groups,
@@ -45,7 +45,7 @@ def verify(
     original: Annotated[str, typer.Option(help="The model before unlearning.", show_default=False)],
     reference: Reference = None,
     *,
-    files: WeightFile,
+    files: WeightFileOptions,
     gates: Annotated[
         Path | None,
         typer.Option(help="YAML file of gates that are tighter than the defaults.", show_default=False),
