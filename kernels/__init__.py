@@ -1,7 +1,7 @@
-"""The hot path of unlearning, one operation a file: formula, reference, eager path, public function.
+"""Operations of the unlearning step, one a file: formula, reference, eager path and public function.
 
-Installed as `lethe_kernels`, since `kernels` is the package of another distribution. In a checkout this folder can be
-imported as `kernels` too, which gives the same module: see `_checkout.py`.
+The distribution installs them as `lethe_kernels`, because `kernels` is the package of another distribution. In a
+checkout this folder can be imported as `kernels` too, which gives the same module: see `_checkout.py`.
 """
 
 if __name__ == "lethe_kernels":

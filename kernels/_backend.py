@@ -1,6 +1,6 @@
-"""What every operation shares: the choice of a backend, and checks that name operation, argument and shape.
+"""Choice of a backend, and checks that name operation, argument and shape.
 
-Nothing here asks a device anything at import time.
+No device is queried at import time.
 """
 
 import difflib
@@ -25,10 +25,17 @@ FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def resolve_backend(
     op: str, backend: str, device: torch.device | str = "cpu", unsupported: Sequence[str] = ()
 ) -> Literal["eager", "triton"]:
-    """The backend that will run `op` on tensors of `device`; "auto" is Triton wherever it can run, else eager.
+    """Return the backend that will run an operation.
 
-    unsupported: what else keeps the Triton kernel of this op from running, one reason each.
-    Raises ValueError for a name that does not exist, RuntimeError with every reason for one that cannot run.
+    Args:
+        op: Name of the operation, for error messages.
+        backend: "eager", "triton", or "auto": Triton if it can run, otherwise eager.
+        device: Device of the tensors.
+        unsupported: Further reasons why the Triton kernel of this operation cannot run.
+
+    Raises:
+        ValueError: There is no backend of this name.
+        RuntimeError: The backend "triton" cannot run; the message lists every reason.
     """
     check_choice(op, "backend", backend, get_args(Backend))
     if backend == "eager":
@@ -43,9 +50,9 @@ def resolve_backend(
 
 @torch.compiler.assume_constant_result
 def triton_problems(device_type: str) -> list[str]:
-    """Why Triton cannot run on tensors of this kind of device; empty where it can.
+    """List the reasons why Triton cannot run on tensors of a type of device; empty if it can.
 
-    TRITON_INTERPRET is looked at again at each call, because tests switch it within a process.
+    TRITON_INTERPRET is read again at each call, because tests change it within a process.
     """
     if importlib.util.find_spec("triton") is None:
         return ["the package triton is not installed"]
@@ -67,7 +74,7 @@ def triton_problems(device_type: str) -> list[str]:
 
 @torch.compiler.assume_constant_result
 def triton_has_float64_products() -> bool:
-    """Whether tl.dot takes float64, which it does since Triton 3.5."""
+    """Return whether `tl.dot` accepts float64: Triton 3.5 and later."""
     try:
         major, minor, *_ = importlib.metadata.version("triton").split(".")
     except importlib.metadata.PackageNotFoundError:
@@ -76,12 +83,12 @@ def triton_has_float64_products() -> bool:
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type sums are accumulated in: float64 stays, everything narrower becomes float32."""
+    """Return the accumulation type: float64 for float64, float32 for everything narrower."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """A context in which autocast does not round float32 products back to half precision."""
+    """Return a context in which autocast does not round float32 products to half precision."""
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
@@ -98,14 +105,14 @@ def check_choice(op: str, argument: str, value: str, choices: Sequence[str]) -> 
 
 
 def check_number(op: str, argument: str, value: object, expected: str) -> float:
-    """`value` as a float; raise ValueError unless it is a finite real number."""
+    """Return `value` as a float; raise ValueError unless it is a finite real number."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
         raise ValueError(f"{op}: {argument} is {value!r}, expected {expected}")
     return float(value)
 
 
 def check_int(op: str, argument: str, value: object, low: int, high: int, meaning: str) -> int:
-    """`value` as an int; raise ValueError unless it is a whole number with low <= value <= high."""
+    """Return `value` as an int; raise ValueError unless it is a whole number with low <= value <= high."""
     try:
         number = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
     except TypeError:
@@ -141,7 +148,7 @@ def check_float(op: str, argument: str, tensor: Tensor) -> None:
 
 
 def check_shape(op: str, argument: str, tensor: Tensor, expected: tuple[int, ...], like: str) -> None:
-    """Raise ValueError unless `tensor` has the shape that the argument `like` asks for."""
+    """Raise ValueError unless `tensor` has the shape `expected`, which follows from the argument `like`."""
     if tuple(tensor.shape) != expected:
         raise ValueError(f"{op}: {argument} has shape {tuple(tensor.shape)}, expected {expected} to match {like}")
 
@@ -161,5 +168,5 @@ def check_device(op: str, argument: str, tensor: Tensor, expected: torch.device,
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """float32, not torch.float32."""
+    """Return the name of a dtype without its module: float32, not torch.float32."""
     return str(dtype).removeprefix("torch.")

@@ -1,12 +1,12 @@
-"""What `import kernels` gives in a checkout, where the folder has the name of another distribution's package.
+"""Let `import kernels` work in a checkout, where the folder has the name of another distribution's package.
 
 The package is installed, and imported by the engine, as `lethe_kernels`. With a checkout on sys.path its folder can be
 imported as `kernels` too. Then
 
 - `kernels` and `kernels.rollout` are the modules `lethe_kernels` and `lethe_kernels.rollout` themselves, so that no
   torch.library operation is registered twice;
-- if Hugging Face's package `kernels` is installed, that is what `kernels` is, with the public names of this one added:
-  transformers imports from it.
+- if Hugging Face's package `kernels` is installed, `kernels` is that package with the public names of this one added,
+  because transformers imports from it.
 """
 
 import importlib
@@ -23,7 +23,7 @@ _OURS = "lethe_kernels"
 
 
 def share_name(name: str) -> None:
-    """Replaces the module `name`, which is being imported from this folder, in sys.modules."""
+    """Replace the module `name`, which is being imported from this folder, in sys.modules."""
     ours = importlib.import_module(_OURS)
     spec = _namesake(name)
     theirs = None if spec is None else importlib.util.module_from_spec(spec)
@@ -49,7 +49,7 @@ def share_name(name: str) -> None:
 
 
 def _namesake(name: str) -> ModuleSpec | None:
-    """Another regular package of this name on sys.path; a folder of another checkout is none."""
+    """Find another regular package of this name on sys.path; the folder of another checkout does not count."""
     elsewhere = [entry for entry in sys.path if Path(entry).resolve() != _FOLDER.parent]
     spec = PathFinder.find_spec(name, elsewhere)
     if spec is None or spec.origin is None or spec.submodule_search_locations is None:
@@ -58,7 +58,7 @@ def _namesake(name: str) -> ModuleSpec | None:
 
 
 class _Alias(MetaPathFinder, Loader):
-    """Finds submodules of `name` as those of `lethe_kernels`, except the ones that the module `theirs` has."""
+    """Import submodules of `name` from `lethe_kernels`, except those that the module `theirs` has."""
 
     def __init__(self, name: str, theirs: ModuleType | None) -> None:
         self.name, self.theirs = name, theirs
@@ -85,6 +85,6 @@ class _Alias(MetaPathFinder, Loader):
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        """The module ran under its own name; its own spec is put back, which the import system had replaced."""
+        """Restore the spec of a module that has run under its own name; the import system replaced it."""
         assert module.__spec__ is not None
         module.__spec__ = module.__spec__.loader_state

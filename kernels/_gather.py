@@ -1,4 +1,4 @@
-"""The rows that every rank of a process group holds, with gradients that find their way back."""
+"""Differentiable all-gather of rows over a process group."""
 
 from typing import Any
 
@@ -25,10 +25,23 @@ class _GatheredRows(torch.autograd.Function):
 
 
 def gather_rows(op: str, argument: str, rows_RD: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
-    """[ranks x R, D], in the order of ranks; backward gives each rank the sum over ranks of the gradients of its rows.
+    """Gather the rows of all ranks, with gradients.
 
-    Every rank has to call it, and backward, equally often. Raises ValueError, on every rank, where they bring
-    different shapes, dtypes or `requires_grad`: the collective itself would hang then, or mix rows.
+    Every rank has to call it, and backward, equally often.
+
+    Args:
+        op: Name of the operation, for error messages.
+        argument: Name of the argument, for error messages.
+        rows_RD: Rows [R, D] of this rank.
+        group: The process group.
+
+    Returns:
+        Rows [ranks x R, D] in the order of ranks. Backward gives each rank the sum over ranks of the gradients of its
+        rows.
+
+    Raises:
+        ValueError: On every rank, if shapes, dtypes or `requires_grad` differ between ranks: the collective would hang
+            or mix rows.
     """
     needed = rows_RD.requires_grad and torch.is_grad_enabled()
     ours = torch.tensor([*rows_RD.shape, FLOAT_DTYPES.index(rows_RD.dtype), needed], device=rows_RD.device)

@@ -1,4 +1,4 @@
-"""The eager path of `lethe_kernels.info_nce`: formulas, legend and cost are there."""
+"""Eager path of `lethe_kernels.info_nce`, whose docstring has the formulas, the legend and the cost."""
 
 from collections.abc import Iterator
 
@@ -12,14 +12,14 @@ from ._backend import compute_dtype
 EPS = 1e-8
 LONG_INVERSE = (1 - 1e-6) / EPS  # a row with a smaller inverse norm is longer than eps, whatever the rounding
 
-# Similarities are made in squares of this side. 4 MB of float32 stay in a CPU's cache between the product and the
-# exponential; an accelerator wants fewer, larger launches.
+# Side of the squares in which similarities are computed. 4 MB of float32 stay in a CPU's cache between the product and
+# the exponential; on an accelerator fewer, larger launches are faster.
 CPU_CHUNK = 1024
 ACCELERATOR_CHUNK = 8192
 
 
 def _inverse_norms(x: Tensor, cosine: bool) -> Tensor:
-    """1 / max(|x|, eps) of each row, in the compute type; ones for dot."""
+    """Compute 1 / max(|x|, eps) of each row, in the compute type; ones for dot."""
     dtype = compute_dtype(x.dtype)
     if not cosine:
         return x.new_ones(x.shape[:-1], dtype=dtype)
@@ -32,7 +32,7 @@ def _normalised(x: Tensor, inverse: Tensor, cosine: bool) -> Tensor:
 
 
 def _unnormalised(grad: Tensor, normalised: Tensor, inverse: Tensor, dtype: torch.dtype, cosine: bool) -> Tensor:
-    """dx from dx^; overwrites `grad`."""
+    """Compute dx from dx^; overwrites `grad`."""
     if cosine:
         radial = (grad * normalised).sum(dim=-1).where(inverse < LONG_INVERSE, 0)
         grad.addcmul_(normalised, radial.unsqueeze(-1), value=-1).mul_(inverse.unsqueeze(-1))
@@ -54,7 +54,7 @@ def _slices(length: int, size: int) -> Iterator[slice]:
 
 
 def _paired_slices(negatives_BKD: Tensor) -> Iterator[slice]:
-    """Rows whose float32 copies take no more than a chunk."""
+    """Yield slices of rows whose float32 copies fit in one chunk."""
     batch, count, features = negatives_BKD.shape
     return _slices(batch, max(1, _chunk(negatives_BKD.device) ** 2 // (count * features)))
 
@@ -86,7 +86,7 @@ def paired_backward(
     cosine: bool,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
-    """Every coefficient of a row is known from forward, so each gradient is a weighted sum of input rows."""
+    """Compute the gradients as weighted sums of input rows: forward has stored every coefficient."""
 
     def inward(inverse: Tensor) -> Tensor:
         return inverse.square().where(inverse < LONG_INVERSE, 0) if cosine else torch.zeros_like(inverse)
@@ -121,7 +121,7 @@ def paired_backward(
 def _similarities(
     buffer: Tensor, anchors_BD: Tensor, negatives_MD: Tensor, rows: slice, columns: slice, skip: int
 ) -> Tensor:
-    """One chunk of the similarities, in `buffer`; -inf where the negative is the anchor's own positive."""
+    """Compute one chunk of the similarities in `buffer`; -inf if the negative is the anchor's own positive."""
     anchors, negatives = anchors_BD[rows], negatives_MD[columns]
     logits = buffer[: len(anchors) * len(negatives)].view(len(anchors), len(negatives))
     torch.mm(anchors, negatives.T, out=logits)
@@ -131,7 +131,7 @@ def _similarities(
 
 
 def _similarity_buffer(anchors_BD: Tensor, negatives_MD: Tensor) -> tuple[Tensor, int]:
-    """Room for one chunk, and its side; made once, because a large allocation costs as much as the product."""
+    """Allocate one chunk and return it with its side. Done once: a large allocation costs as much as the product."""
     side = _chunk(anchors_BD.device)
     return anchors_BD.new_empty(min(len(anchors_BD), side) * min(len(negatives_MD), side)), side
 
@@ -214,7 +214,7 @@ def shared_backward(
 def empty_gradients(
     inputs: tuple[Tensor, Tensor, Tensor | None], temperature: Tensor, needs: list[bool]
 ) -> tuple[Tensor, ...]:
-    """Room for each gradient that is needed; nothing, of size 0, for the others."""
+    """Allocate each gradient that is needed; of size 0 for the others."""
     grads = []
     for x, needed in zip((*inputs, temperature), needs, strict=True):
         like = temperature if x is None else x

@@ -73,7 +73,7 @@ def info_nce_reference(
     similarity: Similarity = "cosine",
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """Anchor by anchor, in the dtype of the inputs."""
+    """Compute the loss anchor by anchor, in the dtype of the inputs."""
 
     def similar(x_D: Tensor, y_D: Tensor) -> Tensor:
         if similarity == "cosine":
@@ -100,7 +100,7 @@ def info_nce_reference(
 def _info_nce_paired(
     anchors: Tensor, positives: Tensor, negatives: Tensor, temperature: Tensor, cosine: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Losses [B]; then what backward needs: lse [B], positive logit [B], logits [B, K], inverse norms of the three."""
+    """Compute losses [B], and what backward needs: lse [B], positive logit [B], logits [B, K], three inverse norms."""
     _check_temperature_value(temperature)
     forward = eager.paired_forward
     if backend == "triton":
@@ -129,7 +129,7 @@ def _info_nce_paired_backward(
     needs: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of anchors, positives, negatives and temperature; of size 0 where `needs` says no."""
+    """Compute the gradients of anchors, positives, negatives and temperature; of size 0 if not in `needs`."""
     backward = eager.paired_backward
     if backend == "triton":
         from ._triton import info_nce as triton_kernels
@@ -150,9 +150,16 @@ def _info_nce_shared(
     skip: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Losses [B]; then what backward needs: lse [B], positive logit [B], inverse norms of the three.
+    """Compute losses [B], and what backward needs: lse [B], positive logit [B], three inverse norms.
 
-    negatives: [M, D], or None for the positives. skip: anchor b does not see negative skip + b; -1 for none.
+    Args:
+        anchors: Rows [B, D].
+        positives: Rows [B, D].
+        negatives: Rows [M, D], or None for the positives.
+        temperature: 0-d tensor in the compute type.
+        cosine: Whether rows are normalised.
+        skip: Anchor b skips negative skip + b; -1 for none.
+        backend: "triton" or "eager".
     """
     _check_temperature_value(temperature)
     forward = eager.shared_forward
@@ -185,7 +192,7 @@ def _info_nce_shared_backward(
     needs: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of anchors, positives, negatives and temperature; of size 0 where `needs` says no."""
+    """Compute the gradients of anchors, positives, negatives and temperature; of size 0 if not in `needs`."""
     backward = eager.shared_backward
     if backend == "triton":
         from ._triton import info_nce_shared as triton_kernels
@@ -235,7 +242,7 @@ _info_nce_shared.register_autograd(_differentiated_by(_info_nce_shared_backward)
 
 
 def _temperature(op: str, temperature: float | Tensor, anchors: Tensor) -> Tensor:
-    """As a 0-d tensor in the compute type beside the anchors, without waiting for their device."""
+    """Return a 0-d tensor in the compute type on the device of the anchors, without waiting for that device."""
     dtype = compute_dtype(anchors.dtype)
     if not isinstance(temperature, Tensor):
         # Not math.isfinite, which torch.compile cannot trace once the number has changed between calls.
@@ -250,8 +257,8 @@ def _temperature(op: str, temperature: float | Tensor, anchors: Tensor) -> Tenso
         check_device(op, "temperature", temperature, anchors.device, "anchors")
     temperature = temperature.to(anchors.device, dtype)
     if anchors.device.type == "cpu":
-        return temperature  # its value is checked inside the op, where torch.compile does not look
-    # Reading it would stall the device at every step; a NaN loss says instead that it is out of range.
+        return temperature  # its value is checked inside the op, which torch.compile does not trace
+    # Reading it would stall the device at every step; the loss is NaN instead if it is out of range.
     return torch.where(temperature > 0, temperature, torch.nan)
 
 
@@ -302,22 +309,32 @@ def info_nce(
     group: "torch.distributed.ProcessGroup | None" = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    """The loss, a scalar, or [B] with reduction="none"; never below zero.
+    """Compute the InfoNCE loss, which is never below zero.
 
-    anchors, positives: [B, D].
-    negatives: [B, K, D] of each anchor, [M, D] shared by all, or None for the positives of the other anchors.
-    temperature: above 0, in units of the similarity; a 0-d tensor may be learned.
-    group: adds the negatives of the other ranks: their [M, D], or in-batch their positives. Every rank passes the
-    same shapes and calls backward once. The result is still the loss of this rank's own anchors, and each gradient
-    is that of the sum over ranks of their losses: a rank's positives or negatives hear from every rank, its anchors
-    and temperature from its own loss. DistributedDataParallel, which averages gradients over ranks, makes the mean of
-    it. Checking the shapes waits for the device once a call, and breaks the graph of torch.compile.
-    Half-precision inputs are computed and returned in float32, float64 in float64. Differentiable in anchors,
-    positives, negatives and temperature, once. The same input gives the same bits.
+    Half-precision inputs are computed and returned in float32, float64 in float64. The loss is differentiable once, in
+    anchors, positives, negatives and temperature. The same input gives the same bits.
 
-    Raises ValueError for shapes, dtypes, devices or values that do not fit. Two things give a NaN loss
-    instead, because looking for them would stall an accelerator at every step: NaN in the inputs, and a
-    temperature tensor that is not above 0 with inputs on an accelerator.
+    Args:
+        anchors: Rows [B, D].
+        positives: Rows [B, D].
+        negatives: [B, K, D] for each anchor its own, [M, D] shared by all, or None for the positives of the other
+            anchors.
+        temperature: Above 0, in units of the similarity; a 0-d tensor may be learned.
+        similarity: "cosine" or "dot".
+        reduction: "mean", "sum", or "none".
+        group: Process group whose other ranks add their negatives [M, D] or, in-batch, their positives. Every rank
+            passes the same shapes and calls backward once. The result is the loss of this rank's own anchors. Each
+            gradient is that of the sum of the losses of all ranks, which DistributedDataParallel averages over ranks.
+            Checking the shapes waits for the device once a call, and breaks the graph of torch.compile.
+        backend: "auto" (Triton if it can run), "triton" or "eager".
+
+    Returns:
+        A scalar, or losses [B] with reduction="none". The loss is NaN if an input holds NaN or if inputs are on an
+        accelerator and the temperature tensor is not above 0: checking the values would stall the device at every step.
+
+    Raises:
+        ValueError: A shape, dtype, device or value does not fit.
+        RuntimeError: The backend "triton" cannot run.
     """
     op = "info_nce"
     check_tensor(op, "anchors", anchors, "B, D")

@@ -42,7 +42,7 @@ from ._backend import (
 def mask_patches_reference(
     images_BCHW: Tensor, mask_BP: Tensor, *, patch_size: tuple[int, int], value: float | Sequence[float] = 0.0
 ) -> Tensor:
-    """Patch by patch, in the dtype of the images."""
+    """Overwrite patch by patch, in the dtype of the images."""
     batch, channels, height, width = images_BCHW.shape
     patch_h, patch_w = patch_size
     values = [value] * channels if isinstance(value, (int, float)) else value
@@ -130,7 +130,7 @@ def _check_mask(op: str, mask: Tensor, shape: tuple[int, int], like: str) -> Non
 
 
 def _fill(op: str, value: float | Sequence[float] | Tensor, images_BCHW: Tensor) -> Tensor:
-    """The value as a tensor [C] in the dtype and on the device of the images."""
+    """Return the value as a tensor [C] in the dtype and on the device of the images."""
     channels, dtype = images_BCHW.shape[1], images_BCHW.dtype
     if isinstance(value, Tensor):
         check_tensor(op, "value", value, "C")
@@ -168,13 +168,23 @@ def mask_patches(
     value: float | Sequence[float] | Tensor = 0.0,
     backend: Backend = "auto",
 ) -> Tensor:
-    """A copy of images [B, C, H, W] with the patches where mask [B, P] is True set to `value`.
+    """Return a copy of images in which the masked patches are set to a constant.
 
-    patch_size: pixels, or (height, width); must divide H and W. P = (H / height) * (W / width), row-major.
-    value: one number, C numbers, or a tensor [C] (float tensors are rounded to the dtype of the images).
-    Dtype and memory format are those of the images; gradient flows to the pixels that are kept and to value.
+    Gradient flows to the pixels that are kept and to `value`.
 
-    Raises ValueError for shapes, dtypes, devices or values that do not fit.
+    Args:
+        images: Images [B, C, H, W], float or integer.
+        mask: Bool [B, P], True for patches to overwrite. P = (H / height) * (W / width), in row-major order.
+        patch_size: Pixels, or (height, width) in pixels; must divide H and W.
+        value: One number, C numbers, or a tensor [C] (float tensors are rounded to the dtype of the images).
+        backend: "auto" (Triton if it can run), "triton" or "eager".
+
+    Returns:
+        Images [B, C, H, W] in the dtype and memory format of the input.
+
+    Raises:
+        ValueError: A shape, dtype, device or value does not fit.
+        RuntimeError: The backend "triton" cannot run.
     """
     op = "mask_patches"
     check_tensor(op, "images", images, "B, C, H, W")
@@ -196,11 +206,22 @@ def mask_patches(
 
 
 def mask_tokens(tokens: Tensor, mask: Tensor, token: Tensor, *, backend: Backend = "auto") -> Tensor:
-    """A copy of tokens [B, P, D] with those where mask [B, P] is True set to `token` [D], which has their dtype.
+    """Return a copy of tokens in which the masked ones are set to one token.
 
-    The layout is that of the tokens; gradient flows to the tokens that are kept and to `token`.
+    Gradient flows to the tokens that are kept and to `token`.
 
-    Raises ValueError for shapes, dtypes or devices that do not fit.
+    Args:
+        tokens: Tokens [B, P, D], float.
+        mask: Bool [B, P], True for tokens to overwrite.
+        token: The replacement [D], in the dtype of the tokens.
+        backend: "auto" (Triton if it can run), "triton" or "eager".
+
+    Returns:
+        Tokens [B, P, D] in the layout of the input.
+
+    Raises:
+        ValueError: A shape, dtype or device does not fit.
+        RuntimeError: The backend "triton" cannot run.
     """
     op = "mask_tokens"
     check_tensor(op, "tokens", tokens, "B, P, D")

@@ -67,7 +67,7 @@ def rollout_row_reference(
     biases: Sequence[Tensor] | None = None,
     start: Tensor | None = None,
 ) -> Tensor:
-    """The whole row [B, N], prefix tokens included, by full N x N products in the dtype of the inputs."""
+    """Compute the whole row [B, N], prefix tokens included, by full N x N products in the dtype of the inputs."""
     attentions_BNN = []
     for layer, (query_BHNd, key_BHNd) in enumerate(zip(queries, keys, strict=True)):
         factor = query_BHNd.shape[-1] ** -0.5 if scale is None else scale
@@ -108,7 +108,7 @@ def attention_rollout_reference(
     biases: Sequence[Tensor] | None = None,
     start: Tensor | None = None,
 ) -> Tensor:
-    """The patch part [B, P] of `rollout_row_reference`, in the dtype of the inputs."""
+    """Return the patch part [B, P] of `rollout_row_reference`, in the dtype of the inputs."""
     row_BN = rollout_row_reference(
         queries,
         keys,
@@ -134,7 +134,7 @@ def _fused_attention(
         logits_BHRN = logits_BHRN + bias.to(dtype)
     if head_fusion == "mean":
         return logits_BHRN.softmax(dim=-1).mean(dim=1)
-    # In logarithms, because the least of sharp heads can underflow to a row of zeros, which has no sum to
+    # In logarithms, because the minimum of sharp heads can underflow to a row of zeros, which has no sum to
     # divide by.
     # softmax(log x) = x / sum x is the division.
     log_BHRN = logits_BHRN.log_softmax(dim=-1)
@@ -167,7 +167,7 @@ def _rollout_row_eager(
             return _fused_attention(query_BHRd, keys[layer][low : low + images], scale, head_fusion, *bias)
 
         def from_start(layer: int) -> Tensor:
-            """start A_l [B, N]: where `start` is uniform over `rows`, it is the mean of those rows."""
+            """Compute start A_l [B, N]; if `start` is uniform over `rows`, it is the mean of those rows."""
             if start is None:
                 return fused(layer, rows).mean(dim=1)
             fused_BNN = fused(layer, slice(None))
@@ -193,13 +193,13 @@ def _rollout_row_eager(
 
 
 def _part(bias: Tensor, images: slice, rows: slice) -> Tensor:
-    """Those images and rows of a bias [B or 1, H or 1, N or 1, N]."""
+    """Return those images and rows of a bias [B or 1, H or 1, N or 1, N]."""
     bias = bias[images] if bias.shape[0] > 1 else bias
     return bias[:, :, rows] if bias.shape[2] > 1 else bias
 
 
 def start_row(like_BN: Tensor, num_prefix_tokens: int, pool: Pool) -> Tensor:
-    """The row [N] that the rollout begins with: the class token's, or uniform over the patch tokens."""
+    """Return the row [N] that the rollout begins with: the class token's, or uniform over the patch tokens."""
     start_N = torch.zeros_like(like_BN[0])
     start_N[slice(0, 1) if pool == "token" else slice(num_prefix_tokens, None)] = 1
     return start_N / start_N.sum()
@@ -220,7 +220,7 @@ def _rollout_op(
     biases: Sequence[Tensor],
     start: Tensor | None,
 ) -> Tensor:
-    """Scores, or the mask where there is a k. What looks at the values of the inputs is in here, where no graph is."""
+    """Compute scores, or the mask if `k` is given; values of inputs are read here alone, outside any graph."""
     op = "attention_rollout" if k is None else "rollout_topk_mask"
     options: dict[str, Any] = {
         "num_prefix_tokens": num_prefix_tokens,
@@ -260,7 +260,7 @@ def _check_finite(
 ) -> None:
     """Raise ValueError unless all of `finite` (a sum, or a flag an image) is finite and not zero.
 
-    Looking waits for the device, once a call; while a CUDA graph is recorded nobody may look.
+    The check waits for the device once a call; it is left out while a CUDA graph is recorded.
     """
     if finite.is_cuda and torch.cuda.is_current_stream_capturing():
         return
@@ -294,7 +294,7 @@ def _check_layers(op: str, queries: Sequence[Tensor], keys: Sequence[Tensor]) ->
 def _raise_not_finite(
     op: str, queries: Sequence[Tensor], keys: Sequence[Tensor], biases: Sequence[Tensor] = ()
 ) -> None:
-    """Name the tensor to blame; reading them all is slow, so only once the scores are known to be bad."""
+    """Raise ValueError that names the tensor that is not finite; slow, so called only if scores are not finite."""
     for name, layers in (("queries", queries), ("keys", keys)):
         for layer, tensor_BHNd in enumerate(layers):
             if not bool(tensor_BHNd.isfinite().all()):
@@ -322,7 +322,7 @@ def _rollout(
     biases: Sequence[Tensor] | None,
     start: Tensor | None,
 ) -> Tensor:
-    """Both public functions; `op` is the name that errors carry."""
+    """Check the arguments of both public functions and run the operation; `op` is the name in errors."""
     _check_layers(op, queries, keys)
     check_rollout(op, mode, head_fusion, residual, pool)
     tokens, width = queries[0].shape[2:]
@@ -375,7 +375,7 @@ def _check_start(op: str, start: Tensor | None, query: Tensor) -> None:
 
 
 def check_rollout(op: str, mode: str, head_fusion: str, residual: float, pool: str) -> None:
-    """Raise ValueError for an option that no rollout has."""
+    """Raise ValueError for an option that does not exist."""
     check_choice(op, "mode", mode, get_args(Mode))
     check_choice(op, "head_fusion", head_fusion, get_args(HeadFusion))
     check_choice(op, "pool", pool, get_args(Pool))
@@ -384,9 +384,11 @@ def check_rollout(op: str, mode: str, head_fusion: str, residual: float, pool: s
 
 
 def topk_mask(scores_BP: Tensor, k: int) -> Tensor:
-    """Mask [B, P] bool, True on the k highest scores of each row; ties go to the lowest index.
+    """Return a mask [B, P] bool, True on the k highest scores of each row; ties go to the lowest index.
 
-    Scores are float [B, P] without NaN (not checked: it would wait for the device); k is from 0 to P.
+    Args:
+        scores_BP: Float [B, P] without NaN (not checked: a check would wait for the device).
+        k: From 0 to P.
     """
     return _topk_mask("topk_mask", scores_BP, k)
 
@@ -414,22 +416,32 @@ def attention_rollout(
     biases: Sequence[Tensor] | None = None,
     start: Tensor | None = None,
 ) -> Tensor:
-    """How much each patch is attended to: scores [B, P] float32, not renormalised, without gradient.
+    """Compute how much each patch is attended to.
 
-    queries, keys: L tensors [B, H, N, d], first layer first, after any q/k norm and before the scale; strided
-    views are fine. N = num_prefix_tokens + P.
-    mode: "rollout" over all layers, the "last" layer alone, or the "mean" of the layers; the last two ignore
-    `residual`, the weight of the identity in 0..1.
-    pool: "token" reads the row of token 0, "avg" the mean row of the patch tokens.
-    scale: of the attention logits, d ** -0.5 unless told.
-    biases: added to the scaled logits, one a layer, [B, H, N, N] or 1 in place of any of these; -inf hides a token.
-    start: weights [B, N] of the tokens whose rows are read, in place of `pool`'s; attention pooling's.
-    Biases and start are for the eager path alone.
-    Half-precision inputs are computed in float32, float64 in float64.
+    Half-precision inputs are computed in float32, float64 in float64. No gradient flows through the result.
 
-    Raises ValueError for shapes, dtypes, devices or values that do not fit, and for scores that are not
-    finite, naming the tensor that holds NaN or infinity. Only the scores are looked at: an infinity that
-    merely leaves a token without attention passes.
+    Args:
+        queries: L tensors [B, H, N, d], first layer first, after any q/k norm and before the scale; strided views are
+            accepted. N = num_prefix_tokens + P.
+        keys: L tensors, likewise.
+        num_prefix_tokens: Tokens before the first patch: class token, distillation token, registers.
+        mode: "rollout" over all layers, the "last" layer alone, or the "mean" of the layers.
+        head_fusion: "mean", "max" or "min" over heads.
+        residual: Weight of the identity, from 0 to 1; used by "rollout" alone.
+        pool: "token" reads the row of token 0, "avg" the mean row of the patch tokens.
+        scale: Factor of the attention logits; None for d ** -0.5.
+        backend: "auto" (Triton if it can run), "triton" or "eager".
+        biases: Added to the scaled logits, one tensor a layer, [B, H, N, N] or 1 in place of any size; -inf hides a
+            token. Eager only.
+        start: Weights [B, N] of the tokens whose rows are read, in place of `pool`: attention pooling. Eager only.
+
+    Returns:
+        Scores [B, P] float32, not renormalised.
+
+    Raises:
+        ValueError: A shape, dtype, device or value does not fit, or scores are not finite: the message names the tensor
+            that holds NaN or infinity. An infinity that merely leaves a token without attention passes.
+        RuntimeError: The backend "triton" cannot run.
     """
     return _rollout(
         "attention_rollout",
@@ -463,9 +475,10 @@ def rollout_topk_mask(
     biases: Sequence[Tensor] | None = None,
     start: Tensor | None = None,
 ) -> Tensor:
-    """Mask [B, P] bool, True on the k patches of each image with the highest `attention_rollout` scores.
+    """Return a mask [B, P] bool, True on the k patches of each image with the highest `attention_rollout` scores.
 
-    k: from 0 to P. Ties go to the lowest index. All else is as for `attention_rollout`.
+    Args:
+        k: From 0 to P; ties go to the lowest index. All other arguments, and errors, are those of `attention_rollout`.
     """
     op = "rollout_topk_mask"
     options = (num_prefix_tokens, mode, head_fusion, residual, pool, scale, backend, biases, start)

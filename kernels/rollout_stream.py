@@ -1,4 +1,4 @@
-"""Attention rollout from attention maps as a forward pass makes them, each looked at once and kept nowhere.
+"""Attention rollout from the attention maps of a forward pass, each read once and not stored.
 
 A model with explicit attention computes every map A_l [B, H, N, N] anyway, but in the order 1..L, while the row of
 `lethe_kernels.rollout` runs from L to 1. So the product is carried instead, from the first layer on:
@@ -7,10 +7,10 @@ A model with explicit attention computes every map A_l [B, H, N, N] anyway, but 
 
 Legend, formulas and source are those of `lethe_kernels.rollout`.
 
-Cost: 2 B N^3 flops a layer but for the first and the last, where a product is not needed; no q k^T, since the model
-has computed it. Memory: 3 B N^2 floats, 3 / (L H) of all maps (2% for ViT-B), where q and k of all layers take as
-much as the maps. That is less than q and k cost while N is small beside H d, as at 224 pixels; on a GPU, where the
-attention is fused and there are no maps, `lethe_kernels.attention_rollout` is the one to use.
+Cost: 2 B N^3 flops a layer except for the first and the last, which need no product; no q k^T, since the model
+has computed it. Memory: 3 B N^2 floats, 3 / (L H) of all maps (2% for ViT-B), while q and k of all layers take as
+much as the maps. That is less than q and k cost as long as N is small compared with H d, as at 224 pixels. On a GPU
+attention is fused and there are no maps: use `lethe_kernels.attention_rollout` there.
 """
 
 import torch
@@ -21,9 +21,19 @@ from .rollout import HeadFusion, Mode, Pool, check_rollout, start_row
 
 
 class StreamedRollout:
-    """`attention_rollout` for maps that come one layer at a time: `add` each, first layer first, then `scores`.
+    """Compute `attention_rollout` from maps that come one layer at a time.
 
-    Options as for `lethe_kernels.attention_rollout`. Raises ValueError for options and maps that do not fit.
+    Call `add` with the map of each layer, first layer first, then `scores`.
+
+    Args:
+        num_prefix_tokens: Tokens before the first patch; 1 or more for pool="token".
+        mode: "rollout", "last" or "mean", as for `lethe_kernels.attention_rollout`.
+        head_fusion: "mean", "max" or "min".
+        residual: Weight of the identity, from 0 to 1.
+        pool: "token" or "avg".
+
+    Raises:
+        ValueError: An option or, in `add`, a map does not fit.
     """
 
     def __init__(
@@ -50,7 +60,7 @@ class StreamedRollout:
 
     @torch.no_grad()
     def add(self, attention: Tensor) -> None:
-        """The attention of the next layer [B, H, N, N], rows summing to one; it is not kept."""
+        """Add the attention of the next layer, float [B, H, N, N] with rows that sum to one; it is not stored."""
         op = "StreamedRollout.add"
         check_tensor(op, "attention", attention, "B, H, N, N")
         check_float(op, "attention", attention)
@@ -78,7 +88,7 @@ class StreamedRollout:
 
     @torch.no_grad()
     def scores(self) -> Tensor:
-        """Scores [B, P] float32 of the layers added so far, at least one."""
+        """Return scores [B, P] float32 of the layers added so far, at least one."""
         if self.layers == 0:
             raise ValueError("StreamedRollout.scores: no layer was added, expected at least one")
         row_BN = self._rollout_row() if self._row_BN is None else self._row_BN
@@ -94,7 +104,7 @@ class StreamedRollout:
             return attention_BHRN.mean(dim=1)
         fused_BRN = attention_BHRN.amax(dim=1) if self.head_fusion == "max" else attention_BHRN.amin(dim=1)
         sums_BR1 = fused_BRN.sum(dim=-1, keepdim=True)
-        # The least of sharp heads can be a row of zeros, which has no sum to divide by.
+        # The minimum of sharp heads can be a row of zeros, whose sum cannot be a divisor.
         return torch.where(sums_BR1 == 0, 1 / fused_BRN.shape[-1], fused_BRN / sums_BR1)
 
     def _rollout_row(self) -> Tensor:  # [B, N]
@@ -105,7 +115,7 @@ class StreamedRollout:
             return row_BN if self._product_BNN is None else (row_BN.unsqueeze(1) @ self._product_BNN).squeeze(1)
 
     def _fold(self) -> None:
-        """R <- A~ R with the newest layer's map, now that a later one has come."""
+        """Multiply the newest layer's map into the product, R <- A~ R, when a later layer follows."""
         mixed_BNN = self._newest_BNN
         if mixed_BNN is None:
             return

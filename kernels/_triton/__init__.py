@@ -1,4 +1,4 @@
-"""The Triton kernels, one operation a file; imported at the first call that runs one, so triton stays optional."""
+"""The Triton kernels, one operation a file; imported when a kernel first runs, so that triton stays optional."""
 
 from collections.abc import Sequence
 
@@ -16,10 +16,10 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory for results and scratch; all of it comes from here, so that tests can fill it with NaN first."""
+    """Allocate memory for results and scratch; tests replace this function to fill all of it with NaN first."""
     return torch.empty(tuple(shape), dtype=dtype, device=device)
 
 
 def platform() -> str:
-    """What kernels are compiled for: "cuda", "hip" or "interpreter"."""
+    """Return what kernels are compiled for: "cuda", "hip" or "interpreter"."""
     return "interpreter" if INTERPRETED else triton.runtime.driver.active.get_current_target().backend

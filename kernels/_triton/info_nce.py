@@ -1,7 +1,7 @@
-"""Triton kernels of `lethe_kernels.info_nce`, paired negatives; the formulas and the legend are there.
+"""Triton kernels of `lethe_kernels.info_nce` with paired negatives; its docstring has the formulas and the legend.
 
-One program an anchor, every input read once, forward; backward is elementwise. What the shared form needs too, the
-statistics of the rows among it, is here.
+Forward runs one program an anchor and reads every input once; backward is elementwise. What the shared form needs
+too, such as the statistics of the rows, is in this file.
 """
 
 from typing import NamedTuple
@@ -28,7 +28,7 @@ class Launch(NamedTuple):
 
 
 def paired_launch(K: int, D: int) -> Launch:
-    """Of both paired kernels."""
+    """Return the launch of both paired kernels."""
     columns = min(triton.next_power_of_2(max(K, 1)), 8)
     features = min(triton.next_power_of_2(D), 2048 // columns)
     return Launch(1, columns, features, warps=8 if columns * features >= 2048 else 4)
@@ -41,7 +41,7 @@ def norm_launch(D: int) -> Launch:
 
 @triton.jit
 def softplus(x: tl.tensor, TERMS: tl.constexpr) -> tl.tensor:
-    """log(1 + e^x) to the last digits, near zero too: log1p(u) = 2 artanh(u / (2 + u)), whose series is short."""
+    """Compute log(1 + e^x) accurately near zero too: log1p(u) = 2 artanh(u / (2 + u)), whose series is short."""
     u = tl.exp(-tl.abs(x))
     z = u / (2 + u)
     square = z * z
@@ -58,7 +58,7 @@ def _inverse_norm(squares: tl.tensor, EPS: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def _inward(inverse: tl.tensor, COSINE: tl.constexpr, LONG_INVERSE: tl.constexpr) -> tl.tensor:
-    """How much of its own direction the normalisation takes out of a gradient, per unit of it."""
+    """Return the factor by which the normalisation removes a row's own direction from its gradient, 1 / |x|^2 or 0."""
     if COSINE:
         return tl.where(inverse < LONG_INVERSE, inverse * inverse, 0)
     return 0 * inverse
@@ -92,7 +92,7 @@ def _paired_forward_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> None:
-    """With K of 0 only the positive's logit and the two inverse norms are written."""
+    """Compute the loss of one anchor. With K of 0 only the positive's logit and the two inverse norms are written."""
     row = tl.program_id(0).to(tl.int64)
     temperature = tl.load(temperature_ptr)
     dtype = temperature.dtype
@@ -188,7 +188,7 @@ def _paired_backward_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> None:
-    """One anchor and one stretch of features: every coefficient is a number known from forward."""
+    """Compute the gradients of one anchor and one block of features; forward has stored every coefficient."""
     row = tl.program_id(0).to(tl.int64)
     features = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D).to(tl.int64)
     inside = features < D
@@ -267,7 +267,7 @@ def _inverse_norm_kernel(
 
 
 def softplus_terms(dtype: torch.dtype) -> int:
-    """Terms of the series in `softplus`, whose first omitted one is below the rounding of the type."""
+    """Return the terms of the series in `softplus`: the first omitted one is below the rounding of the type."""
     return 17 if dtype == torch.float64 else 8
 
 
@@ -363,7 +363,7 @@ def temperature_gradient(radial_B: Tensor, temperature: Tensor, needed: bool) ->
 
 
 def row_statistics(anchors: Tensor, positives: Tensor, temperature: Tensor, cosine: bool) -> tuple[Tensor, ...]:
-    """The logit of each positive, and the inverse norms of anchors and positives: paired forward, no negatives."""
+    """Compute each positive's logit and the inverse norms of anchors and positives: paired forward, no negatives."""
     rows = tuple(_triton.empty((len(anchors),), temperature.dtype, anchors.device) for _ in range(3))
     positive_B, a_inverse_B, p_inverse_B = unused, *_ = rows
     outputs = (unused, unused, positive_B, unused, a_inverse_B, p_inverse_B, unused)

@@ -1,11 +1,11 @@
-"""Triton kernels of `lethe_kernels.info_nce`, shared negatives; the formulas and the legend are there.
+"""Triton kernels of `lethe_kernels.info_nce` with shared negatives; its docstring has the formulas and the legend.
 
-A product of tiles whose similarities live in registers, forward with a running log-sum-exp; backward makes each tile
-again and multiplies it with the other side's rows. That kernel runs twice: rows are the anchors and columns the
+Forward is a product of tiles whose similarities stay in registers, with a running log-sum-exp. Backward computes each
+tile again and multiplies it with the other side's rows. That kernel runs twice: rows are the anchors and columns the
 negatives, then the other way round.
 
-Where one side is short, its programs share out the columns and leave a partial result each; a last kernel adds these
-in order, so the same input gives the same bits.
+If one side is short, its programs divide the columns among them and each writes a partial result. A last kernel adds
+these in order, so the same input gives the same bits.
 """
 
 import torch
@@ -26,7 +26,7 @@ from .info_nce import (
 )
 
 WHOLE_ROW = 256  # features that a program of the shared backward can hold
-PROGRAMS = 512  # to keep every unit of a large card busy, a few times over
+PROGRAMS = 512  # a few for every multiprocessor of a large card
 HALF_RANGE = 32768.0  # weights are scaled up to this, so that in float16 small ones keep their digits
 COMBINED = 128  # anchors that a program of `_combine_kernel` finishes
 PRECISION = "ieee"  # of float32 products: TF32 would lose half the digits
@@ -43,7 +43,10 @@ def shared_forward_launch(D: int, itemsize: int, kind: str) -> Launch:
 
 
 def shared_backward_launch(D: int, itemsize: int, kind: str) -> Launch:
-    """Rows stay in registers, whole, in half precision; in float32 they are read again, `inner` features at a time."""
+    """Return the launch of the shared backward.
+
+    In half precision rows stay whole in registers; in float32 they are read again, `inner` features at a time.
+    """
     features = max(16, triton.next_power_of_2(D))
     # Rows that are not aligned are loaded number by number, and the addresses fill the registers.
     aligned = D % 16 == 0
@@ -64,7 +67,7 @@ def project_launch(D: int) -> Launch:
 
 
 def splits(R: int, C: int, launch: Launch) -> tuple[int, int]:
-    """(how many programs share the columns of one block of rows, how many tiles each takes)."""
+    """Return (number of programs that divide the columns of one block of rows, tiles of each program)."""
     tiles = triton.cdiv(C, launch.columns)
     programs = min(tiles, max(1, PROGRAMS // triton.cdiv(R, launch.rows)))
     tiles_each = triton.cdiv(tiles, programs)
@@ -83,7 +86,7 @@ def _tile(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> tl.tensor:
-    """x[first_row:, first_feature:], zero outside. Only the start takes 64 bits; `_addressable` sees to the rest."""
+    """Load x[first_row:, first_feature:], zero outside; only the start takes 64 bits, see `_addressable`."""
     rows = tl.arange(0, BLOCK_R)
     features = tl.arange(0, BLOCK_D)
     x_ptr += tl.cast(first_row, tl.int64) * stride_r + tl.cast(first_feature, tl.int64) * stride_d
@@ -126,7 +129,7 @@ def _shared_forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> None:
-    """One block of anchors, one share of the negatives: the highest logit, and the sum of exponentials below it."""
+    """Compute the highest logit and the sum of exponentials for a block of anchors and a share of the negatives."""
     first_anchor = tl.program_id(0) * BLOCK_B
     anchors = first_anchor + tl.arange(0, BLOCK_B)
     dtype = temperature_ptr.dtype.element_ty
@@ -145,7 +148,7 @@ def _shared_forward_kernel(
         seen = (negatives < M)[None, :] & ((skip < 0) | (negatives[None, :] != anchors[:, None] + skip))
         logits = tl.where(seen, products * scale[:, None] * inverse[None, :], -float("inf"))
         higher = tl.maximum(peak, tl.max(logits, 1))
-        # Finite even where every negative so far is skipped, because -inf - -inf is NaN.
+        # Finite even if every negative so far is skipped, because -inf - -inf is NaN.
         finite = tl.where(higher == -float("inf"), 0.0, higher)
         total = total * tl.exp(peak - finite) + tl.sum(tl.exp(logits - finite[:, None]), 1)
         peak = higher
@@ -166,7 +169,7 @@ def _combine_kernel(
     TERMS: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ) -> None:
-    """lse and loss from the S shares of each anchor."""
+    """Compute lse and loss from the S shares of each anchor."""
     anchors = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     inside = anchors < B
     shares = anchors.to(tl.int64)
@@ -212,7 +215,10 @@ def _push_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> None:
-    """push[r] = sum_c weight e^(s(r, c) / t - lse) c^ over a share of the columns; weight and lse are the anchor's."""
+    """Compute push[r] = sum_c weight e^(s(r, c) / t - lse) c^ over a share of the columns.
+
+    weight and lse are the anchor's.
+    """
     first_row = tl.program_id(0) * BLOCK_R
     rows = first_row + tl.arange(0, BLOCK_R)
     features = tl.arange(0, BLOCK_D)
@@ -281,7 +287,7 @@ def _project_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> None:
-    """dx from dx^ = the S shares of push, minus pull y^; and x^ . dx^ of each row."""
+    """Compute dx from dx^ = the S shares of push, minus pull y^; and x^ . dx^ of each row."""
     first_row = tl.program_id(0) * BLOCK_R
     rows = first_row + tl.arange(0, BLOCK_R)
     features = tl.arange(0, BLOCK_D)
@@ -309,12 +315,12 @@ def _project_kernel(
 
 
 def _widens(dtype: torch.dtype) -> bool:
-    """The interpreter keeps bfloat16 as bit patterns, and would multiply those."""
+    """Return whether tiles become float32 first: the interpreter would multiply the bit patterns of bfloat16."""
     return _triton.INTERPRETED and dtype == torch.bfloat16
 
 
 def _addressable(x_RD: Tensor) -> Tensor:
-    """x, or a copy where one tile of it would span more than 32-bit offsets reach."""
+    """Return x, or a copy if one tile of it would span more than 32-bit offsets reach."""
     return x_RD if max(x_RD.stride()) < 2**23 else x_RD.contiguous()
 
 
@@ -374,7 +380,7 @@ def shared_backward(
     skip: int,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
-    """For D up to WHOLE_ROW."""
+    """Compute the gradients for D up to WHOLE_ROW."""
     lse_B, positive_B, a_inverse_B, p_inverse_B, n_inverse_M = statistics
     weight_B = grad_B * torch.sigmoid(lse_B - positive_B)
     pull_B = weight_B / temperature

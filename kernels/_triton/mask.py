@@ -1,13 +1,13 @@
-"""Triton kernel of `lethe_kernels.mask`: formula, legend and cost are there.
+"""Triton kernel of `lethe_kernels.mask`, whose docstring has the formula, the legend and the cost.
 
-One program copies a tile of one image, rows x columns, and replaces what the mask says. Columns are what lies
-side by side in memory, so that reads and writes are whole lines:
+One program copies a tile of one image, rows x columns, and overwrites the masked elements. Columns are adjacent in
+memory, so that reads and writes are whole lines:
 
     planar            rows are (channel, y), columns are x
     transposed        the same with x and y exchanged; a convolution's tokens are this
     channels inside   rows are y, columns are (x, channel)
 
-In each the divisions that find channel and patch are of rows and of columns, never of each element.
+The divisions that find channel and patch are done for rows and for columns, never for each element.
 """
 
 import torch
@@ -81,24 +81,24 @@ def _mask_patches_kernel(
 
 
 def _launch(rows: int, cols: int) -> tuple[int, int]:
-    """(ROWS, COLS): 2,048 elements, 16 a thread; no wider than 256, so that 224 or 672 columns waste few threads."""
+    """Return (ROWS, COLS): 2,048 elements, 16 a thread; at most 256 wide: 224 or 672 columns waste few threads."""
     width = min(triton.next_power_of_2(cols), 256)
     return min(triton.next_power_of_2(rows), 2048 // width), width
 
 
 def _strides(tensor: Tensor) -> list[int]:
-    """Strides, 0 where the size is 1: any number will do there, and 0 is one that keeps wide loads possible."""
+    """Return the strides, 0 for a size of 1: any number is right there, and 0 keeps wide loads possible."""
     return [stride if size > 1 else 0 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)]
 
 
 def mask_patches_triton(images_BCHW: Tensor, mask_BP: Tensor, fill_C: Tensor, patch_size: tuple[int, int]) -> Tensor:
-    """The op of `lethe_kernels.mask`; reads inputs through their strides, lays the result out as `empty_like` would."""
+    """Run the operation of `lethe_kernels.mask`; inputs may have any strides, the result has those of `empty_like`."""
     batch, channels, height, width = images_BCHW.shape
     result_BCHW = _triton.empty((images_BCHW.numel(),), images_BCHW.dtype, images_BCHW.device)
     result_BCHW = result_BCHW.as_strided(images_BCHW.shape, torch.empty_like(images_BCHW, device="meta").stride())
     out_BCHW, mask_Bgg = result_BCHW, mask_BP.unflatten(1, (height // patch_size[0], width // patch_size[1]))
 
-    # The result has no gaps, so the dimension with stride 1 is the one that lies side by side in memory.
+    # The result has no gaps, so the elements of the dimension with stride 1 are adjacent in memory.
     channels_inside = channels > 1 and out_BCHW.stride(1) == 1
     if not channels_inside and height > 1 and out_BCHW.stride(2) == 1:
         images_BCHW, mask_Bgg, out_BCHW = images_BCHW.mT, mask_Bgg.mT, out_BCHW.mT

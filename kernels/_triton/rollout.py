@@ -1,4 +1,4 @@
-"""How one call of the rollout is laid out on a GPU, and its launches; the kernel is `rollout_kernel`."""
+"""Plan and launches of one rollout call on a GPU; the kernel is `rollout_kernel`."""
 
 import dataclasses
 import math
@@ -14,7 +14,7 @@ from .rollout_kernel import FUSIONS, rollout_kernel
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How one call is laid out. parts_h, parts_i: shares of heads and of query blocks; both 1: one launch."""
+    """Tile and parts of one call. parts_h, parts_i: shares of heads and of query blocks; both 1: one launch."""
 
     block_i: int
     block_j: int
@@ -31,9 +31,9 @@ class Plan:
 
 
 def plan(batch: int, heads: int, tokens: int, width: int, itemsize: int, fusion: str, processors: int) -> Plan:
-    """The tile from what a processor's registers and shared memory hold; the parts from how many processors idle.
+    """Choose the tile by registers and shared memory, and the parts by the number of idle multiprocessors.
 
-    One program an image where the batch gives every processor one. Below that, parts: of the heads, which are
+    One program an image if the batch has one for every multiprocessor. Otherwise parts: of the heads, which are
     independent under mean fusion, then of the query rows.
     """
     keys = triton.next_power_of_2(tokens)
@@ -42,7 +42,7 @@ def plan(batch: int, heads: int, tokens: int, width: int, itemsize: int, fusion:
     half = itemsize < 4
     whole = keys <= (256 if half else 64)
     if half and whole:
-        # Two programs of four warps fit on a processor, and each hides what the other waits for. Fusing heads takes a
+        # Two programs of four warps fit on a processor, and each hides the latency of the other. Fusing heads takes a
         # tile more, and adding up parts some registers.
         block_i, block_j, warps = 32, 256, 4 if fusion == "mean" and batch >= processors else 8
     elif half:
@@ -70,7 +70,7 @@ def plan(batch: int, heads: int, tokens: int, width: int, itemsize: int, fusion:
 
 
 def processors(device: torch.device) -> int:
-    """Streaming multiprocessors of a GPU; the interpreter is one."""
+    """Return the number of streaming multiprocessors of a GPU; 1 for the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
@@ -87,7 +87,7 @@ def launch(
     k: int | None,
     plan_as: Plan | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(scores [B, P] float32 or, with a k, mask [B, P] bool; finite [B] int8: whether each image's row is)."""
+    """Return (scores [B, P] float32 or, with a k, mask [B, P] bool; finite [B] int8: whether each image's row is)."""
     batch, heads, tokens, width = queries[0].shape
     device, dtype = queries[0].device, queries[0].dtype
     chosen = plan_as or plan(batch, heads, tokens, width, dtype.itemsize, head_fusion, processors(device))
@@ -97,7 +97,7 @@ def launch(
     rollout = mode == "rollout"
     gain = (1 - residual) if rollout else 1 / layers
 
-    # Left alone, the assembler spills a few numbers rather than take more than 128 registers.
+    # By default the assembler spills a few numbers rather than use more than 128 registers.
     options = {"maxnreg": 255} if _triton.platform() == "cuda" else {}
 
     rows = _triton.empty((2, batch, parts, tokens), torch.float32, device)

@@ -1,13 +1,13 @@
 """Attention rollout as one carried row, with the top-k selection in the same launch.
 
-A tile of attention logits lives in registers, is turned into weights there, and is summed over its query rows,
-each weighted by its entry of the carried row. What reaches memory is N numbers a layer and program.
+A tile of attention logits stays in registers, is turned into weights there, and is summed over its query rows,
+each weighted by its entry of the carried row. A program writes N numbers a layer to memory.
 
     WHOLE      a tile spans all N keys: every logit is computed once
     otherwise  the log-sum-exp of each query row comes first, then the column sums: every logit twice, or three times
                for max and min fusion, whose fused rows have a sum of their own
 
-The work on one image is shared out over parts: groups of heads times groups of blocks of query rows. Each part writes
+The work on one image is divided into parts: groups of heads times groups of blocks of query rows. Each part writes
 a row of its own; the next layer adds the parts up in a fixed order, so the bits do not depend on timing. With one part
 an image, no program waits for another and a single launch runs all layers. With more, a launch is one layer, and a
 last launch adds up and selects.
@@ -28,7 +28,7 @@ _INTERPRETED = tl.constexpr(_triton.INTERPRETED)
 
 @triton.jit
 def _pick(pointers: tl.tuple, index: Scalar, COUNT: tl.constexpr) -> tl.tensor:
-    """pointers[index], for an index that is not known at compile time."""
+    """Return pointers[index] for an index that is not known at compile time."""
     chosen = pointers[0]
     for other in tl.static_range(1, COUNT):
         chosen = tl.where(index == other, pointers[other], chosen)
@@ -46,7 +46,7 @@ def _piece(
     D: tl.constexpr,
     STEP: tl.constexpr,
 ) -> tl.tensor:
-    """[tokens, STEP]: the features from `start` on; zero for tokens from `limit` on."""
+    """Load [tokens, STEP]: the features from `start` on; zero for tokens from `limit` on."""
     features = start + tl.arange(0, STEP)
     piece = tl.load(
         base + tokens[:, None] * stride_n + features[None, :] * stride_d,
@@ -73,7 +73,7 @@ def _logits(
     BI: tl.constexpr,
     BJ: tl.constexpr,
 ) -> tl.tensor:
-    """[BI, BJ] float32 products of one head, not scaled yet; -inf beyond the last key."""
+    """Compute the [BI, BJ] float32 products of one head, not scaled yet; -inf beyond the last key."""
     stride_qh, stride_qn, stride_qd, stride_kh, stride_kn, stride_kd = strides
     query_ptr += head * stride_qh
     key_ptr += head * stride_kh
@@ -113,9 +113,9 @@ def _tile(
     FUSION: tl.constexpr,
     WHOLE: tl.constexpr,
 ) -> tl.tensor:
-    """[BI, BJ]: what 2^(unit_factor * tile) is proportional to the attention of in each row.
+    """Compute a tile [BI, BJ]: the attention of each row is proportional to 2^(unit_factor * tile).
 
-    Mean fusion: the products of head `unit`, unit_factor the scale in units of log 2. Otherwise the largest or least
+    Mean fusion: the products of head `unit`, unit_factor the scale in units of log 2. Otherwise the maximum or minimum
     log2 attention of all heads, unit_factor 1.
     """
     if FUSION == _MEAN:
@@ -157,7 +157,7 @@ def _store_lse(
     BJ: tl.constexpr,
     FUSION: tl.constexpr,
 ) -> None:
-    """lse[i] = log2 sum_j 2^(unit_factor tile[i, j]) for the query rows of the blocks, in one pass over the keys."""
+    """Store lse[i] = log2 sum_j 2^(unit_factor tile[i, j]) of the blocks' query rows, in one pass over the keys."""
     unit_factor = factor if FUSION == _MEAN else 1.0
     for block in range(block_low, block_high):
         rows = block * BI + tl.arange(0, BI)
@@ -186,7 +186,7 @@ def _row(
     AVG: tl.constexpr,
     SINGLE: tl.constexpr,
 ) -> tl.tensor:
-    """The carried row at `tokens`: the sum of the parts, or the start row; zero beyond the last token."""
+    """Load the carried row at `tokens`: the sum of the parts, or the start row; zero beyond the last token."""
     if AVG:
         start = tl.where((tokens >= PREFIX) & (tokens < N), 1.0 / (N - PREFIX), 0.0)
     else:
@@ -230,7 +230,7 @@ def _layer(
     FUSION: tl.constexpr,
     WHOLE: tl.constexpr,
 ) -> None:
-    """One part of the new row of one image: units (heads) and blocks of query rows from `low` up to `high`.
+    """Compute one part of the new row of one image: units (heads) and blocks of query rows from `low` up to `high`.
 
     old, new: rows [parts, N] of this image, before this layer and after it.
     """
@@ -239,7 +239,7 @@ def _layer(
         from_start = first | 1
     limit = N
     if not AVG:
-        limit = tl.where(from_start != 0, 1, N)  # the start row is zero but for the class token
+        limit = tl.where(from_start != 0, 1, N)  # the start row is zero except for the class token
         block_high = tl.minimum(block_high, tl.cdiv(limit, BI))
 
     unit_factor = factor if FUSION == _MEAN else 1.0
@@ -303,7 +303,7 @@ def _select(
     SCORES: tl.constexpr,
     MASK: tl.constexpr,
 ) -> None:
-    """Scores and mask of one image from its finished row, and whether that row is finite.
+    """Compute scores and mask of one image from its finished row, and whether that row is finite.
 
     The k-th largest score is found bit by bit: the bits of floats that are not negative order like integers.
     """
@@ -374,7 +374,7 @@ def rollout_kernel(
     SCORES: tl.constexpr,
     MASK: tl.constexpr,
 ) -> None:
-    """Steps [step_low, step_high) of the layers in `queries` and `keys`, counted from the last; FINISH: then select.
+    """Run steps [step_low, step_high) of the layers, counted from the last; if FINISH, then select.
 
     rows: [2, B, parts, N], step s reads half s % 2 and writes the other. lse: [B, H + 1, N].
     """

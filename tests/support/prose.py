@@ -25,7 +25,6 @@ NOT_YET = (
     "README.md",
     "bench",
     "docs",
-    "kernels",
 )
 
 # A space stands for any white space. Of each pair: what is reported, and what to write instead.
