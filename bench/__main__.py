@@ -1,4 +1,4 @@
-"""`python -m bench ...`: one command makes each table; `--help` lists them."""
+"""Benchmark commands: `python -m bench --help` lists them, and each makes one table."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from bench.quality.ablation import run_ablation
 from engine.cli.app import run_app
 from engine.errors import UserError
 
-app = typer.Typer(help="Tables that one command makes.", no_args_is_help=True, add_completion=False)
+app = typer.Typer(help="Benchmarks: each command makes one table.", no_args_is_help=True, add_completion=False)
 
 Checkpoint = Annotated[str, typer.Option(help="The model before unlearning.", show_default=False)]
 Data = Annotated[str, typer.Option(help="Data source, as for `lethe unlearn`.", show_default=False)]
 Forget = Annotated[str, typer.Option(help="Forget request, as for `lethe unlearn`.", show_default=False)]
 Reference = Annotated[list[str], typer.Option(help="A retrained model; twice or more.", show_default=False)]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE for every run.", show_default=False)]
-Json = Annotated[Path | None, typer.Option("--json", help="Results; an ablation goes on where the file ends.")]
-# A model of the user's, beside digits (`_subjects`).
+Json = Annotated[Path | None, typer.Option("--json", help="Results; a second call continues this file.")]
+# A model of the user's, in addition to digits (`_subjects`).
 OwnModel = Annotated[
-    str | None, typer.Option(help="The model before unlearning; without one digits alone.", show_default=False)
+    str | None, typer.Option(help="The model before unlearning. Default: digits alone.", show_default=False)
 ]
 OwnData = Annotated[str | None, typer.Option(help="Data source, as for `lethe unlearn`.", show_default=False)]
 OwnRequest = Annotated[str | None, typer.Option(help="Forget request, as for `lethe unlearn`.", show_default=False)]
-OwnName = Annotated[str, typer.Option(help="What the checkpoint is called in the results.")]
-OwnEpochs = Annotated[float, typer.Option(help="Recipe of the checkpoint's retrain.")]
+OwnName = Annotated[str, typer.Option(help="Name of the checkpoint in the results.")]
+OwnEpochs = Annotated[float, typer.Option(help="Epochs of the checkpoint's retrain.")]
 CostPlot = Annotated[
     Path | None,
     typer.Option(help="PNG: gap against share of the retrain's time, a file a task.", show_default=False),
@@ -43,48 +43,52 @@ def ablation(
     seeds: Annotated[int, typer.Option(help="Seeds 0, 1, ... of every variant.")] = 3,
     jobs: Annotated[int, typer.Option(help="Runs at once; each then has its share of the threads.")] = 1,
     method: Annotated[str, typer.Option(help="lethe or lethe_plus; any, with --accelerators.")] = "lethe",
-    accelerators: Annotated[bool, typer.Option("--accelerators", help="Ways to train less in their place.")] = False,
+    accelerators: Annotated[
+        bool, typer.Option("--accelerators", help="Ways to train less, instead of the design choices.")
+    ] = False,
     settings: Settings = None,
     json: Json = None,
 ) -> None:
-    """Each choice of LetheViT, or of LetheViT+, against its alternative: mean and spread over seeds."""
+    """Compare each design choice of LetheViT, or of LetheViT+, with its alternative: mean and spread over seeds."""
     run_ablation(method, checkpoint, data, forget, reference, seeds, jobs, settings or [], json, accelerators)
 
 
 @app.command()
 def kernels(
-    device: Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, cuda or cuda:N.")] = "auto",
-    quick: Annotated[bool, typer.Option("--quick", help="Toy sizes, seconds: shows that everything runs.")] = False,
+    device: Annotated[str, typer.Option(help="auto (CUDA if there is one), cpu, cuda or cuda:N.")] = "auto",
+    quick: Annotated[bool, typer.Option("--quick", help="Toy sizes, takes seconds: a smoke test.")] = False,
     only: Annotated[
-        Literal["rollout", "info_nce", "mask"] | None, typer.Option(help="One part.", show_default=False)
+        Literal["rollout", "info_nce", "mask"] | None, typer.Option(help="Only this part.", show_default=False)
     ] = None,
     slow_peers: Annotated[
         bool, typer.Option("--slow-peers", help="lightly's NTXentLoss too, ten times slower than the rest.")
     ] = False,
     json: Annotated[Path | None, typer.Option("--json", help="Results, with every round.")] = None,
 ) -> None:
-    """Our kernels beside their peers: correctness first, then time and peak memory.
+    """Compare the kernels with those of other libraries: correctness first, then time and peak memory.
 
-    Prints each target with PASS or MISSED. It measures and does not judge: the exit code is 0 when a target is missed.
-    The extra `bench` of lethe-unlearning installs the peers, `bench-gpu` those that need CUDA.
+    Prints each target with PASS or MISSED; a missed target does not change the exit code. The extra `bench` of
+    lethe-unlearning installs the other libraries, `bench-gpu` those that need CUDA.
     """
     run_kernels(json, device, quick, only, slow_peers)
 
 
 @app.command()
 def train(
-    device: Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, cuda or cuda:N.")] = "auto",
-    quick: Annotated[bool, typer.Option("--quick", help="Toy sizes, seconds: shows that everything runs.")] = False,
-    only: Annotated[str | None, typer.Option(help="Cases with this in their name.", show_default=False)] = None,
-    threads: Annotated[int | None, typer.Option(help="Of every loop.", show_default="as PyTorch takes")] = None,
+    device: Annotated[str, typer.Option(help="auto (CUDA if there is one), cpu, cuda or cuda:N.")] = "auto",
+    quick: Annotated[bool, typer.Option("--quick", help="Toy sizes, takes seconds: a smoke test.")] = False,
+    only: Annotated[str | None, typer.Option(help="Only cases with this in their name.", show_default=False)] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads of every loop.", show_default="as PyTorch takes")
+    ] = None,
     minutes: Annotated[
-        float | None, typer.Option(help="No case begins after that many.", show_default="no limit")
+        float | None, typer.Option(help="Start no case after so many minutes.", show_default="no limit")
     ] = None,
     json: Annotated[Path | None, typer.Option("--json", help="Results, with every step; written case by case.")] = None,
 ) -> None:
-    """Optimizer steps beside plain loops and those of peers, each in a process of its own: images/s, memory, MFU.
+    """Compare optimizer steps with plain loops and those of other libraries: images/s, memory, MFU.
 
-    Prints each target with PASS or MISSED. It measures and does not judge: the exit code is 0 when a target is missed.
+    Prints each target with PASS or MISSED; a missed target does not change the exit code.
     """
     from bench.training_cost.train import run_train
 
@@ -95,10 +99,10 @@ def train(
 def compile_(
     target: Annotated[list[str] | None, typer.Option(help="sm_80, sm_90, sm_100, gfx942.", show_default="all")] = None,
     only: Annotated[list[str] | None, typer.Option(help="rollout, info_nce or mask.", show_default="all")] = None,
-    match: Annotated[str, typer.Option(help="Cases with this in their name, such as 'N=197 H=12'.")] = "",
+    match: Annotated[str, typer.Option(help="Only cases with this in their name, such as 'N=197 H=12'.")] = "",
     json: Annotated[Path | None, typer.Option("--json", help="Results.")] = None,
 ) -> None:
-    """The Triton kernels compiled for GPUs that are not here: registers, spills, occupancy; exit 1 for a problem."""
+    """Compile the Triton kernels for GPUs that are not present: registers, spills, occupancy; exit 1 for a problem."""
     from bench.kernel_speed.compile import run_compile
 
     if run_compile(target or [], only or [], match, json):
@@ -113,15 +117,18 @@ def data(
         typer.Option(help="Folder CLASS/FILE of real JPEGs; without it decoding is not measured.", show_default=False),
     ] = None,
     scratch: Annotated[
-        Path | None, typer.Option(help="Where the shards are made, 5 GB, and removed.", show_default="temporary folder")
+        Path | None,
+        typer.Option(help="Folder for 5 GB of shards, removed at the end.", show_default="temporary folder"),
     ] = None,
-    rounds: Annotated[int, typer.Option(help="Of the decoding race.")] = 9,
-    quick: Annotated[bool, typer.Option("--quick", help="2,000 samples and three rounds, whatever is said.")] = False,
+    rounds: Annotated[int, typer.Option(help="Rounds of the comparison of decoders.")] = 9,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="2,000 samples and three rounds, whatever other options are.")
+    ] = False,
     json: Annotated[Path | None, typer.Option("--json", help="Results, with every round.")] = None,
 ) -> None:
-    """The data path on a synthetic ImageNet in size, and decoding beside torchvision's ImageFolder.
+    """Measure the data path on a synthetic set of ImageNet's size, and compare decoding with torchvision's ImageFolder.
 
-    Prints each target with PASS or MISSED. It measures and does not judge: the exit code is 0 when a target is missed.
+    Prints each target with PASS or MISSED; a missed target does not change the exit code.
     """
     from bench.training_cost.data import run_data
 
@@ -130,12 +137,15 @@ def data(
 
 @app.command()
 def chaos(
-    runs: Annotated[int, typer.Option(help="Runs that are killed.")] = 20,
+    runs: Annotated[int, typer.Option(help="Runs to kill.")] = 20,
     stages: Annotated[str, typer.Option(help="ZeRO stages of the runs on two ranks.")] = "2,3",
-    seed: Annotated[int, typer.Option(help="Of what is killed, and when.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of which process is killed, and when.")] = 0,
     json: Annotated[Path | None, typer.Option("--json", help="Results, with every kill.")] = None,
 ) -> None:
-    """Runs killed with SIGKILL and resumed: identical to an undisturbed one, or exit 1. Also a full disk, as root."""
+    """Kill runs with SIGKILL and resume them: exit 1 unless identical to an undisturbed run.
+
+    As root, also a full disk.
+    """
     from bench.reliability.chaos import run_chaos
 
     if not run_chaos(runs, [int(stage) if stage.isdecimal() else -1 for stage in stages.split(",")], seed, json)[
@@ -146,7 +156,10 @@ def chaos(
 
 @app.command("two-hosts")
 def two_hosts(json: Annotated[Path | None, typer.Option("--json", help="Results.")] = None) -> None:
-    """One job on two network namespaces: the result of one host, and a link that is cut. Needs root; exit 1 if not."""
+    """Run one job on two network namespaces, and cut the link between them.
+
+    Needs root. Exits with 1 unless the result equals that of one host.
+    """
     from bench.reliability.two_hosts import run_two_hosts
 
     if not run_two_hosts(json)["passed"]:
@@ -159,11 +172,11 @@ def equality(
     data: Data,
     forget: Forget,
     steps: Annotated[int, typer.Option(help="Optimizer steps a phase at most.")] = 30,
-    batch_size: Annotated[int, typer.Option(help="Of one process; two ranks have half of it each.")] = 100,
+    batch_size: Annotated[int, typer.Option(help="Batch size of one process; two ranks have half each.")] = 100,
     precision: Annotated[list[str] | None, typer.Option(help="fp32 or bf16.", show_default="both")] = None,
     json: Annotated[Path | None, typer.Option("--json", help="Results.")] = None,
 ) -> None:
-    """DeepSpeed and two ranks at ZeRO 0 to 3 against one process, on the CPU; exit 1 beyond 1e-5 in fp32."""
+    """Compare DeepSpeed and two ranks at ZeRO 0 to 3 with one process, on the CPU; exit 1 beyond 1e-5 in fp32."""
     from bench.training_cost.scale import run_equality
 
     if not run_equality(checkpoint, data, forget, steps, batch_size, precision or ["fp32", "bf16"], json):
@@ -177,11 +190,11 @@ def memory(
     case: Annotated[
         list[str] | None, typer.Option(help="STAGE:PRECISION; zero0 is plain data parallel.", show_default="four")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Of a rank.")] = 2,
+    batch_size: Annotated[int, typer.Option(help="Batch size of a rank.")] = 2,
     steps: Annotated[int, typer.Option(help="Optimizer steps of each phase.")] = 2,
     json: Annotated[Path | None, typer.Option("--json", help="Results.")] = None,
 ) -> None:
-    """Real steps on two CPU ranks: peak memory of each beside what `lethe plan` says; exit 1 beyond 20%."""
+    """Compare the peak memory of real steps on two CPU ranks with the estimate of `lethe plan`; exit 1 beyond 20%."""
     from bench.training_cost.scale import run_memory
 
     cases = case or ["zero2:fp32", "zero3_offload:fp32", "zero0:fp32", "zero2:bf16"]
@@ -195,22 +208,22 @@ def retrain_cost(
     data: OwnData = None,
     forget: OwnRequest = None,
     reference: Annotated[
-        list[str] | None, typer.Option(help="A retrained model; without any those of this run.", show_default=False)
+        list[str] | None, typer.Option(help="A retrained model; by default those of this run.", show_default=False)
     ] = None,
     name: OwnName = "yardstick",
     retrain_epochs: OwnEpochs = 30.0,
-    digits: Annotated[bool, typer.Option(help="Digits too, their original trained here.")] = True,
-    projection: Annotated[bool, typer.Option(help="ImageNet's hours from steps measured here.")] = True,
+    digits: Annotated[bool, typer.Option(help="Digits too, with an original that is trained first.")] = True,
+    projection: Annotated[bool, typer.Option(help="Project the hours for ImageNet from measured steps.")] = True,
     seeds: Annotated[int, typer.Option(help="Seeds 0, 1, ... of every method and of the retrain.")] = 3,
     price: Annotated[
-        float | None, typer.Option(help="Of one device-hour, in any currency.", show_default=False)
+        float | None, typer.Option(help="Price of one device-hour, in any currency.", show_default=False)
     ] = None,
     plot: CostPlot = None,
     quick: Annotated[bool, typer.Option("--quick", help="Three steps a phase, two seeds, seconds.")] = False,
     settings: Settings = None,
-    json: Annotated[Path | None, typer.Option("--json", help="Results; goes on where the file ends.")] = None,
+    json: Annotated[Path | None, typer.Option("--json", help="Results; a second call continues this file.")] = None,
 ) -> None:
-    """Every method beside a retrain of the same seed: all that the user waits for, and the quality, in one row."""
+    """Compare every method with a retrain of the same seed: end-to-end wall-clock time and quality in one row."""
     from bench.quality.retrain_cost import run_retrain_cost
 
     subjects = _subjects(checkpoint, data, forget, reference or [], name, retrain_epochs, digits)
@@ -226,25 +239,25 @@ def leaderboard(
     forget: OwnRequest = None,
     reference: Annotated[
         list[str] | None,
-        typer.Option(help="A retrained model of that request; without any those of this run.", show_default=False),
+        typer.Option(help="A retrained model of that request; by default those of this run.", show_default=False),
     ] = None,
     class_name: Annotated[
         str | None, typer.Option("--class", help="A class of the data to forget as well.", show_default=False)
     ] = None,
     name: OwnName = "yardstick",
     retrain_epochs: OwnEpochs = 30.0,
-    digits: Annotated[bool, typer.Option(help="Digits too, their original trained here.")] = True,
+    digits: Annotated[bool, typer.Option(help="Digits too, with an original that is trained first.")] = True,
     method: Annotated[
-        list[str] | None, typer.Option(help="Methods beside the retrain; without any all.", show_default=False)
+        list[str] | None, typer.Option(help="Methods to compare with the retrain. Default: all.", show_default=False)
     ] = None,
-    retrain: Annotated[bool, typer.Option(help="A retrain of each seed; else references are needed.")] = True,
+    retrain: Annotated[bool, typer.Option(help="Retrain with each seed; without it references are needed.")] = True,
     seeds: Annotated[int, typer.Option(help="Seeds 0, 1, ... of every method and of the retrain.")] = 3,
     plot: CostPlot = None,
     quick: Annotated[bool, typer.Option("--quick", help="Three steps a phase, two seeds, a minute.")] = False,
     settings: Settings = None,
-    json: Annotated[Path | None, typer.Option("--json", help="Results; goes on where the file ends.")] = None,
+    json: Annotated[Path | None, typer.Option("--json", help="Results; a second call continues this file.")] = None,
 ) -> None:
-    """Every method on a random tenth and on a class, best gap first, with the ranks' stability over seeds."""
+    """Rank every method on a random tenth and on a class by average gap, with the stability of the ranks over seeds."""
     from bench.quality.retrain_cost import class_of, run_retrain_cost
 
     subjects = _subjects(checkpoint, data, forget, reference or [], name, retrain_epochs, digits)
@@ -259,9 +272,9 @@ def leaderboard(
 @app.command()
 def plot(
     results: Annotated[Path, typer.Argument(help="File that `leaderboard` or `retrain-cost` wrote.")],
-    picture: Annotated[Path, typer.Argument(help="PNG; with several tasks each has its name in the file's.")],
+    picture: Annotated[Path, typer.Argument(help="PNG; with several tasks one file each, named after the task.")],
 ) -> None:
-    """What --plot of `leaderboard` and of `retrain-cost` draws, from their results alone: nothing is run."""
+    """Draw the picture of `--plot` of `leaderboard` or `retrain-cost` from a results file; nothing is run."""
     from bench.publish.results import fitted, load
     from bench.quality.retrain_cost import plot as draw
 
@@ -275,11 +288,11 @@ def peers(
     forget: OwnRequest = None,
     reference: Annotated[
         list[str] | None,
-        typer.Option(help="A retrained model of that request; without any two are trained here.", show_default=False),
+        typer.Option(help="A retrained model of that request; by default two are trained.", show_default=False),
     ] = None,
     name: OwnName = "yardstick",
     retrain_epochs: OwnEpochs = 30.0,
-    digits: Annotated[bool, typer.Option(help="Digits too, their models trained here.")] = True,
+    digits: Annotated[bool, typer.Option(help="Digits too, with models that are trained first.")] = True,
     method: Annotated[
         list[str] | None, typer.Option(help="ssd, scrub, salun or bad_teacher.", show_default="all")
     ] = None,
@@ -287,9 +300,9 @@ def peers(
     seeds: Annotated[int, typer.Option(help="Seeds 0, 1, ... of every method.")] = 3,
     quick: Annotated[bool, typer.Option("--quick", help="A few steps or one epoch, one seed.")] = False,
     settings: Settings = None,
-    json: Annotated[Path | None, typer.Option("--json", help="Results; goes on where the file ends.")] = None,
+    json: Annotated[Path | None, typer.Option("--json", help="Results; a second call continues this file.")] = None,
 ) -> None:
-    """Four methods beside supreme-unlearning's and torchunlearn's, on equal settings and each at its defaults."""
+    """Compare four methods with those of supreme-unlearning and torchunlearn, on equal settings and at defaults."""
     from bench.quality.method_peers import run_method_peers
 
     subjects = _subjects(checkpoint, data, forget, reference or [], name, retrain_epochs, digits)
@@ -305,7 +318,7 @@ def _subjects(
     retrain_epochs: float,
     digits: bool,
 ) -> list[Any]:
-    """Digits, and the user's model where one is given."""
+    """Return digits and, if given, the user's model."""
     from bench.quality.retrain_cost import DIGITS, Subject
 
     subjects = [DIGITS] if digits else []
@@ -333,12 +346,19 @@ def _subjects(
 
 @app.command()
 def models(
-    only: Annotated[str | None, typer.Option(help="Names of timm with this in them.", show_default=False)] = None,
-    part: Annotated[Literal["all", "count", "table"], typer.Option(help="Shapes of all, or steps of some.")] = "all",
+    only: Annotated[
+        str | None, typer.Option(help="Only timm models with this in their name.", show_default=False)
+    ] = None,
+    part: Annotated[
+        Literal["all", "count", "table"], typer.Option(help="count: shapes of all models; table: steps of some.")
+    ] = "all",
     jobs: Annotated[int, typer.Option(help="Processes, of one thread each.")] = 2,
-    json: Annotated[Path | None, typer.Option("--json", help="Results; a run goes on where it broke off.")] = None,
+    json: Annotated[Path | None, typer.Option("--json", help="Results; a second call continues this file.")] = None,
 ) -> None:
-    """Which of timm's classifiers open, and what runs on them: all by their shapes, one of each module for a step."""
+    """Test which classifiers of timm can be opened and what runs on them.
+
+    Shapes of all, a step of one of each module.
+    """
     from bench.quality.models import run_models
 
     run_models(json, only, jobs, part)
@@ -350,17 +370,18 @@ def verdicts(
     data: OwnData = None,
     forget: OwnRequest = None,
     reference: Annotated[
-        list[str] | None, typer.Option(help="A retrained model; fewer than two are made up here.", show_default=False)
+        list[str] | None,
+        typer.Option(help="A retrained model; with fewer than two, more are trained.", show_default=False),
     ] = None,
     retrained: Annotated[
         list[str] | None,
-        typer.Option(help="A retrained model that is judged; without any one is trained here.", show_default=False),
+        typer.Option(help="A retrained model to be judged; by default one is trained.", show_default=False),
     ] = None,
     name: OwnName = "yardstick",
     retrain_epochs: OwnEpochs = 30.0,
-    digits: Annotated[bool, typer.Option(help="Digits too, their models trained here.")] = True,
+    digits: Annotated[bool, typer.Option(help="Digits too, with models that are trained first.")] = True,
     method: Annotated[
-        list[str] | None, typer.Option(help="Judged at its defaults; repeat for more.", show_default=False)
+        list[str] | None, typer.Option(help="Method to judge at its defaults; repeat for more.", show_default=False)
     ] = None,
     gates: Annotated[
         Path | None, typer.Option(help="Tighter gates, as for `lethe verify`.", show_default=False)
@@ -368,7 +389,7 @@ def verdicts(
     settings: Settings = None,
     json: Annotated[Path | None, typer.Option("--json", help="Results.")] = None,
 ) -> None:
-    """Does `lethe verify` fail where it must? Models whose verdict is known, and the methods, at one setting."""
+    """Test `lethe verify` on models whose verdict is known, and on the methods, at one setting."""
     from bench.quality.verdict_matrix import run_verdict_matrix
 
     subjects = _subjects(checkpoint, data, forget, reference or [], name, retrain_epochs, digits)
@@ -377,18 +398,18 @@ def verdicts(
 
 @app.command()
 def unlearn(
-    device: Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, cuda or cuda:N.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto (CUDA if there is one), cpu, cuda or cuda:N.")] = "auto",
     only: Annotated[
         list[str] | None,
         typer.Option(help="forget, retain, dataset, resolution, model, info_nce or ranks.", show_default="all"),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Toy sizes, seconds: shows that everything runs.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Toy sizes, takes seconds: a smoke test.")] = False,
     plot: Annotated[Path | None, typer.Option(help="PNG, log-log: FILE-CURVE.png.", show_default=False)] = None,
     json: Annotated[Path | None, typer.Option("--json", help="Results, with every round.")] = None,
 ) -> None:
-    """How the cost of unlearning grows with data, resolution, model, batch and ranks: exponents beside expected ones.
+    """Measure how the cost of unlearning grows with data, resolution, model, batch and ranks: exponents.
 
-    Prints each curve with PASS or LOOK. It measures and does not judge: the exit code is 0 when one reads LOOK.
+    Prints each curve with PASS or LOOK; a curve with LOOK does not change the exit code.
     """
     from bench.training_cost.unlearn import run_unlearn
 
@@ -398,7 +419,7 @@ def unlearn(
 @app.command()
 def tables(
     check: Annotated[
-        bool, typer.Option("--check", help="Only compare: exit 1 names what is out of date, and changes nothing.")
+        bool, typer.Option("--check", help="Change nothing; exit 1 and name what is out of date.")
     ] = False,
 ) -> None:
     """Render README.md and pages of docs/ from docs/templates/ and bench/results/; exit 1 if something is missing."""
@@ -420,7 +441,7 @@ def ulira(
     quick: Annotated[bool, typer.Option("--quick", help="Three pairs of models, three steps each.")] = False,
     json: Annotated[Path | None, typer.Option("--json", help="Results, with every sample's score.")] = None,
 ) -> None:
-    """U-LiRA on digits: can models that unlearned be told from models that never saw the samples? Stages timed."""
+    """Run U-LiRA on digits: can unlearned models be told from models that never had the samples? Stages are timed."""
     from bench.quality.ulira import run_ulira
 
     run_ulira(models, method or ["lethe"], cache, workers, quick, json)
@@ -431,7 +452,7 @@ def page(
     out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("bench.html"),
     results: Annotated[Path | None, typer.Option(help="Folder of result files.", show_default="bench/results")] = None,
 ) -> None:
-    """Every result file as a section of one HTML page that loads nothing: commands, machines, tables, plots."""
+    """Write every result file as a section of one HTML page that loads nothing: commands, machines, tables, plots."""
     from bench.publish.page import run_page
     from bench.publish.results import RESULTS
 
@@ -441,12 +462,15 @@ def page(
 @app.command("all")
 def all_(
     out: Annotated[Path, typer.Option(help="Folder for the result files and their page.")] = Path("runs/bench"),
-    quick: Annotated[bool, typer.Option("--quick", help="Toy sizes: shows that everything runs.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Toy sizes: a smoke test.")] = False,
     real: Annotated[
         Path | None, typer.Option(help="Folder CLASS/FILE of real JPEGs, for `data`.", show_default=False)
     ] = None,
 ) -> None:
-    """kernels, train, unlearn, retrain-cost, data, then the page; goes on after one that fails, exits 1 naming it."""
+    """Run kernels, train, unlearn, retrain-cost and data, then page.
+
+    Continue after a failure, then exit 1 and name it.
+    """
     from bench.publish.run_all import run_all
 
     if run_all(out, quick, real):

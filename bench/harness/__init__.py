@@ -1,1 +1,1 @@
-"""What the benchmarks share: timing, processes, reports, plots."""
+"""Shared parts of the benchmarks: timing, processes, reports, plots."""

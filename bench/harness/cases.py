@@ -1,4 +1,4 @@
-"""What is measured, declared once: the commands of `python -m bench` and `pytest --benchmark` pick from these lists."""
+"""Lists of benchmark cases, from which the commands of `python -m bench` and `pytest --benchmark` choose."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class ScalingCase:
 SCALING = {
     "forget": ScalingCase(sizes=(250, 500, 1_000, 2_000), quick=(20, 40)),
     "retain": ScalingCase(sizes=(500, 1_000, 2_000, 4_000), quick=(40, 80)),
-    # Samples that a run is set up with, though its `max_steps` look at few of them: beyond ImageNet's 1.28 million.
+    # Samples of a run's data set, of which its `max_steps` read few: beyond ImageNet's 1.28 million.
     "dataset": ScalingCase(sizes=(250_000, 500_000, 1_000_000, 2_000_000), quick=(2_000, 4_000)),
     # The smallest model, so that attention, which is quadratic, has the largest share.
     "resolution": ScalingCase(
@@ -97,11 +97,12 @@ SCALING = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainCase:
-    """Loops that `python -m bench train` times against each other, ours with the others.
+    """Loops that `python -m bench train` compares: this project's with the others.
 
-    against: all (ours in the other precision and compiled, plain loops in both, compiled ones, the loops of peers),
-    uncompiled (the same without what is compiled), plain (uncompiled plain loops in the same precision), compiled
-    (plain and compiled ones in the same precision), checkpointing (ours and the plain loop, with and without it).
+    against: all (this project's loop in the other precision and compiled, plain loops in both, compiled ones, the loops
+    of other libraries), uncompiled (the same without what is compiled), plain (uncompiled plain loops in the same
+    precision), compiled (plain and compiled ones in the same precision), checkpointing (this project's and the plain
+    loop, with and without it).
     """
 
     step: StepCase

@@ -1,4 +1,4 @@
-"""Runs of the engine as its users start them: through a launcher, in processes that can be killed.
+"""Start runs of the engine as users do: through a launcher, in processes that can be killed.
 
 The job is a tiny ViT that forgets a tenth of scikit-learn's digits, on the CPU in float32.
 """
@@ -24,7 +24,7 @@ MODEL = {"img_size": 8, "patch_size": 2, "embed_dim": 32, "depth": 2, "num_heads
 SAMPLES_A_STEP = 50
 OPTIONS = {"device": "cpu", "precision": "fp32", "checkpoint_every": 2, "max_steps": 30}
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-# Seconds that a run may take until it ends, and its processes once they are killed.
+# Time limits in seconds: of a run, and of its processes to end after they are killed.
 PATIENCE, END_WITHIN = 300.0, 60.0
 
 
@@ -41,11 +41,11 @@ class Job:
 
     @property
     def name(self) -> str:
-        """What the result depends on: the launcher is not in it."""
+        """Return what the result depends on; it does not depend on the launcher."""
         return "one process" if self.stage is None else f"2 ranks, ZeRO-{self.stage}"
 
     def arguments(self, original: Path, out: Path, resume: bool) -> list[str]:
-        """`python -m` these."""
+        """Return the arguments of `python -m`."""
         run = unlearn_arguments(original, out, SAMPLES_A_STEP // self.ranks, self.stage, resume=resume)
         if self.launcher == "deepspeed":
             options = ["--num_gpus", "2", "--master_addr", "127.0.0.1", "--master_port", str(deepspeed_port())]
@@ -58,7 +58,7 @@ class Job:
 def unlearn_arguments(
     original: Path, out: Path, batch_size: int, stage: int | None, resume: bool = False, **options: object
 ) -> list[str]:
-    """`engine unlearn ...` of the job that all of these runs do; `options` are further settings."""
+    """Return the arguments of `engine unlearn ...` of the job that all runs share; `options` are further settings."""
     settings = {**OPTIONS, "batch_size": batch_size, **options}
     return [
         *("engine", "unlearn", "--checkpoint", str(original), "--data", "digits", "--forget", "random:0.1@0"),
@@ -70,7 +70,7 @@ def unlearn_arguments(
 
 
 class Launched:
-    """A launcher with its ranks, in a session of their own; what they print goes to a file."""
+    """A launcher and its ranks in a process session of their own; their output goes to a file."""
 
     def __init__(self, arguments: Sequence[str], log: Path, prefix: Sequence[str] = ()) -> None:
         self.log, self.began = log, time.perf_counter()
@@ -91,7 +91,7 @@ class Launched:
         return time.perf_counter() - self.began
 
     def wait(self, seconds: float = PATIENCE) -> int | None:
-        """The exit code, or None where it had to be killed for taking longer."""
+        """Wait and return the exit code, or None if the time limit passed and the run was killed."""
         try:
             return self.process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -99,7 +99,7 @@ class Launched:
             return None
 
     def kill(self, rank: int | None = None) -> bool:
-        """SIGKILL to one rank, or to the launcher and everything below it; False where that was over already."""
+        """Send SIGKILL to one rank, or to the launcher and all its children; return False if it had ended already."""
         import psutil  # type: ignore[import-untyped]  # deepspeed depends on it
 
         if not self.running():
@@ -116,7 +116,7 @@ class Launched:
         return bool(victims)
 
     def output(self) -> str:
-        """Our own error lines of what was printed."""
+        """Return the error lines of the engine from the output."""
         text = self.log.read_text(encoding="utf-8", errors="replace")
         lines = [line.strip() for line in text.splitlines()]
         return " | ".join(line for line in lines if line.startswith(("stopped:", "stopped (", "error:", "error (")))
@@ -127,7 +127,7 @@ class Launched:
 
 
 def rank_of(process: Any) -> int | None:
-    """The rank of a psutil.Process that a launcher started as one; None for the launcher and for others."""
+    """Return the rank of a psutil.Process that a launcher started as one; None for the launcher and for others."""
     import psutil
 
     try:
@@ -138,33 +138,39 @@ def rank_of(process: Any) -> int | None:
 
 
 def _outside() -> dict[str, str]:
-    """The environment without what a launcher around this process may have put there."""
+    """Return the environment without the variables that a launcher around this process may have set."""
     launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
     return {key: value for key, value in os.environ.items() if key not in launcher}
 
 
 @functools.cache
 def deepspeed_port() -> int:
-    """The port of all runs under DeepSpeed's launcher: for each port it leaves 66 MiB a rank in shared memory."""
+    """Return the port of all runs under DeepSpeed's launcher.
+
+    For each port it leaves 66 MiB a rank in shared memory.
+    """
     return free_port()
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """Return a port on which no process listens."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
 
 
 def require_good(launched: Launched) -> None:
-    """Waits for a run that nobody disturbs."""
+    """Wait for an undisturbed run, and raise an error if it fails."""
     code = launched.wait()
     if code != 0:
         raise RunStopped(f"a run that nobody disturbed ended with exit code {code}: {launched.tail()}")
 
 
 def train_arguments(out: Path) -> list[str]:
-    """`python -m` these make the original, on two ranks: the first run also compiles what DeepSpeed wants compiled."""
+    """Return the arguments of `python -m` that train the original on two ranks.
+
+    The first run compiles DeepSpeed's extensions.
+    """
     settings = {**OPTIONS, "batch_size": SAMPLES_A_STEP // 2, "lr": 2e-3, "checkpoint_every": None, "max_steps": None}
     return [
         *("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"),

@@ -1,7 +1,7 @@
-"""The rate of matrix products that this device reaches, measured: what a step's share of peak (MFU) is a share of.
+"""Measure the rate of matrix products that this device reaches, to which the MFU of a step refers.
 
 The best of several products of large square and of MLP shape in one precision, timed in the same run. It is no data
-sheet's number: a product that nothing else disturbs, from operands that lie in memory, result written to memory.
+sheet's number: nothing else runs during a product, operands are read from memory, and the result is written to memory.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _TIMING_SECONDS = 0.05
 def matmul_peak(
     kind: Kind, device: torch.device, shapes: Sequence[Shape] | None = None, *, rounds: int = 5, seconds: float = 8.0
 ) -> Row:
-    """`peak`: the highest rate in flops a second (2 M K N a product) that any shape reached; `shapes`: of each.
+    """Return `peak`, the highest rate of any shape in flops a second (2 M K N a product), and `shapes`, that of each.
 
     kind: fp32 products as PyTorch does them by default; tf32: with `set_float32_matmul_precision("high")`; bf16.
     """
@@ -63,7 +63,7 @@ def matmul_peak(
 
 
 def flops(m: int, k: int, n: int) -> int:
-    """Of [M, K] x [K, N]: one multiplication and one addition each."""
+    """Return the flops of [M, K] x [K, N]: one multiplication and one addition each."""
     return 2 * m * k * n
 
 
@@ -75,7 +75,7 @@ def _products(left: torch.Tensor, right: torch.Tensor, count: int) -> torch.Tens
 
 
 def _repeats(left: torch.Tensor, right: torch.Tensor, device: torch.device) -> int:
-    """Products a timing, from the second of two: the first sets the library up."""
+    """Return the products of one timing, from the second of two: the first initialises the library."""
     _products(left, right, 2)
     began = time.perf_counter()
     stopwatch(lambda: _products(left, right, 1), device)

@@ -1,12 +1,12 @@
-"""Correctness first, then peak memory, then time: contenders that do the same work are measured side by side.
+"""Measure contenders that do the same work in turn: correctness first, then peak memory, then time.
 
 **Time.** All contenders run once in every round, in an order that turns from round to round, so that a disturbance
 hits all of them; ratios are formed within a round. On CUDA by events, with the L2 cache overwritten before each call.
 
-**Peak memory** is what PyTorch's allocator handed out and had not yet got back, at its highest during one call, above
-what was there before it; inputs and weights are not in it, results are. On CUDA that is
-`torch.cuda.max_memory_allocated`; on the CPU the profiler's record of every allocation and release, which sees inside
-fused and custom operations too. Neither counts what libraries take from the system behind PyTorch's back (oneDNN's
+**Peak memory** is the maximum, during one call, of the memory allocated by PyTorch's allocator and not released, above
+the value before the call. Inputs and weights are not included, results are. On CUDA that is
+`torch.cuda.max_memory_allocated`; on the CPU the profiler's record of every allocation and release, which covers
+fused and custom operations too. Neither includes memory that libraries take from the system directly (oneDNN's
 and MKL's packing buffers, Triton's cache), memory that the allocator keeps for later, or Python objects.
 """
 
@@ -36,7 +36,7 @@ _L2_BYTES = 256 * 2**20  # more than the last-level cache of any card in `bench.
 
 
 class WrongResultError(Exception):
-    """A contender's result is not what the float64 reference says."""
+    """The result of a contender differs from the float64 reference."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,8 +44,8 @@ class Contender:
     """One way to do the work.
 
     build: imports what it needs and returns the call that is measured; ImportError means that it is not installed.
-    check: the error of a result against the reference; raises WrongResultError where it is too large.
-    install: the command that installs it. note: in what its work differs. host_bytes: main memory it is known to fill.
+    check: the error of a result against the reference; raises WrongResultError if it is too large.
+    install: the command that installs it. note: how its work differs. host_bytes: main memory it is known to fill.
     """
 
     name: str
@@ -59,11 +59,18 @@ class Contender:
 def measure(
     contenders: Sequence[Contender], *, device: torch.device, rounds: int, seconds: float = 180.0, once: bool = False
 ) -> list[Row]:
-    """One row a contender, in their order.
+    """Measure contenders and return one row for each, in their order.
 
-    status: "measured", "missing" (not installed), "not run" (memory) or "failed" (raised, or wrong: never timed).
-    rounds: at most, and no more than about `seconds` in all, though never fewer than three.
-    once: for work that takes minutes: the first call is timed, the second tracked, and no more.
+    Args:
+        contenders: The contenders.
+        device: Device on which they run.
+        rounds: Rounds at most.
+        seconds: Time limit of all rounds together; at least three rounds are run.
+        once: For work that takes minutes: the first call is timed, the second tracked, and no more.
+
+    Returns:
+        Rows with a status: "measured", "missing" (not installed), "not run" (memory) or "failed" (an error, or a wrong
+        result: never timed).
     """
     rows: dict[str, Row] = {
         contender.name: {"contender": contender.name, "note": contender.note} for contender in contenders
@@ -90,7 +97,7 @@ def measure(
 
 
 def _first_call(contender: Contender, row: Row, device: torch.device) -> Call | None:
-    """Builds a contender and runs it once; its row then says what came of it. None unless it may be timed."""
+    """Build a contender and run it once, and store the outcome in its row; return None unless it may be timed."""
     free = free_bytes(torch.device("cpu"))
     if contender.host_bytes > free // 2:
         needed = f"copies {size(contender.host_bytes)} to main memory (computed from the shape)"
@@ -110,7 +117,7 @@ def _first_call(contender: Contender, row: Row, device: torch.device) -> Call | 
 
 @contextlib.contextmanager
 def _outcome(row: Row, device: torch.device) -> Iterator[None]:
-    """Whatever a contender raises is its result: the row says it, no time stays, and the others are still measured."""
+    """Store an error of a contender in its row without a time, so that the others are still measured."""
     try:
         yield
         row.setdefault("status", "measured")
@@ -125,7 +132,7 @@ def _outcome(row: Row, device: torch.device) -> Iterator[None]:
 
 
 def race(calls: Mapping[str, Call], *, device: torch.device, rounds: int, seconds: float) -> dict[str, list[float]]:
-    """Seconds of every call in every round."""
+    """Return the seconds of every call in every round."""
     names = list(calls)
     times: dict[str, list[float]] = {name: [] for name in names}
     flush = torch.empty(_L2_BYTES, dtype=torch.int8, device=device) if device.type == "cuda" else None
@@ -137,7 +144,7 @@ def race(calls: Mapping[str, Call], *, device: torch.device, rounds: int, second
 
 
 def turns(names: Sequence[str], rounds: int, seconds: float) -> Iterator[str]:
-    """Every name once a round, each round beginning one name later; after three rounds no round begins late."""
+    """Yield every name once a round, each round beginning one name later; after three rounds no round begins late."""
     end = time.perf_counter() + seconds
     for number in range(rounds if names else 0):
         if number >= 3 and time.perf_counter() > end:
@@ -147,7 +154,7 @@ def turns(names: Sequence[str], rounds: int, seconds: float) -> Iterator[str]:
 
 
 def stopwatch(call: Call, device: torch.device) -> tuple[float, Any]:
-    """Seconds of one call, and its result."""
+    """Return the seconds of one call, and its result."""
     if device.type != "cuda":
         start = time.perf_counter()
         result = call()
@@ -161,23 +168,26 @@ def stopwatch(call: Call, device: torch.device) -> tuple[float, Any]:
 
 
 class Memory(NamedTuple):
-    """Bytes of one call. peak: the most at a time beyond what was there before it, its result included.
-    allocated: all that was taken, whether or not it was given back."""
+    """Bytes of one call.
+
+    peak: the maximum at a time above the value before the call, its result included. allocated: the sum of all
+    allocations, released or not.
+    """
 
     peak: int
     allocated: int
 
 
 def peak_bytes(call: Call, device: torch.device) -> int:
-    """The most that was allocated during the call beyond what was before it, its result included."""
+    """Return the maximum allocated during the call above the value before it, its result included."""
     return tracked_memory(call, device).peak
 
 
 def tracked_memory(call: Call, device: torch.device, before: int = 0) -> Memory:
-    """Runs the call under the allocator's record.
+    """Run the call with a record of its allocations.
 
-    before: calls under the record ahead of the one that counts. On the CPU what was allocated before the record is
-    given back without its size being known, so a call that replaces what the last one left needs one.
+    before: calls under the record ahead of the one that counts. On the CPU memory that was allocated before the record
+    is released without a known size, so a call that replaces the result of the last one needs one.
     """
     if device.type == "cuda":
         for _ in range(before):
@@ -198,7 +208,7 @@ def tracked_memory(call: Call, device: torch.device, before: int = 0) -> Memory:
             call()
         with torch.profiler.record_function(_COUNTED):
             result = call()
-    del result  # only now: a result that was dropped inside the profile would not count at its end
+    del result  # not earlier: a result released inside the profile would not count at its end
     events = profile.profiler.kineto_results.events()
     began = next(event.start_ns() for event in events if event.name() == _COUNTED)
     changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
@@ -207,7 +217,7 @@ def tracked_memory(call: Call, device: torch.device, before: int = 0) -> Memory:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that could still be taken on the device."""
+    """Return the memory that can still be allocated on the device."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
@@ -219,7 +229,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def ratios(row: Row, other: Row) -> list[float]:
-    """Seconds of `row` as a multiple of those of `other`, round by round."""
+    """Return the seconds of `row` as a multiple of those of `other`, round by round."""
     return [mine / theirs for mine, theirs in zip(row["seconds"], other["seconds"], strict=True)]
 
 
@@ -228,22 +238,22 @@ def middle(values: Sequence[float]) -> float:
 
 
 def mean_and_half_range(values: Sequence[float]) -> tuple[float, float]:
-    """What is told of a few seeds."""
+    """Return the mean and half of the range, the summary of a few seeds."""
     return statistics.mean(values), (max(values) - min(values)) / 2
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:
-    """Mean ± half of the range, for people; of one value that alone."""
+    """Format mean ± half of the range; of one value that alone."""
     return " ± ".join(f"{value:.{digits}f}" for value in mean_and_half_range(values)[: len(values)])
 
 
 class EnergyMeter:
-    """Joules that a device used, as its own counters have them; never from a data sheet.
+    """Energy that a device used in joules, as its own counters have it; never from a data sheet.
 
-    CUDA: NVML's total energy of the card (Volta and newer), the host's is not in it. CPU: the packages of RAPL, with
-    everything else that runs on them; a package's counter may turn over once between two reads, no more (at 262 kJ as
+    CUDA: NVML's total energy of the card (Volta and newer), without the host's. CPU: the packages of RAPL, with
+    everything else that runs on them; a package's counter may overflow at most once between two reads (at 262 kJ as
     a rule: three quarters of an hour at 100 W).
-    source: what counts, None where nothing does; reason: why not.
+    source: name of the counter, None if there is none; reason: why there is none.
     """
 
     def __init__(self, device: torch.device, powercap: Path = Path("/sys/class/powercap")) -> None:
@@ -263,7 +273,7 @@ class EnergyMeter:
             self.source, self.reason, self._counters = None, f"not reported: {error}", []
 
     def start(self) -> Callable[[], float | None]:
-        """Returns what gives the joules from now on, or None where nothing counts them."""
+        """Return a function of the joules from now on, which gives None if there is no counter."""
         before = [read() for read, _ in self._counters]
 
         def joules() -> float | None:
@@ -314,7 +324,7 @@ def _rapl(powercap: Path) -> list[tuple[Callable[[], float], float]]:
 
 
 def size(count: float) -> str:
-    """Bytes for people, in the largest binary unit that leaves a number above one."""
+    """Format bytes in the largest binary unit in which the number is above one."""
     for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if abs(count) >= factor:
             return f"{count / factor:.1f} {unit}" if unit != "GiB" else f"{count / factor:.2f} GiB"

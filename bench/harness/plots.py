@@ -1,4 +1,4 @@
-"""Plots of results as PNG, drawn alike: two styles, one palette that is told apart in grey and by the colour-blind."""
+"""Plots of results as PNG, in two styles and one palette that is distinct in grey and for the colour-blind."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ DARK = Style(paper="#171c22", ink="#d5dbe1", faint="#3d4852")
 def figure(
     style: Style, title: str, x: str, y: str = "", size: tuple[float, float] = (4.6, 3.2)
 ) -> tuple[Figure, Axes]:
-    """One pair of axes. size: inches; text is 9 points or more, so that the default is read on a phone."""
+    """Create one pair of axes. size: inches; text is 9 points or more, so that the default is legible on a phone."""
     made = Figure(figsize=size, layout="constrained", facecolor=style.paper)
     axes = made.add_subplot(facecolor=style.paper)
     # Of the whole figure, since long names of bars leave the axes little room.
@@ -56,7 +56,10 @@ def figure(
 def bars(
     axes: Axes, style: Style, names: Sequence[str], values: Sequence[float], texts: Sequence[str], own: str
 ) -> None:
-    """A bar a name, the first on top, its text beside it; `own` is the name (or the start of it) that stands out."""
+    """Draw one bar a name, the first on top, with its text next to it.
+
+    `own` is the name, or its start, to highlight.
+    """
     colours = [VERMILLION if name.startswith(own) else BLUE for name in names]
     hatches = [HATCHES[1] if name.startswith(own) else HATCHES[0] for name in names]
     drawn = axes.barh(range(len(names)), values, color=colours, hatch=hatches, edgecolor=style.paper, height=0.7)
@@ -65,7 +68,7 @@ def bars(
 
 
 def stacks(axes: Axes, style: Style, names: Sequence[str], parts: Mapping[str, Sequence[float]]) -> None:
-    """A bar a name, made of `parts`: the name of each and its value for every bar."""
+    """Draw one bar a name, made of `parts`: the name of each and its value for every bar."""
     left = [0.0] * len(names)
     for number, (part, values) in enumerate(parts.items()):
         axes.barh(
@@ -88,7 +91,7 @@ def _wrapped(text: str, width: int) -> str:
 
 
 def legend(made: Figure, axes: Axes, style: Style, below: bool = False) -> None:
-    """Beside the data where there is room, or below the axes."""
+    """Draw the legend next to the data if there is room, or below the axes."""
     if below:
         drawn = made.legend(loc="outside lower center", ncols=2, fontsize=9, frameon=False, labelcolor=style.ink)
     else:
@@ -99,7 +102,7 @@ def legend(made: Figure, axes: Axes, style: Style, below: bool = False) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Label:
-    """What stands beside the axes for something in them. x: None for a line across, which ends at the label."""
+    """Text next to the axes for one of their elements. x: None for a line across, which ends at the label."""
 
     text: str
     y: float
@@ -109,11 +112,11 @@ class Label:
 
 
 def label_column(made: Figure, axes: Axes, labels: Sequence[Label]) -> None:
-    """Names right of the axes in the order of what they name, a thin line to each; for more series than a legend holds.
+    """Draw names right of the axes in the order of their elements, with a thin line to each, for many series.
 
     Call it when limits and scales are set. The axes have to be as high as the labels are together: LABEL_INCHES each.
     """
-    made.draw_without_rendering()  # only now is the height of the axes known
+    made.draw_without_rendering()  # the height of the axes is known only after this
     ordered = sorted(labels, key=lambda label: label.y)
     left, _ = axes.get_xlim()
     points = axes.transAxes.inverted().transform(axes.transData.transform([(left, label.y) for label in ordered]))
@@ -132,7 +135,7 @@ def label_column(made: Figure, axes: Axes, labels: Sequence[Label]) -> None:
 
 
 def _apart(wanted: Sequence[float], step: float) -> list[float]:
-    """Places in [0, 1] as near as can be to the wanted ones, which ascend, and at least a step from each other."""
+    """Return places in [0, 1] as near as possible to the wanted ones, which ascend, at least a step from each other."""
     steps = [step * number for number in range(len(wanted))]
     free = [place - taken for place, taken in zip(wanted, steps, strict=True)]
     moved = isotonic_regression(free, y_min=0, y_max=max(0.0, 1 - steps[-1]))
@@ -140,7 +143,7 @@ def _apart(wanted: Sequence[float], step: float) -> list[float]:
 
 
 def png(made: Figure, words: str = "") -> bytes:
-    """Without a date or a version in it: the same numbers give the same bytes. words: what it shows, kept in it."""
+    """Render without a date or a version: the same numbers give the same bytes. words: a description to store in it."""
     buffer = io.BytesIO()
     made.savefig(buffer, format="png", dpi=180, metadata={"Software": None, "Description": words or None})
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""What every result file says of itself: the command that made it, the commit, the machine and how busy it was."""
+"""Heading of every result file: the command that made it, the commit, the machine and its load."""
 
 from __future__ import annotations
 
@@ -19,16 +19,24 @@ from engine.runtime.files import write_json
 
 
 class Report:
-    """A result file in the making: created before the first measurement, so that it knows the load it began under."""
+    """A result file before it is written.
+
+    Created before the first measurement, because it records the load at the start.
+    """
 
     def __init__(self, command: str | None = None, environment: Mapping[str, Any] | None = None) -> None:
-        """command: as typed; None takes this process's own `python -m bench ...`. environment: what else counts."""
+        """Store the heading.
+
+        Args:
+            command: The command as typed; None for this process's own `python -m bench ...`.
+            environment: Further entries of the environment.
+        """
         self.command = command_line() if command is None else command
         self.environment = dict(environment or {})
         self.load = load_average()
 
     def write(self, results: Mapping[str, Any], json_file: Path | None) -> dict[str, Any]:
-        """The heading with `results` below it, written where a file is named."""
+        """Return the heading with `results` below it, and write it if a file is named."""
         report = {
             "command": self.command,
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -43,9 +51,9 @@ class Report:
 
 
 def kept(json_file: Path | None, setting: Mapping[str, Any], what: str) -> dict[str, Any]:
-    """The results file that a broken-off run goes on with, `setting` among its keys; empty where there is none.
+    """Return the results from which an interrupted run continues, `setting` among the keys; empty if none.
 
-    Raises UserError where the file is of another setting. what: "an ablation".
+    Raises UserError if the file is of another setting. what: "an ablation".
     """
     if json_file is None or not json_file.is_file():
         return {}
@@ -57,18 +65,21 @@ def kept(json_file: Path | None, setting: Mapping[str, Any], what: str) -> dict[
 
 
 def command_line() -> str:
-    """This process's command as a user of the repository types it; folders above the working folder are cut off."""
+    """Return this process's command as a user of the repository types it.
+
+    Folders above the working folder are removed.
+    """
     here = f"{Path.cwd()}/"
     return shlex.join(["python", "-m", "bench", *(argument.replace(here, "") for argument in sys.argv[1:])])
 
 
 def load_average() -> list[float]:
-    """Of the last 1, 5 and 15 minutes."""
+    """Return the load average of the last 1, 5 and 15 minutes."""
     return [round(value, 2) for value in os.getloadavg()]
 
 
 def clocks() -> dict[str, Any]:
-    """What can be read of clocks: the CPU's governor, each NVIDIA card's present and highest clock in MHz."""
+    """Return the clocks that can be read: the CPU's governor, each NVIDIA card's present and highest clock in MHz."""
     found: dict[str, Any] = {}
     governor = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
     if governor.is_file():

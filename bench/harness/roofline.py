@@ -1,9 +1,9 @@
-"""The least time that a card needs for an operation, from the bytes, products and exponentials the maths asks for.
+"""Lower bound of the time of an operation on a card, from bytes, products and exponentials of the mathematics.
 
     seconds >= max(bytes / bandwidth, flops / rate, exponentials / exponential rate)
 
 A share of roofline is that bound divided by the measured time. Each card's peaks are its own: a name that is not in
-`PEAKS` has none, and no other card's stand in for them.
+`PEAKS` has none, and those of another card are not used instead.
 
 The counts are those of the mathematics, whatever a kernel does: each input is read once, each result written once,
 each similarity computed once in the forward and once more in the backward.
@@ -43,7 +43,7 @@ class Prediction:
 
 
 def _peaks(*, bandwidth: float, float32: float, tf32: float, half: float, sms: int, boost: float) -> Peaks:
-    """Bandwidth in GB/s, rates in TFLOPS, boost clock in MHz."""
+    """Convert bandwidth in GB/s, rates in TFLOPS and boost clock in MHz."""
     # Results of ex2 per clock and multiprocessor at compute capability 8.0 and 9.0: CUDA C++ Programming Guide, table
     # "Throughput of Native Arithmetic Instructions".
     per_clock = 16
@@ -71,9 +71,9 @@ PEAKS: dict[str, Peaks] = {
 
 
 def rollout_cost(layers: int, batch: int, heads: int, tokens: int, width: int, itemsize: int) -> Cost:
-    """Class-row attention rollout of L layers [B, H, N, d]: of the last layer only the row of the class token counts.
+    """Count class-row attention rollout of L layers [B, H, N, d]: of the last layer only the class token's row.
 
-    K of every layer is read, Q of all but the last, where it is one row; scores are B N float32.
+    K of every layer is read, Q of all but the last, of which it is one row; scores are B N float32.
     """
     rows = (layers - 1) * tokens + 1
     return Cost(
@@ -84,7 +84,7 @@ def rollout_cost(layers: int, batch: int, heads: int, tokens: int, width: int, i
 
 
 def info_nce_cost(batch: int, candidates: int, width: int, itemsize: int, *, backward: bool = True) -> Cost:
-    """InfoNCE of B anchors against M candidates (in-batch: M = B) of D features, both with a gradient.
+    """Count InfoNCE of B anchors against M candidates (in-batch: M = B) of D features, both with a gradient.
 
     Forward: one product B x M x D, B log-sums written. Backward: the similarities again, and one product for each
     of the two gradients; inputs and log-sums read again, gradients written.
@@ -99,7 +99,7 @@ def info_nce_cost(batch: int, candidates: int, width: int, itemsize: int, *, bac
 
 
 def predict(cost: Cost, peaks: Peaks, dtype: str | torch.dtype) -> Prediction:
-    """The bound for products of `dtype`: a torch dtype, or "tf32". Raises ValueError for a rate that is not known."""
+    """Return the bound for products of `dtype`: a torch dtype, or "tf32". Raises ValueError for an unknown rate."""
     kind = str(dtype).removeprefix("torch.")
     if kind not in peaks.flops:
         raise ValueError(f"predict: dtype is {kind!r}, expected one of {', '.join(map(repr, peaks.flops))}")
@@ -113,6 +113,6 @@ def predict(cost: Cost, peaks: Peaks, dtype: str | torch.dtype) -> Prediction:
 
 
 def share(cost: Cost, device_name: str, dtype: str | torch.dtype, seconds: float) -> float | None:
-    """The bound as a share of the measured seconds; None for a card whose peaks are not in `PEAKS`."""
+    """Return the bound as a share of the measured seconds; None for a card whose peaks are not in `PEAKS`."""
     peaks = PEAKS.get(device_name)
     return predict(cost, peaks, dtype).seconds / seconds if peaks else None

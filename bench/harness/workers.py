@@ -1,11 +1,11 @@
-"""Contenders in processes of their own: what one sets for its process (allocator, threads) serves no other.
+"""Contenders in separate processes, so that process-wide settings (allocator, threads) of one do not affect others.
 
-A process builds one contender and takes steps when it is told to. In between it waits on its pipe, which costs
+A process builds one contender and runs steps on a message. In between it waits on its pipe, which costs
 nothing. All contenders take their turns in every round, in an order that turns from round to round
 (`bench.harness.measure.turns`), so that ratios can be formed within a round. Each process has compiler caches of its
-own, empty at the start: what the first step takes is what a user waits for.
+own, empty at the start: the first step includes the compilation that a user waits for.
 
-A contender that raises, runs out of memory or is killed is a row that says so; the others go on.
+A contender that raises, runs out of memory or is killed becomes a row with the reason; the others continue.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ import torch
 
 from bench.harness.measure import Row, free_bytes, size, turns
 
-# What every contender imports, once for all of them. None of it may ask for a device: CUDA does not survive the fork.
+# Imports of every contender, made once for all. None may initialise a device: CUDA does not survive the fork.
 _PRELOADED = ("bench.training_cost.train", "bench.__main__")
-# Seconds that a contender may take to answer: to build, to compile and step, or for one turn.
+# Time limits of a contender in seconds: to build, to compile and step, or for one turn.
 PATIENCE = 600.0
 # A turn takes about this many seconds of the fastest contender, and at most so many steps.
 _TURN_SECONDS, _MOST_STEPS = 0.25, 20
@@ -55,7 +55,8 @@ class Step(Protocol):
 class Contender:
     """build: makes the step on a device; it is pickled, so a function of a module or a `functools.partial` of one.
 
-    note: in what its work differs. parts: its time by part is asked for too (`bench.training_cost.steps.EngineStep`).
+    note: how its work differs. parts: whether its time by part is measured too
+    (`bench.training_cost.steps.EngineStep`).
     """
 
     name: str
@@ -65,7 +66,7 @@ class Contender:
 
 
 class ContenderError(Exception):
-    """What came of a contender that cannot be measured. status: "not run" (memory) or "failed"."""
+    """A contender cannot be measured. status: "not run" (memory) or "failed"."""
 
     def __init__(self, status: str, reason: str) -> None:
         super().__init__(reason)
@@ -80,14 +81,15 @@ def race_workers(
     rounds: int,
     seconds: float,
 ) -> list[Row]:
-    """One row a contender, in their order.
+    """Measure contenders and return one row for each, in their order.
 
-    status: "measured", "not run" (memory) or "failed". seconds: mean of the steps of each round; steps: all of them.
-    build_seconds: until the first step could begin. first_seconds: of that step, which compiles what is compiled.
-    prepare_seconds: what the contender says of its work before the first step, a part of build_seconds. page_faults:
-    minor ones a step. peak_bytes: the most that the process had in memory since it began, Python and libraries
-    included; on CUDA what PyTorch's allocator handed out. parts: seconds a step by part, measured after the race.
     rounds: at most, and no more than about `seconds` in all, though never fewer than three.
+
+    A row has: status: "measured", "not run" (memory) or "failed". seconds: mean of the steps of each round; steps: all
+    of them. build_seconds: until the first step could begin. first_seconds: of that step, which includes compilation.
+    prepare_seconds: the contender's own measure of its work before the first step, a part of build_seconds.
+    page_faults: minor ones a step. peak_bytes: the maximum memory of the process since it began, Python and libraries
+    included; on CUDA that of PyTorch's allocator. parts: seconds a step by part, measured after the race.
     """
     rows: dict[str, Row] = {each.name: {"contender": each.name, "note": each.note} for each in contenders}
     with contextlib.ExitStack() as processes:
@@ -97,7 +99,7 @@ def race_workers(
             processes.callback(workers[each.name].close)
 
         def ask(name: str, *message: Any) -> list[Any]:
-            """The answer, or none: the row then says why, and the contender is out."""
+            """Return the answer, or an empty list: the row then has the reason, and the contender is out."""
             if name not in workers:
                 return []
             try:
@@ -127,7 +129,7 @@ def race_workers(
 
 
 def _finish(row: Row, rounds: Sequence[Row]) -> None:
-    """The row's figures from its turns; a contender that did not last has none."""
+    """Compute the row's figures from its turns; a contender that ended early has none."""
     row.setdefault("status", "measured")
     if row["status"] != "measured":
         for key in ("first_seconds", "second_seconds", "peak_bytes", "parts"):
@@ -144,9 +146,9 @@ def _steps_a_turn(seconds: Sequence[float]) -> int:
 
 
 def _too_large(rows: Iterable[Row], device: torch.device) -> str:
-    """Why no further contender is built: those that are there stay in memory. Empty where there is room.
+    """Return why no further contender is built (the present ones stay in memory), or "" if there is room.
 
-    On CUDA memory goes back after each turn, and a contender that finds too little says so itself.
+    On CUDA memory is released after each turn, and a contender that lacks memory reports an error itself.
     """
     if device.type != "cpu":
         return ""
@@ -173,7 +175,10 @@ class Worker:
         theirs.close()
 
     def ask(self, *message: Any) -> Any:
-        """The answer to a message. Raises ContenderError where there is none, after which the worker is of no use."""
+        """Return the answer to a message. Raises ContenderError if there is none.
+
+        The worker cannot be used after that.
+        """
         try:
             self._pipe.send(message)
             if not self._pipe.poll(self._patience):
@@ -243,7 +248,7 @@ def _serve(pipe: Any, contender: Contender, device_name: str, threads: int, cach
 
 
 def _first(step: Step, device: torch.device, build_seconds: float) -> dict[str, Any]:
-    """The first step with all that it compiles, and a second one, from which the length of a turn follows."""
+    """Run the first step, which includes compilation, and a second one, from which the length of a turn follows."""
     (first,) = _seconds(step, device, 1)
     (second,) = _seconds(step, device, 1)
     return {
@@ -258,18 +263,21 @@ def _first(step: Step, device: torch.device, build_seconds: float) -> dict[str, 
 
 def _turn(step: Step, device: torch.device, count: int) -> dict[str, Any]:
     if device.type == "cuda":
-        step()  # takes the memory again that the turn before gave back
+        step()  # allocates the memory again that the turn before released
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     seconds = _seconds(step, device, count)
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
     peak = _peak(device)
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # for the contenders beside this one
+        torch.cuda.empty_cache()  # for the other contenders
     return {"seconds": seconds, "page_faults": faults, "peak_bytes": peak}
 
 
 def _seconds(step: Step, device: torch.device, count: int) -> list[float]:
-    """Seconds of each of some steps in a row. On CUDA the device is waited for at the end alone, as in a run."""
+    """Return the seconds of each of some steps in a row.
+
+    On CUDA the device is synchronised at the end alone, as in a run.
+    """
     if device.type != "cuda":
         ends = [time.perf_counter()]
         for _ in range(count):
@@ -287,7 +295,7 @@ def _seconds(step: Step, device: torch.device, count: int) -> list[float]:
 
 
 def _parts(step: Any, count: int) -> dict[str, float]:
-    """Seconds a step by part, and `all`: whole steps under the same watch, which no part may exceed."""
+    """Return the seconds a step by part, and `all`: whole steps by the same clock, which no part may exceed."""
     step.reset_parts()
     began = time.perf_counter()
     with step.timed():
