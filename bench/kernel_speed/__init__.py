@@ -1,1 +1,1 @@
-"""Time and memory of the kernels, compared with peers."""
+"""Time and memory of the kernels, compared with other libraries."""

@@ -1,12 +1,12 @@
-"""Compiles every production configuration of the Triton kernels for GPUs that are not here, and reads the result.
+"""Compile every production configuration of the Triton kernels for GPUs that are not present, and check the result.
 
-The launchers of `lethe_kernels._triton` are called as they are, with tensors that have no memory, under a driver that
-knows one thing: the target. So what is compiled is what would be launched there, with its block sizes, its
-specialisation for aligned pointers and unit strides, and its number of launches.
+The launchers of `lethe_kernels._triton` are called unchanged, with tensors without memory, under a driver that has
+only a target. So the compiled kernels are those that would be launched there, with their block sizes, specialisation
+for aligned pointers and unit strides, and number of launches.
 
-Registers, stack (spills) and matrix instructions are read from the machine code with the tools that Triton brings
-along; occupancy follows from registers, shared memory and threads; the predicted time is `bench.harness.roofline`'s
-bound.
+Registers, stack (spills) and matrix instructions are read from the machine code with the tools of Triton's wheel.
+Occupancy follows from registers, shared memory and threads; the predicted time is the bound of
+`bench.harness.roofline`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Target:
-    """A GPU. shared: bytes that a program may have, and that a processor has. matrix: names of matrix instructions."""
+    """A GPU. shared: bytes of a program at most, and of a multiprocessor. matrix: names of matrix instructions."""
 
     gpu: GPUTarget
     shared: int
@@ -89,7 +89,7 @@ class Case:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """One kernel of one case on one target. predicted: seconds of the whole case on each card, at best."""
+    """One kernel of one case on one target. predicted: lower bound in seconds of the whole case on each card."""
 
     case: str
     dtype: str
@@ -106,7 +106,7 @@ class Compiled:
 
 
 class _Driver:
-    """As much of a Triton driver as compiling asks for."""
+    """The part of a Triton driver that compilation uses."""
 
     def __init__(self, target: GPUTarget) -> None:
         self.target = target
@@ -123,7 +123,7 @@ class _Driver:
 
 @contextlib.contextmanager
 def compiling_for(target: GPUTarget) -> Iterator[list[Any]]:
-    """Within it, kernels are compiled for `target` where they would be launched; gives the list they are put in.
+    """Compile kernels for `target` instead of launching them; yields the list to which they are added.
 
     Raises UserError in a process whose kernels are interpreted.
     """
@@ -152,7 +152,7 @@ def compiling_for(target: GPUTarget) -> Iterator[list[Any]]:
 
 
 def _machine_code(kernel: Any, target: Target) -> tuple[int, int, str]:
-    """(registers a thread, bytes spilled a thread, instructions as text)."""
+    """Return (registers a thread, bytes spilled a thread, instructions as text)."""
     if target.gpu.backend == "hip":
         text = kernel.asm["amdgcn"]
         counts = {name: int(value) for name, value in re.findall(r"\.(\w+):\s+(\d+)\s", text)}
@@ -184,7 +184,7 @@ def _examine(case: Case, kernel: Any, name: str) -> Compiled:
         problems.append(f"spills {spilled} bytes a thread")
     if shared > target.shared:
         problems.append(f"asks for {shared} bytes of shared memory, {target.shared} at most")
-    # Not every kernel of a case multiplies, so the case as a whole is looked at too (`compile_case`).
+    # Not every kernel of a case multiplies, so the case as a whole is checked too (`compile_case`).
     predicted = {}
     if case.cost:
         predicted = {card: predict(case.cost, PEAKS[card], DTYPES[case.dtype]).seconds for card in target.cards}
@@ -205,7 +205,10 @@ def _examine(case: Case, kernel: Any, name: str) -> Compiled:
 
 
 def rollout_cases() -> Iterator[Case]:
-    """ViT-T to H at 224, 384 and up, head widths 16 to 128, a full batch; some of them other ways, one image too."""
+    """Yield ViT-T to H at 224, 384 and up, head widths 16 to 128, a full batch.
+
+    Some with other options, and one image.
+    """
     shapes = [
         (5, 2, 16), (65, 4, 32), (197, 3, 64), (197, 6, 64), (197, 12, 64), (197, 16, 64), (197, 8, 96),
         (257, 16, 80), (577, 12, 64), (577, 16, 64), (577, 8, 128), (1601, 16, 64), (1601, 16, 128),
@@ -245,13 +248,13 @@ def _launch_rollout(
         pool="token",
         scale=width**-0.5,
         k=10,
-        # A card's number of processors, which no target tells: 132 is an H100's.
+        # Number of multiprocessors, which is not part of a target: 132 is an H100's.
         plan_as=rollout.plan(batch, heads, tokens, width, DTYPES[dtype].itemsize, head_fusion, 132),
     )
 
 
 def info_nce_cases() -> Iterator[Case]:
-    """The paired form on logits of 10 to 21,843 classes; in-batch negatives, 64 to 21,843 features."""
+    """Yield the paired form on logits of 10 to 21,843 classes, and in-batch negatives of 64 to 21,843 features."""
     for width, dtype in itertools.product((10, 100, 1000, 21843), DTYPES):
         yield Case(
             name=f"info_nce paired B=256 K=1 D={width}",
@@ -275,7 +278,7 @@ def info_nce_cases() -> Iterator[Case]:
 
 
 def paired_cost(batch: int, negatives: int, width: int, itemsize: int) -> Cost:
-    """Forward and backward of the paired form: all rows read twice, gradients of the anchors written."""
+    """Count forward and backward of the paired form: all rows read twice, gradients of the anchors written."""
     rows = batch * (2 + negatives)
     return Cost(
         bytes=itemsize * width * (2 * rows + batch),
@@ -303,7 +306,7 @@ def _launch_in_batch(batch: int, width: int, dtype: str, backward: bool) -> None
 
 
 def mask_cases() -> Iterator[Case]:
-    """Masked images at 224, planar and channels last, and masked tokens of ViT-B."""
+    """Yield masked images at 224, planar and channels last, and masked tokens of ViT-B."""
     for dtype in DTYPES:
         for layout, memory_format in (("planar", torch.contiguous_format), ("channels_last", torch.channels_last)):
             images = torch.empty(256, 3, 224, 224, dtype=DTYPES[dtype], device="meta")
@@ -334,7 +337,7 @@ OPS = {"rollout": rollout_cases, "info_nce": info_nce_cases, "mask": mask_cases}
 
 
 def compile_case(case: Case, target: str) -> list[Compiled]:
-    """Every kernel that one call launches, compiled for the target and looked at."""
+    """Compile every kernel that one call launches for the target, and check it."""
     with compiling_for(TARGETS[target].gpu) as kernels:
         case.launch()
     results = [_examine(case, kernel, target) for kernel in kernels]
@@ -345,7 +348,10 @@ def compile_case(case: Case, target: str) -> list[Compiled]:
 
 
 def run_compile(targets: list[str], ops: list[str], match: str, json_path: Path | None) -> int:
-    """Prints the table, a line a kernel, for the cases whose name and type hold `match`; returns how many problems."""
+    """Print the table, a line a kernel, for the cases whose name and type contain `match`.
+
+    Return the number of problems.
+    """
     for given, known, what in ((targets, TARGETS, "--target"), (ops, OPS, "--only")):
         for name in given:
             if name not in known:

@@ -1,5 +1,7 @@
-"""`python -m bench.kernel_speed.gpu_summary FOLDER`: what came of the parts of bench/gpu.sh, on the terminal and in
-summary.json."""
+"""Summarise the parts of bench/gpu.sh on the terminal and in summary.json.
+
+`python -m bench.kernel_speed.gpu_summary FOLDER`
+"""
 
 from __future__ import annotations
 
@@ -15,14 +17,14 @@ from rich.table import Table
 from bench.harness.report import Report
 from engine.cli.console import console
 
-_TIMED_OUT = (124, 137)  # what timeout(1) exits with: the budget was over, and the part had to be killed
+_TIMED_OUT = (124, 137)  # exit codes of timeout(1): the time limit passed, or the part had to be killed
 
 
 def summarise(folder: Path) -> dict[str, Any]:
-    """Reads `parts.tsv` (name, exit code, seconds, budget; removed) and each part's result.
+    """Read `parts.tsv` (name, exit code, seconds, budget; then delete it) and each part's result.
 
-    parts: one row a part; problems: the part that failed, and rows of ours that did; targets: reached, missed and not
-    measured of each part.
+    parts: one row a part. problems: the part that failed, and rows of this project that did. targets: reached, missed
+    and not measured of each part.
     """
     parts = []
     listed = folder / "parts.tsv"
@@ -62,7 +64,10 @@ def _part(file: Path, name: str, code: int, seconds: int, budget: int) -> dict[s
 
 
 def _wrong(result: dict[str, Any]) -> Iterator[str]:
-    """Rows of ours that raised or are not what float64 says; one that does not fit into memory is none."""
+    """Yield rows of this project that raised or differ from float64.
+
+    One that does not fit into memory does not count.
+    """
     for case in result.get("cases", []):
         for row in case.get("rows", []):
             if row["contender"].startswith("ours") and row["status"] == "failed":

@@ -1,4 +1,4 @@
-"""The contenders of `python -m bench kernels` in contrasting and masking, and what all contenders share.
+"""Contenders of `python -m bench kernels` in contrasting and masking, and what all contenders share.
 
 Legend: B anchors, D features, K negatives of each anchor, J candidates, S sampled rows, E = 2 B views.
 """
@@ -23,12 +23,12 @@ EXTRA = "pip install 'lethe-unlearning[bench]'"
 GPU_EXTRA = "pip install 'lethe-unlearning[bench-gpu]'"
 
 # Largest error against the float64 reference, as a share of the largest value there. Half precision is wide because
-# peers round similarities and attention to it; float32 on CUDA because some multiply in tf32.
+# other libraries round similarities and attention to it; float32 on CUDA because some multiply in tf32.
 TOLERANCE = {("cpu", torch.float32): 1e-3, ("cuda", torch.float32): 1e-2, ("cuda", torch.bfloat16): 1e-1}
 
 
 def close(what: str, found: Tensor, expected: Tensor, tolerance: float) -> float:
-    """The largest error as a share of the largest expected value; raises WrongResultError above the tolerance."""
+    """Return the largest error as a share of the largest expected value; raise WrongResultError above the tolerance."""
     if found.shape != expected.shape:
         raise WrongResultError(f"{what} have shape {tuple(found.shape)}, expected {tuple(expected.shape)}")
     error = float((found.detach().double() - expected).abs().max() / expected.abs().max())
@@ -38,7 +38,7 @@ def close(what: str, found: Tensor, expected: Tensor, tolerance: float) -> float
 
 
 def compiled(call: Callable[..., Any]) -> Callable[..., Any]:
-    torch.compiler.reset()  # a function that was compiled for too many shapes is quietly no longer compiled
+    torch.compiler.reset()  # a function compiled for too many shapes is no longer compiled, without a message
     return torch.compile(call, dynamic=False)
 
 
@@ -46,7 +46,7 @@ def compiled(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Loss(NamedTuple):
-    """The loss, and its gradients [B, D] for what asked for one."""
+    """The loss, and the gradients [B, D] of the inputs that require one."""
 
     value: Tensor
     gradients: tuple[Tensor, ...]
@@ -66,7 +66,7 @@ class InfoNCECase:
 
     @classmethod
     def in_batch(cls, anchors: Tensor, positives: Tensor, temperature: float) -> InfoNCECase:
-        """Gradients for anchors and positives; expected ones are those of sampled rows."""
+        """Create a case with gradients of anchors and positives; expected ones are those of sampled rows."""
         sample = torch.linspace(0, len(anchors) - 1, min(16, len(anchors)), device=anchors.device).long()
         expected = _in_batch_reference(anchors.double(), positives.double(), temperature, sample)
         tolerance = TOLERANCE[anchors.device.type, anchors.dtype]
@@ -75,7 +75,7 @@ class InfoNCECase:
 
     @classmethod
     def paired(cls, anchors: Tensor, positives: Tensor, negatives: Tensor, temperature: float) -> InfoNCECase:
-        """LetheViT's form: one model is trained, so only the anchors need a gradient."""
+        """Create a case of LetheViT's form: one model is trained, so only the anchors need a gradient."""
         exact = cls(
             anchors=anchors.double().requires_grad_(),
             positives=positives.double(),
@@ -95,7 +95,7 @@ class InfoNCECase:
 
     @functools.cached_property
     def expected_symmetric(self) -> Loss:
-        """The mean of the losses from anchors to positives and back; in-batch only."""
+        """Return the mean of the losses from anchors to positives and back; in-batch only."""
         anchors, positives = self.anchors.detach().double(), self.positives.detach().double()
         back = _in_batch_reference(positives, anchors, self.temperature, self.sample)
         pairs = zip(self.expected.gradients, reversed(back.gradients), strict=True)
@@ -122,7 +122,7 @@ class InfoNCECase:
 
 @torch.no_grad()
 def _in_batch_reference(anchors_BD: Tensor, positives_BD: Tensor, temperature: float, sample_S: Tensor) -> Loss:
-    """Loss and the gradients of sampled rows in closed form, in O(B) memory: it serves where autograd would not fit.
+    """Compute loss and gradients of sampled rows in closed form, in O(B) memory: autograd does not fit.
 
     With P = softmax(a^ p^T / t) and G = (P - I) / (t B): dL/da^ = G p^, dL/dp^ = G^T a^.
     """
@@ -158,7 +158,7 @@ TWO_DIRECTIONS = "two directions: anchors to positives and back"
 
 
 def info_nce_contenders(case: InfoNCECase, backends: dict[str, str], slow_peers: bool) -> list[Contender]:
-    """In-batch negatives: forward and backward, gradients for anchors and positives."""
+    """Return contenders with in-batch negatives: forward and backward, gradients of anchors and positives."""
     cuda = case.anchors.device.type == "cuda"
     through_compiler = Contender(
         name="torch.compile of it",
@@ -209,7 +209,7 @@ def info_nce_contenders(case: InfoNCECase, backends: dict[str, str], slow_peers:
 
 
 def paired_contenders(case: InfoNCECase, backends: dict[str, str]) -> list[Contender]:
-    """Negatives of each anchor's own: forward and backward, a gradient for the anchors."""
+    """Return contenders with negatives of each anchor: forward and backward, a gradient of the anchors."""
     return [
         *(
             Contender(name=name, build=functools.partial(_our_loss, case, backend), check=case.check)
@@ -231,7 +231,7 @@ def _our_loss(case: InfoNCECase, backend: Any) -> Callable[[], Loss]:
 
 
 def _in_batch_loss(anchors_BD: Tensor, positives_BD: Tensor, temperature: float) -> Tensor:
-    """InfoNCE by the whole matrix of similarities, as plain as PyTorch lets one write it."""
+    """Compute InfoNCE from the whole matrix of similarities in plain PyTorch."""
     logits_BB = functional.normalize(anchors_BD, dim=1) @ functional.normalize(positives_BD, dim=1).T / temperature
     return functional.cross_entropy(logits_BB.float(), torch.arange(len(logits_BB), device=logits_BB.device))
 
@@ -293,7 +293,7 @@ def _nt_xent(case: InfoNCECase) -> Callable[[], Loss]:
 
 
 def _check_nt_xent(case: InfoNCECase, found: Loss) -> float:
-    """Its loss alone, in float64: the mean over both views of -log softmax without the diagonal."""
+    """Check the loss alone, in float64: the mean over both views of -log softmax without the diagonal."""
     views_ED = functional.normalize(torch.cat([case.anchors, case.positives]).detach().double(), dim=1)
     partner_E = torch.arange(len(views_ED), device=views_ED.device).roll(len(case.anchors))
     losses = []

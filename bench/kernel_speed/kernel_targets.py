@@ -1,4 +1,4 @@
-"""What `python -m bench kernels` is to reach, and whether a case reached it."""
+"""Targets of `python -m bench kernels`, and whether a case reached them."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ MASK = "mask_patches"
 
 ROOFLINE_CASE = "ViT-B/16 224, batch 256"
 
-# Whether ours, beside the other contender where there is one, reaches the target, and the numbers that say so.
+# Whether this project's row, compared with another contender if any, reaches the target, and the numbers that show it.
 Judge = Callable[[Row, Row], tuple[bool, str]]
 
 
 def targets_of(case: dict[str, Any], largest_batch: int) -> list[dict[str, Any]]:
-    """Each target of the case: text, passed (None where a peer was not measured), numbers.
+    """Return each target of the case: text, passed (None if another library was not measured), numbers.
 
-    largest_batch: of InfoNCE, where on the CPU no peer is expected to fit.
+    largest_batch: of InfoNCE, at which on the CPU no other library is expected to fit into memory.
     """
     work, on_cuda = case["work"], "triton" in case["ours"]
 
@@ -32,7 +32,7 @@ def targets_of(case: dict[str, Any], largest_batch: int) -> list[dict[str, Any]]
         used = [rows.get(name, {"contender": name, "status": "not run"}) for name in (case["ours"], other)]
         unmeasured = [row for row in used if row["status"] != "measured"]
         if unmeasured:
-            # Ours that does not run has missed; a peer that does not run proves nothing.
+            # Without this project's row the target is missed, without the other library's it is not measured.
             passed = False if unmeasured[0]["contender"] == case["ours"] else None
             numbers = "; ".join(f"{row['contender']}: {row['status']}" for row in unmeasured)
         else:
@@ -65,7 +65,7 @@ def targets_of(case: dict[str, Any], largest_batch: int) -> list[dict[str, Any]]
 
 
 def spread(values: list[float]) -> str:
-    """Median and range of ratios."""
+    """Format median and range of ratios."""
     return f"{middle(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 

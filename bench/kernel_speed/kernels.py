@@ -1,4 +1,4 @@
-"""`python -m bench kernels`: our kernels beside the peers that are installed, correctness first, all in one run.
+"""Compare this project's kernels with the installed libraries, correctness first: `python -m bench kernels`.
 
 On the CPU: images to masked images with everything counted, InfoNCE forward and backward, the shape LetheViT uses.
 On CUDA: the same with Triton and torch.compile, over model sizes and batches, with the share of roofline.
@@ -33,7 +33,7 @@ from engine.runtime.device import resolve_device
 Only = Literal["rollout", "info_nce", "mask"]
 Case = dict[str, Any]
 
-# Distributions that contenders come from, beside those that every result names.
+# Distributions of the contenders, in addition to those that every result names.
 PEERS = ("fast-vit-rollout", "info-nce-pytorch", "open_clip_torch", "memeff", "inf-cl", "lightly")
 SHARE = 0.05  # of the patches are masked
 TEMPERATURE = 0.1
@@ -41,7 +41,7 @@ TEMPERATURE = 0.1
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is measured. models: name, timm's name, arguments, batches. paired: B, K, D. masked: B, pixels, patch."""
+    """Sizes to measure. models: name, timm's name, arguments, batches. paired: B, K, D. masked: B, pixels, patch."""
 
     models: tuple[tuple[str, str, dict[str, Any], tuple[int, ...]], ...]
     info_nce_batches: tuple[int, ...]
@@ -95,7 +95,7 @@ def run_kernels(
     only: Only | None = None,
     slow_peers: bool = False,
 ) -> dict[str, Any]:
-    """Prints and returns the cases, their rows (one a contender) and the targets with what was reached."""
+    """Print and return the cases, their rows (one a contender) and the targets with their results."""
     where = resolve_device(device)
     plan = QUICK if quick else CUDA if where.type == "cuda" else CPU
     report = Report(environment={"peers": _versions(PEERS)})
@@ -121,7 +121,7 @@ def run_kernels(
 
 
 def _versions(distributions: Iterable[str]) -> dict[str, str]:
-    """Of those that are installed."""
+    """Return the versions of those that are installed."""
     found = {}
     for name in distributions:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -130,7 +130,7 @@ def _versions(distributions: Iterable[str]) -> dict[str, str]:
 
 
 def _backends(device: torch.device) -> dict[str, str]:
-    """Ours by name; the first is the one that targets speak of."""
+    """Return this project's contenders by name; targets refer to the first."""
     return {"ours, triton": "triton", "ours, eager": "eager"} if device.type == "cuda" else {"ours": "eager"}
 
 
@@ -162,7 +162,7 @@ def _rollout(plan: Plan, device: torch.device, _slow_peers: bool) -> Iterator[Ca
 
 
 def _attentive(model: nn.Module) -> nn.Module:
-    """Random weights attend to everything alike; larger ones have something to rank."""
+    """Enlarge the attention weights: with small random ones the attention is uniform and there is nothing to rank."""
     with torch.no_grad():
         for module in attention_modules(model):
             module.qkv.weight.mul_(3)  # type: ignore[union-attr, operator]
@@ -170,7 +170,7 @@ def _attentive(model: nn.Module) -> nn.Module:
 
 
 def _shape(case: RolloutCase) -> dict[str, int]:
-    """L, B, H, N, d: the arguments of `rollout_cost`."""
+    """Return L, B, H, N, d: the arguments of `rollout_cost`."""
     modules = attention_modules(case.model)
     heads = int(modules[0].num_heads)  # type: ignore[arg-type]
     tokens = case.info.num_prefix_tokens + case.info.num_patches
@@ -222,7 +222,7 @@ def _info_nce(plan: Plan, device: torch.device, slow_peers: bool) -> Iterator[Ca
 
 
 def _pairs(batch: int, width: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Anchors and positives that resemble them, as in training: neither a loss of zero nor pure chance."""
+    """Return anchors and positives similar to them, as in training: the loss is neither zero nor that of chance."""
     generator = torch.Generator().manual_seed(0)
     anchors = torch.randn(batch, width, generator=generator)
     positives = anchors + 0.5 * torch.randn(batch, width, generator=generator)
@@ -232,7 +232,7 @@ def _pairs(batch: int, width: int, device: torch.device, dtype: torch.dtype) -> 
 def _too_large(
     smaller: dict[str, int], before: int, batch: int, dtype: torch.dtype, device: torch.device
 ) -> dict[str, str]:
-    """Contenders that stored B x B similarities at the smaller batch, where this batch's would not fit, and why."""
+    """Return contenders that stored B x B similarities at the smaller batch and would not fit at this one, and why."""
     free = free_bytes(device)
     reasons = {}
     for name, peak in smaller.items():
@@ -262,7 +262,7 @@ def _mask(plan: Plan, device: torch.device, _slow_peers: bool) -> Iterator[Case]
 
 
 def _case(work: str, name: str, rows: list[Row], ours: str, **shape: Any) -> Case:
-    """Adds median, range and the multiple of ours to each measured row."""
+    """Add median, range and the multiple of this project's time to each measured row."""
     mine = _row(rows, ours)
     for row in rows:
         if row["status"] == "measured":
@@ -277,7 +277,7 @@ def _row(rows: list[Row], name: str) -> Row:
 
 
 def _add_extra_memory(rows: list[Row], maps_bytes: int) -> None:
-    """Peak above that of the plain forward pass, in bytes and as a share of all layers' maps."""
+    """Add the peak above that of the plain forward pass, in bytes and as a share of all layers' maps."""
     plain = _row(rows, PLAIN)
     for row in rows:
         if "peak_bytes" in row and "peak_bytes" in plain:

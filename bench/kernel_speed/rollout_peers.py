@@ -1,4 +1,4 @@
-"""The contenders of `python -m bench kernels` that rank patches: ours, the plain formula, and other people's packages.
+"""Contenders of `python -m bench kernels` that rank patches: this project's, the plain formula, and other packages.
 
 Legend: L layers, B images, S sampled images, H heads, N tokens = prefix tokens + P patches, d head width.
 """
@@ -29,7 +29,7 @@ from lethe_kernels.rollout import attention_rollout_reference
 PLAIN = "forward, fused attention"
 HOOKED = "full matrix on hooked maps"
 FAST_VIT_ROLLOUT = "fast-vit-rollout"
-SHIPPED_DISCARD = 0.9  # of the attention is set to zero in each layer, where its user does not say otherwise
+SHIPPED_DISCARD = 0.9  # share of the attention that is set to zero in each layer by default
 
 
 class Masked(NamedTuple):
@@ -41,7 +41,7 @@ class Masked(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class RolloutCase:
-    """A model, images [B, C, H, W], and what float64 gives for S of them (`sample`): scores [S, P], logits."""
+    """A model, images [B, C, H, W], and the float64 results for S of them (`sample`): scores [S, P], logits."""
 
     model: nn.Module
     info: ViTInfo
@@ -72,8 +72,11 @@ class RolloutCase:
 
     @torch.no_grad()
     def check_discarded(self, result: Masked) -> float:
-        """Against the rollout of maps whose lowest entries are zero. One that rounding moves across the threshold of
-        its map changes a score by less than a hundredth, which is allowed on top."""
+        """Compare with the rollout of maps whose lowest entries are zero.
+
+        An entry that rounding moves across the threshold of its map changes a score by less than a hundredth, which is
+        allowed in addition.
+        """
         exact = copy.deepcopy(self.model).double()
         with capture_queries_keys(exact) as (queries, keys):
             exact(self.images[self.sample].double())
@@ -99,14 +102,17 @@ class RolloutCase:
         return close("sums of attention rows", rows, torch.ones_like(rows), self.tolerance)
 
     def maps_bytes(self) -> int:
-        """Attention maps of all layers, L B H N^2, in the model's dtype: what a rollout on hooked maps stores."""
+        """Return the bytes of the attention maps of all layers, L B H N^2 in the model's dtype.
+
+        A rollout on hooked maps stores that much.
+        """
         modules = attention_modules(self.model)
         tokens = self.info.num_prefix_tokens + self.info.num_patches
         heads = int(modules[0].num_heads)  # type: ignore[arg-type]
         return len(modules) * len(self.images) * heads * tokens**2 * self.images.element_size()
 
     def own_model(self, fused: bool) -> nn.Module:
-        """The model with modules of its own, for hooks and the kind of attention, and the same weights."""
+        """Return a copy of the model with the same weights, for hooks and the kind of attention."""
         shared = {id(tensor): tensor for tensor in [*self.model.parameters(), *self.model.buffers()]}
         model = copy.deepcopy(self.model, shared)
         for module in attention_modules(model):
@@ -114,13 +120,16 @@ class RolloutCase:
         return model
 
     def masked(self, scores: Tensor) -> Masked:
-        """What follows the scores is the same for every contender."""
+        """Mask the images; this part is the same for every contender."""
         mask = top_mask(scores, self.k, "rollout")
         return Masked(scores, mask_patches(self.images, mask, patch_size=self.info.patch_size))
 
 
 def rollout_contenders(case: RolloutCase, backends: dict[str, str]) -> list[Contender]:
-    """Plain forward passes, ours (`backends`: name to backend), and what peers do."""
+    """Return plain forward passes, this project's rollout, and those of other packages.
+
+    backends: name to backend of this project's rollout.
+    """
     on_host = case.maps_bytes() if case.images.device.type == "cuda" else 0
     return [
         Contender(name=PLAIN, build=lambda: _forward(case, True), check=case.check_logits, note="no masks"),
@@ -190,7 +199,7 @@ def _full_matrix(case: RolloutCase) -> Callable[[], Masked]:
         for attention_BHNN in maps:
             mixed_BNN = 0.5 * attention_BHNN.mean(dim=1) + 0.5 * eye_NN
             product_BNN = (mixed_BNN / mixed_BNN.sum(dim=-1, keepdim=True)) @ product_BNN
-        maps.clear()  # between calls they are nobody's memory
+        maps.clear()  # not counted as memory between calls
         return case.masked(product_BNN[:, 0, case.info.num_prefix_tokens :])
 
     return call
@@ -220,7 +229,7 @@ def _attention_extract(case: RolloutCase) -> Callable[[], list[Tensor]]:
 
 @dataclasses.dataclass(frozen=True)
 class KernelCase:
-    """q and k [B, H, N, d] of every layer as timm's attention makes them, and float64 scores [S, P] of some images."""
+    """q and k [B, H, N, d] of every layer as in timm's attention, and float64 scores [S, P] of some images."""
 
     queries: list[Tensor]
     keys: list[Tensor]
@@ -244,7 +253,7 @@ class KernelCase:
         return cls(queries, keys, prefix, case.k, case.tolerance, case.sample, scores)
 
     def check(self, mask_BP: Tensor) -> float:
-        """How far below the k-th highest score the worst masked patch is, as a share of the highest."""
+        """Return how far below the k-th highest score the worst masked patch is, as a share of the highest."""
         chosen = mask_BP[self.sample]
         if chosen.shape != self.scores.shape or not bool((chosen.sum(dim=1) == self.k).all()):
             raise WrongResultError(f"the mask does not hold {self.k} patches of every image")
@@ -276,7 +285,7 @@ def kernel_contenders(case: KernelCase) -> list[Contender]:
 
 @torch.no_grad()
 def _class_row(queries: Sequence[Tensor], keys: Sequence[Tensor]) -> Tensor:
-    """The class row [B, N] of the rollout in float32, as plain as PyTorch lets one write it."""
+    """Compute the class row [B, N] of the rollout in float32 in plain PyTorch."""
     row_BN = functional.one_hot(torch.zeros(len(queries[0]), dtype=torch.long), queries[0].shape[2])
     row_BN = row_BN.to(queries[0].device, torch.float32)
     for query_BHNd, key_BHNd in zip(reversed(queries), reversed(keys), strict=True):

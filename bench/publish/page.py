@@ -1,7 +1,7 @@
-"""`python -m bench page`: every result file as a section of one HTML file that loads nothing.
+"""Write every result file as a section of one HTML file that loads nothing: `python -m bench page`.
 
-A section has the command, machine, date, commit and load of its file, its tables, and plots where there is something
-to see. Tables are those of the documents if they have some of this file, else all that is plain in the file.
+A section has the command, machine, date, commit and load of its file, its tables, and plots if there are any. Tables
+are those of the documents if they have some of this file, else all plain values of the file.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ TITLES = {
     "verdicts": "Verdicts on models whose answer is known",
     "ulira-digits": "U-LiRA on digits",
 }
-# What the head of a section says, and what only helps to go on with a file.
+# Keys of the head of a section, and keys that only serve to continue a file.
 _HEADING = {"command", "finished", "commit", "environment", "load_average", "setting"}
 _MOST_ROWS = 60
 _MISSING = "not recorded"
@@ -57,7 +57,7 @@ _MISSING = "not recorded"
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """One plot as data URIs, for light pages and for dark ones. alt: what it shows, in words."""
+    """One plot as data URIs, for light pages and for dark ones. alt: a description."""
 
     light: str
     dark: str
@@ -65,7 +65,7 @@ class Picture:
 
 
 def run_page(out: Path = Path("bench.html"), results: Path = RESULTS) -> Path:
-    """Writes the page of all result files in a folder. Raises UserError where there are none."""
+    """Write the page of all result files in a folder. Raises UserError if there are none."""
     files = sorted(results.glob("*.json"), key=lambda file: _place(file.stem))
     if not files:
         raise UserError(f"--results {results}: holds no result file; `python -m bench all --out {results}` makes some")
@@ -78,14 +78,14 @@ def run_page(out: Path = Path("bench.html"), results: Path = RESULTS) -> Path:
 
 
 def _place(name: str) -> tuple[int, str]:
-    """In the order of TITLES, others by name after them."""
+    """Return the position in TITLES, others after them by name."""
     kind = kind_of(name)
     return (list(TITLES).index(kind) if kind in TITLES else len(TITLES)), name
 
 
 def render(reports: Mapping[str, Report]) -> str:
-    """The page of results by name (of their files, without .json)."""
-    # Names come from files that others may have written: everything is escaped, nothing in the template is `safe`.
+    """Render the page of results by name (of their files, without .json)."""
+    # Files may come from third parties: every name is escaped, nothing in the template is `safe`.
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -112,7 +112,7 @@ def _section(name: str, report: Report) -> dict[str, Any]:
 
 
 def facts(report: Report) -> dict[str, str]:
-    """Machine, date, commit and load in words; what the file does not say is `not recorded`."""
+    """Return machine, date, commit and load in words; what the file does not have is `not recorded`."""
     machine, commit, load = (report.get(key) or {} for key in ("environment", "commit", "load_average"))
     parts = [*machine.get("cuda_devices", []), machine.get("cpu", ""), machine.get("platform", "")]
     if "threads" in machine:
@@ -129,7 +129,7 @@ def facts(report: Report) -> dict[str, str]:
 
 
 def plain_sheets(report: Report) -> Iterator[tuple[str, Sheet]]:
-    """(title, table) of what is plain in a file: its single values, and every list of records at its top."""
+    """Yield (title, table) of the plain values of a file: its single values, and every list of records at its top."""
     single: dict[str, Any] = {}
     for key, value in report.items():
         if key not in _HEADING and key != "settings":
@@ -144,7 +144,7 @@ def plain_sheets(report: Report) -> Iterator[tuple[str, Sheet]]:
 
 
 def _records(records: Sequence[Mapping[str, Any]]) -> Sheet:
-    """What is plain in the records, a row each."""
+    """Make a table of the plain values of the records, a row each."""
     columns = list(dict.fromkeys(key for row in records for key, value in row.items() if _is_plain(value)))
     rows = [[_text(row.get(key)) for key in columns] for row in records[:_MOST_ROWS]]
     if len(records) > _MOST_ROWS:

@@ -1,4 +1,4 @@
-"""The plots of bench.html, by the kind of result that they show."""
+"""Plots of bench.html, by the kind of result."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from bench.quality.retrain_summary import OWN
 from engine.report.plots import BLUE, VERMILLION
 
 Report = dict[str, Any]
-# A figure, and what it shows in words.
+# A figure, and its description.
 Drawn = tuple[Figure, str]
 
 
 def kernels(report: Report, style: Style) -> Iterator[Drawn]:
-    """Two figures a case: median time and peak memory of every contender that was measured."""
+    """Draw two figures a case: median time and peak memory of every contender that was measured."""
     for case in report["cases"]:
         rows = [row for row in case["rows"] if row["status"] == "measured"]
         if not rows:
@@ -53,7 +53,10 @@ def _bars(
 
 
 def train(report: Report, style: Style) -> Iterator[Drawn]:
-    """Two figures a case: images a second of every loop, its share of `prepare` in the time; ours by part."""
+    """Draw two figures a case: images a second of every loop, and the parts of this project's step.
+
+    Times include the share of `prepare`.
+    """
     for case in report["cases"]:
         rows = [row for row in case["rows"] if row["status"] == "measured"]
         if not rows:
@@ -82,7 +85,7 @@ def train(report: Report, style: Style) -> Iterator[Drawn]:
 
 
 def retrain_cost(report: Report, style: Style) -> Iterator[Drawn]:
-    """A figure a task: average gap to retrained models against the share of a retrain's time."""
+    """Draw a figure a task: average gap to retrained models against the share of a retrain's time."""
     for task, entry in report["tasks"].items():
         drawn = [found for found in entry["summary"] if found["gap"] and found["share"]]
         floor, untouched = entry["noise_floor"], (entry["untouched"].get("gap") or {}).get("average")
@@ -132,7 +135,7 @@ def retrain_cost(report: Report, style: Style) -> Iterator[Drawn]:
 
 
 def scaling(report: Report, style: Style) -> Iterator[Drawn]:
-    """A log-log figure a curve: every round, the fitted power and the expected one through the same middle."""
+    """Draw a log-log figure a curve: every round, the fitted power and the expected one through the same centre."""
     for curve in report["curves"]:
         verdict = "" if curve["within"] else "  LOOK"
         figure, axes = plots.figure(
@@ -170,7 +173,7 @@ def scaling(report: Report, style: Style) -> Iterator[Drawn]:
 
 
 def write(drawn: Iterable[Drawn], names: Sequence[str], file: Path) -> None:
-    """A light PNG of each with what it shows in its description; its name in the file's where there are several."""
+    """Write a light PNG of each with its description; if there are several, the file name has the name of each."""
     file.parent.mkdir(parents=True, exist_ok=True)
     for name, (figure, words) in zip(names, drawn, strict=True):
         slug = "-".join(re.findall(r"\w+", name.lower()))

@@ -1,4 +1,4 @@
-"""`python -m bench all`: the benchmarks one after the other, a result file each, then the page of them all."""
+"""Run the benchmarks one after the other, a result file each, then the page: `python -m bench all`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _OF_A_DEVICE = ("kernels", "train", "scaling", "data")
 
 
 def run_all(out: Path, quick: bool, real: Path | None = None, parts: Sequence[tuple[str, str]] = PARTS) -> list[str]:
-    """Returns what failed. Each part is a process of its own: settings of one cannot serve another, nor can its end.
+    """Run each part in a process of its own, so that no part affects another, and return those that failed.
 
     real: images that the part `data` decodes.
     """

@@ -20,13 +20,13 @@ from bench.quality.retrain_summary import OWN, PLACES, over_seeds
 from bench.training_cost.train import BEST_BF16, BEST_FP32, OURS_COMPILED
 
 MIB = 2**20
-# Rows of the summary: a retrain, the two methods this engine is about, the next best by gap, the simplest baseline.
+# Rows of the summary: a retrain, the two methods of this engine, the next best by gap, the simplest baseline.
 SUMMARY = ("retrain", "lethe_plus", "random_labels", "finetune", "lethe")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sheet:
-    """A table of text. The first column names the rows; `marked` are the numbers of the rows that stand out."""
+    """A table of text. The first column names the rows; `marked` are the numbers of the highlighted rows."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -50,7 +50,7 @@ class Table:
     Args:
         files: Names in bench/results/.
         make: Returns the table from the contents of `files`, in their order.
-        command: What made the files, for files that do not name their command.
+        command: Command that made the files, for files that do not name it.
         on_page: Whether `python -m bench page` shows it.
     """
 
@@ -91,7 +91,7 @@ def retrain_cost_table(report: Report) -> Sheet:
 
 
 def leaderboard_table(report: Report) -> Sheet:
-    """The same, the smallest gap first in each task."""
+    """Make the table of all methods, the smallest gap first in each task."""
     return _comparison({task: sorted(_standing(entry), key=_gap) for task, entry in report["tasks"].items()})
 
 
@@ -122,7 +122,7 @@ def summary_table(report: Report) -> Sheet:
 
 
 def _standing(entry: Report) -> list[Report]:
-    """A task's summary, and the untouched model as an entry of it."""
+    """Return a task's summary, with the untouched model as an entry of it."""
     numbers = {key: over_seeds([entry["untouched"]], path) for key, path in PLACES.items()}
     return [*entry["summary"], {"method": "untouched", "seeds": None, "collapsed": None, **numbers}]
 
@@ -141,7 +141,7 @@ def _count(number: int | None) -> str:
 
 
 def peers_table(report: Report) -> Sheet:
-    """A row a method and setting: ours / theirs."""
+    """Make a row a method and setting: this project's / the other library's."""
     rows = []
     for task, entry in report["tasks"].items():
         for found in entry["comparisons"]:
@@ -196,7 +196,7 @@ _STAGES = {
 
 
 def equality_table(report: Report) -> Sheet:
-    """Rows that are alike in every figure are one row."""
+    """Make the table; rows that are equal in every figure are one row."""
     names: dict[tuple[str, ...], list[str]] = {}
     for row in report["rows"]:
         if row["precision"] == "fp32" and row["case"] != "one process":
@@ -239,7 +239,10 @@ _PEERS = ("SalUn's loop", "supreme's loop")
 
 
 def train_table(report: Report) -> Sheet:
-    """A row a case: images a second, and how many times as fast ours is; a forget step with its share of `prepare`."""
+    """Make a row a case: images a second, and how many times as fast this engine is.
+
+    The time of a forget step includes its share of `prepare`.
+    """
     rows = []
     for case in report["cases"]:
         named = {row["contender"]: row for row in case["rows"]}
@@ -266,7 +269,7 @@ def _speed(row: dict[str, Any]) -> str:
 
 
 def verdicts_table(report: Report) -> Sheet:
-    """A row a model, with the verdict on each subject and the gates that decided it."""
+    """Make a row a model, with the verdict on each subject and the gates that decided it."""
     subjects = report["subjects"]
     models = dict.fromkeys(model for found in subjects.values() for model in found["models"])
     rows = []
@@ -292,7 +295,7 @@ def verdicts_table(report: Report) -> Sheet:
 def models_table(report: Report) -> Sheet:
     """Return the support table of timm: counts a module, by shapes, and what runs on one of its models, by steps.
 
-    A cell of the steps is yes, - for a refusal in words, or crash.
+    A cell of the steps is yes, - for a refusal with a message, or crash.
     """
     count, steps = report["count"], ("opens", "lethe", "lethe_plus", "verify", "plan")
     counts = {
@@ -323,7 +326,7 @@ def _support(said: str) -> str:
 
 
 def ulira_table(report: Report) -> Sheet:
-    """A row a procedure, and what the attack finds where nothing was unlearned."""
+    """Make a row a procedure, and one for the attack if nothing was unlearned."""
     rows: list[list[str]] = []
     for found in report["rows"]:
         pairs = found["models"]["with_each_target"]
@@ -355,7 +358,7 @@ _LAUNCHES: tuple[tuple[str, str, tuple[str | None, ...], tuple[str, ...]], ...] 
 
 
 def compile_table(report: Report) -> Sheet:
-    """Of several launches of a kernel the one with the most registers."""
+    """Make the table; of several launches of a kernel it has the one with the most registers."""
     rows = []
     for launch, case, kernels, targets in _LAUNCHES:
         for target in targets:
@@ -397,7 +400,7 @@ def info_nce_table(report: Report) -> Sheet:
 
 
 def _contenders(report: Report, work: str, head: str, labels: dict[str, str], memory: str) -> Sheet:
-    """Two columns a case: median and memory of ours and of the contenders with a label."""
+    """Make two columns a case: median and memory of this project's row and of the contenders with a label."""
     cases = [case for case in report["cases"] if case["work"] == work and "negatives" not in case["shape"]]
     names = dict.fromkeys(row["contender"] for case in cases for row in case["rows"])
     rows = []
@@ -409,7 +412,7 @@ def _contenders(report: Report, work: str, head: str, labels: dict[str, str], me
             missing: dict[str, Any] = {"status": "not measured"}
             row = next((row for row in case["rows"] if row["contender"] == name), missing)
             if row["status"] == "measured":
-                # The plain forward pass is what the others' memory is above.
+                # The memory of the others is that above the plain forward pass.
                 cells += [_seconds(row["median"]), "" if name == PLAIN else size(row[memory])]
             else:
                 cells += [row.get("reason", row["status"]).split(" (")[0], ""]
@@ -419,7 +422,7 @@ def _contenders(report: Report, work: str, head: str, labels: dict[str, str], me
 
 
 def _versioned(report: Report, distribution: str) -> str:
-    """With its version, where the result has it."""
+    """Return the name with its version, if the result has it."""
     return f"{distribution} {report['environment'].get('peers', {}).get(distribution, '')}".strip()
 
 
@@ -434,7 +437,7 @@ def _starting(rows: Sequence[Sequence[str]], text: str) -> frozenset[int]:
 def _either(
     found: dict[str, float] | None, digits: int, factor: float = 1.0, unit: str = "", seeds: int | None = None
 ) -> str:
-    """Mean ± half of the range, the mean alone of one seed, or a dash where there is none."""
+    """Format mean ± half of the range, the mean alone of one seed, or a dash if there is none."""
     if found is None:
         return "-"
     half = f" ± {factor * found['half_range']:.{digits}f}" if seeds and seeds > 1 else ""

@@ -1,4 +1,4 @@
-"""The dictionary that the templates of docs/templates/ are rendered with: figures of sentences, and tables.
+"""The dictionary with which the templates of docs/templates/ are rendered: figures of sentences, and tables.
 
 A new figure is a key in a function below and its place in a template, such as `{{ yardstick.floor }}`. A function
 raises UserError if a sentence of a template would no longer be true.
@@ -43,7 +43,7 @@ def _yardstick(report: Report) -> dict[str, str]:
 
 
 def _yardstick_alone(report: Report) -> dict[str, str]:
-    """Shares of LetheViT's seconds, seed by seed, as both ran in the same hour."""
+    """Return the shares of LetheViT's seconds, seed by seed, as both ran in the same hour."""
     (entry,) = report["tasks"].values()
     means = {each["method"]: f"{each['unlearn_seconds']['mean']:.0f}" for each in entry["summary"]}
     seconds = {(row["method"], row["seed"]): row["seconds"] for row in entry["rows"]}
