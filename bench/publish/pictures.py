@@ -55,7 +55,7 @@ def _bars(
 def train(report: Report, style: Style) -> Iterator[Drawn]:
     """Draw two figures a case: images a second of every loop, and the parts of this project's step.
 
-    Times include the share of `prepare`.
+    Speeds include the share of `prepare`.
     """
     for case in report["cases"]:
         rows = [row for row in case["rows"] if row["status"] == "measured"]

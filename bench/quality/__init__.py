@@ -1,1 +1,1 @@
-"""What unlearning is worth: compared with retrained models and with peers."""
+"""Quality of unlearning, compared with retrained models and with other libraries."""

@@ -1,6 +1,6 @@
-"""The choices of LetheViT and of LetheViT+, each against its alternative, and ways to train less, over seeds.
+"""Compare each choice of LetheViT and of LetheViT+ with its alternative, and ways to train less, over seeds.
 
-Every run is kept as soon as it is done, so that a broken-off ablation goes on with `--json` of the same file.
+Every run is stored when it is done, so that an interrupted ablation continues with `--json` of the same file.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ ACCELERATORS: dict[str, dict[str, Any]] = {
 }
 # Of lethe: the first half of the default's run.
 ALONE = "forget stage alone"
-# Stage of the rows of accelerators, whatever the method's own are called.
+# Stage of the rows of accelerators, whatever the names of the method's own stages.
 ALL_STAGES = "all stages"
 
 
@@ -73,10 +73,10 @@ def run_ablation(
     json_file: Path | None,
     accelerators: bool = False,
 ) -> dict[str, Any]:
-    """Prints and returns rows (variant, seed, stage). accelerators: `ACCELERATORS` in place of the method's choices.
+    """Print and return rows (variant, seed, stage). accelerators: `ACCELERATORS` in place of the method's choices.
 
-    seconds of a row: wall seconds of the run until the end of the stage, without the evaluation of stages. images, in
-    the row of the last stage: how many the steps of the whole run took.
+    seconds of a row: wall-clock seconds of the run until the end of the stage, without the evaluation of stages.
+    images, in the row of the last stage: number of images in the steps of the whole run.
     """
     if not accelerators and method not in VARIANTS:
         raise UserError(
@@ -175,17 +175,20 @@ _COLUMNS = {
 
 
 def variants_of(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The options of each variant of a setting or of its results; early files are of lethe and do not say so."""
+    """Return the options of each variant of a setting or of its results.
+
+    Early files have no method and are of lethe.
+    """
     return ACCELERATORS if report.get("accelerators") else VARIANTS[report.get("method", "lethe")]
 
 
 def columns(report: dict[str, Any]) -> list[str]:
-    """Headings of what the rows have; those of early versions had neither agreement nor seconds."""
+    """Return the headings of the rows' figures; those of early versions had neither agreement nor seconds."""
     return [name for name, (key, _, _) in _COLUMNS.items() if all(key in row for row in report["rows"])]
 
 
 def table_rows(report: dict[str, Any]) -> list[tuple[str, str, int, list[str]]]:
-    """(variant, stage, number of seeds, cells) of each variant and stage; cells as `columns` heads them."""
+    """Return (variant, stage, number of seeds, cells in the order of `columns`) of each variant and stage."""
     shown = [_COLUMNS[name] for name in columns(report)]
     variants = variants_of(report)
     made = []

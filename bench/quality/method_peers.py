@@ -1,15 +1,16 @@
-"""Our methods beside other libraries' versions of them: same model, same request, same images, same evaluation.
+"""Compare methods with other libraries' versions of them: same model, same request, same images, same evaluation.
 
-For every seed, method and setting (`bench.quality.peer_libraries`) ours and the peer's run one after the other, each
-seed beginning with another. Seconds are those of the whole call with images decoded in it: of ours `engine.unlearn`
-without a run folder, of the peer's a copy of the model, its loaders and its function. Evaluation is not in them. Times
-are compared by the seconds of the CPU, which other work on the machine changes less than the wall clock's.
+"Ours" is this engine's version, the peer is that of the other library. For every seed, method and setting
+(`bench.quality.peer_libraries`) both run one after the other, and the first alternates between seeds. Seconds are those
+of the whole call with images decoded in it: of ours `engine.unlearn` without a run folder, of the peer a copy of the
+model, its loaders and its function. They do not include evaluation. Times are compared in CPU seconds, which other
+work on the machine changes less than wall-clock seconds.
 
 A peer that is not installed is reported with the reason, and its method is left out.
 
 The results file, as `python -m bench tables` reads it; numbers as in `bench.quality.retrain_cost`.
 
-    peers: {LIBRARY: {version, reason: why it is not there, or null}}
+    peers: {LIBRARY: {version, reason: why it is missing, or null}}
     tasks: {NAME: {
         data, forget, samples, untouched, references, noise_floor, noise_floor_agreement: as there.
         rows: [{method, contender: "ours" | LIBRARY, settings: ["equal" | "defaults"], seed, seconds, cpu_seconds (of
@@ -22,7 +23,7 @@ The results file, as `python -m bench tables` reads it; numbers as in `bench.qua
     }}
 
 noise: the noise floor (0 with one reference) and the larger half range of the two over seeds. verdict: "better" and
-"worse" where the gaps differ by more than that, else "within noise".
+"worse" if the gaps differ by more than that, else "within noise".
 """
 
 from __future__ import annotations
@@ -46,9 +47,9 @@ from bench.quality.retrain_cost import (
     RETRAIN_SEED,
     Subject,
     compared,
-    looked_at,
     noise_floor,
     original_of,
+    quality_of,
     setting_of,
 )
 from bench.quality.retrain_summary import PLACES, Row, over_seeds
@@ -62,13 +63,13 @@ from engine.run.unlearn import unlearn
 OURS = "ours"
 EQUAL, DEFAULTS = SETTINGS = ("equal", "defaults")
 
-# What a comparison tells of both sides.
+# Figures of both sides in a comparison.
 _TOLD = ("gap", "forget", "retain", "test", "efficacy", "agreement")
 
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """One side of one or both settings. peer: None is ours, with `values` as options."""
+    """One side of one or both settings. peer: None for this engine's method, with `values` as options."""
 
     method: str
     peer: Peer | None
@@ -90,9 +91,9 @@ def run_method_peers(
     peers: Sequence[Peer] = PEERS,
     terms: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Prints and returns what the module's description lists; goes on with the file of a run that was broken off.
+    """Print and return the results described at the top of this file; continue the file of an interrupted run.
 
-    methods: those of the peers to run; none: all. terms: EQUAL, DEFAULTS or both, the same; none: both.
+    methods: methods to run; none: all. terms: EQUAL, DEFAULTS or both; none: both.
     """
     setting = setting_of(subjects, seeds, settings, quick)
     options = setting["options"]
@@ -134,7 +135,7 @@ def _availability(peer: Peer) -> dict[str, str | None]:
 
 
 def _shortened(values: Values) -> Values:
-    """One pass in place of several."""
+    """Replace several passes by one."""
     return {key: 1 if key in ("epochs", "sgda_epochs", "msteps") else value for key, value in values.items()}
 
 
@@ -148,12 +149,12 @@ def _measured(
     before: Row | None,
     quick: bool,
 ) -> Iterator[Row]:
-    """The subject's entry after every run of the chosen peers that was still to be done; compared are all of them."""
+    """Yield the subject's entry after every run of the chosen peers that was not done yet; all peers are compared."""
     if not chosen:
         return
     task = Task.open(subject.data, subject.forget)
     original = original_of(subject, task, options)
-    untouched = looked_at(subject, task, options, original)
+    untouched = quality_of(subject, task, options, original)
     if before and before["untouched"]["weights_sha256"] != untouched["weights_sha256"]:
         raise UserError(f"--json: its rows of {subject.name} began at another original; name another file")
     references = before["references"] if before else list(_references(subject, task, original, seeds, options))
@@ -177,7 +178,7 @@ def _key(method: str, contender: str, settings: Sequence[str], seed: int) -> tup
 
 
 def contenders_of(peer: Peer) -> list[Contender]:
-    """Ours once where both settings are the same to it."""
+    """Return both sides; ours is one contender if both settings are the same to it."""
     ours: list[tuple[tuple[str, ...], Values]] = [(SETTINGS, {})]
     if peer.ours:
         ours = [((EQUAL,), peer.ours), ((DEFAULTS,), {})]
@@ -186,9 +187,9 @@ def contenders_of(peer: Peer) -> list[Contender]:
 
 
 def _references(subject: Subject, task: Task, original: nn.Module, seeds: int, options: Values) -> Iterator[Row]:
-    """Those that are given; else retrained here, two at least."""
+    """Yield the given references; if there are none, retrain two at least."""
     for name in subject.references:
-        yield {"name": Path(name).name, **looked_at(subject, task, options, load_checkpoint(name))}
+        yield {"name": Path(name).name, **quality_of(subject, task, options, load_checkpoint(name))}
     for seed in range(0 if subject.references else max(2, seeds)):
         console.print(f"{subject.name}: retraining, seed {seed}")
         config = {**subject.options, **subject.recipe, "seed": RETRAIN_SEED + seed, **options}
@@ -202,7 +203,7 @@ def _references(subject: Subject, task: Task, original: nn.Module, seeds: int, o
                 validation=task.source.validation,
                 progress=progress,
             ).model
-        yield {"name": f"retrained, seed {seed}", **looked_at(subject, task, options, model)}
+        yield {"name": f"retrained, seed {seed}", **quality_of(subject, task, options, model)}
 
 
 def _run(
@@ -214,7 +215,7 @@ def _run(
     options: Mapping[str, Any],
     quick: bool,
 ) -> Row:
-    """One run, timed, and the evaluation of its result."""
+    """Do one run, timed, and evaluate its result."""
     peer, load = contender.peer, load_average()[0]
     config = {**subject.options, "seed": seed, **contender.values, **options}
     collapsed = None
@@ -233,7 +234,7 @@ def _run(
         ended = _clocks()
         model, values, collapsed = result.model, contender.values, result.collapsed
     else:
-        # Ours, set up and never begun: it knows the samples, rates and augmentation of the phases.
+        # A run of this engine, set up and not started: it has the samples, rates and augmentation of the phases.
         run = set_up(
             original,
             task.forget,
@@ -257,12 +258,12 @@ def _run(
         "values": values,
         "collapsed": collapsed,
         "load_average": load,
-        **looked_at(subject, task, options, model),
+        **quality_of(subject, task, options, model),
     }
 
 
 def _clocks() -> tuple[float, float]:
-    """Seconds of the wall and of this process, when what was asked of a GPU is done."""
+    """Return the wall-clock seconds and the seconds of this process, after the GPU has finished its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter(), time.process_time()
@@ -287,7 +288,7 @@ def _entry(
 
 
 def comparisons(rows: Sequence[Row], floor: float | None, peers: Sequence[Peer] = PEERS) -> list[Row]:
-    """One of each method and setting of which both sides have a seed in common; by their common seeds alone."""
+    """Compare both sides of each method and setting by their common seeds, if there are any."""
     found = []
     for peer in peers:
         for setting in SETTINGS:
@@ -329,7 +330,7 @@ def _comparison(peer: Peer, setting: str, ours: list[Row], theirs: list[Row], fl
 
 
 def verdict(difference: float, noise: float) -> str:
-    """difference: of the average gaps, ours - theirs."""
+    """Return the verdict. difference: of the average gaps, ours - theirs."""
     if abs(difference) <= noise:
         return "within noise"
     return "better" if difference < 0 else "worse"

@@ -1,12 +1,12 @@
-"""`python -m bench models`: which of timm's classifiers open, and what runs on them.
+"""Test which of timm's classifiers can be opened, and what runs on them: `python -m bench models`.
 
-Two parts. `count`: every name of `timm.list_models()`, built on the meta device, which has shapes and no numbers: which
-are classifiers, which of them methods that read logits accept, and which of the columnar ViTs, at two blocks, `lethe`
-accepts; those have to give logits in a pass, the others in the table. `table`: one small model of every module of
-timm, with more of the modules whose models differ in their attention, with random weights: opened, unlearned for a step
-by `lethe` and by `lethe_plus`, examined as `verify` examines a model, and planned.
+Two parts. `count` builds every name of `timm.list_models()` on the meta device, which has shapes and no numbers. It
+counts the classifiers, those that methods accept which read logits, and the columnar ViTs, at two blocks, that `lethe`
+accepts; those have to return logits in a pass, the others in the table. `table` takes one small model of every module
+of timm, and more of the modules whose models differ in their attention, with random weights. Each is opened, unlearned
+for a step by `lethe` and by `lethe_plus`, evaluated as by `verify`, and planned.
 
-A refusal is a `UserError`, kept in its words; everything else that is raised is a crash, and counted as such.
+A refusal is a `UserError`, stored with its message; any other error is a crash, and counted as such.
 """
 
 from __future__ import annotations
@@ -90,9 +90,9 @@ _SIZES = (
     ("small", "s", "micro"),
     ("medium", "m", "18", "b1"),
 )
-# Where the name does not tell.
+# Sizes of models whose names have no size.
 _CHOSEN = {"eva": "vit_small_patch16_rope_224", "naflexvit": "naflexvit_base_patch16_gap", "senet": "legacy_seresnet18"}
-# Convolutional models are run on images of this size, but for those that are built for one size.
+# Convolutional models are run on images of this size, except those that are built for one size.
 _IMAGE = {"input_size": (3, 96, 96)}
 _OF_ONE_SIZE = ("mlp_mixer", "sequencer")
 # Further kinds of attention, by module.
@@ -113,7 +113,7 @@ _KINDS = (
 
 
 def run_models(json_file: Path | None, only: str | None, jobs: int, part: str) -> dict[str, Any]:
-    """Both parts, or one; only: names with this in them. Returns what is written to `json_file`."""
+    """Run both parts, or one; only: names that contain this. Returns the content of `json_file`."""
     report = Report(environment={"timm": timm.__version__, "classes": CLASSES})
     began = time.perf_counter()
     results: dict[str, Any] = {}
@@ -134,12 +134,15 @@ def run_models(json_file: Path | None, only: str | None, jobs: int, part: str) -
 
 
 def _partial(json_file: Path | None, part: str) -> Path | None:
-    """Where rows are kept as they are made, so that a broken-off run goes on with them."""
+    """Return the file to which rows are written as they are made, so that an interrupted run can continue."""
     return None if json_file is None else json_file.with_suffix(f".{part}.jsonl")
 
 
 def _each(work: Callable[[Any], Any], items: Iterable[Any], jobs: int, file: Path | None) -> list[Any]:
-    """The rows of all items, in their order; each is appended to `file`, and those that it holds are not made again."""
+    """Return the rows of all items, in their order.
+
+    Each is appended to `file`, and rows that are in it are not made again.
+    """
     items = list(items)
     rows: dict[str, Any] = {}
     if file is not None and file.is_file():
@@ -165,8 +168,10 @@ def _one_thread() -> None:
 
 
 def counted(name: str) -> dict[str, Any]:
-    """What one name of timm's comes to: module, and for a classifier logits and, of columnar ones, lethe: true, or why
-    not."""
+    """Return the row of one name of timm: its module, and for a classifier logits and, of columnar ones, lethe.
+
+    Values are true, or why not.
+    """
     module = timm.models.model_entrypoint(name).__module__.rpartition(".")[2]
     row: dict[str, Any] = {"name": name, "module": module}
     model, why = _of_shapes(name, {"depth": 2} if module in COLUMNAR else {})
@@ -182,7 +187,10 @@ def counted(name: str) -> dict[str, Any]:
 
 
 def _of_shapes(name: str, arguments: dict[str, Any]) -> tuple[nn.Module | None, str]:
-    """The model on the meta device, with those of the arguments that its constructor takes; or why there is none."""
+    """Build the model on the meta device with the arguments that its constructor accepts.
+
+    Returns the model and "", or None and why there is none.
+    """
     why = ""
     for kept in (arguments, {}) if arguments else ({},):
         try:
@@ -202,7 +210,7 @@ def _logits(method: type[Method], model: nn.Module) -> None:
 
 
 def outcome(work: Callable[[], Any]) -> str:
-    """ "yes", "refused: ..." or "crash: ..."."""
+    """Return "yes", "refused: ..." or "crash: ..."."""
     try:
         work()
     except UserError as error:
@@ -217,7 +225,7 @@ def _words(error: Exception) -> str:
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Counts, and every name that was not accepted with the words."""
+    """Return counts, and every name that was not accepted with its message."""
     classifiers = [row for row in rows if row["classifier"]]
     columnar = [row for row in classifiers if "lethe" in row]
     return {
@@ -251,8 +259,10 @@ def print_count(found: dict[str, Any]) -> None:
 
 
 def subjects() -> list[tuple[str, str, str, dict[str, Any]]]:
-    """(module, kind, name, arguments) of every row: the smallest model of each module, by its name, and further kinds
-    of attention."""
+    """Return (module, kind, name, arguments) of every row.
+
+    These are the smallest model of each module, by its name, and further kinds of attention.
+    """
     rows = []
     for module in timm.list_modules():
         names = [name for name in timm.list_models(module=module) if not name.endswith(("_enc", "_align", "_features"))]
@@ -267,14 +277,14 @@ def subjects() -> list[tuple[str, str, str, dict[str, Any]]]:
 
 
 def _size(name: str) -> tuple[int, int, str]:
-    """Order of names from small models to large ones."""
+    """Return a key that orders names from small models to large ones."""
     parts = re.split(r"[_\d]+", name) + re.findall(r"(?<![a-z])[a-z]+\d+", name)
     ranks = [rank for rank, words in enumerate(_SIZES) if any(word in parts for word in words)]
     return min(ranks, default=len(_SIZES)), len(name), name
 
 
 def supported(case: tuple[str, str, str, dict[str, Any]]) -> dict[str, Any]:
-    """A row of the table."""
+    """Make a row of the table."""
     module, kind, name, arguments = case
     row: dict[str, Any] = {"module": module, "kind": kind, "name": name, "attention": module in ATTENTION}
     began = time.perf_counter()
@@ -298,7 +308,7 @@ def supported(case: tuple[str, str, str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def _spec(name: str, arguments: dict[str, Any], config: dict[str, Any]) -> tuple[ModelSpec | None, str]:
-    """The spec of the smallest model that the arguments allow, or why timm builds none."""
+    """Return the spec of the smallest model that the arguments allow, or why timm builds none."""
     problem = ""
     for kept in (arguments, {key: value for key, value in arguments.items() if key == "depth"}, {}):
         spec = ModelSpec(architecture=name, num_classes=CLASSES, model_args=kept, pretrained_cfg=config)
@@ -332,7 +342,7 @@ def _sets(model: nn.Module) -> dict[str, Any]:
 
 
 def _step(model: nn.Module, method: str, options: dict[str, Any]) -> None:
-    """A step, in which weights have to change and losses to be finite."""
+    """Run a step, in which weights have to change and losses to be finite."""
     sets = _sets(model)
     config = {**options, "max_steps": 1, "batch_size": 2, "workers": 0, "device": "cpu", "precision": "fp32"}
     config |= {"augment": "none", "collapse_drop": 100.0}
@@ -342,7 +352,7 @@ def _step(model: nn.Module, method: str, options: dict[str, Any]) -> None:
 
 
 def _examined(model: nn.Module) -> None:
-    """What `lethe verify` does with each model: answers, relearning, and the weights compared."""
+    """Do what `lethe verify` does with each model: outputs, relearning, and the comparison of weights."""
     sets = _sets(model)
     evaluator = Evaluator(sets["forget"], sets["retain"], sets["test"], device="cpu", workers=0, batch_size=4)
     answers = evaluator.all_predictions(model)

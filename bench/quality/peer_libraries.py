@@ -1,4 +1,4 @@
-"""Unlearning methods of two libraries, called on our samples and our models. Nothing of them is copied here.
+"""Unlearning methods of two libraries, called with this engine's samples and models. Nothing of them is copied here.
 
 **supreme-unlearning** (0.1.5 on PyPI, MIT): `ssd` and `scrub` of `supreme.methods.unlearning_methods`, each one
 function on a Fabric. It pins torch 2.1 and runs on later ones: `pip install --no-deps supreme-unlearning==0.1.5`, then
@@ -7,12 +7,13 @@ lightning and wandb. **torchunlearn** (MIT; read at commit 405bab1): `SalUn` and
 pandas.
 
 Two settings. `defaults`: the library's own values, those of its command for a random request (supreme) and of its
-README and demo notebook (torchunlearn), in float32. `equal`: our values wherever an option of theirs means the same
-(`Peer.differs` says what stays different), our precision, and our loss in expectation: torchunlearn takes a batch of
-retained samples and one of forget samples a step, so the two share our batch and the two terms are weighted by the
-sizes of their sets. Where a library has one option for two of ours, ours are set to it (`Peer.ours`).
+README and demo notebook (torchunlearn), in float32. `equal`: this engine's values for every option with the same
+meaning (`Peer.differs` lists the remaining differences), its precision, and its loss in expectation. torchunlearn takes
+a batch of retained samples and one of forget samples a step, so the two share the batch and the two terms are weighted
+by the sizes of their sets. If a library has one option for two of this engine, these are set to it (`Peer.ours`).
 
-Images are decoded and normalised once, and mirrored where ours are; what a library draws, it draws by the run's seed.
+Images are decoded and normalised once, and mirrored if this engine does so; a library's random draws have the run's
+seed.
 """
 
 from __future__ import annotations
@@ -55,13 +56,13 @@ _SCRUB_LR = 5e-4
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Peer:
-    """A library's version of one of our methods.
+    """A library's version of one of this engine's methods.
 
-    method: its name here. install: the remedy where the library is not there. module: of the library, imported before
+    method: its name here. install: the remedy if the library is not installed. module: of the library, imported before
         anything is timed.
-    defaults: the library's values. equal: ours, in its terms, of our run at the same setting.
-    ours: options of ours in the equal setting. differs: what stays different in it.
-    call: changes the model by the values; it sees the run for its samples and phases.
+    defaults: the library's values. equal: this engine's values, in the library's terms, for our run at the same
+    setting. ours: options of this engine in the equal setting. differs: remaining differences. call: changes the model
+    by the values; it reads samples and phases of the run.
     """
 
     method: str
@@ -75,7 +76,10 @@ class Peer:
     call: Callable[[types.ModuleType, nn.Module, Run, Values], None]
 
     def load(self) -> types.ModuleType:
-        """Raises ImportError with the remedy where the library, or something that it needs, is not installed."""
+        """Import the module.
+
+        Raises ImportError with the remedy if the library, or a dependency of it, is not installed.
+        """
         try:
             return import_module(self.module)
         except ImportError as error:
@@ -88,7 +92,7 @@ class Peer:
             return None  # imported from a folder
 
     def unlearned(self, original: nn.Module, run: Run, values: Values, precision: str) -> nn.Module:
-        """A copy of the original, made to forget by the library; what it prints is dropped."""
+        """Return a copy of the original, unlearned by the library; its output is dropped."""
         seed, device = run.method.context.run.seed, run.method.context.device
         random.seed(seed)
         with torch.random.fork_rng():
@@ -100,7 +104,7 @@ class Peer:
 
 
 class _InPrecision(nn.Module):
-    """A model as our runs call it: its forward pass under autocast, its logits in float32."""
+    """A model with a forward pass under autocast and logits in float32, as in runs of this engine."""
 
     def __init__(self, vit: nn.Module, precision: str) -> None:
         super().__init__()
@@ -112,7 +116,7 @@ class _InPrecision(nn.Module):
 
 
 class Images(Dataset[Any]):
-    """Samples decoded and normalised once. Items are (image, label), or (image, index, label) where `indexed`.
+    """Samples decoded and normalised once. Items are (image, label), or (image, index, label) if `indexed`.
 
     augment: none | flip, which mirrors an image with probability 1/2.
     """
@@ -153,7 +157,7 @@ def _fabric(run: Run) -> Any:
 
 
 def _ssd_equal(run: Run) -> Values:
-    """alpha: what our percentile comes to on this model; batches: the groups that ours are cut into."""
+    """Return alpha, which equals this engine's percentile on this model, and batches, the groups of its samples."""
     method, context = run.method, run.method.context
     assert isinstance(method, Ssd)
     alpha = method.config.alpha
@@ -226,7 +230,7 @@ def _scrub(module: types.ModuleType, model: nn.Module, run: Run, values: Values)
 
 
 def _augment(run: Run, phase: Phase) -> str:
-    """How ours augments the images of a phase."""
+    """Return how this engine augments the images of a phase."""
     return run.loader_of(run.phases.index(phase), phase).augment
 
 
@@ -234,7 +238,10 @@ def _augment(run: Run, phase: Phase) -> str:
 
 
 def _merged_equal(run: Run) -> Values:
-    """Of what both of its trainers share: our steps, batch, rate, schedule, decay and clipping, and our loss."""
+    """Return the values that both trainers of the library share.
+
+    These are steps, batch, rate, schedule, decay, clipping and loss.
+    """
     (phase,), context = run.phases, run.method.context
     forget, retain = len(context.forget), len(_retained(context, phase))
     share = forget / (forget + retain)
@@ -262,13 +269,13 @@ def _bad_teacher_equal(run: Run) -> Values:
 
 
 def _retained(context: Context, phase: Phase) -> Samples:
-    """The retained samples of a phase of both sets, in which the forget samples come first."""
+    """Return the retained samples of a phase of both sets, in which the forget samples come first."""
     both = context.samples_of(phase)
     return both.subset(range(len(context.forget), len(both)))
 
 
 def _merged(trainer: Any, run: Run, values: Values) -> None:
-    """Trains as torchunlearn's README does: MergedLoaders of both sets, setup, fit."""
+    """Train as torchunlearn's README does: MergedLoaders of both sets, setup, fit."""
     (phase,), context = run.phases, run.method.context
     retain = _retained(context, dataclasses.replace(phase, retain_part=values["retain_part"]))
     augment = _augment(run, phase)

@@ -1,11 +1,11 @@
-"""Unlearning beside retraining: what the user waits for, and what the result is worth, in one row.
+"""Compare unlearning with retraining: end-to-end wall-clock time and quality of the result, in one row.
 
-Measured where both can be run: on digits, whose original is trained here, and on a checkpoint of the user's (the
-yardstick). For every seed a retrain and each registered method at its defaults, seed by seed and in an order that
+Measured if both can be run: on digits, whose original is trained first, and on a checkpoint of the user's (the
+yardstick). For every seed a retrain and each registered method run at their defaults, seed by seed and in an order that
 turns, so that a slow period of the machine does not hit one method alone. `engine.unlearn` is timed as a whole, with a
-run folder as `lethe unlearn` has one (masks, teacher passes, watched accuracy, checkpoints; compilation where the
-options ask for it), and then the evaluation of its result, with images decoded anew. Not counted, and the same for all:
-starting Python, opening the data, reading the original. Nothing is tuned.
+run folder as for `lethe unlearn` (masks, teacher passes, watched accuracy, checkpoints; compilation if the options
+have it). Then the evaluation of its result is timed, with images decoded again. Not counted, and the same for all:
+the start of Python, opening the data, reading the original. Nothing is tuned.
 
 For ImageNet hours are projected from measured steps: `bench.training_cost.recipes`.
 
@@ -19,7 +19,7 @@ gaps in percentage points, money in the currency of --price; what was not measur
         retrain_seconds: [total of each seed].
         rows: [ROW], a method and seed each, "retrain" among them.
         stability: Kendall's tau between the orders by average gap of each two seeds: {mean, least}, over the methods
-            that have both; null where no two seeds have three methods.
+            that have both; null if no two seeds have three methods.
         foresight: Kendall's tau between the orders of the methods by score and by gap, means over seeds; null with
             fewer than three methods.
         summary: [{method, seeds, seconds, unlearn_seconds, evaluate_seconds, share, gap, gap_to_floor, forget, retain,
@@ -28,7 +28,7 @@ gaps in percentage points, money in the currency of --price; what was not measur
     }}
     QUALITY: accuracy {forget, retain, test}, mia {efficacy, auc}, gap {forget, retain, test, mia, average} to the
         references, gap_to_floor (average gap / noise_floor), agreement (top-1, forget samples), weights_sha256,
-        forget_classes (what the model says of each forget sample, one string).
+        forget_classes (the predicted class of each forget sample, one string).
     ROW: QUALITY and method, seed, collapsed, samples_seen {phase: samples}, share (of the total seconds of the same
         seed's retrain), score (of `engine.evaluate.indistinguishable`, in percentage points: from the
         validation samples, no retrained model; its time is not counted), joules, money,
@@ -40,9 +40,9 @@ gaps in percentage points, money in the currency of --price; what was not measur
         images_per_second}}, teacher_images_per_second, forward_images_per_second, watts,
         hours: [{work: "retrain" | a method, recipe, source, published_for_model (else an assumption), epochs {phase:
             epochs}, parts {what: hours}, device_hours, kwh, money, share {recipe: of its retrain, methods alone}}]}]
-    energy: {source: what counted the joules, or null, reason: why there is none, or null}.
+    energy: {source: the counter of joules, or null, reason: why there is none, or null}.
     price: of one device-hour, or null.
-    subjects, options, quick, threads, device: what a file has to agree in to be gone on with.
+    subjects, options, quick, threads, device: a run continues a file only if these are equal.
 
 A retrained model is never compared with itself: references with the weights of the row are left out.
 """
@@ -85,7 +85,7 @@ from engine.models.preprocessing import preprocessing_of
 from engine.run.unlearn import train, unlearn
 from engine.runtime.device import resolve_device, resolve_precision
 
-# Added to a retrain's seed: it shall share neither first weights nor sample order with an original of a low seed.
+# Added to a retrain's seed, so that it shares neither initial weights nor sample order with an original of a low seed.
 RETRAIN_SEED = 1000
 QUICK_STEPS = 3
 _LOOKED_AT_ONCE = 250
@@ -95,8 +95,8 @@ _LOOKED_AT_ONCE = 250
 class Subject:
     """A model with a request. checkpoint: None trains the digits' original as `lethe demo` does.
 
-    references: retrained models; without any those that are trained here serve. options: of every run, before the
-    user's. recipe: of the retrain, beside them.
+    references: retrained models; if there are none, retrains of this run serve. options: of every run, before the
+    user's. recipe: options of the retrain, in addition.
     """
 
     name: str
@@ -118,12 +118,12 @@ DIGITS = Subject(
 
 
 def class_of(subject: Subject, name: str) -> Subject:
-    """The same model, asked to forget a class; its references are those that are trained here."""
+    """Return the same model with the request to forget a class; its references are retrains of this run."""
     return dataclasses.replace(subject, name=f"{subject.name}, class {name}", forget=f"class:{name}", references=())
 
 
 def setting_of(subjects: Sequence[Subject], seeds: int, settings: Sequence[str], quick: bool) -> dict[str, Any]:
-    """What a results file has to agree in to be gone on with; the options as they were given among it."""
+    """Return the setting that has to be equal to continue a results file, the options as given among it."""
     if seeds < 1:
         raise UserError(f"--seeds {seeds}: expected 1 or more")
     options = parse_assignments(settings)
@@ -151,9 +151,10 @@ def run_retrain_cost(
     methods: Sequence[str] = (),
     retrain: bool = True,
 ) -> dict[str, Any]:
-    """Prints and returns what the module's description lists; goes on with the file of a run that was broken off.
+    """Print and return the results described at the top of this file; continue the file of an interrupted run.
 
-    methods: those to run beside the retrain; none: all of them. retrain: False runs the methods alone, on subjects that
+    methods: methods to compare with the retrain; none: all of them. retrain: False runs the methods alone, on subjects
+    that
         have references; shares of the retrain are null then.
     """
     setting = setting_of(subjects, seeds, settings, quick)
@@ -216,11 +217,11 @@ def _measured(
     price: float | None,
     before: Row | None,
 ) -> Iterator[Row]:
-    """The subject's entry after every run that was still to be done, and at last as a whole."""
+    """Yield the subject's entry after every run that was not done yet, and at last as a whole."""
     task = Task.open(subject.data, subject.forget)
     original = original_of(subject, task, options)
     references = [
-        {"name": Path(name).name, **looked_at(subject, task, options, load_checkpoint(name))}
+        {"name": Path(name).name, **quality_of(subject, task, options, load_checkpoint(name))}
         for name in subject.references
     ]
     evaluation = _evaluation(subject, task, options, original)
@@ -243,7 +244,7 @@ def _measured(
 
 
 def _order(methods: list[str], seeds: int) -> list[tuple[str, int]]:
-    """Seed by seed, each round beginning with another method."""
+    """Return the runs seed by seed, each round beginning with another method."""
     return [(method, number // len(methods)) for number, method in enumerate(turns(methods, seeds, math.inf))]
 
 
@@ -269,7 +270,7 @@ def _run(
     options: Mapping[str, Any],
     meter: EnergyMeter,
 ) -> Row:
-    """One run and the evaluation of its result, timed and looked at."""
+    """Do one run, timed, and evaluate its result."""
     recipe = {**subject.recipe, "seed": RETRAIN_SEED + seed} if method == "retrain" else {"seed": seed}
     load = load_average()[0]
     with tempfile.TemporaryDirectory() as folder:
@@ -314,13 +315,13 @@ def _run(
     }
 
 
-def looked_at(subject: Subject, task: Task, options: Mapping[str, Any], model: nn.Module) -> Row:
-    """The accuracies of a model, its membership inference and its answers, as QUALITY above has them."""
+def quality_of(subject: Subject, task: Task, options: Mapping[str, Any], model: nn.Module) -> Row:
+    """Return the accuracies of a model, its membership inference and its predictions, as QUALITY above has them."""
     return _quality(_evaluation(subject, task, options, model), model)
 
 
 def _evaluation(subject: Subject, task: Task, options: Mapping[str, Any], model: nn.Module) -> Evaluation:
-    """By an evaluator of its own, so that every model's images are decoded anew, as by a user's command."""
+    """Evaluate with a new evaluator, so that every model's images are decoded again, as by a user's command."""
     return task.evaluator({**subject.options, **options})(model)
 
 
@@ -346,7 +347,7 @@ def _score(task: Task, views: Views, before: Views) -> float:
 def _entry(
     subject: Subject, task: Task, untouched: Row, references: list[Row], rows: list[Row], *, price: float | None
 ) -> dict[str, Any]:
-    """What the rows come to, compared with the references that there are by now."""
+    """Summarise the rows, compared with the references that exist so far."""
     references = references or [
         {"name": f"retrained, seed {row['seed']}", **{key: row[key] for key in untouched if key != "score"}}
         for row in rows
@@ -383,7 +384,7 @@ def _entry(
 
 
 def _distances(row: Row, references: Sequence[Row]) -> list[dict[str, float]]:
-    """Gaps in points and agreement with each reference whose weights are not the row's own."""
+    """Return gaps in points and agreement with each reference whose weights are not the row's own."""
     mine, classes = Evaluation(row, {}), row["forget_classes"].split()
     return [
         {
@@ -396,13 +397,13 @@ def _distances(row: Row, references: Sequence[Row]) -> list[dict[str, float]]:
 
 
 def noise_floor(references: Sequence[Row]) -> tuple[float | None, float | None]:
-    """Average gap and agreement between references, over their pairs; None for one."""
+    """Return average gap and agreement between references, over their pairs; None for one."""
     pairs = [pair for number, one in enumerate(references) for pair in _distances(one, references[number + 1 :])]
     return mean_of([pair["average"] for pair in pairs]), mean_of([pair["agreement"] for pair in pairs])
 
 
 def compared(row: Row, references: Sequence[Row], floor: float | None) -> Row:
-    """What a row has of its distance to the references: gap, gap_to_floor, agreement."""
+    """Return the distances of a row to the references: gap, gap_to_floor, agreement."""
     distances = _distances(row, references)
     if not distances:
         return {"gap": None, "gap_to_floor": None, "agreement": None}
@@ -412,5 +413,8 @@ def compared(row: Row, references: Sequence[Row], floor: float | None) -> Row:
 
 
 def plot(report: Row, file: Path) -> None:
-    """Gap to retraining against the share of its time, a PNG a task; with several, each has its name in the file's."""
+    """Draw gap to retraining against the share of its time, a PNG a task.
+
+    With several, each file has the task's name.
+    """
     pictures.write(pictures.retrain_cost(report, plots.LIGHT), list(report["tasks"]), file)

@@ -1,5 +1,4 @@
-"""What the rows of `bench.quality.retrain_cost` come to: means over seeds, how stable the order of methods is, and a
-table."""
+"""Summary of the rows of `bench.quality.retrain_cost`: means over seeds, stability of the order, and a table."""
 
 from __future__ import annotations
 
@@ -18,9 +17,9 @@ from engine.methods import list_methods
 
 Row = dict[str, Any]
 
-# Stand out in tables and pictures: the published method and ours.
+# Highlighted in tables and pictures: the published method and that of this project.
 OWN = ("lethe", "lethe_plus")
-# What the summary tells of a method's runs, and where a row has it.
+# Figures of the summary, and their places in a row.
 PLACES: dict[str, tuple[str, ...]] = {
     "seconds": ("seconds", "total"),
     "unlearn_seconds": ("seconds", "unlearn"),
@@ -45,7 +44,7 @@ def mean_of(values: Sequence[float]) -> Any:
 
 
 def summarise(rows: Sequence[Row]) -> list[Row]:
-    """One entry a method, in the order of the registry."""
+    """Return one entry a method, in the order of the registry."""
     entries = []
     for method in list_methods():
         chosen = [row for row in rows if row["method"] == method]
@@ -57,7 +56,7 @@ def summarise(rows: Sequence[Row]) -> list[Row]:
 
 
 def rank_stability(rows: Sequence[Row]) -> dict[str, float] | None:
-    """Whether seeds agree on the order of the methods by average gap, see the module's description."""
+    """Measure whether seeds agree on the order of the methods by average gap: see `stability` in `retrain_cost`."""
     gaps: dict[str, dict[int, float]] = {}
     for row in rows:
         if row["gap"] is not None and row["method"] != "retrain":
@@ -71,20 +70,20 @@ def rank_stability(rows: Sequence[Row]) -> dict[str, float] | None:
 
 
 def foresight(summary: Sequence[Row]) -> float | None:
-    """Whether the score, which sees no retrained model, orders the methods as their gap does."""
+    """Measure whether the score, which uses no retrained model, orders the methods as their gap does."""
     both = [(each["score"], each["gap"]) for each in summary if each["method"] != "retrain"]
     known = [(score["mean"], gap["mean"]) for score, gap in both if score and gap]
     return float(kendalltau(*zip(*known, strict=True)).statistic) if len(known) > 2 else None
 
 
 def over_seeds(rows: Sequence[Row], path: Sequence[str]) -> dict[str, float] | None:
-    """{mean, half_range} of what rows have at a place; None where none has it."""
+    """Return {mean, half_range} of the rows' values at a place; None if no row has a value."""
     values = _values(rows, path)
     return dict(zip(("mean", "half_range"), mean_and_half_range(values), strict=True)) if values else None
 
 
 def _values(rows: Sequence[Row], path: Sequence[str]) -> list[float]:
-    """What rows have at a place; rows without it are left out."""
+    """Return the rows' values at a place; rows without one are left out."""
     found: list[Any] = list(rows)
     for step in path:
         found = [value[step] for value in found if value.get(step) is not None]
@@ -100,7 +99,7 @@ def print_task(name: str, entry: Row) -> None:
         title=f"{name}: {shown['forget']} samples to forget, {shown['retain']} to retain, {shown['test']} for the test",
     )
     table.add_column("method", no_wrap=True)
-    # What a row has under these keys: (heading, key, digits, factor, whether its spread is shown too).
+    # Columns: (heading, key, digits, factor, whether its spread is shown too).
     columns: list[tuple[str, str, int, float, bool]] = [
         *((f"{key} %", key, 1, 100.0, True) for key in ("forget", "retain", "test")),
         ("MIA %", "efficacy", 1, 100.0, True),

@@ -1,7 +1,7 @@
-"""U-LiRA on digits: the demo's model and recipe, K models with each target and K without it, the stages timed.
+"""Run U-LiRA on digits: the demo's model and recipe, K models with each target and K without it, the stages timed.
 
-Beside every method the originals that unlearned nothing (what the attack can find here). `retrain` as a method is the
-other end: a retrain with another seed, which must come out at 0.5 within its interval.
+Every method is compared with the originals, which unlearned nothing (what the attack can find here). `retrain` as a
+method is the other end: a retrain with another seed, which must have an AUC of 0.5 within its interval.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TARGETS = "random:0.1@0"
 def run_ulira(
     models: int, methods: Sequence[str], cache: Path, workers: int, quick: bool, json_file: Path | None
 ) -> dict[str, Any]:
-    """Attacks each method on one ensemble; quick: three pairs, three steps each, which shows that it runs."""
+    """Attack each method on one ensemble; quick: three pairs, three steps each, a smoke test."""
     report = Report()
     steps = {"max_steps": 3} if quick else {}
     recipe = {**RECIPE, **steps}

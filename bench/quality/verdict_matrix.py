@@ -1,9 +1,9 @@
-"""Does the verdict fail where it must? Models of which the answer is known, judged by one examiner at one setting.
+"""Test whether the verdict fails if it must, on models whose verdict is known, by one verifier at one setting.
 
 Made from the untouched original, without any unlearning: the original itself, fresh weights, a head that is reset or
-trained anew on the features as they are, noise on the logits (fresh, or the same for an image every time), and the
+trained again on unchanged features, noise on the logits (fresh, or the same for an image every time), and the
 original trained further on the forget samples. All of them must FAIL. Retrained models that are not among the
-references must PASS. The registered methods at their defaults stand below: what they get is a finding, not a check.
+references must PASS. The verdicts of the registered methods at their defaults follow; these are findings, not checks.
 
 The JSON, below the heading of `bench.harness.report`:
 
@@ -43,10 +43,10 @@ from engine.models.vit import outputs
 from engine.run.unlearn import train, unlearn
 
 # Digits with three tenths to forget: with one tenth (144 samples) the attack does not catch the untouched model for
-# sure, and a retrained one is rightly told INSUFFICIENT EVIDENCE.
+# sure, and the verdict on a retrained one is rightly INSUFFICIENT EVIDENCE.
 FORGET_DIGITS = "random:0.3@0"
 
-# Retrained models that are judged, where references have to be trained here: these come after the references.
+# Retrained models to be judged, if references have to be trained here: these come after the references.
 _REFERENCES = 2
 # Retained samples that a new head is fitted on.
 _HEAD_SAMPLES = 5_000
@@ -60,7 +60,7 @@ def run_verdict_matrix(
     gates_file: Path | None,
     json_file: Path | None,
 ) -> dict[str, Any]:
-    """Prints and returns the matrix. retrained: checkpoints that must PASS; without any one is trained here."""
+    """Print and return the matrix. retrained: checkpoints that must PASS; if there are none, one is trained here."""
     report, gates, options = Report(), Gates.read(gates_file), parse_assignments(settings)
     for name in methods:
         get_method(name)  # a wrong name shall not cost minutes
@@ -149,13 +149,13 @@ def _unlearn(subject: Subject, task: Task, original: nn.Module, method: str, opt
 
 
 def _trained_on(task: Task, original: nn.Module, subject: Subject, options: dict[str, Any]) -> nn.Module:
-    """What fine-tuning comes to where somebody swaps the two sets."""
+    """Return the result of fine-tuning with the two sets swapped."""
     config = {**subject.options, "seed": 0, **options}
     return unlearn(original, task.retain, task.forget, method="finetune", config=config).model
 
 
 def with_fresh_head(original: nn.Module) -> nn.Module:
-    """A copy whose head has its first weights again; all else as it was."""
+    """Return a copy whose head has its initial weights again; all else is unchanged."""
     model = copy.deepcopy(original)
     fresh: Any = spec_of(original).build(seed=1)
     model.get_classifier().load_state_dict(fresh.get_classifier().state_dict())  # type: ignore[operator]
@@ -163,7 +163,7 @@ def with_fresh_head(original: nn.Module) -> nn.Module:
 
 
 def with_new_head(original: nn.Module, task: Task) -> nn.Module:
-    """A copy whose head is a logistic regression on the original's features of retained samples alone."""
+    """Return a copy whose head is a logistic regression on the original's features of retained samples alone."""
     model: Any = copy.deepcopy(original).eval()
     samples = evenly_spaced(task.retain, _HEAD_SAMPLES)
     loader = Loader(samples, preprocessing_of(model), batch_size=250, device=torch.device("cpu"), workers=0)
@@ -178,7 +178,10 @@ def with_new_head(original: nn.Module, task: Task) -> nn.Module:
 
 
 def with_noise(original: nn.Module, *, fixed: bool) -> nn.Module:
-    """A copy that adds noise to its logits, as large as they are: fresh each time, or drawn from the logits' bits."""
+    """Return a copy that adds noise to its logits, as large as they are.
+
+    fixed: the noise is a function of the logits' bits; otherwise it is drawn each time.
+    """
     model = copy.deepcopy(original)
 
     def add(_module: nn.Module, _inputs: Any, logits: Tensor) -> Tensor:
@@ -189,7 +192,7 @@ def with_noise(original: nn.Module, *, fixed: bool) -> nn.Module:
 
 
 def _hashed(logits: Tensor) -> Tensor:
-    """Noise [B, C] of variance one, a function of each row; coarse, so that rounding does not change it."""
+    """Return noise [B, C] of variance one, a function of each row; coarse, so that rounding does not change it."""
     coarse = (logits.detach().float() * 10).round()
     angle = coarse @ torch.arange(1.0, 1.0 + coarse.shape[1], device=coarse.device)
     steps = torch.arange(1.0, 1.0 + coarse.shape[1], device=coarse.device)

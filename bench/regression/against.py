@@ -1,18 +1,17 @@
-"""`pytest --benchmark --against REV`: the working tree and a git revision, measured in turn in one run.
+"""Compare the working tree with a git revision: `pytest --benchmark --against REV`, measured in turn in one run.
 
-No stored figure is needed, so this is what runs where `bench/regression/baseline.json` knows neither the machine nor
-the release of PyTorch. Each tree has a process of its own (`bench.regression.against_worker`), both run the cases of
-the working tree, and neither computes while the other does.
+No stored figure is needed. So this comparison is the default if `bench/regression/baseline.json` has no figures of the
+machine or of the release of PyTorch. Each tree has a process of its own (`bench.regression.against_worker`), both run
+the cases of the working tree, and one is idle while the other computes.
 
 **Time** is the quotient of the two trees' times. Both are sampled in every round, the order turning from round to
-round, so that a quotient belongs to one moment of the machine. Of the rounds' quotients the tenth at either end is
-left out; the geometric mean of the rest is the result. It takes `LEAST` rounds, and more (to `MOST`, or
+round, so that both times of a quotient are measured under the same conditions. A tenth of the rounds' quotients is left
+out at either end; the geometric mean of the rest is the result. It takes `LEAST` rounds, and more (to `MOST`, or
 `MOST_SECONDS`) until the distance of the mean from the threshold is `CLEAR` standard errors. A quotient beyond the
-threshold is not believed: two new processes measure the case again, over at least twice the rounds, and the second
-quotient alone is judged. A real slowdown is there the second time too; a process that was laid out unluckily in
-memory is not.
+threshold is measured again: by two new processes, over at least twice the rounds, and the second quotient alone is
+judged. A real slowdown occurs both times; the effect of an unlucky memory layout of a process does not.
 
-**What is counted** (memory, flops, bytes) is counted in both processes, with the same release of PyTorch, and held to
+**Counts** (memory, flops, bytes) are taken in both processes, with the same release of PyTorch, and compared with
 the thresholds of `bench.regression.baseline`.
 """
 
@@ -39,7 +38,7 @@ from engine.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("against_worker.py")
-# What a revision is measured by; its other files are not needed.
+# Paths of a revision that the measurement needs.
 FOLDERS = ("engine", "kernels", "lethe_kernels.py", "bench")
 BRANCHES = ("origin/main", "origin/master", "main", "master")
 
@@ -53,7 +52,7 @@ class SideError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Revision:
-    """commit: the full hash. text: what it is, for the summary."""
+    """commit: the full hash. text: its description in the summary."""
 
     commit: str
     text: str
@@ -65,7 +64,7 @@ class Revision:
 
 @dataclasses.dataclass(frozen=True)
 class Against(Verdict):
-    """A verdict beside another revision, not beside stored figures."""
+    """A verdict by comparison with another revision, not with stored figures."""
 
     revision: str = ""
 
@@ -81,16 +80,16 @@ def _number(measure: str, value: float) -> str:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compared:
-    """What was measured of a case. seconds: (working tree, revision); looks: each quotient, the last is judged."""
+    """Measurements of a case. seconds: (working tree, revision); quotients: one or two, the last is judged."""
 
     seconds: tuple[float, float]
     counts: tuple[Mapping[str, float], Mapping[str, float]]
-    looks: tuple[float, ...]
+    quotients: tuple[float, ...]
     rounds: int
 
     def verdicts(self, case: str, limit: float, revision: str) -> list[Verdict]:
         ours, theirs = self.counts
-        time_ = Against(case, TIME, self.looks[-1] * self.seconds[1], self.seconds[1], limit, revision)
+        time_ = Against(case, TIME, self.quotients[-1] * self.seconds[1], self.seconds[1], limit, revision)
         rest = [Against(case, name, ours[name], theirs[name], THRESHOLDS[name], revision) for name in ours]
         return [time_, *rest]
 
@@ -99,9 +98,9 @@ class Compared:
 
 
 def choose_revision(name: str | None, root: Path = ROOT) -> Revision:
-    """The revision that is named, or else the merge base with the main branch.
+    """Return the named revision, or else the merge base with the main branch.
 
-    Raises UserError where this is no git checkout or there is no such revision.
+    Raises UserError if this is no git checkout or there is no such revision.
     """
     if not (root / ".git").exists():
         raise UserError(f"--against: {root} is no git checkout, so there is no revision to compare with")
@@ -126,7 +125,7 @@ def choose_revision(name: str | None, root: Path = ROOT) -> Revision:
 
 
 def _git(root: Path, *arguments: str) -> str:
-    """Output of a git command; empty where it fails."""
+    """Return the output of a git command, or "" if it fails."""
     try:
         done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
     except OSError as error:
@@ -135,7 +134,7 @@ def _git(root: Path, *arguments: str) -> str:
 
 
 def write_tree(revision: Revision, folder: Path, root: Path = ROOT) -> None:
-    """Writes the code of a revision into a folder; the repository itself is not touched."""
+    """Write the code of a revision into a folder, without a change to the repository."""
     known = set(_git(root, "ls-tree", "--name-only", revision.commit).splitlines())
     paths = [name for name in FOLDERS if name in known]
     command = ["git", "-C", str(root), "archive", "--format=tar", revision.commit, "--", *paths]
@@ -165,7 +164,7 @@ class Worker:
         )  # fmt: skip
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
-        """The answer to a command. Raises SideError where there is none."""
+        """Return the answer to a command. Raises SideError if there is none."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
@@ -200,7 +199,7 @@ class NotComparable(Exception):
 
 
 class Comparison:
-    """The working tree beside a revision: two processes, and new ones for a second look."""
+    """Comparison of the working tree with a revision: two processes, and new ones for a second measurement."""
 
     def __init__(self, revision: Revision, root: Path = ROOT) -> None:
         self.revision, self.root = revision, root
@@ -220,16 +219,16 @@ class Comparison:
         self._pair = None
 
     def compare(self, case: str, limit: float) -> Compared:
-        """Measures a case on both sides, twice where the first quotient is beyond the limit.
+        """Measure a case on both sides, twice if the first quotient is beyond the limit.
 
-        Raises SideError where the working tree cannot run it, NotComparable where the revision cannot.
+        Raises SideError if the working tree cannot run it, NotComparable if the revision cannot.
         """
         first = self._look(case, limit, LEAST)
-        if first.looks[-1] <= limit:
+        if first.quotients[-1] <= limit:
             return first
         self._restart()
         second = self._look(case, limit, 2 * LEAST)
-        return dataclasses.replace(second, looks=(*first.looks, *second.looks), rounds=first.rounds + second.rounds)
+        return dataclasses.replace(second, quotients=(*first.quotients, *second.quotients), rounds=first.rounds + second.rounds)
 
     def _look(self, case: str, limit: float, least: int) -> Compared:
         if self._pair is None:
@@ -253,11 +252,11 @@ class Comparison:
             worker.ask("close")
         quotient, _ = trimmed([math.log(mine / other) for mine, other in seconds])
         middle = tuple(statistics.median(column) for column in zip(*seconds, strict=True))
-        return Compared(seconds=(middle[0], middle[1]), counts=(counts, their_counts), looks=(math.exp(quotient),),
+        return Compared(seconds=(middle[0], middle[1]), counts=(counts, their_counts), quotients=(math.exp(quotient),),
                         rounds=len(seconds))  # fmt: skip
 
     def _rounds(self, calls: int, limit: float, least: int) -> list[tuple[float, float]]:
-        """Seconds of a call, (working tree, revision) of each round."""
+        """Return the seconds of a call, (working tree, revision) of each round."""
         assert self._pair is not None
         ours, theirs = self._pair
         seconds: list[tuple[float, float]] = []
@@ -275,7 +274,7 @@ class Comparison:
                 return seconds
 
     def _known(self) -> set[str]:
-        """Names of the cases that the revision's own bench has."""
+        """Return the names of the cases in the revision's own bench."""
         if self._names is None:
             code = "from bench.regression.cases import CASES; import json; print(json.dumps([c.name for c in CASES]))"
             code = f"import sys; sys.path[0] = {str(self._tree)!r}; {code}"
@@ -285,7 +284,7 @@ class Comparison:
 
 
 def trimmed(values: Sequence[float]) -> tuple[float, float]:
-    """The mean without the tenth at either end, and its standard error (Tukey and McLaughlin's)."""
+    """Return the mean without the tenth at either end, and its standard error (Tukey and McLaughlin's)."""
     ordered = sorted(values)
     cut = int(TRIMMED * len(ordered))
     kept = ordered[cut : len(ordered) - cut]

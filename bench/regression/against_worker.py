@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# Modules of engine/ that the cases import, and where they lay in revisions before the packages of today.
+# Modules of engine/ that the cases import, and their names in older revisions.
 EARLIER = {
     "engine.runtime.allocator": "engine.allocator",
     "engine.runtime.device": "engine.device",
@@ -51,11 +51,11 @@ def main(tree: Path) -> None:
 
 
 def import_from(tree: Path) -> None:
-    """Makes `engine` and `lethe_kernels` those of a tree, and `bench` that of this file.
+    """Import `engine` and `lethe_kernels` from a tree, and `bench` from the folder of this file.
 
-    Raises ImportError where they come from elsewhere.
+    Raises ImportError if they come from elsewhere.
     """
-    # An editable installation would give the modules of its checkout for those that the tree does not have.
+    # An editable installation would supply the modules of its checkout that the tree does not have.
     sys.meta_path[:] = [finder for finder in sys.meta_path if not _module_of(finder).startswith("__editable__")]
     sys.path[0] = str(tree)  # in place of the folder of this file, whose modules would be found as top-level ones
     spec = importlib.util.spec_from_file_location("bench", HERE / "__init__.py", submodule_search_locations=[str(HERE)])
@@ -126,7 +126,7 @@ class Side:
         return commands[command.pop("do")](**command)
 
     def build(self, case: str) -> dict[str, Any]:
-        """Builds a case and checks its result against the reference."""
+        """Build a case and check its result against the reference."""
         self.close()
         self.work = self.cases[case].build(self.device)
         self.measure.check(self.cases[case], self.work)
@@ -136,11 +136,11 @@ class Side:
         return {"counts": self.measure.counts(self.work.ours, self.device)}
 
     def calibrate(self) -> dict[str, Any]:
-        """Seconds of the fastest of some calls."""
+        """Return the seconds of the fastest of some calls."""
         return {"seconds": min(self.stopwatch(self.work.ours, self.device)[0] for _ in range(self.measure.WARM_UP))}
 
     def sample(self, calls: int) -> dict[str, Any]:
-        """Seconds of one call: the mean of so many."""
+        """Return the seconds of one call: the mean of the given number of calls."""
         call = self.measure.repeated(self.work.ours, calls)
         return {"seconds": self.measure.seconds_of(call, self.device) / calls}
 

@@ -1,11 +1,11 @@
-"""The baseline of `pytest --benchmark`: what is stored of each case, and what counts as a regression.
+"""The baseline of `pytest --benchmark`: the stored figures of each case, and what counts as a regression.
 
-Time is stored as the ratio of ours to its reference, both timed in one run, so that the machine's speed and much of
-its noise cancel; it holds for one machine. Memory, flops and bytes are counted and the same on every machine; they
-hold for one release of PyTorch, which may split an operation otherwise, and for one kind of device.
+Time is stored as the ratio of this project's case to its reference, both timed in one run, so that the machine's speed
+and much of its noise cancel; it holds for one machine. Memory, flops and bytes are counted and the same on every
+machine; they hold for one release of PyTorch, which may split an operation otherwise, and for one kind of device.
 
 The file: {"times": {MACHINE: {"measured": heading of the last update, "cases": {NAME: {"time": ratio, "seconds": of
-one call, for reading only}}}}, "counts": {SOFTWARE: {NAME: {MEASURE: number}}}}.
+one call, for information}}}}, "counts": {SOFTWARE: {NAME: {MEASURE: number}}}}.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from engine.runtime.files import write_json
 UPDATE = "pytest --benchmark --update-baseline"
 
 TIME = "time"
-# How many times the baseline's value a measure may be. Time: clean runs on a busy virtual machine with two cores stay
-# within about 1.1, and a slowdown of 1.3 has to be seen. What is counted is the same in every run: flops and bytes to
-# the last digit, so that a copy of one batch of images in a training step, a few thousandths of its bytes, is seen;
-# the room left is for one more operation on a handful of numbers. Memory is counted too, but libraries below PyTorch
-# take scratch space of a size that the processor decides.
+# Largest allowed quotient of a measure and the baseline's. Time: runs without a change on a busy virtual machine with
+# two cores stay within about 1.1, and a slowdown of 1.3 has to be detected. Counts are the same in every run. Flops and
+# bytes agree to the last digit, so that a copy of one batch of images in a training step, a few thousandths of its
+# bytes, is detected; the tolerance is one more operation on a handful of numbers. Memory has a larger tolerance,
+# because libraries below PyTorch use scratch space of a size that depends on the processor.
 THRESHOLDS = {TIME: 1.15, "peak": 1.001, "allocated": 1.001, "flops": 1.0001, "bytes": 1.001}
 COUNTED = tuple(measure for measure in THRESHOLDS if measure != TIME)
 
@@ -37,7 +37,7 @@ State = Literal["same", "regression", "better"]
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """One measure of one case beside the baseline. quotient: now / baseline."""
+    """One measure of one case compared with the baseline. quotient: now / baseline."""
 
     case: str
     measure: str
@@ -74,14 +74,14 @@ def _number(measure: str, value: float) -> str:
 def judge(
     case: str, now: Mapping[str, float], stored: Mapping[str, float], time_threshold: float | None = None
 ) -> list[Verdict]:
-    """A verdict on each measure of `now`; time_threshold: the case's own, if it has one."""
+    """Return a verdict on each measure of `now`; time_threshold: the case's own, if it has one."""
     thresholds = THRESHOLDS if time_threshold is None else {**THRESHOLDS, TIME: time_threshold}
     return [Verdict(case, measure, now[measure], stored[measure], thresholds[measure]) for measure in now]
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where figures hold. machine: of times. software: of counts."""
+    """Scope of figures. machine: of times. software: of counts."""
 
     machine: str
     software: str
@@ -95,7 +95,7 @@ class Baseline:
 
     @classmethod
     def read(cls, path: Path, must_exist: bool = True) -> Baseline:
-        """Raises UserError for a file that is missing or is no baseline."""
+        """Read the file. Raises UserError if it is missing or is no baseline."""
         if not path.exists() and not must_exist:
             return cls()
         try:
@@ -110,7 +110,7 @@ class Baseline:
         return cls(values)
 
     def lacking(self, place: Place) -> str | None:
-        """What there are no figures of at all, of times or of counts; None if the baseline fits this place."""
+        """Return what has no figures at all, times or counts; None if the baseline fits this place."""
         for kind, where, what in (
             ("times", place.machine, "times of this machine,"),
             ("counts", place.software, "counts of"),
@@ -120,7 +120,7 @@ class Baseline:
         return None
 
     def counts(self, case: str, place: Place) -> Mapping[str, float]:
-        """Counted measures of a case. Raises UserError where there are none."""
+        """Return the counted measures of a case. Raises UserError if there are none."""
         cases = self.values["counts"].get(place.software)
         if cases is None:
             raise UserError(_missing(f"counts of {place.software}", self.values["counts"]))
@@ -129,7 +129,7 @@ class Baseline:
         return cases[case]
 
     def time(self, case: str, place: Place) -> float:
-        """The ratio of a case to its reference on this machine. Raises UserError where there is none."""
+        """Return the ratio of a case to its reference on this machine. Raises UserError if there is none."""
         machine = self.values["times"].get(place.machine)
         if machine is None:
             raise UserError(_missing(f"times of this machine, {place.machine}", self.values["times"]))
@@ -140,9 +140,9 @@ class Baseline:
     def updated(
         self, place: Place, heading: dict[str, Any], measured: Mapping[str, tuple[dict[str, Any], dict[str, float]]]
     ) -> Baseline:
-        """With the (times, counts) of the cases that were measured; everything else stays.
+        """Return a baseline with the (times, counts) of the cases that were measured; everything else is unchanged.
 
-        heading: what is kept of the circumstances.
+        heading: stored description of the circumstances.
         """
         values = copy.deepcopy(self.values)
         machine = values["times"].setdefault(place.machine, {"cases": {}})

@@ -1,7 +1,7 @@
-"""The cases of `pytest --benchmark`: each is work of ours beside the same work in plain torch.
+"""The cases of `pytest --benchmark`: each compares an operation of this project with the same work in plain torch.
 
 References are what one writes without this repository (explicit maps, boolean masks, a B x B matrix, a loop over
-tensors). None of our code computes in them, so that a change of ours moves one side of the ratio alone. Images are
+tensors). They contain no code of this project, so that a change of it affects one side of the ratio alone. Images are
 scikit-learn's digits, enlarged to the model's input.
 
 Legend: L layers, B images, H heads, N tokens = prefix tokens + P patches, d head width, D features.
@@ -37,7 +37,7 @@ SHARE = 0.05  # of the patches are masked
 class Work:
     """Two calls that do the same. tolerance: of their results, as a share of the largest value there.
 
-    summary: what of a result is compared. close: gives back what the calls hold.
+    summary: the part of a result that is compared. close: releases the resources of the calls.
     """
 
     ours: Call
@@ -49,7 +49,7 @@ class Work:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """threshold: how many times the baseline's ratio to the reference a slowdown may reach; None is the default."""
+    """threshold: largest ratio to the baseline's ratio; None is the default."""
 
     name: str
     build: Callable[[torch.device], Work]
@@ -60,7 +60,10 @@ class Case:
 
 
 def _rollout(device: torch.device, top: int | None) -> Work:
-    """top: how many patches are masked, with maps fused by their maximum; None: scores, fused by the mean."""
+    """Build a rollout case. top: how many patches are masked, with maps fused by their maximum.
+
+    top of None: scores, fused by the mean.
+    """
     model = timm.create_model("vit_small_patch16_224").eval().to(device)
     queries: list[Tensor] = []
     keys: list[Tensor] = []
@@ -84,12 +87,12 @@ def _rollout(device: torch.device, top: int | None) -> Work:
         scores_BP = _full_matrix(fused)
         return scores_BP if top is None else _mask_of(scores_BP, top)
 
-    # Of a mask: scores that are equal but for rounding may change places.
+    # Of a mask: scores that are equal except for rounding may change places.
     return Work(ours=ours, reference=reference, summary=_as_numbers, tolerance=1e-3 if top is None else 1.0)
 
 
 def _full_matrix(fused: list[Tensor]) -> Tensor:
-    """Scores [B, P] of attention rollout by products of whole matrices (Abnar and Zuidema), rows normalised."""
+    """Compute scores [B, P] of attention rollout by products of whole matrices (Abnar and Zuidema), rows normalised."""
     eye_NN = torch.eye(fused[0].shape[-1], device=fused[0].device)
     product_BNN = eye_NN.expand_as(fused[0])
     for attention_BNN in fused:
@@ -132,12 +135,12 @@ def _mask_tokens(device: torch.device) -> Work:
 
 
 def _some_of(like_BP: Tensor, device: torch.device) -> Tensor:
-    """A mask [B, P] of about `SHARE` of the patches, at random places."""
+    """Return a mask [B, P] of about `SHARE` of the patches, at random places."""
     return (torch.rand(like_BP.shape, generator=torch.Generator().manual_seed(0)) < SHARE).to(device)
 
 
 def _contrast(device: torch.device, batch: int, width: int, paired: bool) -> Work:
-    """Forward and backward, similarities of cosine; the gradient is that of the anchors (in-batch: of both)."""
+    """Build a case of forward and backward with cosine similarities; gradients of the anchors (in-batch: of both)."""
     anchors, positives, negatives = (each.to(device) for each in _embeddings(batch, width).unbind(1))
     inputs = (anchors.requires_grad_(),) if paired else (anchors.requires_grad_(), positives.requires_grad_())
 
@@ -164,7 +167,7 @@ def _contrast(device: torch.device, batch: int, width: int, paired: bool) -> Wor
 
 
 def _masks_of_a_model(device: torch.device) -> Work:
-    """Images to masks and logits in one forward pass, beside maps that hooks collect and the full matrix."""
+    """Build a case of images to masks and logits in one forward pass, compared with hooked maps and the full matrix."""
     model = _build(YARDSTICK, device)
     plain = copy.deepcopy(model)
     maps: list[Tensor] = []
@@ -203,7 +206,7 @@ def _step(device: torch.device, phase: Literal["forget", "retain"], precision: L
 
 
 def _batches(device: torch.device) -> Work:
-    """One epoch of shuffled, mirrored, normalised batches."""
+    """Build a case of one epoch of shuffled, mirrored, normalised batches."""
     samples = open_source("digits").train.subset(range(1_000))
     preprocessing = preprocessing_of(_build(TINY, torch.device("cpu")))
     loader = Loader(samples, preprocessing, batch_size=100, augment="flip", workers=0, device=device)
@@ -221,14 +224,14 @@ def _batches(device: torch.device) -> Work:
         return images
 
     def mass(images: list[Tensor]) -> Tensor:
-        """Of each image, which neither order nor mirroring changes."""
+        """Sum each image, which neither order nor mirroring changes."""
         return torch.cat(images).double().mean((1, 2, 3)).sort().values
 
     return Work(ours=lambda: [batch.images for batch in loader.epoch(next(epochs))], reference=reference, summary=mass)
 
 
 def _predict(device: torch.device) -> Work:
-    """Logits and accuracy of a model on some samples."""
+    """Build a case of logits and accuracy of a model on some samples."""
     samples = open_source("digits").test.subset(range(250))
     model = _build(TINY, device)
     preprocessing = preprocessing_of(model)
@@ -254,20 +257,20 @@ def _predict(device: torch.device) -> Work:
 
 @functools.cache
 def _all_digits() -> Tensor:
-    """uint8 [1797, 8, 8]."""
+    """Return all digits, uint8 [1797, 8, 8]."""
     from sklearn.datasets import load_digits
 
     return torch.from_numpy(load_digits().images * (255 / 16)).round().to(torch.uint8)
 
 
 def _digits(count: int, size: int) -> Tensor:
-    """float32 [count, 3, size, size] in [-1, 1]."""
+    """Return digits, float32 [count, 3, size, size] in [-1, 1]."""
     enlarged = F.interpolate(_all_digits()[:count, None].float(), (size, size), mode="bilinear")
     return enlarged.expand(-1, 3, -1, -1).contiguous().div_(127.5).sub_(1)
 
 
 def _decoded(samples: Samples, preprocessing: Preprocessing) -> Tensor:
-    """uint8 [n, 3, H, W] of the whole set, for a loop over tensors; not timed."""
+    """Decode the whole set to uint8 [n, 3, H, W], for a loop over tensors; not timed."""
     return torch.stack([preprocessing.resize(samples.tensor(i, 3)) for i in range(len(samples))])
 
 
@@ -277,8 +280,10 @@ def _normalise(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
 
 
 def _embeddings(count: int, width: int) -> Tensor:
-    """float32 [count, 3, width]: three views of each digit (itself, shifted by a pixel, mirrored) as a fixed random
-    projection sees them."""
+    """Return float32 [count, 3, width]: a fixed random projection of three views of each digit.
+
+    The views are the digit itself, shifted by a pixel, and mirrored.
+    """
     digits = _all_digits()[:count].float() / 255
     views = torch.stack([digits, digits.roll(1, 2), digits.flip(2)], dim=1).flatten(2)
     return views @ torch.randn(views.shape[-1], width, generator=torch.Generator().manual_seed(0))

@@ -1,16 +1,16 @@
-"""The measurements of `pytest --benchmark`: ours and its reference in turn, and what one call takes and moves.
+"""Measurements of `pytest --benchmark`: a case and its reference in turn, and the memory, flops and bytes of one call.
 
-**Time** is the ratio of ours to the reference. Both run in every round, the order turning from round to round, and a
-sample is as many calls as last `SAMPLE_SECONDS`. A sample is its wall time, or the processor time of this process
-where another one took the processor in between. The ratio is that of the means of the fastest nine tenths: a slowdown
-in one call of three moves it, as it would not a median or a quartile, and what still disturbs (caches and memory that
-are shared) is mostly in the rest. On a busy machine it moved between runs by a factor of 1.01 to 1.05, and by 1.14
-where tensors of 1 MB just miss a cache; lower quartiles of wall times moved by up to 1.3.
-A first ratio beyond the threshold is not believed: the case is built and measured again, over more rounds, and the
-second ratio alone is judged. A real slowdown is there the second time too.
+**Time** is the ratio of the case to its reference. Both run in every round, the order turning from round to round, and
+a sample is as many calls as take `SAMPLE_SECONDS`. A sample is its wall-clock time, or the processor time of this
+process if another process ran in between. The ratio is that of the means of the fastest nine tenths: a slowdown
+in one call of three changes it, unlike a median or a quartile, and most disturbance (shared caches and memory) is in
+the slowest tenth. On a busy machine it varied between runs by a factor of 1.01 to 1.05, and by 1.14
+if tensors of 1 MB just miss a cache; lower quartiles of wall-clock times varied by up to 1.3.
+A first ratio beyond the threshold is measured again: the case is built anew and measured over more rounds, and the
+second ratio alone is judged. A real slowdown occurs both times.
 
 **Memory** is as in `bench.harness.measure`. **Flops** are counted by torch's FlopCounterMode (products of matrices,
-attention and convolution), **bytes** are inputs and outputs of every operation that is not a view; both see inside our
+attention and convolution), **bytes** are inputs and outputs of every operation that is not a view; both include
 custom operations.
 """
 
@@ -48,7 +48,7 @@ WARM_UP = 9
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Times:
-    """Seconds of one call in every round, ours and the reference."""
+    """Seconds of one call in every round, of the case and of the reference."""
 
     ours: list[float]
     reference: list[float]
@@ -58,7 +58,7 @@ class Times:
         return fast_mean(self.ours) / fast_mean(self.reference)
 
     def kept(self) -> dict[str, Any]:
-        """What the baseline keeps; seconds are for reading only."""
+        """Return the figures of the baseline; seconds are for information."""
         seconds = {
             name: {"fast_mean": fast_mean(values), "median": statistics.median(values), "least": min(values)}
             for name, values in (("ours", self.ours), ("reference", self.reference))
@@ -67,14 +67,16 @@ class Times:
 
 
 def fast_mean(values: Sequence[float]) -> float:
-    """The mean without the slowest tenth."""
+    """Return the mean without the slowest tenth."""
     return statistics.fmean(sorted(values)[: len(values) - len(values) // 10])
 
 
 def run_case(case: Case, benchmark: Any, gate: Any, device: torch.device) -> None:
-    """Runs a case on pytest-benchmark's fixture: once where that is disabled, else measured, and judged by the gate
-    (`bench.regression.plugin.Gate`) where there is one."""
-    if gate is not None and gate.beside_revision(place(device)):
+    """Run a case on pytest-benchmark's fixture: once if that is disabled, else measured.
+
+    gate: judges the measurement (`bench.regression.plugin.Gate`); None for no judgement.
+    """
+    if gate is not None and gate.against_revision(place(device)):
         benchmark.disabled = True  # two other processes measure
         benchmark.pedantic(gate.compare, (case.name, case.threshold))
         return
@@ -96,14 +98,14 @@ def run_case(case: Case, benchmark: Any, gate: Any, device: torch.device) -> Non
     limit = case.threshold or THRESHOLDS[TIME]
     if stored and times.ratio > limit * stored[TIME]:
         second = _second_look(case, device)
-        gate.second_looks[case.name] = times.ratio, second.ratio
+        gate.second_quotients[case.name] = times.ratio, second.ratio
         benchmark.extra_info["second_look"] = {**second.kept(), "ours_seconds": second.ours}
         times = second
     gate.judge(case.name, times.kept(), counted, case.threshold)
 
 
 def check(case: Case, work: Work) -> None:
-    """Raises bench.harness.measure.WrongResultError where ours and the reference differ."""
+    """Raise bench.harness.measure.WrongResultError if the case and the reference differ."""
     pairs = (
         (each if isinstance(each, tuple) else (each,)) for each in map(work.summary, (work.ours(), work.reference()))
     )
@@ -112,7 +114,7 @@ def check(case: Case, work: Work) -> None:
 
 
 def _measured(work: Work, benchmark: Any, device: torch.device, rounds: int) -> Times:
-    """The rounds that pytest-benchmark keeps: of ours, with the reference before or after each."""
+    """Return the rounds of pytest-benchmark: those of the case, with the reference before or after each."""
     pair = Pair(work, device)
     setup, target, teardown = pair.interleaved()
     benchmark.pedantic(target, setup=setup, teardown=teardown, rounds=rounds)
@@ -132,7 +134,7 @@ def _second_look(case: Case, device: torch.device) -> Times:
 
 
 class Pair:
-    """Ours and the reference of a case, ready to be timed."""
+    """A case and its reference, ready to be timed."""
 
     def __init__(self, work: Work, device: torch.device) -> None:
         self.device = device
@@ -151,8 +153,10 @@ class Pair:
         return Times(**self.seconds)
 
     def interleaved(self) -> tuple[Callable[[], None], Callable[[], None], Callable[[], None]]:
-        """(setup, target, teardown) for `benchmark.pedantic`: the reference runs before ours in every other round,
-        after it in the rest."""
+        """Return (setup, target, teardown) for `benchmark.pedantic`.
+
+        The reference runs before the case in every other round, after it in the rest.
+        """
         number = iter(range(1 << 30))
         first = {"reference": True}
 
@@ -169,7 +173,7 @@ class Pair:
 
 
 def seconds_of(call: Call, device: torch.device) -> float:
-    """Wall time, without what other processes had of it where they took the processor away."""
+    """Return the wall-clock time, without the time of other processes that ran in between."""
     taken, processor = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw, time.process_time()
     wall, _ = stopwatch(call, device)
     processor = time.process_time() - processor
@@ -189,10 +193,13 @@ def repeated(call: Call, times: int) -> Call:
 
 
 def counts(call: Call, device: torch.device) -> dict[str, float]:
-    """Peak and allocated bytes, flops and moved bytes of one call each; the calls before them are not counted."""
+    """Return peak and allocated bytes, flops and moved bytes of one call each.
+
+    Calls before them are not counted.
+    """
     for _ in range(WARM_UP):
         call()
-    gc.collect()  # garbage that waits for a collection would be given back in whichever call comes by
+    gc.collect()  # otherwise pending garbage would be released during some counted call
     memory = tracked_memory(call, device, before=1)
     with FlopCounterMode(display=False) as flops, _Moved() as moved:
         call()
@@ -205,7 +212,7 @@ def counts(call: Call, device: torch.device) -> dict[str, float]:
 
 
 class _Moved(TorchDispatchMode):
-    """Sums the bytes of tensors that operations read and write; views and uninitialised memory move none."""
+    """Sum of the bytes of tensors that operations read and write; views and uninitialised memory do not count."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -214,7 +221,7 @@ class _Moved(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func.namespace == "lethe":
-            # An operation of ours is one opaque call to a mode; its kernel, run under this mode again, is not.
+            # A custom operation is one opaque call to a mode; its kernel, run under this mode again, is not.
             device = next(leaf.device for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
             key = torch._C.DispatchKey.CUDA if device.type == "cuda" else torch._C.DispatchKey.CPU
             with self:
@@ -236,7 +243,7 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 
 
 def place(device: torch.device) -> Place:
-    """The fingerprint of this machine and of its software."""
+    """Return the fingerprint of this machine and of its software."""
     torch_version = f"torch {'.'.join(torch.__version__.split('.')[:2])}"
     about = environment()
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{about['cpu']}{_cpu_model()}"
@@ -244,7 +251,7 @@ def place(device: torch.device) -> Place:
 
 
 def _cpu_model() -> str:
-    """Family and model number: a virtual machine's CPU may be called "AMD EPYC" and no more."""
+    """Return family and model number: the name of a virtual machine's CPU may be "AMD EPYC" and no more."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -1,5 +1,4 @@
-"""A pytest plugin: `pytest --benchmark` measures the cases of `bench/regression/test_regression.py` and fails the test
-of a regression.
+"""Pytest plugin that measures the cases of `bench/regression/test_regression.py` and fails the test of a regression.
 
     pytest --benchmark                     compares with the stored baseline, if it has figures of this machine and this
                                            release of PyTorch; otherwise with the merge base with the main branch
@@ -8,7 +7,7 @@ of a regression.
 
 Without these, and without an option of pytest-benchmark's own, the cases run once as smoke tests.
 
-It is loaded before coverage starts, so it imports nothing that coverage is to see until it is asked to measure.
+It is loaded before coverage starts, so it imports measured modules only when measurement is requested.
 """
 
 from __future__ import annotations
@@ -104,7 +103,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 @pytest.fixture
 def baseline_gate(request: pytest.FixtureRequest) -> Gate | None:
-    """What judges measured cases; None where nothing is to be judged."""
+    """Return the gate that judges measured cases; None if nothing is to be judged."""
     return request.config.stash.get(_GATE, None)
 
 
@@ -125,9 +124,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 
 class Gate:
-    """The baseline or the revision, and what this session measured beside it.
+    """The baseline or the revision, and the measurements of this pytest run.
 
-    any_machine: where the baseline has no figures of this machine and this PyTorch, compare with a revision.
+    any_machine: if the baseline has no figures of this machine and this PyTorch, compare with a revision.
     """
 
     def __init__(self, baseline: Baseline, path: Path, updating: bool, revision: Revision | None = None) -> None:
@@ -139,14 +138,14 @@ class Gate:
         self.place: Place | None = None
         self.measured: dict[str, tuple[dict[str, Any], dict[str, float]]] = {}
         self.verdicts: dict[str, list[Verdict]] = {}
-        self.second_looks: dict[str, tuple[float, float]] = {}
+        self.second_quotients: dict[str, tuple[float, float]] = {}
         from bench.harness.report import Report
 
         self._report = Report("pytest --benchmark --update-baseline")
         self._saved = False
 
     def stored(self, case: str, place: Place) -> dict[str, float] | None:
-        """The baseline of a case, None while it is being updated. Fails the test where it has none."""
+        """Return the baseline of a case, None while it is being updated. Fails the test if there is none."""
         from bench.regression.baseline import TIME
         from engine.errors import UserError
 
@@ -158,8 +157,11 @@ class Gate:
         except UserError as error:
             pytest.fail(f"{case}: {error}", pytrace=False)
 
-    def beside_revision(self, place: Place) -> bool:
-        """Whether cases are compared with a revision, not with stored figures. Fails the test where neither can be."""
+    def against_revision(self, place: Place) -> bool:
+        """Return whether cases are compared with a revision, not with stored figures.
+
+        Fails the test if neither can be.
+        """
         from bench.regression.against import choose_revision
         from bench.regression.baseline import UPDATE
         from engine.errors import UserError
@@ -173,7 +175,10 @@ class Gate:
         return self.revision is not None
 
     def compare(self, case: str, threshold: float | None = None) -> None:
-        """Measures a case beside the revision; fails the test of a regression, skips that of what it cannot compare."""
+        """Compare a case with the revision.
+
+        Fail the test of a regression, skip that of a case that cannot be compared.
+        """
         from bench.regression.against import Comparison, NotComparable, SideError
         from bench.regression.baseline import THRESHOLDS, TIME
 
@@ -189,11 +194,11 @@ class Gate:
             self.not_compared[case] = f"{what}: {self.revision.short} cannot run it ({reason})"
             pytest.skip(self.not_compared[case])
         self.verdicts[case] = compared.verdicts(case, limit, self.revision.short)
-        if len(compared.looks) > 1:
-            self.second_looks[case] = (compared.looks[0], compared.looks[1])
+        if len(compared.quotients) > 1:
+            self.second_quotients[case] = (compared.quotients[0], compared.quotients[1])
         worse = [str(verdict) for verdict in self.verdicts[case] if verdict.state == "regression"]
         if worse:
-            pytest.fail("\n".join([*worse, *self._looks(case)]), pytrace=False)
+            pytest.fail("\n".join([*worse, *self._both_quotients(case)]), pytrace=False)
 
     @property
     def compared_nothing(self) -> bool:
@@ -201,7 +206,7 @@ class Gate:
         return not self.compared and any(text.startswith("not") for text in self.not_compared.values())
 
     def judge(self, case: str, times: dict[str, Any], counts: dict[str, float], threshold: float | None = None) -> None:
-        """Keeps the figures of a case; fails the test of a regression."""
+        """Store the figures of a case; fail the test of a regression."""
         from bench.regression.baseline import TIME, judge
 
         assert self.place is not None
@@ -212,21 +217,21 @@ class Gate:
         self.verdicts[case] = judge(case, {TIME: times[TIME], **counts}, stored, threshold)
         worse = [str(verdict) for verdict in self.verdicts[case] if verdict.state == "regression"]
         if worse:
-            pytest.fail("\n".join([*worse, *self._looks(case)]), pytrace=False)
+            pytest.fail("\n".join([*worse, *self._both_quotients(case)]), pytrace=False)
 
-    def _looks(self, case: str) -> Iterable[str]:
-        if case in self.second_looks:
-            first, second = self.second_looks[case]
+    def _both_quotients(self, case: str) -> Iterable[str]:
+        if case in self.second_quotients:
+            first, second = self.second_quotients[case]
             what = "the reference" if self.revision is None else f"that of {self.revision.short}"
             yield f"{case}: time was {first:.3f} x {what} at first, {second:.3f} x on a second, longer look"
 
     def close(self) -> None:
-        """Ends the processes of a comparison."""
+        """End the processes of a comparison."""
         if self._comparison is not None:
             self._comparison.close()
 
     def save(self) -> None:
-        """Rewrites the cases that were measured, where that was asked for."""
+        """Rewrite the cases that were measured, if the option for it was given."""
         if not (self.updating and self.measured):
             return
         assert self.place is not None
@@ -240,7 +245,7 @@ class Gate:
         if self.place is None:
             return
         where = "the baseline" if self.revision is None else f"{self.revision.short}, {self.revision.text}"
-        reporter.section(f"benchmark: beside {where}", sep="-")
+        reporter.section(f"benchmark: against {where}", sep="-")
         load = ", ".join(f"{value:.2f}" for value in self._report.load)
         reporter.write_line(f"{self.place.machine}; load average {load} at the beginning")
         width = max(120, reporter._tw.fullwidth)
@@ -260,7 +265,7 @@ class Gate:
                     reporter.write_line(
                         str(verdict), red=verdict.state == "regression", green=verdict.state == "better"
                     )
-            for line in self._looks(case):
+            for line in self._both_quotients(case):
                 reporter.write_line(line)
         if self._saved:
             reporter.write_line(f"stored in {self.path.name}: {', '.join(self.measured)}")

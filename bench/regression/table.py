@@ -19,7 +19,7 @@ def lines(
     verdicts: Mapping[str, list[Verdict]],
     width: int,
 ) -> list[str]:
-    """One line a case: time as a ratio to its reference, and what is counted with its change from the baseline."""
+    """Format one line a case: time as a ratio to its reference, and counts with their change from the baseline."""
     table = Table("case", box=None, header_style="bold", pad_edge=False)
     for column in ("ratio", "baseline", "quotient", "threshold", *COUNTED):
         table.add_column(column, justify="right")
@@ -35,7 +35,7 @@ def lines(
 def lines_against(
     compared: Mapping[str, Compared], verdicts: Mapping[str, list[Verdict]], revision: str, width: int
 ) -> list[str]:
-    """One line a case: the time of a call in the working tree and in the revision, and what is counted."""
+    """Format one line a case: the time of a call in the working tree and in the revision, and counts."""
     table = Table("case", box=None, header_style="bold", pad_edge=False)
     for column in ("time", revision, "quotient", "threshold", "rounds", *COUNTED):
         table.add_column(column, justify="right")

@@ -18,8 +18,7 @@ DEVICE = resolve_device("auto")
 
 @pytest.fixture(autouse=True, scope="module")
 def _alike() -> Iterator[None]:
-    """Every case under the same conditions, whichever ran before it: threads that wait spin, and the training steps
-    make the process keep the memory it frees."""
+    """Run every case under the same conditions: waiting threads spin, and the process keeps the memory it frees."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with keeping_freed_memory(DEVICE):

@@ -1,8 +1,8 @@
-"""`python -m bench chaos`: runs that are killed with SIGKILL, resumed, and compared with one that nobody disturbed.
+"""Kill runs with SIGKILL, resume them, and compare them with an undisturbed run: `python -m bench chaos`.
 
 A tiny ViT forgets a tenth of scikit-learn's digits on the CPU in float32: on two ranks through DeepSpeed's and torch's
-launchers, and on one process. A run counts as the same when weights are equal in bytes, the history line by line, the
-metrics but for their seconds, and the names of the files that are left.
+launchers, and on one process. A run counts as the same if weights are equal in bytes, the history line by line, the
+metrics except for their seconds, and the names of the remaining files.
 """
 
 from __future__ import annotations
@@ -45,13 +45,16 @@ from engine.models.checkpoint import load_checkpoint
 from engine.runtime.environment import extras
 from engine.runtime.files import sha256
 
-# Of ten runs, when they are killed. Start-up lasts until the first checkpoint.
+# Moments of the kills of ten runs. Start-up lasts until the first checkpoint.
 MOMENTS = ("checkpoint",) * 4 + ("training",) * 3 + ("report",) * 2 + ("start-up",)
 
 
 @dataclasses.dataclass(frozen=True)
 class Kill:
-    """A SIGKILL. at: where within its moment, in [0, 1); within: where in the writing of a checkpoint. rank: or all."""
+    """A SIGKILL.
+
+    at: position within its moment, in [0, 1). within: position in the writing of a checkpoint. rank: None for all.
+    """
 
     moment: str
     at: float
@@ -63,11 +66,11 @@ class Kill:
         return "all" if self.rank is None else f"rank {self.rank}"
 
 
-# --- what a run folder says -------------------------------------------------------------------------------------------
+# --- state of a run folder --------------------------------------------------------------------------------------------
 
 
 def folder_state(out: Path) -> str:
-    """new: nothing to resume; unfinished; finished: as `--resume` sees it."""
+    """Return new (nothing to resume), unfinished or finished, by the rules of `--resume`."""
     if not (out / "config.yaml").is_file():
         return "new"
     finished = (out / "model.safetensors").is_file() and not (out / "resume" / "current.json").exists()
@@ -75,7 +78,7 @@ def folder_state(out: Path) -> str:
 
 
 def doing(out: Path) -> str:
-    """What a run that was killed was at, from what it left."""
+    """Return the activity of a run when it was killed, derived from its files."""
     state = folder_state(out)
     if state != "unfinished":
         return "before config.yaml" if state == "new" else "after the end"
@@ -93,21 +96,21 @@ def doing(out: Path) -> str:
 
 
 def checkpoints(out: Path) -> set[str]:
-    """Folders under resume/, whole or not."""
+    """Return the folders under resume/, complete or not."""
     with contextlib.suppress(FileNotFoundError):
         return {entry.name for entry in os.scandir(out / "resume") if entry.is_dir()}
     return set()
 
 
 def _current(out: Path) -> dict[str, Any] | None:
-    """The checkpoint that counts: its tag, and its files with their sizes."""
+    """Return the current checkpoint: its tag, and its files with their sizes."""
     with contextlib.suppress(FileNotFoundError):
         return json.loads((out / "resume" / "current.json").read_text(encoding="utf-8"))
     return None
 
 
 def differences(expected: Path, got: Path) -> list[str]:
-    """What makes a run folder another result than the expected one; empty where it is the same."""
+    """Return the differences between a run folder and the expected one; empty if they have the same result."""
     found = []
     names, wanted = ({path.name for path in folder.iterdir()} for folder in (got, expected))
     for what, some in (("left over", names - wanted), ("missing", wanted - names)):
@@ -131,7 +134,7 @@ def differences(expected: Path, got: Path) -> list[str]:
 
 
 def unreadable(out: Path) -> list[str]:
-    """What does not open in the folder of a run that was interrupted: its checkpoint, its timm folder."""
+    """Return what cannot be opened in the folder of an interrupted run: its checkpoint, its timm folder."""
     found = []
     current = _current(out) or {"tag": "", "files": {}}
     for name, size in current["files"].items():
@@ -159,7 +162,7 @@ def _damaged(path: Path) -> bool:
 
 @dataclasses.dataclass
 class Profile:
-    """When an undisturbed run reached what: seconds from its start. checkpoint_bytes: of the largest one."""
+    """Seconds from the start at which an undisturbed run reached each moment. checkpoint_bytes: of the largest one."""
 
     first: float = 0.0
     model: float = 0.0
@@ -177,12 +180,12 @@ class Stage:
         self.profiles: dict[str, Profile] = {}
 
     def train(self) -> Stage:
-        """Makes the original."""
+        """Train the original."""
         require_good(Launched(train_arguments(self.original), self.folder / "train.log"))
         return self
 
     def expected(self, job: Job) -> Path:
-        """The undisturbed run of a job, made when first asked for."""
+        """Return the undisturbed run of a job, made at the first call."""
         out = self.folder / f"expected {job.name}"
         if job.name not in self.profiles:
             launched = Launched(job.arguments(self.original, out, resume=False), self.folder / f"{out.name}.log")
@@ -192,7 +195,7 @@ class Stage:
 
 
 def watch(launched: Launched, out: Path) -> Profile:
-    """Looks at a run until it ends."""
+    """Monitor a run until it ends."""
     profile, seen, since = Profile(), set[str](), 0.0
     while launched.running():
         new = checkpoints(out) - seen
@@ -215,7 +218,7 @@ def watch(launched: Launched, out: Path) -> Profile:
 
 
 def await_moment(launched: Launched, out: Path, kill: Kill, profile: Profile) -> bool:
-    """Waits for the moment of a kill; False where the run ended before."""
+    """Wait for the moment of a kill; return False if the run ended before."""
     before = checkpoints(out)
 
     def reached(condition: Callable[[], bool]) -> bool:
@@ -237,7 +240,7 @@ def await_moment(launched: Launched, out: Path, kill: Kill, profile: Profile) ->
     if kill.moment == "training":
         begun = reached(lambda: bool(checkpoints(out) - before))
         return begun and after(kill.at * (profile.model - profile.first))
-    # A run that goes on after a kill has fewer checkpoints left to write: one of the next.
+    # A resumed run has fewer checkpoints left to write: one of the next.
     ordinal = 1 + int(kill.at * (3 if before else profile.checkpoints))
     seen: set[str] = set()
 
@@ -249,7 +252,7 @@ def await_moment(launched: Launched, out: Path, kill: Kill, profile: Profile) ->
 
 
 def disturbed_run(stage: Stage, number: int, job: Job, kills: Sequence[Kill]) -> dict[str, Any]:
-    """Starts a job, kills it as often as `kills` says, resumes it to its end, and compares."""
+    """Start a job, kill it once for each of `kills`, resume it to its end, and compare."""
     expected, profile = stage.expected(job), stage.profiles[job.name]
     out, log = stage.folder / f"run {number}", stage.folder / f"run {number}.log"
     done: list[dict[str, Any]] = []
@@ -274,11 +277,11 @@ def disturbed_run(stage: Stage, number: int, job: Job, kills: Sequence[Kill]) ->
             problems += unreadable(out)
             continue
         code = launched.wait()
-        if code != (2 if state == "finished" else 0):  # --resume of a finished run removes what is left, and says so
+        if code != (2 if state == "finished" else 0):  # --resume of a finished run removes leftovers and exits with 2
             problems.append(f"exit code {code} of a run that was not killed: {launched.tail()}")
             break
     problems += differences(expected, out)
-    if kills and not done and not problems:  # it was over before: again, and earlier
+    if kills and not done and not problems:  # the run ended before the kill: again, earlier
         shutil.rmtree(out)
         return disturbed_run(stage, number, job, [dataclasses.replace(kill, at=kill.at / 2) for kill in kills])
     row = {"run": number, "configuration": job.name, "launcher": job.launcher, "kills": done, "resumes": resumes}
@@ -286,7 +289,10 @@ def disturbed_run(stage: Stage, number: int, job: Job, kills: Sequence[Kill]) ->
 
 
 def draw_runs(runs: int, jobs: Sequence[Job], seed: int) -> Iterator[tuple[Job, list[Kill]]]:
-    """(job, kills) of each run: jobs in turn, moments in the shares of MOMENTS, every fourth run is killed twice."""
+    """Yield (job, kills) of each run: jobs in turn.
+
+    Moments in the shares of MOMENTS, every fourth run is killed twice.
+    """
     generator = random.Random(seed)
     moments = list(itertools.islice(itertools.cycle(MOMENTS), runs))
     generator.shuffle(moments)
@@ -298,7 +304,7 @@ def draw_runs(runs: int, jobs: Sequence[Job], seed: int) -> Iterator[tuple[Job, 
 
 
 def full_disk(stage: Stage, job: Job) -> dict[str, Any]:
-    """The job on a tmpfs with room for its first checkpoint but not for a second beside it; then on a larger one."""
+    """Run the job on a tmpfs with space for one checkpoint but not for two; then on a larger one."""
     if sys.platform != "linux" or os.geteuid() != 0:
         return {"left_out": "needs root on Linux, to mount a tmpfs"}
     expected, disk = stage.expected(job), stage.folder / "disk"
@@ -338,7 +344,7 @@ def full_disk(stage: Stage, job: Job) -> dict[str, Any]:
 
 
 def run_chaos(runs: int, stages: Sequence[int], seed: int = 0, json_file: Path | None = None) -> dict[str, Any]:
-    """Prints and returns a row for each run and the full disk; `passed` says whether all ended the same."""
+    """Print and return a row for each run and the full disk; `passed`: whether all ended the same."""
     unknown = [stage for stage in stages if not (CONFIGS / f"zero{stage}.json").is_file()]
     if unknown or not stages:
         raise UserError(f"--stages {','.join(map(str, stages))}: expected stages of configs/zeroN.json, such as 2,3")
@@ -370,7 +376,7 @@ def run_chaos(runs: int, stages: Sequence[int], seed: int = 0, json_file: Path |
 
 @contextlib.contextmanager
 def _shared_memory_freed() -> Iterator[None]:
-    """Removes what DeepSpeed leaves in shared memory for each rank under its own launcher."""
+    """Remove the shared memory that DeepSpeed leaves for each rank under its own launcher."""
     yield
     for leftover in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_{os.getuid()}_127.0.0.1_{deepspeed_port()}_*"):
         leftover.unlink()

@@ -1,7 +1,7 @@
-"""`python -m bench two-hosts`: one job on two network namespaces, a rank in each, joined by one link.
+"""Run one job on two network namespaces, a rank in each, joined by one link: `python -m bench two-hosts`.
 
 The result is compared with that of two ranks on one host. Then the link is cut in the middle of a run: both sides have
-to end with an error, and to go on to the same result once the link is back. Both namespaces see the same file system,
+to end with an error, and to resume to the same result when the link is back. Both namespaces have the same file system,
 as hosts of a run have to.
 """
 
@@ -27,9 +27,9 @@ from engine.errors import RunStopped, UserError
 from engine.runtime.environment import extras
 
 ZERO_STAGE = 2
-# Seconds after which a rank that does not answer is given up, and until its launcher has to have ended after that.
+# Timeout in seconds of a rank that does not answer, and of its launcher to end after that.
 TIMEOUT, MARGIN = 20.0, 20.0
-# When the link is cut: a name, options, and how many checkpoints have been begun by then and how long ago (seconds).
+# Moments at which the link is cut: name, options, checkpoints begun by then, and seconds since the last.
 CUTS: tuple[tuple[str, dict[str, int], int, float], ...] = (
     ("while a checkpoint is written", {"checkpoint_every": 2}, 4, 0.0),
     ("in a step", {"checkpoint_every": 1000}, 1, 0.3),  # the one at the end of the first phase
@@ -64,12 +64,12 @@ class Hosts:
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
     def link(self, state: str) -> None:
-        """up | down."""
+        """Set the link up | down."""
         for name in self.names:
             _ip("-n", name, "link", "set", INTERFACE, state)
 
     def launch(self, arguments: list[str], logs: Path) -> list[Launched]:
-        """`python -m` these as one rank in each namespace."""
+        """Run `python -m` with these arguments as one rank in each namespace."""
         return [
             Launched(
                 [
@@ -90,7 +90,7 @@ def _ip(*arguments: str) -> None:
 
 
 def run_two_hosts(json_file: Path | None = None) -> dict[str, Any]:
-    """Prints and returns what happened; `passed` says whether all of it was as it has to be."""
+    """Print and return the results; `passed`: whether all are as expected."""
     _check_here()
     report, began = Report(environment={"deepspeed": extras()["deepspeed"]}), time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary, Hosts() as hosts, contextlib.ExitStack() as alive:

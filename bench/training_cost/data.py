@@ -1,7 +1,7 @@
-"""`python -m bench data`: the index, forget matching and first batch of a set in ImageNet's size, and decoding.
+"""Measure index, forget matching and first batch of a set of ImageNet's size, and decoding: `python -m bench data`.
 
-The shards are made on the spot: flat JPEGs of 256 x 256, and real ones in between where a folder of them is given. They
-have just been written, so they are read from the page cache: what a slow disk adds is not in the figures.
+The shards are made first: flat JPEGs of 256 x 256, and real ones in between if a folder of them is given. They
+have just been written, so they are read from the page cache: the figures do not include the time of a slow disk.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def run_data(
     json_file: Path | None = None,
     quick: bool = False,
 ) -> dict[str, Any]:
-    """Prints and returns the steps on the synthetic set, the rows of the decoding race, and the targets."""
+    """Print and return the steps on the synthetic set, the rows of the decoding comparison, and the targets."""
     if quick:
         images, rounds = QUICK_IMAGES, 3
     files = sorted(real.glob("*/*.[jJ][pP]*[gG]")) if real else []
@@ -110,7 +110,7 @@ def _member(name: str, content: bytes) -> bytes:
 
 
 def _apart(step: str, folder: str) -> dict[str, Any]:
-    """A step in a process of its own, so that its memory is its own too."""
+    """Run a step in a process of its own, to measure its memory alone."""
     command = [sys.executable, "-m", "bench.training_cost.data", step, folder]
     return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout)
 
@@ -138,7 +138,7 @@ _STEPS = {"index": _index, "open_and_match": _open_and_match}
 
 
 def _real(train: Samples) -> Samples:
-    """The real images, as many as a batch takes; all of them flat where none were given."""
+    """Return the real images, at most a batch; all of them flat if none were given."""
     return train.subset(np.arange(0, len(train), REAL_EVERY)[:BATCH])
 
 
@@ -151,7 +151,7 @@ def _first_batch(samples: Samples) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _watched() -> Iterator[dict[str, Any]]:
-    """Seconds of the block, the most memory that this process held during it, and how much more that is than before."""
+    """Measure the seconds of the block, the peak memory of this process during it, and its rise from before."""
     facts: dict[str, Any] = {}
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     before = _resident("VmRSS")
@@ -171,7 +171,7 @@ def _resident(field: str) -> int:
 
 
 def _decoding(real: Path, rounds: int) -> list[dict[str, Any]]:
-    """Images a second and core, in rounds where every contender takes all images once."""
+    """Measure images a second and core, in rounds in which every contender takes all images once."""
     with tempfile.TemporaryDirectory() as temporary:
         for split in ("train", "val"):
             os.symlink(real.resolve(), f"{temporary}/{split}")
@@ -218,7 +218,7 @@ def _evaluation(samples: Samples, real: Path) -> dict[str, Callable[[], Any]]:
 
 def _ours(samples: Samples, name: str, augment: str) -> Callable[[], Any]:
     def once() -> int:
-        # A loader of its own each time: a set this small would be kept decoded.
+        # A new loader each time: it would keep such a small set decoded.
         loader = Loader(
             samples, PREPROCESSING, batch_size=32, augment=augment, workers=0, decode=name.removeprefix("ours, ")
         )

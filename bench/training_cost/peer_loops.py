@@ -10,8 +10,7 @@ each batch; normalisation inside the model; float32.
 `methods/unlearning_methods/finetune.py` for the retain step: cross-entropy, the loss copied to the host before the
 backward pass, SGD with momentum 0.9, decay 5e-4, rate 0.02. `methods/unlearning_methods/bad_teacher.py` for the
 forget step: two teachers on every batch, KL divergence between softmaxes, Adam with rate 1e-4, the loss copied to the
-host. On CUDA its `fabric_setup.py` allows TF32 (`set_float32_matmul_precision("high")`). "32-true" of the precisions
-that it can be told.
+host. On CUDA its `fabric_setup.py` allows TF32 (`set_float32_matmul_precision("high")`). Of its precisions, "32-true".
 
 Of both: images are decoded, flipped and made floats one by one on the host, collated, and moved without pinning
 (SalUn) or pinned (supreme). Left out of both: worker processes of the loader, because contenders that wait must not
@@ -103,7 +102,7 @@ class _Loop:
             yield from self.loader
 
     def close(self) -> None:
-        """Nothing is held beyond the object."""
+        """Do nothing: there are no resources beyond the object."""
 
 
 class SalunStep(_Loop):
@@ -144,7 +143,7 @@ class SalunStep(_Loop):
 
     @torch.no_grad()
     def _keep_the_others(self) -> None:
-        """Weights outside the mask stay what they were; momentum and decay would move them."""
+        """Restore the weights outside the mask: momentum and decay would change them."""
         for name, weight in self.model.named_parameters():
             mask = self.mask[name]
             others = 1 - mask

@@ -1,8 +1,8 @@
-"""ImageNet's hours, projected from measured steps and stated recipes. Nothing about quality is claimed here.
+"""Project hours on ImageNet from measured steps and stated recipes; this gives no figure of quality.
 
 Steps of LetheViT's two stages, the teacher's passes and plain passes are timed here by the engine itself, on images
-already in memory; `engine.plan.work` says how many images of each kind a job takes, evaluation and watching included.
-Not in it: decoding, communication between devices, checkpoints.
+already in memory. `engine.plan.work` has the number of images of each kind in a job, evaluation and watching included.
+Not included: decoding, communication between devices, checkpoints.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from engine.plan.cost import count_cost
 from engine.plan.work import RECIPES as PLANNED
 from engine.plan.work import Sizes, phases_of, retraining_work, seconds_of, unlearning_work
 
-# The request that is projected: a tenth of the training images, and the methods beside the retrain.
+# The projected request: a tenth of the training images, and the methods to compare with the retrain.
 FORGET_SHARE = 0.1
 TEST_IMAGES = 50_000
 METHODS = ("lethe", "finetune")
@@ -37,7 +37,7 @@ METHODS = ("lethe", "finetune")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a model is trained on ImageNet-1k. batch: images a step; resolution in pixels; source: whose it is.
+    """How a model is trained on ImageNet-1k. batch: images a step; resolution in pixels; source: who published it.
 
     published_for: the models that the source trained so; for others it is an assumption.
     """
@@ -52,7 +52,7 @@ class Recipe:
 
 
 def _recipe(key: str, name: str, published_for: tuple[str, ...]) -> Recipe:
-    """One that `lethe plan` knows too; both were published at batch 1024 and 224 pixels."""
+    """Return a recipe of `lethe plan`; both were published at batch 1024 and 224 pixels."""
     epochs, source = PLANNED[key]
     return Recipe(name=name, epochs=epochs, batch=1024, source=source, published_for=published_for)
 
@@ -65,7 +65,7 @@ RECIPES = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Timed:
-    """What is measured of a model: images a step, steps that are timed of each stage, and steps before them."""
+    """Sizes of a measurement: images a step, steps that are timed of each stage, and steps before them."""
 
     batch: int
     steps: int
@@ -79,7 +79,7 @@ def project(
     timed: Timed,
     price: float | None,
 ) -> list[dict[str, Any]]:
-    """An entry a model, as `projection` of `bench.quality.retrain_cost` describes it. price: of one device-hour."""
+    """Return an entry a model, as `projection` of `bench.quality.retrain_cost`. price: of one device-hour."""
     return [_project(model, device, precision, timed, price) for model in models]
 
 
@@ -124,15 +124,15 @@ def _project(
 
 
 def sizes_of(recipe: Recipe) -> Sizes:
-    """The request on the recipe's images, on one device."""
+    """Return the sizes of the request on the recipe's images, on one device."""
     forget = round(recipe.images * FORGET_SHARE)
     return Sizes(forget=forget, retain=recipe.images - forget, test=TEST_IMAGES, ranks=1, batch=recipe.batch)
 
 
 def measure(model: Model, device: torch.device, precision: Literal["fp32", "bf16"], timed: Timed) -> dict[str, Any]:
-    """Seconds of every timed step of both stages, and images a second of all kinds of passes (medians).
+    """Measure every timed step of both stages in seconds, and images a second of all kinds of passes (medians).
 
-    watts: mean over the timed steps where the device reports energy.
+    watts: mean over the timed steps if the device reports energy.
     """
     images = 4 * timed.batch
     meter = EnergyMeter(device)
@@ -171,7 +171,7 @@ def measure(model: Model, device: torch.device, precision: Literal["fp32", "bf16
 
 
 def _forward_rate(case: StepCase, device: torch.device, images: int) -> float:
-    """Images a second of an evaluation, the second time, when all images are decoded."""
+    """Return the images a second of an evaluation, the second time, when all images are decoded."""
     samples, model = digits(case, images), case.model.spec().build(seed=0).to(device)
     loader = Loader(samples, preprocessing_of(model), batch_size=case.batch, device=device, workers=0)
     predict(model, loader, case.precision)
@@ -181,7 +181,7 @@ def _forward_rate(case: StepCase, device: torch.device, images: int) -> float:
 
 
 def print_projection(projection: Sequence[dict[str, Any]]) -> None:
-    """A table a model."""
+    """Print a table a model."""
     for found in projection:
         table = Table("ImageNet-1k", "epochs", header_style="bold", title=f"{found['model']}, {found['words']}")
         recipes = [each["recipe"] for each in found["hours"] if each["recipe"]]

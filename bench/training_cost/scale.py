@@ -1,4 +1,4 @@
-"""Several ranks against one process: the same model? And ViT-L: as much memory as `lethe plan` says?
+"""Compare several ranks with one process, and the memory of ViT-L with the estimate of `lethe plan`.
 
 Both start the command itself, as a user does, in processes of their own.
 """
@@ -38,7 +38,10 @@ class Launched:
 
 
 def launch(arguments: Sequence[str], ranks: int, config: Path | None, log: Path) -> Launched:
-    """`lethe ARGUMENTS` on some ranks of this host, a thread each. Raises RuntimeError with the end of its output."""
+    """Run `lethe ARGUMENTS` on some ranks of this host, a thread each.
+
+    Raises RuntimeError with the end of its output.
+    """
     start = [sys.executable, "-m"]
     if config is not None:
         start += ["torch.distributed.run", "--nproc_per_node", str(ranks), "--rdzv_backend", "c10d"]
@@ -63,7 +66,7 @@ def launch(arguments: Sequence[str], ranks: int, config: Path | None, log: Path)
 
 
 def _peaks(parent: int) -> Iterator[tuple[int, int]]:
-    """(rank, VmHWM in bytes) of the ranks below a process, or of itself where it has none."""
+    """Yield (rank, VmHWM in bytes) of the ranks below a process, or of itself if it has none."""
     below = [pid for pid in _below(parent) if (rank := _rank(pid)) is not None and rank >= 0]
     for pid in below or [parent]:
         try:
@@ -100,7 +103,10 @@ def run_equality(
     precisions: Sequence[str],
     json_file: Path | None,
 ) -> bool:
-    """One process, DeepSpeed on one process, and two ranks at every stage, after the same steps. True: within 1e-5."""
+    """Compare one process, DeepSpeed on one process, and two ranks at every stage, after the same steps.
+
+    Returns whether the results agree within 1e-5.
+    """
     report, rows = Report(), list[dict[str, Any]]()
     with tempfile.TemporaryDirectory(prefix="lethe-equality-") as name:
         folder = Path(name)
@@ -191,7 +197,7 @@ def _compare(first: Path, second: Path) -> dict[str, Any]:
 def run_memory(
     architecture: str, images: Path, stages: Sequence[str], batch_size: int, steps: int, json_file: Path | None
 ) -> bool:
-    """Real optimizer steps on two ranks on real images; peak memory beside the plan's. True: all within 20%."""
+    """Run optimizer steps on two ranks on real images; compare peak memory with the estimate. True: all within 20%."""
     report, rows = Report(), list[dict[str, Any]]()
     with tempfile.TemporaryDirectory(prefix="lethe-memory-") as name:
         folder = Path(name)

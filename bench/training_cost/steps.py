@@ -1,7 +1,7 @@
-"""Optimizer steps one at a time: ours as `engine.unlearn` runs them, and the loop that one writes for the same work.
+"""Optimizer steps one at a time: those of `engine.unlearn`, and the plain loop for the same work.
 
-Both see the same images (scikit-learn's digits at the model's size), batches of one size, flips in the retain stage,
-AdamW with the run's decay and clipping. The plain forget step is the paper's: in every step the original sees the
+Both have the same images (scikit-learn's digits at the model's size), batches of one size, flips in the retain stage,
+AdamW with the run's decay and clipping. The plain forget step is the paper's: in every step the original processes the
 image and its masked copy, with the masks of attention rollout over explicit maps.
 """
 
@@ -31,7 +31,7 @@ _DECAY, _CLIP, _RATE = RunConfig().weight_decay, RunConfig().grad_clip, 1e-4
 
 
 def digits(case: StepCase, images: int | None) -> Samples:
-    """Whole batches of digits: as many images as asked for, 8 batches by default, or what there is."""
+    """Return whole batches of digits: the given number of images, 8 batches by default, at most all."""
     train = open_source("digits").train
     wanted = min(len(train), images or 8 * case.batch)
     return train.subset(range(wanted // case.batch * case.batch or wanted))
@@ -70,7 +70,7 @@ class EngineStep:
         self.prepare_seconds = time.perf_counter() - began
         run.train_engine.begin_phase(_RATE)
         run.train_engine.model.train()
-        # Constant: a benchmark takes more steps than any schedule has.
+        # Constant rate: a benchmark takes more steps than any schedule has.
         self._schedule = torch.optim.lr_scheduler.ConstantLR(run.train_engine.optimizer, factor=1.0)
         self._batches = self._endless()
 
@@ -87,7 +87,7 @@ class EngineStep:
 
     @contextlib.contextmanager
     def timed(self) -> Iterator[None]:
-        """Inside, steps fill `parts`; the device is waited for around each, so the steps are slower."""
+        """Fill `parts` during the block; each step waits for the device, so the steps are slower."""
         batches, method, train_engine = self._batches, self._run.method, self._run.train_engine
         timed = {
             (method, "loss"): "forward",
@@ -129,7 +129,7 @@ class EngineStep:
 
 
 class PlainStep:
-    """The same mathematics in plain torch and timm; nothing of the engine or its kernels computes here."""
+    """The same mathematics in plain torch and timm, without code of the engine or its kernels."""
 
     def __init__(
         self, case: StepCase, device: torch.device, attention: str = "sdpa", images: int | None = None
@@ -200,7 +200,7 @@ class PlainStep:
         return F.cross_entropy(similarities / LetheConfig().temperature, labels)
 
     def _with_maps(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Logits, and the attention of every block [B, H, N, N], as hooks on explicit attention collect it."""
+        """Return logits, and the attention of every block [B, H, N, N], as hooks on explicit attention collect it."""
         assert self.original is not None
         maps: list[Tensor] = []
         hooks = [
@@ -214,11 +214,11 @@ class PlainStep:
         return logits, maps
 
     def close(self) -> None:
-        """Nothing is held beyond the object."""
+        """Do nothing: there are no resources beyond the object."""
 
 
 def _rollout(maps: list[Tensor]) -> Tensor:
-    """Attention rollout [B, N, N] by full products (Abnar and Zuidema 2020), batched."""
+    """Compute attention rollout [B, N, N] by full products (Abnar and Zuidema 2020), batched."""
     identity = torch.eye(maps[0].shape[-1], device=maps[0].device)
     result = identity
     for each in maps:

@@ -1,12 +1,12 @@
-"""`python -m bench train`: optimizer steps of LetheViT beside the loops that one writes, and those of peers.
+"""Compare optimizer steps of LetheViT with plain loops and those of other libraries: `python -m bench train`.
 
 Every loop runs in a process of its own (`bench.harness.workers`), on the same images with the same batch. Speeds are
-ratios formed within rounds. The time of the forget step that counts is the one with its share of `prepare`: teacher
-passes and masks are computed once for all forget images and used in every forget epoch.
+ratios formed within rounds. The time of the forget step includes its share of `prepare`: teacher passes and masks are
+computed once for all forget images and used in every forget epoch.
 
 MFU: flops of the products of a step (forward and backward pass of the student, and the forward passes of the original
 that the loop makes in the step), counted by `torch.utils.flop_counter` on the plain model with explicit attention,
-over the step's time and the rate of products measured in the same run (`bench.harness.matmul`). What is computed twice
+over the step's time and the rate of products measured in the same run (`bench.harness.matmul`). Recomputation
 (gradient checkpointing), softmax, norms and the optimizer are not counted.
 """
 
@@ -41,15 +41,15 @@ from engine.runtime.device import resolve_device
 Case = dict[str, Any]
 
 OURS, OURS_COMPILED = "ours", "ours, compiled"
-# What ours is to reach: times as fast as the plain loops.
+# Targets of this engine: times as fast as the plain loops.
 FP32_TARGET, BF16_TARGET = 1.5, 1.15
-# What a row is compared with: the fastest loop of a group, by its median.
+# A row is compared with the fastest loop of a group, by its median.
 BEST_FP32, BEST_BF16, BEST_ANY = "best plain fp32", "best plain bf16", "best plain bf16, compiled too"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Loop:
-    """A contender, and what its figures need. kind: of its products. group: of the plain loops, as above, or none.
+    """A contender, and data for its figures. kind: of its products. group: of the plain loops, as above, or none.
 
     teacher_passes: forward passes of a frozen model in every step.
     """
@@ -68,9 +68,9 @@ def run_train(
     threads: int | None = None,
     minutes: float | None = None,
 ) -> dict[str, Any]:
-    """Prints and returns the cases, their rows (one a loop) and the targets with what was reached.
+    """Print and return the cases, their rows (one a loop) and the targets with their results.
 
-    only: cases with this in their name. threads: of every loop; None: as many as PyTorch takes. minutes: no case
+    only: cases with this in their name. threads: of every loop; None: PyTorch's default. minutes: no case
     begins after that; those left out are named. The file is written after every case.
     """
     where = resolve_device(device)
@@ -121,9 +121,9 @@ def _device_name(device: torch.device) -> str:
 
 
 def loops_of(case: TrainCase, device: torch.device) -> list[Loop]:
-    """Ours first."""
+    """Return the loops of a case, this engine's first."""
     step = case.step
-    # Each compilation takes its time, and on CUDA explicit attention is no rival.
+    # Left out: each compilation takes time, and on CUDA explicit attention is not competitive.
     compiled = ("sdpa", "eager") if device.type == "cpu" and case.against == "all" else ("sdpa",)
     if case.against == "checkpointing":
         without = dataclasses.replace(step, checkpointing=False)
@@ -179,7 +179,7 @@ def _peer(name: str, build: Any, step: StepCase, notes: dict[str, str], kind: Ki
 
 
 def _peaks(cases: Sequence[TrainCase], device: torch.device, threads: int, quick: bool) -> dict[Kind, Row]:
-    """The rate of products of every kind that a loop of the cases has."""
+    """Return the rate of products of every kind that a loop of the cases has."""
     kinds = sorted({loop.kind for case in cases for loop in loops_of(case, device)})
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -229,7 +229,7 @@ def _measured(case: TrainCase, device: torch.device, threads: int, peaks: dict[K
 
 
 def flops_per_image(model: Model) -> tuple[int, int]:
-    """Of the products in (a forward pass, a forward and backward pass) of one image, computed without any memory."""
+    """Count the flops of the products in (a forward pass, a forward and backward pass) of one image, without memory."""
     with torch.device("meta"):
         network = model.spec().build()
         images = torch.empty(1, *_input_shape(network))
@@ -249,7 +249,7 @@ def _input_shape(network: torch.nn.Module) -> tuple[int, ...]:
 
 
 def _best(loops: Sequence[Loop], rows: Sequence[Row]) -> dict[str, Row]:
-    """The fastest measured loop of every group."""
+    """Return the fastest measured loop of every group."""
     best: dict[str, Row] = {}
     for loop, row in zip(loops, rows, strict=True):
         for group in loop.groups if row["status"] == "measured" else ():
@@ -261,14 +261,20 @@ def _best(loops: Sequence[Loop], rows: Sequence[Row]) -> dict[str, Row]:
 
 
 def times_as_fast(row: Row, other: Row, *, prepare: bool = True) -> list[float]:
-    """How many times as fast as the other, round by round, with the row's share of `prepare` in its time or not."""
+    """Return how many times as fast as the other, round by round.
+
+    prepare: whether the row's time includes its share of `prepare`.
+    """
     charge = row["prepare_a_step"] if prepare else 0.0
     pairs = zip(row["seconds"], other["seconds"], strict=True)
     return [(theirs + other["prepare_a_step"] * prepare) / (mine + charge) for mine, theirs in pairs]
 
 
 def targets_of(case: TrainCase, rows: Sequence[Row], best: dict[str, Row]) -> list[dict[str, Any]]:
-    """Of the cases that hold float32 beside bf16: text, passed (None where a plain loop was not measured), numbers."""
+    """Return the targets of cases with both float32 and bf16.
+
+    A target has text, passed (None if a plain loop was not measured), numbers.
+    """
     if case.against not in ("all", "uncompiled") or case.step.precision != "bf16":
         return []
     targets = []
@@ -280,7 +286,7 @@ def targets_of(case: TrainCase, rows: Sequence[Row], best: dict[str, Row]) -> li
     ):
         measured = [named[name] for name in mine if named[name]["status"] == "measured"]
         if not measured:
-            passed: bool | None = False  # ours that does not run has missed
+            passed: bool | None = False  # without this engine's row the target is missed
             numbers = "; ".join(f"{name}: {named[name]['status']}" for name in mine)
         elif group not in best:
             passed, numbers = None, "no such loop was measured"
@@ -332,7 +338,7 @@ def _print(case: Case) -> None:
 
 
 def _parts(parts: dict[str, float]) -> str:
-    """Shares of a step that the device was waited for after every part of it."""
+    """Format the shares of a step in which the device is synchronised after every part."""
     whole = parts["all"]
     named = {part: seconds for part, seconds in parts.items() if part != "all"}
     named["other"] = whole - sum(named.values())
@@ -341,6 +347,6 @@ def _parts(parts: dict[str, float]) -> str:
 
 
 def _speeds(row: Row, charge: float, times: dict[str, list[float]]) -> list[str]:
-    """Images a second, median and range, and the ratios."""
+    """Format images a second, median and range, and the ratios."""
     speeds = [row["batch"] / (seconds + charge) for seconds in (row["median"], row["most"], row["least"])]
     return [f"{speeds[0]:.1f}", f"{speeds[1]:.1f} to {speeds[2]:.1f}", *(spread(each) for each in times.values())]

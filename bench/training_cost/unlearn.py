@@ -1,8 +1,8 @@
-"""`python -m bench unlearn`: how the cost of unlearning grows, with fitted exponents beside the expected ones.
+"""Measure how the cost of unlearning grows, and compare fitted with expected exponents: `python -m bench unlearn`.
 
-All sizes of a curve are measured in every round. A curve passes where its exponent is within the tolerance of the
+All sizes of a curve are measured in every round. A curve passes if its exponent is within the tolerance of the
 expected one and that of its two largest sizes is not above it: an accidental O(N^2) with a small factor is steep only
-there. Anything else reads LOOK. It measures and does not judge: LOOK does not change the exit code.
+at large sizes. Otherwise the table has LOOK, which does not change the exit code.
 
 The JSON, below the heading of `bench.harness.report`:
 
@@ -14,7 +14,7 @@ The JSON, below the heading of `bench.harness.report`:
                  "expected": float, "tolerance": float, "why": str, "within": bool}],
      "skipped": [{"section": str, "reason": str}]}
 
-sizes are in units of `variable`; labels say them for people. For uncertainty see
+sizes are in units of `variable`; labels are their names in tables. For uncertainty see
 `bench.training_cost.unlearn_curves.Fit`.
 """
 
@@ -48,7 +48,7 @@ def run_unlearn(
     only: Sequence[str] = (),
     plot: Path | None = None,
 ) -> dict[str, Any]:
-    """Prints and returns the curves. only: sections by name. Raises UserError for one that is not known."""
+    """Print and return the curves. only: sections by name. Raises UserError for an unknown section."""
     for name in only:
         if name not in SECTIONS:
             raise UserError(f"--only {name}: no such section{nearest(name, SECTIONS)}")
@@ -99,5 +99,5 @@ def _print(curves: Sequence[dict[str, Any]], skipped: Sequence[dict[str, str]], 
 
 
 def verdict(curve: dict[str, Any]) -> str:
-    """In rich's markup."""
+    """Return the verdict in rich's markup."""
     return "[green]PASS[/green]" if curve["within"] else "[red]LOOK[/red]"

@@ -1,4 +1,4 @@
-"""The curves of `python -m bench unlearn`: what is measured at which sizes, and which exponents are expected of it."""
+"""The curves of `python -m bench unlearn`: quantities, sizes, and expected exponents."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ from lethe_kernels import attention_rollout, info_nce, resolve_backend
 from lethe_kernels.rollout import attention_rollout_reference
 
 TOLERANCE = 0.25
-FLAT = 0.15  # of what must not grow at all
-SECONDS = 60.0  # of one set of sizes; three rounds are measured all the same
+FLAT = 0.15  # tolerance of what must not grow at all
+SECONDS = 60.0  # time limit of one set of sizes; at least three rounds are measured
 FORGET_PART = 10  # one sample in so many is forgotten where requests are matched
 STEPS = 20  # of a run whose cost must not grow with the data
 RANK_STEPS = 8  # of each phase, where ranks are compared
 WIDTH = 256  # of the features that InfoNCE contrasts
 
-# What each call says of itself, of each size the rounds.
+# Reports of the calls, of each size the rounds.
 Reports = list[list[Mapping[str, float]]]
 
 
@@ -87,9 +87,9 @@ def _slope(sizes: Sequence[float], values: Sequence[float]) -> float:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Curve:
-    """A cost at some sizes. values: the rounds of each size. expected: its exponent; why: that one.
+    """A cost at some sizes. values: the rounds of each size. expected: its exponent; why: the reason for that exponent.
 
-    note: what else the values say.
+    note: further information about the values.
     """
 
     name: str
@@ -104,7 +104,7 @@ class Curve:
     note: str = ""
 
     def judged(self, section: str) -> dict[str, Any]:
-        """The curve with its fit and verdict, as the JSON has it."""
+        """Return the curve with its fit and verdict, as in the JSON."""
         found = fit(self.sizes, self.values)
         off, growth = found.exponent - self.expected, found.largest - self.expected
         return {
@@ -114,7 +114,7 @@ class Curve:
             "exponent": found.exponent,
             "uncertainty": found.uncertainty,
             "exponent_of_largest_two": found.largest,
-            # Fixed costs flatten the small sizes; what is steeper than it should be shows at the large ones.
+            # Fixed costs flatten the curve at small sizes; an exponent that is too large shows at large ones.
             "within": abs(off) <= self.tolerance and growth <= self.tolerance,
         }
 
@@ -140,7 +140,7 @@ class Setting:
         return case.cuda_batch if self.cuda else case.batch
 
     def seconds(self, case: ScalingCase, calls: Sequence[Callable[[], Any]]) -> list[list[float]]:
-        """Seconds of every call in every round, after a call that does not count."""
+        """Return the seconds of every call in every round, after a call that does not count."""
         for call in calls:
             call()
         named = {str(number): call for number, call in enumerate(calls)}
@@ -155,7 +155,7 @@ class Setting:
         return list(reports.values())
 
     def peaks(self, calls: Sequence[Callable[[], Any]]) -> list[list[float]]:
-        """Tracked bytes of every call, once: they do not wobble."""
+        """Return the tracked bytes of every call, once, because they do not vary."""
         return [[peak_bytes(call, self.device)] for call in calls]
 
 
@@ -164,7 +164,7 @@ def _part(reports: Reports, key: str) -> list[list[float]]:
 
 
 class SkippedError(Exception):
-    """A section that cannot run here; the message says why."""
+    """A section that cannot run here; the message has the reason."""
 
 
 # --- runs of the engine -----------------------------------------------------------------------------------------------
@@ -199,7 +199,7 @@ def _retain(setting: Setting, case: ScalingCase) -> Iterator[Curve]:
 
 
 def _dataset(setting: Setting, case: ScalingCase) -> Iterator[Curve]:
-    """What must be linear, or not grow at all, where a run looks at few of very many samples."""
+    """Yield what must be linear, or not grow at all, if a run reads few of very many samples."""
     sizes = setting.sizes(case)
     sets = [synthetic(count) for count in sizes]
     linear = functools.partial(Curve, quantity="seconds", variable="samples", sizes=sizes, expected=1)
@@ -239,13 +239,13 @@ def _dataset(setting: Setting, case: ScalingCase) -> Iterator[Curve]:
         sizes=sizes,
         values=_part(reports, "retain_phase"),
         expected=0,
-        why="the same steps, beside one permutation",
+        why="the same steps, and one permutation",
         tolerance=FLAT,
     )
 
 
 def synthetic(count: int) -> Samples:
-    """Samples with ids of ImageNet's kind; their images are scikit-learn's digits over and over."""
+    """Return samples with ids of ImageNet's kind; their images are scikit-learn's digits, repeated."""
     images, labels = _digits(), np.arange(count) % 10
     ids = [f"n{label:08d}_{number}" for number, label in enumerate(labels.tolist())]
     return Samples(f"{count:,} samples", ids, labels, functools.partial(_cycled, images))
@@ -257,7 +257,7 @@ def _cycled(images: list[Tensor], index: int) -> Tensor:
 
 @functools.cache
 def _digits() -> list[Tensor]:
-    """uint8 [3, H, W] at the input size of `TINY`: resized once, so that decoding is in no curve."""
+    """Return uint8 [3, H, W] at the input size of `TINY`: resized once, so that no curve includes decoding."""
     train, preprocessing = open_source("digits").train, preprocessing_of(TINY.spec().build(seed=0))
     return [preprocessing.resize(train.tensor(index, 3)) for index in range(len(train))]
 
@@ -275,7 +275,10 @@ def _deal(count: int, batch: int) -> None:
 def _runs(
     setting: Setting, case: ScalingCase, sets: Sequence[tuple[Samples, Samples]], options: Mapping[str, Any]
 ) -> Reports:
-    """Seconds by part of `engine.unlearn` on each (forget, retain). set_up: all that is neither prepare nor a phase."""
+    """Return the seconds by part of `engine.unlearn` on each (forget, retain).
+
+    The part set_up is all except prepare and phases.
+    """
     model, watched = TINY.spec().build(seed=0), synthetic(20)  # few are watched: the same work for every size
     config = {"device": str(setting.device), "precision": "fp32", "batch_size": setting.batch(case), "workers": 0}
     config |= {"collapse_drop": 100, **options}  # a collapse would end the phase early
@@ -419,7 +422,7 @@ def _flops(call: Callable[[], Any]) -> int:
 
 
 def _steps(setting: Setting, case: ScalingCase, models: Sequence[Model]) -> tuple[list[list[float]], list[list[float]]]:
-    """(seconds, tracked bytes) of retain steps of each model."""
+    """Return (seconds, tracked bytes) of retain steps of each model."""
     batch = setting.batch(case)
     cases = [StepCase(model=model, phase="retain", precision=_precision(setting), batch=batch) for model in models]
     steps = [EngineStep(each, setting.device, images=batch) for each in cases]
@@ -431,7 +434,7 @@ def _steps(setting: Setting, case: ScalingCase, models: Sequence[Model]) -> tupl
 
 
 def _images(model_case: Model, model: nn.Module, count: int) -> Tensor:
-    """Normalised digits [count, C, H, W] as the model wants them."""
+    """Return normalised digits [count, C, H, W] of the model's input size."""
     samples = digits(StepCase(model=model_case, phase="retain", precision="fp32", batch=count), count)
     preprocessing, channels = preprocessing_of(model), attention_info(model).in_chans
     pixels = [preprocessing.resize(samples.tensor(index, channels)) for index in range(count)]
@@ -452,7 +455,7 @@ def _ranks(setting: Setting, case: ScalingCase) -> Iterator[Curve]:
     with tempfile.TemporaryDirectory(prefix="lethe-ranks-") as name:
         original = save_checkpoint(YARDSTICK.spec().build(seed=0), Path(name, "original"))
         launch = functools.partial(_launch, Path(name), original)
-        launch(ranks=1, batch=1, steps=1)  # the first run on a machine compiles what DeepSpeed wants compiled
+        launch(ranks=1, batch=1, steps=1)  # the first run on a machine compiles DeepSpeed's extensions
         calls = [functools.partial(launch, ranks, case.batch // ranks, RANK_STEPS) for ranks in sizes]
         reports = setting.reports(case, calls)
     curve = functools.partial(
@@ -466,7 +469,7 @@ def _ranks(setting: Setting, case: ScalingCase) -> Iterator[Curve]:
 
 
 def _launch(folder: Path, original: Path, ranks: int, batch: int, steps: int) -> Mapping[str, float]:
-    """Seconds by part of a run under torchrun. batch: of a rank. steps: of each phase."""
+    """Return the seconds by part of a run under torchrun. batch: of a rank. steps: of each phase."""
     out = Path(tempfile.mkdtemp(dir=folder))
     options: dict[str, Any] = {"max_steps": steps, "checkpoint_every": None}
     arguments = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]

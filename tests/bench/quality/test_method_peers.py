@@ -326,7 +326,7 @@ def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
 def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
     """An evaluation that looks at the weights alone; the true one is that of `python -m bench leaderboard`."""
 
-    def looked_at(subject: Subject, task: Any, options: Any, model: nn.Module) -> dict[str, Any]:
+    def quality_of(subject: Subject, task: Any, options: Any, model: nn.Module) -> dict[str, Any]:
         sha256 = weights_sha256(model)
         share = int(sha256[:4], 16) / 16**4
         return {
@@ -336,7 +336,7 @@ def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
             "forget_classes": " ".join(sha256[:3]),
         }
 
-    monkeypatch.setattr(method_peers, "looked_at", looked_at)
+    monkeypatch.setattr(method_peers, "quality_of", quality_of)
 
 
 def _fake(called: list[tuple[int, Any]], **changed: Any) -> Peer:

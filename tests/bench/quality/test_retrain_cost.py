@@ -139,10 +139,10 @@ def test_the_time_of_the_evaluation_decodes_images_anew(subject: Subject, monkey
 def test_quality_is_what_lethe_evaluate_says(subject: Subject) -> None:
     task, options = Task.open(subject.data, subject.forget), {"precision": "fp32"}
     models = [tiny_vit(seed=seed) for seed in range(3)]
-    looked = [retrain_cost.looked_at(subject, task, options, model) for model in models]
-    references = [{"name": str(number), **row} for number, row in enumerate(looked[1:])]
-    row = {"method": "lethe", "seed": 0, "collapsed": False, "seconds": {"total": 1.0}, **looked[0]}
-    entry = retrain_cost._entry(subject, task, looked[0], references, [row], price=None)
+    found = [retrain_cost.quality_of(subject, task, options, model) for model in models]
+    references = [{"name": str(number), **row} for number, row in enumerate(found[1:])]
+    row = {"method": "lethe", "seed": 0, "collapsed": False, "seconds": {"total": 1.0}, **found[0]}
+    entry = retrain_cost._entry(subject, task, found[0], references, [row], price=None)
     evaluator = task.evaluator(options)
     truth = compare(evaluator(models[0]), [evaluator(model) for model in models[1:]])
     (made,) = entry["rows"]
@@ -160,20 +160,20 @@ def test_quality_is_what_lethe_evaluate_says(subject: Subject) -> None:
 def test_no_retrained_model_is_compared_with_itself(report: dict[str, Any], subject: Subject) -> None:
     task = Task.open(subject.data, subject.forget)
     rows, untouched = report["tasks"]["toy"]["rows"], report["tasks"]["toy"]["untouched"]
-    looked = {key: untouched[key] for key in ("accuracy", "mia", "weights_sha256", "forget_classes")}
-    own = retrain_cost._entry(subject, task, looked, [], rows, price=None)
+    found = {key: untouched[key] for key in ("accuracy", "mia", "weights_sha256", "forget_classes")}
+    own = retrain_cost._entry(subject, task, found, [], rows, price=None)
     assert [reference["name"] for reference in own["references"]] == ["retrained, seed 0", "retrained, seed 1"]
     first, second = (row for row in own["rows"] if row["method"] == "retrain")
     assert first["gap"]["average"] == pytest.approx(own["noise_floor"])
     assert first["gap"] == second["gap"]
     assert first["agreement"] == pytest.approx(own["noise_floor_agreement"])
-    one = retrain_cost._entry(subject, task, looked, [], [row for row in rows if row["seed"] == 0], price=None)
+    one = retrain_cost._entry(subject, task, found, [], [row for row in rows if row["seed"] == 0], price=None)
     assert (one["noise_floor"], one["noise_floor_agreement"]) == (None, None)
     (alone,) = (row for row in one["rows"] if row["method"] == "retrain")
     assert (alone["gap"], alone["gap_to_floor"], alone["agreement"]) == (None, None, None)
     assert all(row["gap"] for row in one["rows"] if row["method"] != "retrain")
     # The same reference twice is no noise floor.
-    twice = retrain_cost._entry(subject, task, looked, [own["references"][0]] * 2, rows, price=None)
+    twice = retrain_cost._entry(subject, task, found, [own["references"][0]] * 2, rows, price=None)
     assert twice["noise_floor"] is None
 
 

@@ -223,13 +223,13 @@ def test_a_slowdown_is_found_and_none_is_invented(sides: type[Sides], noise: flo
     sides.noise = noise
     comparison = Comparison(REVISION)
     clean = comparison.compare("a", 1.15)
-    assert len(clean.looks) == 1
-    assert clean.looks[0] == pytest.approx(1.0, abs=0.12)
+    assert len(clean.quotients) == 1
+    assert clean.quotients[0] == pytest.approx(1.0, abs=0.12)
     assert clean.rounds == 20 if noise < 0.1 else clean.rounds > 20  # more rounds where they are needed
     sides.slower = staticmethod(lambda pair: 1.3)
     slow = comparison.compare("a", 1.15)
-    assert slow.looks == (pytest.approx(1.3, rel=0.1), pytest.approx(1.3, rel=0.1))
-    assert slow.looks[-1] > 1.15
+    assert slow.quotients == (pytest.approx(1.3, rel=0.1), pytest.approx(1.3, rel=0.1))
+    assert slow.quotients[-1] > 1.15
     assert len(sides.started) == 4  # the second look has processes of its own
     comparison.close()
 
@@ -237,7 +237,7 @@ def test_a_slowdown_is_found_and_none_is_invented(sides: type[Sides], noise: flo
 def test_the_second_look_alone_is_judged(sides: type[Sides]) -> None:
     sides.slower = staticmethod(lambda pair: 1.3 if pair == 0 else 1.0)
     found = Comparison(REVISION).compare("a", 1.15)
-    assert found.looks == (pytest.approx(1.3), pytest.approx(1.0))
+    assert found.quotients == (pytest.approx(1.3), pytest.approx(1.0))
     assert found.verdicts("a", 1.15, REVISION.short)[0].state == "same"
 
 
@@ -331,7 +331,7 @@ SUITE_FILE = """
             found = {found}[case]
             if isinstance(found, Exception):
                 raise found
-            return Compared(seconds=(found * 1e-3, 1e-3), counts=(COUNTS, COUNTS), looks=(found,), rounds=20)
+            return Compared(seconds=(found * 1e-3, 1e-3), counts=(COUNTS, COUNTS), quotients=(found,), rounds=20)
 
     @pytest.fixture(autouse=True)
     def _no_processes(monkeypatch):
@@ -340,7 +340,7 @@ SUITE_FILE = """
     @pytest.mark.parametrize("name", {found})
     def test_case(benchmark, baseline_gate, name):
         benchmark.disabled = True
-        assert baseline_gate.beside_revision(Place("a CPU, threads: 1, torch 2.0", "torch 2.0, cpu")) is {beside}
+        assert baseline_gate.against_revision(Place("a CPU, threads: 1, torch 2.0", "torch 2.0, cpu")) is {beside}
         if {beside}:
             benchmark.pedantic(baseline_gate.compare, (name,))
 """
@@ -375,7 +375,7 @@ def test_a_run_without_a_regression_is_green(run: Run) -> None:
     result = run("--benchmark", "--against", "v1", found="{'a': 1.149, 'b': 0.5}")
     assert result.ret == 0
     result.stdout.fnmatch_lines(
-        ["*benchmark: beside 0123456789, v1*", "case * time * 0123456789 * quotient*", "a * 1.15 ms * 1 ms * 1.149 *",
+        ["*benchmark: against 0123456789, v1*", "case * time * 0123456789 * quotient*", "a * 1.15 ms * 1 ms * 1.149 *",
          "b: time is 0.5 x that of 0123456789 (0.5 ms, there 1 ms)"]
     )  # fmt: skip
     assert result.stdout.str().count("closed") == 1
@@ -419,7 +419,7 @@ def test_a_baseline_that_does_not_fit_gives_way_to_the_merge_base(run: Run, pyte
         file.write_text(json.dumps(values))
         result = run("--benchmark")
         assert result.ret == 0
-        result.stdout.fnmatch_lines(["*benchmark: beside 0123456789, the merge base with main*"])
+        result.stdout.fnmatch_lines(["*benchmark: against 0123456789, the merge base with main*"])
     stored("a", "b").write(file)
     assert run("--benchmark", beside=False).ret == 0
     assert run("--benchmark", "--against", "v1").ret == 0  # what is asked for is done
@@ -441,7 +441,7 @@ def test_wrong_use(run: Run, options: list[str], message: str) -> None:
 
 
 def test_what_is_compared_is_said_with_both_times() -> None:
-    found = Compared(seconds=(2e-3, 1e-3), counts=(COUNTS, COUNTS), looks=(2.5, 2.0), rounds=60)
+    found = Compared(seconds=(2e-3, 1e-3), counts=(COUNTS, COUNTS), quotients=(2.5, 2.0), rounds=60)
     verdicts = found.verdicts("a step", 1.15, "0123")
     assert [verdict.measure for verdict in verdicts] == [TIME, *COUNTS]
     assert str(verdicts[0]) == "a step: time is 2 x that of 0123 (2 ms, there 1 ms), threshold 1.15"

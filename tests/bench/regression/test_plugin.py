@@ -71,7 +71,7 @@ def test_a_run_like_the_baseline_is_green(run: Run, known: Path) -> None:
     result = run("--benchmark", a=0.57)
     assert result.ret == 0
     result.stdout.fnmatch_lines(
-        ["*benchmark: beside the baseline*", "a CPU, threads: 1, *", "case *", "a * 0.570 * 0.500 * 1.140 * 1.150*"]
+        ["*benchmark: against the baseline*", "a CPU, threads: 1, *", "case *", "a * 0.570 * 0.500 * 1.140 * 1.150*"]
     )
     assert known.read_bytes() == before
 

@@ -255,9 +255,9 @@ class FakeBenchmark:
 class FakeGate:
     def __init__(self, baseline: float | None) -> None:
         self.baseline, self.updating = baseline, baseline is None
-        self.second_looks, self.judged = {}, []  # type: ignore[var-annotated]
+        self.second_quotients, self.judged = {}, []  # type: ignore[var-annotated]
 
-    def beside_revision(self, place: Place) -> bool:
+    def against_revision(self, place: Place) -> bool:
         return False
 
     def stored(self, case: str, place: Place) -> dict[str, float] | None:
@@ -287,7 +287,7 @@ def test_a_second_look_is_taken_at_what_seems_slower_and_alone_counts(
     gate, benchmark = FakeGate(baseline), FakeBenchmark()
     run_case(Case(name="a", build=lambda device: work, threshold=threshold), benchmark, gate, CPU)
     assert gate.judged == [judged]
-    assert gate.second_looks == ({"a": (2.0, 1.5)} if second else {})
+    assert gate.second_quotients == ({"a": (2.0, 1.5)} if second else {})
     assert set(COUNTED) <= set(benchmark.extra_info)
     assert ("second_look" in benchmark.extra_info) is second
     assert closed == [True]
