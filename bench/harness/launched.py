@@ -163,7 +163,7 @@ def require_good(launched: Launched) -> None:
     """Wait for an undisturbed run, and raise an error if it fails."""
     code = launched.wait()
     if code != 0:
-        raise RunStopped(f"a run that nobody disturbed ended with exit code {code}: {launched.tail()}")
+        raise RunStopped(f"the undisturbed run ended with exit code {code}: {launched.tail()}")
 
 
 def train_arguments(out: Path) -> list[str]:

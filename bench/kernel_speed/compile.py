@@ -183,7 +183,7 @@ def _examine(case: Case, kernel: Any, name: str) -> Compiled:
     if spilled:
         problems.append(f"spills {spilled} bytes a thread")
     if shared > target.shared:
-        problems.append(f"asks for {shared} bytes of shared memory, {target.shared} at most")
+        problems.append(f"needs {shared} bytes of shared memory, {target.shared} at most")
     # Not every kernel of a case multiplies, so the case as a whole is checked too (`compile_case`).
     predicted = {}
     if case.cost:

@@ -43,9 +43,7 @@ def _part(file: Path, name: str, code: int, seconds: int, budget: int) -> dict[s
     result = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
     problems = []
     if code in _TIMED_OUT:
-        problems.append(
-            f"{name}: not done within {budget} s" + ("; what was measured until then is kept" * bool(result))
-        )
+        problems.append(f"{name}: not done within {budget} s" + ("; results up to then are stored" * bool(result)))
     elif code:
         problems.append(f"{name}: exit code {code}")
     elif result is None:

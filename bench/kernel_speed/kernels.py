@@ -342,7 +342,7 @@ def print_targets(targets: list[dict[str, Any]], quick: bool) -> None:
         table.add_row(escape(target["target"]), verdict, target["numbers"])
     console.print(table)
     if quick:
-        console.print("[dim]--quick shows that everything runs; at these sizes no number means anything.[/dim]")
+        console.print("[dim]--quick is a smoke test: its figures are no results.[/dim]")
 
 
 def duration(seconds: float) -> str:

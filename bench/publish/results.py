@@ -42,7 +42,7 @@ def measured(path: Path) -> Report:
     """
     report = load(path)
     if report.get("settings", {}).get("quick"):
-        raise UserError(f"{_shown(path)} was made with --quick, whose numbers mean nothing; make it without")
+        raise UserError(f"{_shown(path)} was made with --quick, which is a smoke test; make it without --quick")
     return report
 
 
@@ -58,8 +58,8 @@ def fitted(files: Sequence[str], make: Callable[..., T], *reports: Report) -> T:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, StopIteration) as error:
         raise UserError(
-            f"{', '.join(files)} does not have what is read there ({type(error).__name__}: {error}); make it again, or "
-            "change what reads it"
+            f"{', '.join(files)} lacks a value that the documents need ({type(error).__name__}: {error}); "
+            "make it again, or change `bench/publish`"
         ) from error
 
 

@@ -63,10 +63,18 @@ class Table:
 # --- unlearning -------------------------------------------------------------------------------------------------------
 
 
+# Names of variants in the table, if they differ from those of the results.
+_VARIANTS = {"until forget samples look held out": "until forget samples match held-out samples"}
+
+
 def ablation_table(report: Report) -> Sheet:
     found = ablation.table_rows(report)
     last = found[-1][1]  # stages before the last are of interest in the default's run alone
-    rows = [[name, *cells] for name, stage, _, cells in found if stage == last or name == ablation.ALONE]
+    rows = [
+        [_VARIANTS.get(name, name), *cells]
+        for name, stage, _, cells in found
+        if stage == last or name == ablation.ALONE
+    ]
     rows.sort(key=lambda row: row[0] not in ("retain stage alone", ablation.ALONE))
     return Sheet(columns=["variant", *ablation.columns(report)], rows=rows, marked=_starting(rows, "default"))
 
@@ -321,8 +329,9 @@ def models_table(report: Report) -> Sheet:
     return Sheet(columns=columns, rows=rows, marked=frozenset({len(rows) - 1}))
 
 
-def _support(said: str) -> str:
-    return {"refused": "-"}.get(said.partition(":")[0], said.partition(":")[0])
+def _support(outcome: str) -> str:
+    kind = outcome.partition(":")[0]
+    return {"refused": "-"}.get(kind, kind)
 
 
 def ulira_table(report: Report) -> Sheet:
@@ -386,7 +395,7 @@ def masks_table(report: Report) -> Sheet:
     labels = {
         PLAIN: "forward pass alone, fused attention",
         HOOKED: f"{HOOKED} (vit-explain's algorithm, batched)",
-        FAST_VIT_ROLLOUT: f"{_versioned(report, FAST_VIT_ROLLOUT)} as it ships",
+        FAST_VIT_ROLLOUT: f"{_versioned(report, FAST_VIT_ROLLOUT)} at its defaults",
     }
     return _contenders(report, MASKING, "images to masked images", labels, "extra_bytes")
 

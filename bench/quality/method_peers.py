@@ -100,7 +100,7 @@ def run_method_peers(
     known = [peer.method for peer in peers]
     for name in methods:
         if name not in known:
-            raise UserError(f"--method {name!r}: no peer has it{nearest(name, known)}")
+            raise UserError(f"--method {name!r}: no compared library has this method{nearest(name, known)}")
     for name in terms:
         if name not in SETTINGS:
             raise UserError(f"--setting {name!r}: expected {' or '.join(SETTINGS)}")
@@ -156,7 +156,7 @@ def _measured(
     original = original_of(subject, task, options)
     untouched = quality_of(subject, task, options, original)
     if before and before["untouched"]["weights_sha256"] != untouched["weights_sha256"]:
-        raise UserError(f"--json: its rows of {subject.name} began at another original; name another file")
+        raise UserError(f"--json: its rows of {subject.name} are of another original; name another file")
     references = before["references"] if before else list(_references(subject, task, original, seeds, options))
     rows: list[Row] = list(before["rows"]) if before else []
     done = {_key(row["method"], row["contender"], row["settings"], row["seed"]) for row in rows}

@@ -125,7 +125,9 @@ class Images(Dataset[Any]):
         self, samples: Samples, preprocessing: Preprocessing, *, augment: str = "none", indexed: bool = False
     ) -> None:
         if augment not in ("none", "flip"):
-            raise UserError(f"option augment={augment!r}: peers are given images that are flipped or left; use flip")
+            raise UserError(
+                f"option augment={augment!r}: expected none or flip: the other libraries get no other images"
+            )
         channels = len(preprocessing.mean)
         decoded = [preprocessing.resize(samples.tensor(index, channels)) for index in range(len(samples))]
         self.images = preprocessing.normalise(torch.stack(decoded))

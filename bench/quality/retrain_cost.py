@@ -128,7 +128,7 @@ def setting_of(subjects: Sequence[Subject], seeds: int, settings: Sequence[str],
         raise UserError(f"--seeds {seeds}: expected 1 or more")
     options = parse_assignments(settings)
     if "seed" in options:
-        raise UserError("--set seed: every run has a seed of its own here; --seeds says how many")
+        raise UserError("--set seed: every run has a seed of its own; give their number by --seeds")
     device = resolve_device(options.get("device", "auto"))
     return {
         "subjects": [dataclasses.asdict(subject) | {"references": list(subject.references)} for subject in subjects],
@@ -171,7 +171,7 @@ def run_retrain_cost(
                     "--no-digits"
                 )
     for name in [name for name, method in chosen.items() if method.needs_checkpoint]:
-        console.print(f"{name}: left out, it takes checkpoints of {chosen.pop(name).needs_checkpoint} alone")
+        console.print(f"{name}: left out, it needs a checkpoint of {chosen.pop(name).needs_checkpoint}")
     for method in chosen.values():
         split_options(options, method.Config)  # a wrong option is an error now, not after an hour
     device = resolve_device(options.get("device", "auto"))
@@ -229,7 +229,7 @@ def _measured(
     untouched["score"] = _score(task, views, views)
     if before and before["untouched"]["weights_sha256"] != untouched["weights_sha256"]:
         raise UserError(
-            f"--json: its rows of {subject.name} began at another original (training is repeatable to the bit on the "
+            f"--json: its rows of {subject.name} are of another original (training is repeatable to the bit on the "
             "CPU alone); name another file"
         )
     rows: list[Row] = list(before["rows"]) if before else []

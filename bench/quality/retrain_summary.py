@@ -138,7 +138,7 @@ def print_task(name: str, entry: Row) -> None:
     console.print(
         "[dim]mean (± half of the range over seeds); noise floor: "
         f"{'none with one reference' if floor is None else f'{floor:.2f} points'}, of {len(entry['references'])} "
-        "retrained models; total: all that the user waits for, evaluation included[/dim]",
+        "retrained models; total: end-to-end wall-clock time, evaluation included[/dim]",
         soft_wrap=True,
     )
 

@@ -228,7 +228,9 @@ class Comparison:
             return first
         self._restart()
         second = self._look(case, limit, 2 * LEAST)
-        return dataclasses.replace(second, quotients=(*first.quotients, *second.quotients), rounds=first.rounds + second.rounds)
+        return dataclasses.replace(
+            second, quotients=(*first.quotients, *second.quotients), rounds=first.rounds + second.rounds
+        )
 
     def _look(self, case: str, limit: float, least: int) -> Compared:
         if self._pair is None:

@@ -157,4 +157,4 @@ class Baseline:
 
 
 def _missing(what: str, known: Mapping[str, Any]) -> str:
-    return f"the baseline has no {what} (it knows: {'; '.join(known) or 'nothing'}); measure them: `{UPDATE}`"
+    return f"the baseline has no {what} (it has: {'; '.join(known) or 'nothing'}); measure them: `{UPDATE}`"

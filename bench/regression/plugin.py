@@ -31,14 +31,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--benchmark",
         action="store_true",
-        help="Measure the suite in bench/ and fail where it is worse than the baseline or than a git revision.",
+        help="Measure the suite in bench/ and fail if it is worse than the baseline or than a git revision.",
     )
     group.addoption("--update-baseline", action="store_true", help="With --benchmark: store the figures instead.")
     group.addoption(
         "--baseline",
         type=Path,
         metavar="FILE",
-        help="--baseline=FILE, in one word; default: bench/regression/baseline.json, if it knows this machine.",
+        help="--baseline=FILE, in one word; default: bench/regression/baseline.json, if it fits this machine.",
     )
     group.addoption(
         "--against",
@@ -73,7 +73,7 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError("--benchmark times one case at a time; leave out xdist's -n and --dist, or give -n0")
     for name in ("disable", "skip"):
         if config.getoption(f"benchmark_{name}"):
-            raise pytest.UsageError(f"--benchmark measures, and --benchmark-{name} keeps it from that; leave out one")
+            raise pytest.UsageError(f"--benchmark-{name} disables what --benchmark measures; leave out one")
 
     if option.against is not None and (option.update_baseline or option.baseline is not None):
         other = "--update-baseline" if option.update_baseline else "--baseline"
@@ -223,7 +223,7 @@ class Gate:
         if case in self.second_quotients:
             first, second = self.second_quotients[case]
             what = "the reference" if self.revision is None else f"that of {self.revision.short}"
-            yield f"{case}: time was {first:.3f} x {what} at first, {second:.3f} x on a second, longer look"
+            yield f"{case}: time was {first:.3f} x {what} at first, {second:.3f} x in a second, longer measurement"
 
     def close(self) -> None:
         """End the processes of a comparison."""

@@ -415,4 +415,4 @@ def _print(report: dict[str, Any]) -> None:
             soft_wrap=True,
             markup=False,
         )
-    console.print(f"{report['identical']} of {len(report['rows'])} end identical to the run that nobody disturbed")
+    console.print(f"{report['identical']} of {len(report['rows'])} end identical to the undisturbed run")

@@ -266,7 +266,7 @@ def _print(report: dict[str, Any]) -> None:
     synthetic = report["synthetic"]
     counts = f"{synthetic['images']:,} images in {synthetic['shards']:,} shards, {size(synthetic['bytes'])}"
     table = Table(title=counts, title_justify="left")
-    for column in ("step", "seconds", "memory above what was there", "peak of the process"):
+    for column in ("step", "seconds", "memory above the start", "peak of the process"):
         table.add_column(column, justify="left" if column == "step" else "right")
     for name, facts in {"index, built": synthetic["index"], **synthetic["open_and_match"]}.items():
         table.add_row(

@@ -197,7 +197,7 @@ def print_projection(projection: Sequence[dict[str, Any]]) -> None:
                 *("-" if each[key] is None else f"{each[key]:,.1f}" for key in ("kwh", "money")),
             )
         console.print(table)
-    console.print("[dim]time alone: what these runs would be worth is not known; * published for another model[/dim]")
+    console.print("[dim]time alone: the quality of these runs is not measured; * published for another model[/dim]")
 
 
 def _work(entry: dict[str, Any]) -> str:

@@ -95,7 +95,7 @@ def _print(curves: Sequence[dict[str, Any]], skipped: Sequence[dict[str, str]], 
     for each in skipped:
         console.print(escape(f"{each['section']}: SKIPPED, {each['reason']}"), soft_wrap=True)
     if quick:
-        console.print("[dim]--quick shows that everything runs; at these sizes no exponent means anything.[/dim]")
+        console.print("[dim]--quick is a smoke test: its exponents are no results.[/dim]")
 
 
 def verdict(curve: dict[str, Any]) -> str:

@@ -23,7 +23,6 @@ TEXT = ("*.md", "docs/**/*.md")
 NOT_YET = (
     "CHANGELOG.md",
     "README.md",
-    "bench",
     "docs",
 )
 

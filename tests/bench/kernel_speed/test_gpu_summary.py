@@ -36,7 +36,7 @@ def test_what_failed_is_named(tmp_path: Path) -> None:
     summary = gpu_summary.summarise(tmp_path)
     assert summary["problems"] == [
         "check: a case: ours, triton: why",
-        "train: not done within 60 s; what was measured until then is kept",
+        "train: not done within 60 s; results up to then are stored",
         "unlearn: exit code 3",
         "gone: no result",
     ]

@@ -162,7 +162,9 @@ def test_wrong_use_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no result file"):
         run_page(tmp_path / "bench.html", tmp_path)
     (tmp_path / "kernels-cpu.json").write_text('{"cases": [{}], "environment": {}}')
-    with pytest.raises(UserError, match=r"kernels-cpu\.json does not have what is read there \(KeyError: 'work'\)"):
+    with pytest.raises(
+        UserError, match=r"kernels-cpu\.json lacks a value that the documents need \(KeyError: 'work'\)"
+    ):
         run_page(tmp_path / "bench.html", tmp_path)
     (tmp_path / "kernels-cpu.json").write_text("{")
     with pytest.raises(UserError, match=r"kernels-cpu\.json is no JSON"):

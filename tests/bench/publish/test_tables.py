@@ -319,7 +319,7 @@ def test_a_document_that_is_missing_is_out_of_date_and_made(checkout: Path) -> N
         (None, "small.json is missing"),
         ("{", "small.json is no JSON"),
         (json.dumps({**REPORT, "settings": {"quick": True}}), "small.json was made with --quick"),
-        (json.dumps({"command": "x"}), "small.json does not have what is read there (KeyError: 'rows')"),
+        (json.dumps({"command": "x"}), "small.json lacks a value that the documents need (KeyError: 'rows')"),
     ],
 )
 def test_files_that_are_missing_or_of_no_use_are_errors(

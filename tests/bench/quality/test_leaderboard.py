@@ -71,7 +71,7 @@ def test_chosen_methods_run_beside_the_retrain_and_the_best_comes_first(
     assert places == sorted(places)
     assert "Kendall's tau" in shown
     run_retrain_cost([subject], 1, settings, None, None, None, projection=False, methods=("s3t",))
-    assert "s3t: left out, it takes checkpoints of `lethe train --sliced` alone" in capsys.readouterr().out
+    assert "s3t: left out, it needs a checkpoint of `lethe train --sliced`" in capsys.readouterr().out
     with pytest.raises(UserError, match="unknown method 'finetun'; did you mean 'finetune'"):
         run_retrain_cost([subject], 2, settings, None, None, None, projection=False, methods=("finetun",))
 
@@ -119,7 +119,7 @@ def test_a_picture_is_drawn_from_results_alone(tmp_path: Path, monkeypatch: pyte
     for name, task in zip(names, ("digits, class 3,", "digits, average"), strict=True):
         with Image.open(out.parent / name) as picture:
             assert picture.info["Description"].startswith(task)
-    for content, error in (("{}", "does not have what is read there"), ("[", "is no JSON")):
+    for content, error in (("{}", "lacks a value that the documents need"), ("[", "is no JSON")):
         (tmp_path / "bad.json").write_text(content)
         answer = CliRunner().invoke(app, ["plot", str(tmp_path / "bad.json"), str(out)])
         assert isinstance(answer.exception, UserError)

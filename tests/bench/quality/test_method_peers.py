@@ -55,7 +55,7 @@ def test_images_are_those_of_our_loaders() -> None:
     kept = [torch.equal(mine, theirs) for mine, theirs in zip(mirrored, batch.images, strict=True)]
     assert all(a or b for a, b in zip(flipped, kept, strict=True))
     assert 0 < sum(flipped) < 12
-    with pytest.raises(UserError, match="augment='crop': peers are given images that are flipped or left"):
+    with pytest.raises(UserError, match="augment='crop': expected none or flip"):
         Images(samples, preprocessing, augment="crop")
 
 
@@ -447,7 +447,7 @@ def test_what_is_wrong_is_said_before_anything_runs(subject: Subject) -> None:
     for arguments, message in (
         ((0, [], []), "--seeds 0: expected 1 or more"),
         ((1, ["seed=1"], []), "--set seed: every run has a seed of its own"),
-        ((1, [], ["salunn"]), "--method 'salunn': no peer has it; did you mean 'salun'"),
+        ((1, [], ["salunn"]), "--method 'salunn': no compared library has this method; did you mean 'salun'"),
     ):
         with pytest.raises(UserError, match=message):
             run_method_peers([subject], *arguments, None)
