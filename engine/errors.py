@@ -26,10 +26,10 @@ EXIT_CODES = {
     ExitCode.FAILED: "done, and the result is bad: verdict FAIL, a collapsed model, a record that was changed",
     ExitCode.WRONG_USE: "wrong use: one line names what to change; nothing was written",
     ExitCode.INSUFFICIENT_EVIDENCE: "the verdict is INSUFFICIENT EVIDENCE",
-    ExitCode.STOPPED: "the run could not go on (a loss that is not finite, a full disk, a lost rank): no result yet",
+    ExitCode.STOPPED: "the run could not continue (a loss that is not finite, a full disk, a lost rank): no result yet",
     ExitCode.CRASH: "an unexpected error: the line on standard error names the file with the traceback",
-    ExitCode.INTERRUPTED: "interrupted (Ctrl-C); --resume goes on",
-    ExitCode.TERMINATED: "terminated (SIGTERM); --resume goes on",
+    ExitCode.INTERRUPTED: "interrupted (Ctrl-C); --resume continues",
+    ExitCode.TERMINATED: "terminated (SIGTERM); --resume continues",
 }
 
 

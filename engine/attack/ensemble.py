@@ -93,11 +93,11 @@ class EnsembleSpec:
     def __post_init__(self) -> None:
         if self.pairs < FEWEST_PAIRS:
             raise UserError(
-                f"ensemble: {self.pairs} models with each target are too few to fit anything to; take at least "
+                f"ensemble: {self.pairs} models with each target are too few to fit distributions; take at least "
                 f"{FEWEST_PAIRS}, better 16"
             )
         if "seed" in self.recipe:
-            raise UserError("ensemble: every model is trained with a seed of its own; give --seed, which they start at")
+            raise UserError("ensemble: each model has a seed of its own; give --seed, the first of them")
         split_options(self.recipe, get_method("retrain").Config)  # an unknown option is an error now
 
     def run(self) -> RunConfig:

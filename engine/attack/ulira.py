@@ -77,12 +77,12 @@ SMALLEST_VARIANCE = 1e-6
 UNLEARNING_SEEDS = 1 << 20
 
 DIRECTION = {
-    "auc": "unlearned against retrained models, sample by sample; 0.5 = cannot be told apart, 1 = always told apart",
-    "balanced_accuracy": "mean share of unlearned and of retrained models that are called right; 0.5 = guessing",
+    "auc": "unlearned against retrained models, sample by sample; 0.5 = indistinguishable, 1 = always distinguished",
+    "balanced_accuracy": "mean share of unlearned and of retrained models that are classified rightly; 0.5 = chance",
     "tpr_at_fpr": "share of (sample, unlearned model) recognised by a threshold that at most this share of (sample, "
-    "retrained model) exceeds; equal to the rate = no power, above = some samples are surely recognised",
+    "retrained model) exceeds; equal to the rate = no power, above = some samples are detected with certainty",
     "score": "mean log-likelihood ratio of the sample's unlearned models less that of its retrained ones, nats; 0 or "
-    "below = cannot be told apart, higher = this sample gives the procedure away",
+    "below = cannot be told apart, higher = this sample is detected",
     "memorisation": "probability of the true label when trained on the sample less when not; higher = more "
     "memorised; null = not known",
     "untouched": "the same attack on the originals, which unlearned nothing: what the attack can find here; near 0.5 = "
@@ -182,7 +182,9 @@ def likelihood_ratios(unlearned: np.ndarray, retrained: np.ndarray) -> tuple[np.
         )
     counts = there.sum(0)
     if len(unlearned) < FEWEST_PAIRS or not (counts > 1).any():
-        raise UserError(f"ulira: {len(unlearned)} pairs of models leave nothing to fit to; take more, better 16")
+        raise UserError(
+            f"ulira: {len(unlearned)} pairs of models are too few to fit distributions; take more, better 16"
+        )
     pooled = bool(counts[counts > 1].min() < POOLED_BELOW)
     scores = np.full((2, *unlearned.shape), np.nan)
     for pair in range(len(unlearned)):
@@ -264,7 +266,7 @@ def check_method(method: str, options: Mapping[str, Any]) -> None:
         UserError: There is no such method or option, or a seed is given.
     """
     if "seed" in options:
-        raise UserError("ulira: every run of the method has a seed of its own; give --seed, which they start at")
+        raise UserError("ulira: each run of the method has a seed of its own; give --seed, the first of them")
     split_options(options, get_method(method).Config)
 
 
@@ -380,7 +382,7 @@ def attack_procedure(
     counts = forgettable.sum(0)
     return {
         "attacked": "the procedure: models that were trained on the samples and unlearned them, against models that "
-        "never saw them; not one checkpoint",
+        "were not trained on them; not one checkpoint",
         "data": spec.data,
         "targets": {"spec": spec.targets, "count": len(ensemble.targets)},
         "architecture": spec.model.architecture,

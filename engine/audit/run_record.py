@@ -104,7 +104,7 @@ def origin(folder: Path) -> Origin | None:
     data = recorded(folder, "data")
     if data is not None:
         if problems := verify_record(folder):
-            raise UserError(f"{folder}: its record does not hold ({problems[0]}); take a folder that nobody changed")
+            raise UserError(f"{folder}: its record is not valid ({problems[0]}); take a folder that was not changed")
         config, source = recorded(folder, "config"), "record.json"
     elif (folder / "config.yaml").is_file():
         config = data = read_yaml(folder / "config.yaml")

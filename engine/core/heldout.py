@@ -44,4 +44,4 @@ def unseen_accuracy(held_out: Predictions, forget_labels: np.ndarray, retain_lab
 
 def format_accuracies(forget: float, unseen: float) -> str:
     """Return the reason for which a run or a phase stops at these accuracies [0, 1]."""
-    return f"forget accuracy {100 * forget:.1f}%, of samples never seen {100 * unseen:.1f}%"
+    return f"forget accuracy {100 * forget:.1f}%, held-out accuracy {100 * unseen:.1f}%"

@@ -60,7 +60,7 @@ def read_class_map(path: str | Path) -> list[str]:
         )
     double = next((name for i, name in enumerate(names) if name in names[:i]), None)
     if double is not None:
-        raise UserError(f"class map {path}: the class {double!r} stands twice; every class has one label")
+        raise UserError(f"class map {path}: the class {double!r} occurs twice; every class has one label")
     return names
 
 

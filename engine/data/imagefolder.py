@@ -114,7 +114,7 @@ def _images_below(root: str, below: str, above: tuple[str, ...], left_out: list[
     if os.path.islink(folder.rstrip("/")):
         real = os.path.realpath(folder)
         if real in above or os.path.realpath(root).startswith(f"{real}/"):
-            raise UserError(f"{folder} is a link to a folder that it lies in; remove it")
+            raise UserError(f"{folder} links to a folder above it; remove it")
         above = (*above, real)
     for entry in _listed(folder):
         if entry.is_dir():
@@ -123,9 +123,7 @@ def _images_below(root: str, below: str, above: tuple[str, ...], left_out: list[
         elif is_image(entry.name):
             yield below + entry.name
         elif entry.is_symlink() and not os.path.exists(entry.path):
-            raise UserError(
-                f"{entry.path} is a link to what is not there ({os.readlink(entry.path)}); mend or remove it"
-            )
+            raise UserError(f"{entry.path} is a broken link ({os.readlink(entry.path)}); repair or remove it")
         else:
             left_out.append(below + entry.name)
 

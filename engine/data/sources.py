@@ -113,7 +113,7 @@ def _check_unique(samples: Samples) -> None:
     if double is not None:
         places = [samples.where(i) for i, sample_id in enumerate(samples.ids) if sample_id == double]
         found = f" ({places[0]}, {places[1]})" if places[0] else ""
-        raise UserError(f"{samples.name}: the id {double!r} stands twice{found}; ids must be unique within a split")
+        raise UserError(f"{samples.name}: the id {double!r} occurs twice{found}; ids must be unique within a split")
 
 
 def _digits(location: str, options: DataOptions) -> dict[str, Samples]:

@@ -28,15 +28,15 @@ DIRECTION = {
     "large where the model rules out what the reference allows; target: the noise floor's",
     "kl_to_reference": "KL(model || reference) in nats, mean over samples; 0 = the same answers, lower = more alike; "
     "large where the model allows what the reference rules out; target: the noise floor's",
-    "margin_gap": "absolute difference of the true class's log-odds, mean over samples; 0 = as sure of each sample, "
-    "lower = more alike; target: the noise floor's",
+    "margin_gap": "absolute difference of the true class's log-odds, mean over samples; 0 = as confident in each "
+    "sample, lower = more alike; target: the noise floor's",
     "tow": "product of 1 - |difference of accuracy| over forget, retain and test; 1 = the reference's accuracies, "
     "higher = better; target: the noise floor's",
     "tow_mia": "tow with the membership efficacy in the place of forget accuracy; 1 = the reference's figures, "
     "higher = better; target: the noise floor's",
-    "rf_jsd": "Jensen-Shannon divergence in nats, 0 to 0.693, of class-mean probabilities: the model's on forget, the "
-    "original's on test samples; 0 = forget samples are read as unseen ones were, lower = better; target: the "
-    "retrained model's",
+    "rf_jsd": "Jensen-Shannon divergence in nats, 0 to 0.693, of class-mean probabilities: the model's on forget, "
+    "the original's on test samples; 0 = its outputs for forget samples are those of the original for held-out ones, "
+    "lower = better; target: the retrained model's",
     "klom_mean": "KL divergence of margins in nats, mean over samples; 0 = the margins of unlearned and retrained "
     "models are distributed alike, lower = better; target: the noise floor's",
     "klom_95th": "KL divergence of margins in nats, the 95th percentile of samples; 0 = the same, lower = better; "

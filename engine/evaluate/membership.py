@@ -38,12 +38,12 @@ CALIBRATED = "calibrated_loss"
 DIRECTION = {
     "efficacy": "share of forget samples called non-members by the confidence SVC; higher = better forgotten; "
     "target: the retrained model's",
-    "auc": "loss attack, forget against test; 0.5 = indistinguishable, above = forget samples still look learned",
-    "attack_auc": "forget against test; 0.5 = indistinguishable, above = forget samples still look learned, below = "
-    "they look less known than samples never seen (over-forgotten); target: the retrained model's",
-    "tpr_at_fpr": "share of forget samples called members by a threshold that calls at most this share of test samples "
-    "members; equal to the rate = no power, above = some forget samples are surely recognised; target: the retrained "
-    "model's",
+    "auc": "loss attack, forget against test; 0.5 = indistinguishable, above = forget samples are still fitted better",
+    "attack_auc": "forget against test; 0.5 = indistinguishable, above = forget samples are still fitted better, "
+    "below = they are fitted less than held-out samples (over-forgotten); target: the retrained model's",
+    "tpr_at_fpr": "share of forget samples called members by a threshold that calls at most this share of test "
+    "samples members; equal to the rate = no power, above = some forget samples are detected with certainty; target: "
+    "the retrained model's",
     "balanced_accuracy": "mean of the shares of forget samples called members and of test samples called non-members, "
     "thresholds per class learned on retained and other test samples; 0.5 = no power, above = forget samples still "
     "look learned; target: the retrained model's",
@@ -300,7 +300,7 @@ def attacks(
     for name in by_set[0]:
         members, _, others = values = [each[name] for each in by_set]
         accuracy: Interval | str = (
-            f"the test set has {len(test)} sample; learning and trying thresholds takes 2 or more"
+            f"the test set has {len(test)} sample; fitting and testing thresholds needs 2 or more"
         )
         if len(test) > 1:
             accuracy = _balanced_accuracy(*zip(values, labels, strict=True))

@@ -57,7 +57,7 @@ DIRECTION = {
     "original, 0.5 = as far from it as from the references, which is where an independent retrain stands, 1 = a "
     "reference",
     "knn_accuracy": "share of samples whose 5 nearest retained samples vote for their class; target: the references'",
-    "neighbours": "share of the 5 nearest retained samples that both models name; 1 = the same geometry",
+    "neighbours": "share of the 5 nearest retained samples that both models have in common; 1 = the same geometry",
     "distance": "||w - w_original|| / ||w_original|| of each layer; 0 = untouched; null where the original's are 0",
     "changed": "share of the weights outside the head that differ from the original's",
 }

@@ -55,7 +55,7 @@ DOES_NOT_PROVE = (
     "that no attack can find the samples: it was these attacks, at this strength, on this many samples",
     "anything of a single sample: the figures are of the forget set as a whole",
     "anything of the original, of earlier checkpoints, of backups or of models derived from them",
-    "that the references were trained as their records say: they are only checked for signs of the contrary",
+    "that the references were trained as their records state: they are checked only for signs of the contrary",
 )
 
 
@@ -228,7 +228,7 @@ def judge(evidence: Evidence, gates: Gates) -> Verdict:
         found = [
             _undecided(
                 "samples",
-                "Are there enough samples to tell?",
+                "Are there enough samples to decide?",
                 f"at least {gates.minimum_samples} forget and test samples",
                 f"{' and '.join(f'{samples[name]} {name}' for name in too_few)} samples",
             ),
@@ -258,13 +258,13 @@ def _changed(evidence: Evidence) -> Gate:
 
 
 def _repeatable(evidence: Evidence) -> Gate:
-    question, limit = "Does the model give the same answer twice?", "no class differs"
+    question, limit = "Are the model's outputs the same twice?", "no class differs"
     first, second = evidence.model.predictions["forget"], evidence.repeated
     differing = float((first.logits.argmax(1) != second.logits.argmax(1)).mean())
     value = Interval(differing, differing, differing)
     if differing == 0 and np.allclose(first.logits, second.logits, rtol=1e-3, atol=1e-3):
         return Gate("repeatable", question, PASS, value, limit, "the same logits")
-    reason = "its outputs are random: noise hides what was learned from a single look, not from many"
+    reason = "its outputs are random: noise hides what was learned from a single pass, not from many"
     return Gate("repeatable", question, FAIL, value, limit, reason)
 
 
@@ -345,7 +345,7 @@ def _membership(evidence: Evidence, gates: Gates) -> list[Gate]:
         *_forget_accuracy(evidence.original, evidence, gates, above_alone=True),
         *_attacks(evidence.original, evidence, gates),
     ]
-    question = "Would the attacks see it at all?"
+    question = "Would the attacks detect anything at all?"
     limit = f"the untouched original fails {', '.join(gate.name for gate in control[:-1])} or {control[-1].name}"
     shown = "; ".join(f"{gate.name}: {gate.reason}" for gate in control)
     if any(gate.status == FAIL for gate in control):
@@ -362,7 +362,7 @@ def _attacks(subject: ModelOutputs, evidence: Evidence, gates: Gates) -> list[Ga
     found = [
         _decide(
             "membership",
-            "Can it be told that the forget samples were trained on?",
+            "Can an attack find that the forget samples were trained on?",
             power,
             low=0.5 - margin,
             high=0.5 + margin,
@@ -370,7 +370,7 @@ def _attacks(subject: ModelOutputs, evidence: Evidence, gates: Gates) -> list[Ga
             shown=f"AUC {power.value:.3f}",
         )
     ]
-    name, question = "sure members", "Are there forget samples that give themselves away for certain?"
+    name, question = "sure members", "Are there forget samples that an attack finds with near certainty?"
     percent = f"{100 * gates.membership_fpr:g}% false positives"
     if len(others) * gates.membership_fpr < 1:
         reason = f"{len(others)} test samples cannot show a false positive rate of {gates.membership_fpr:g}"
@@ -420,7 +420,7 @@ def _calibrated(mine: Predictions, others: Sequence[Predictions]) -> np.ndarray:
 
 
 def _agreement(evidence: Evidence, gates: Gates) -> list[Gate]:
-    name, question = "agreement", "Does it answer like a retrained model, sample by sample?"
+    name, question = "agreement", "Are its predictions those of a retrained model, sample by sample?"
     limit = (
         f"KL to the references on the forget samples at most {gates.agreement_ratio:g} times that between references"
     )
@@ -429,7 +429,7 @@ def _agreement(evidence: Evidence, gates: Gates) -> list[Gate]:
         if gates.references == 0:
             return []
         return [
-            _undecided(name, question, limit, f"{len(references)} retrained references, {gates.references} asked for")
+            _undecided(name, question, limit, f"{len(references)} retrained references, {gates.references} required")
         ]
     mine = np.mean([_kl(each, evidence.model.predictions["forget"]) for each in references], axis=0)
     floor = np.mean([_kl(a, b) for a, b in itertools.combinations(references, 2)], axis=0)
@@ -440,7 +440,7 @@ def _agreement(evidence: Evidence, gates: Gates) -> list[Gate]:
     shown = f"{ratio.value:.2f} times ({mine.mean():.3f} against {floor.mean():.3f} nats)"
     found = [_decide(name, question, ratio, low=None, high=gates.agreement_ratio, limit=limit, shown=shown)]
     if len(references) < gates.references:
-        reason = f"{len(references)} retrained references, {gates.references} asked for"
+        reason = f"{len(references)} retrained references, {gates.references} required"
         found.append(_undecided("references", "Are there enough retrained references?", f"{gates.references}", reason))
     return found
 
@@ -452,7 +452,7 @@ def _kl(reference: Predictions, model: Predictions) -> np.ndarray:
 
 
 def _relearning(evidence: Evidence, gates: Gates) -> list[Gate]:
-    name, question = "relearning", "Does training on some forget samples bring the others back?"
+    name, question = "relearning", "Does training on some forget samples restore the others?"
     limit = "AUC of the attack on the others after it not above 0.5"
     if not evidence.model.relearned:
         return [_undecided(name, question, limit, "the relearning attack was not run")]

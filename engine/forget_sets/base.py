@@ -80,7 +80,7 @@ def require_candidates(there: int, count: int) -> None:
         UserError: There are fewer than `count`.
     """
     if there < count:
-        raise UserError(f"forget set: {count} samples were asked for, and {there} can be chosen; ask for fewer")
+        raise UserError(f"forget set: {count} samples were requested, and {there} can be chosen; request fewer")
 
 
 _REGISTRY: Registry[Strategy] = Registry("strategy")

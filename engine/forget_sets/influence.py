@@ -102,7 +102,7 @@ def read_scores(path: Path, samples: Samples) -> np.ndarray:
     positions = samples.positions(ids, f"scores {path}")
     if len(np.unique(positions)) < len(positions):
         twice = next(i for i, p in zip(ids, positions, strict=True) if (positions == p).sum() > 1)
-        raise UserError(f"scores {path}: the id {twice!r} stands twice; keep one score a sample")
+        raise UserError(f"scores {path}: the id {twice!r} occurs twice; keep one score a sample")
     full = np.full(len(samples), np.nan)
     full[positions] = scores
     return full

@@ -60,7 +60,7 @@ class OfClass(Strategy):
         members = np.flatnonzero(samples.labels == label)
         if len(members) < pool.count:
             raise UserError(
-                f"strategy class: {pool.count} samples were asked for, and class {names[label]!r} has {len(members)}; "
+                f"strategy class: {pool.count} samples were requested, and class {names[label]!r} has {len(members)}; "
                 "ask for fewer"
             )
         drawn = _drawn(members, pool)

@@ -285,13 +285,13 @@ class Opening:
         used, first = preprocessing_of(model), preprocessing_of(original)
         if used == first:
             return
-        text = f"{name} is fed by its own preprocessing ({used.line()}), the original by another ({first.line()})"
+        text = f"{name} has its own preprocessing ({used.line()}), the original has another ({first.line()})"
         if self.accept:
             self.notify(f"warning: {text} (accepted)")
             return
         raise UserError(
-            f"{text}: one of them is probably fed wrongly. Give the values of the training, such as --mean, --std and "
-            "--crop-pct, which then hold for all models; if each is right as it is: --accept-accuracy"
+            f"{text}: one of the two is probably wrong. Give the values of the training, such as --mean, --std and "
+            "--crop-pct, which then apply to all models; if both are right: --accept-accuracy"
         )
 
 

@@ -309,8 +309,8 @@ def check_accuracy(
     used = preprocessing_of(model)
     raise UserError(
         f"{text}. Likely reasons: the order of labels (--class-map, --label-order), mean and std (--mean, --std; now "
-        f"{used.line()}), the input size (--input-size) or the weights (raw or EMA, --weights). If it is right as it "
-        "is: --accept-accuracy"
+        f"{used.line()}), the input size (--input-size) or the weights (raw or EMA, --weights). If the accuracy "
+        "is right: --accept-accuracy"
     )
 
 
@@ -342,10 +342,11 @@ def _observed(check: AccuracyCheck) -> list[str]:
         lines.append(f"{name} would give {_percent(better[name])}")
     if check.exchanged:
         moved, correct = check.exchanged
-        shown = [f"{_name(check, a)} is answered as {_name(check, b)}" for a, b in list(moved.items())[:3]]
+        shown = [f"{_name(check, a)} is predicted as {_name(check, b)}" for a, b in list(moved.items())[:3]]
         more = f" and {len(moved) - 3} more" if len(moved) > 3 else ""
         lines.append(
-            f"labels look permuted: {', '.join(shown)}{more}; with labels exchanged so it would be {_percent(correct)}"
+            f"labels are probably permuted: {', '.join(shown)}{more}; with these labels exchanged it would be "
+            f"{_percent(correct)}"
         )
     return lines
 

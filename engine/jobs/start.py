@@ -61,8 +61,8 @@ def pretrained(checkpoint: str, model_args: Mapping[str, Any], source: Source) -
     config = CheckpointSource.parse(checkpoint).folder / "config.yaml"
     if config.is_file() and read_yaml(config).get("data") == source.spec:
         raise UserError(
-            f"{checkpoint}: {config.name} says that it was trained on {source.spec}; a base must never have seen the "
-            "samples, so take another, or leave base=given out"
+            f"{checkpoint}: {config.name} states that it was trained on {source.spec}; a base must not be trained on "
+            "the samples, so take another, or leave base=given out"
         )
     model = with_fresh_head(load_checkpoint(checkpoint, headless=True), _classes(source))
     return describing(model, [])  # its class names are those of the head that was replaced
@@ -135,7 +135,7 @@ def _head_names(model: nn.Module, source: Source) -> list[str] | None:
 
 def _check_base(checkpoint: str, made: Origin, task: Task) -> None:
     name = f"--init {checkpoint}: by its {made.source}"
-    remedy = "take a base that never saw the samples to be left out, such as the one that the original was made from"
+    remedy = "take a base that was not trained on the samples to be left out, such as that of the original"
     seen = made.init.get("trained_on") if made.init else None
     if task.source.train.fingerprint() in (made.samples_sha256, seen):
         raise UserError(f"{name} it was trained on all samples of {task.source.spec}; {remedy}")
@@ -145,9 +145,7 @@ def _check_base(checkpoint: str, made: Origin, task: Task) -> None:
 
 def _refuse_model_args(checkpoint: str, model_args: Mapping[str, Any]) -> None:
     if model_args:
-        raise UserError(
-            f"--model-arg {next(iter(model_args))}: the checkpoint {checkpoint} already says how the model is built"
-        )
+        raise UserError(f"--model-arg {next(iter(model_args))}: the checkpoint {checkpoint} already defines the model")
 
 
 def _classes(source: Source) -> int:

@@ -262,7 +262,7 @@ def check_origin(folder: Path, task: Task, original: MadeFrom | None = None) -> 
     if not found.is_training:
         elsewhere = original and found.before_sha256 not in (None, original.weights_sha256)
         if not (found.method == "finetune" and elsewhere and found.samples_sha256 == task.retain.fingerprint()):
-            raise UserError(f"{name} it comes of {found.method}, not of a retrain; {remedy}")
+            raise UserError(f"{name} it was made by {found.method}, not by a retrain; {remedy}")
         return False  # fine-tuned on the retain set, from a model that is not the original
     if found.samples_sha256 == task.source.train.fingerprint():
         raise UserError(f"{name} it was trained on all samples, those to forget among them; {remedy}")
@@ -308,13 +308,13 @@ def check_reference(name: str, reference: ModelOutputs, original: ModelOutputs, 
     retained = attack_power(original, [reference], ("retain", "test"), level)
     if retained.low > _UNTRAINED:
         raise UserError(
-            f"--reference {name}: the original knows the retained samples better than it does (AUC "
+            f"--reference {name}: the original fits the retained samples better than it does (AUC "
             f"{retained.value:.3f} beside test samples; 0.5 for a model trained on them); it was trained on other data"
         )
     forgotten = attack_power(original, [reference], ("forget", "retain"), level)
     if not proven and forgotten.low <= 0.5:
         raise UserError(
-            f"--reference {name}: it knows the forget samples as well as the original does (AUC {forgotten.value:.3f} "
+            f"--reference {name}: it fits the forget samples as well as the original does (AUC {forgotten.value:.3f} "
             "beside retained samples; above 0.5 for a model trained without them); it was trained with them, or the "
             "original shows no trace of them. A run folder of `lethe train --forget` is taken by its record; one of "
             "`lethe train --init` if the original's own record names the same base"

@@ -130,7 +130,7 @@ class LethePlus(Method):
         known = torch.zeros(context.num_classes, dtype=torch.bool)
         known[torch.from_numpy(context.retain.labels).unique()] = True
         if config.calibrate:
-            held_out = self.held_out("whose log-odds the targets take over")
+            held_out = self.held_out("whose log-odds the targets get")
             held_out_logits, true = context.loader(held_out, "none").rows(
                 lambda batch: (*self._original_logits(batch), batch.labels)
             )

@@ -83,7 +83,7 @@ class Lotus(Distillation):
 
     def __init__(self, config: LotusConfig, context: Context) -> None:
         super().__init__(config, context)
-        self._held_out = self.held_out("to find when accuracy on the forget samples is as on unseen ones")
+        self._held_out = self.held_out("to find when accuracy on the forget samples is that on held-out ones")
         self._expected = self._distance = math.nan  # v and d; known once prepared
 
     def phases(self) -> list[Phase]:

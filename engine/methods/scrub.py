@@ -132,7 +132,7 @@ class ScrubRewind(Scrub):
 
     def __init__(self, config: ScrubConfig, context: Context) -> None:
         super().__init__(config, context)
-        self._held_out = self.held_out("to choose the epoch to go back to")
+        self._held_out = self.held_out("to choose the epoch to restore")
         self._last = ""  # name of the previous phase
         self._kept: list[dict[str, Tensor]] = []
         self._accuracies: list[float] = []

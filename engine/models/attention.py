@@ -95,7 +95,7 @@ def _usable_attention(model: nn.Module) -> list[nn.Module]:
     modules = attention_modules(model)
     if not modules:
         raise UserError(
-            f"{type(model).__name__} offers no usable attention: looked for `blocks[i].attn` with `q_norm` and `k_norm`"
+            f"{type(model).__name__} has no usable attention: expected `blocks[i].attn` with `q_norm` and `k_norm`"
         )
     return modules
 

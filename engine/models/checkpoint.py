@@ -210,7 +210,7 @@ def _open_described(file: WeightFile, source: CheckpointSource, headless: bool) 
     if len(stored.label_names) == spec.num_classes:
         extra["label_names"] = stored.label_names
     elif stored.label_names:
-        note["label_names"] = f"{len(stored.label_names)} names for {spec.num_classes} classes, not taken"
+        note["label_names"] = f"{len(stored.label_names)} names for {spec.num_classes} classes, ignored"
     set_spec(model, dataclasses.replace(spec, extra=extra))
     return _filled(model, file, found, note)
 

@@ -270,8 +270,8 @@ def classifiers(model: nn.Module) -> list[nn.Module]:
         heads = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == classes][-1:]
     if not heads or not any(True for head in heads for _ in head.parameters()):
         raise UserError(
-            f"{type(model).__name__} has no classifier whose inputs could be read as features: looked for "
-            "get_classifier() and for a linear layer as wide as the logits"
+            f"{type(model).__name__} has no classifier whose inputs could be read as features: expected "
+            "get_classifier() or a linear layer as wide as the logits"
         )
     return heads
 

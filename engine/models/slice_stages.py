@@ -156,7 +156,7 @@ def untouched(stages: Stages, retain: Samples, forget: Samples) -> list[int]:
         (
             np.isin(retained, forgotten),
             "to be forgotten too",
-            "give data sets whose ids (attribute `ids`) tell their samples apart",
+            "give data sets whose ids (attribute `ids`) distinguish their samples",
         ),
         (
             ~np.isin(retained, members),

@@ -119,7 +119,7 @@ def refuse_sharding(model: nn.Module, zero: Mapping[str, Any]) -> None:
     if zero["zero_optimization"]["stage"] == 3:
         raise UserError(
             "option trainable: ZeRO-3 gathers a weight when its own module is called, which low-rank updates and "
-            "frozen blocks are not made for; use stage 0, 1 or 2"
+            "frozen blocks do not support; use stage 0, 1 or 2"
         )
 
 

@@ -84,11 +84,9 @@ def attention_info(model: nn.Module) -> ViTInfo:
     core: Any = configured_model(model) or model
     embed = getattr(core, "patch_embed", None) or getattr(core, "embeds", None)  # timm's NaFlexVit has the latter
     if not hasattr(embed, "patch_size"):
-        raise UserError(
-            f"{type(core).__name__} is not a Vision Transformer of timm: looked for `patch_embed.patch_size`"
-        )
+        raise UserError(f"{type(core).__name__} is not a Vision Transformer of timm: expected `patch_embed.patch_size`")
     if not blocks_of_core(model):
-        raise UserError(f"{type(core).__name__} is no column of blocks over the same tokens: looked for `blocks`")
+        raise UserError(f"{type(core).__name__} is no column of blocks over the same tokens: expected `blocks`")
     general = model_info(model)
     grid = _grid_of(embed, general.input_size)
     patch = _patch_of(model, general.input_size, grid)

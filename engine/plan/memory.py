@@ -222,7 +222,9 @@ def _held(cost: Cost, run: Run, baseline: int | None) -> list[Part]:
 
 
 def _read(cost: Cost) -> Part:
-    return Part("checkpoint being read", 4 * cost.parameters, "host", "4 P: model.safetensors beside the built model")
+    return Part(
+        "checkpoint being read", 4 * cost.parameters, "host", "4 P: model.safetensors, in addition to the built model"
+    )
 
 
 def _whole(cost: Cost) -> Part:
@@ -407,7 +409,7 @@ def _teacher(cost: Cost, run: Run, passing: bool = False) -> list[Part]:
 def _guard(cost: Cost, run: Run) -> list[Part]:
     if not run.watched:
         return []
-    why = "4 P on the main rank: what a collapse goes back to"
+    why = "4 P on the main rank: restored after a collapse"
     return [Part("last good weights", 4 * cost.parameters, "host", why)]
 
 

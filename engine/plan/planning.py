@@ -27,10 +27,10 @@ NOT_COUNTED = (
     "are kept, logits of the evaluation",
 )
 RESTRICTED = (
-    "trainable: memory is counted as if all weights were trained, an upper bound but for the merged weights of lora:R, "
-    "which a step holds once more"
+    "trainable: memory is counted as if all weights were trained, an upper bound except for the merged weights of "
+    "lora:R, which a step holds once more"
 )
-MOST = "stop_when: where it ends the run; steps, images and times are the most there can be"
+MOST = "stop_when: the step at which it stops the run; steps, images and times are the most there can be"
 NO_TIME = (
     "no time: give --throughput IMAGES_PER_SECOND_PER_GPU (training images, forward and backward), or --measure on the "
     "machine that will run it"
@@ -221,7 +221,7 @@ def plan(
 def _zero(stage: int | None, offload: bool, deepspeed: Mapping[str, Any] | None) -> Zero:
     zero = Zero.read(deepspeed) if deepspeed else Zero(stage=stage or 0, overlap_comm=stage == 3)
     if deepspeed and stage is not None and stage != zero.stage:
-        raise UserError(f"--stage {stage}: the DeepSpeed configuration says stage {zero.stage}; leave one out")
+        raise UserError(f"--stage {stage}: the DeepSpeed configuration has stage {zero.stage}; leave one out")
     if zero.stage not in (0, 1, 2, 3) or isinstance(zero.stage, bool):
         raise UserError(f"--stage {zero.stage}: expected a ZeRO stage, 0, 1, 2 or 3")
     if offload:
@@ -258,7 +258,7 @@ def _check_rates(throughput: float | None, measure: bool, price: float | None, c
     require(price is None or price >= 0, "price", price, "0 or more")
     require(capacity is None or capacity > 0, "gpu_memory", capacity, "above 0")
     if measure and throughput is not None:
-        raise UserError("--measure and --throughput both say how fast it runs; leave one out")
+        raise UserError("--measure and --throughput both set the speed; leave one out")
 
 
 def _check_run(method: type[Method], run: RunConfig, gpus: int, stage: int) -> None:

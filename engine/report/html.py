@@ -31,7 +31,8 @@ MEASURES = {
         "Forget accuracy",
         "closer to retrained is better",
         "Share of the samples to be forgotten that the model classifies correctly (top-1). The target is what a model "
-        "retrained without them reaches, not zero: a model that never saw a picture can still recognise what is in it.",
+        "retrained without them reaches, not zero: a model that was not trained on an image may still classify it "
+        "correctly.",
     ),
     "retain": Measure(
         "Retain accuracy",
@@ -46,7 +47,7 @@ MEASURES = {
     "efficacy": Measure(
         "MIA efficacy",
         "higher is better, up to retrained",
-        "Membership inference attack (an attempt to tell from the model's confidence whether a sample was trained on): "
+        "Membership inference attack (an attempt to find, by the model's confidence, whether a sample was trained on): "
         f"{DIRECTION['efficacy']}.",
     ),
     "auc": Measure(
@@ -60,13 +61,13 @@ MEASURES = {
         "lower is better, down to the noise floor",
         "Mean of four absolute differences to a retrained model, in percentage points: forget, retain and test "
         "accuracy, and MIA efficacy. With several retrained models it is the mean over them. In the column of a "
-        "retrained model it is its gap to the other ones: the noise floor, by which two honest retrains differ.",
+        "retrained model it is its gap to the other ones: the noise floor, by which two retrained models differ.",
     ),
     "top1": Measure(
         "Agreement, top-1",
         "higher is better",
-        "Share of the forget samples on which the model and a retrained model name the same class. Averages can be "
-        "equal where single answers differ; this looks at the single answers.",
+        "Share of the forget samples on which the model and a retrained model predict the same class. Averages can be "
+        "equal while single predictions differ; this compares the single predictions.",
     ),
     "kl": Measure(
         "Agreement, KL",
@@ -207,8 +208,8 @@ def warnings(data: ReportData) -> list[dict[str, str]]:
         )
     if not references:
         text = (
-            "Without a model retrained on the kept samples alone there is nothing to say how close the result is "
-            "to one that never saw the forgotten samples. The numbers below can only be compared with the "
+            "Without a model retrained on the kept samples alone it is not known how close the result is to a model "
+            "that was not trained on the forgotten samples. The numbers below can only be compared with the "
             "untouched model's."
         )
         found.append({"kind": "notice", "title": "No retrained reference was given", "text": text})
@@ -225,7 +226,7 @@ def _event(row: Mapping[str, Any]) -> dict[str, str]:
     elif "back_to_step" in row:
         text = (
             f"In phase {row['phase']}, at step {row['step']}, the accuracy on the watched samples had fallen to "
-            f"{percent(row['watched_accuracy'])}. The model was taken back to its weights of step "
+            f"{percent(row['watched_accuracy'])}. The model was restored to its weights of step "
             f"{row['back_to_step']}, and the phase ended there."
         )
     else:

@@ -92,8 +92,8 @@ def unreadable(images: int, work: str) -> str:
         work: Work that was done without them.
     """
     return (
-        f"{count(images, 'image')} of the request could not be read and took no part in {work}: nothing below says "
-        f"anything about {'it' if images == 1 else 'these'}."
+        f"{count(images, 'image')} of the request could not be read and took no part in {work}: no figure below covers "
+        f"{'it' if images == 1 else 'these'}."
     )
 
 

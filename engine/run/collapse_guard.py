@@ -81,7 +81,7 @@ class CollapseGuard:
         )
         logger.warning(
             "collapse in phase %s at step %d: accuracy on the watched samples %.1f%%, before the run %.1f%%; "
-            "taken back to step %d and the phase ended (raise collapse_drop to go on, or lower the rate)",
+            "taken back to step %d and the phase ended (raise collapse_drop to continue, or lower the rate)",
             self.phase,
             step - 1,
             100 * now,

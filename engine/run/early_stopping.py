@@ -63,7 +63,7 @@ class HeldOutStop:
 
     @property
     def _held_out(self) -> Any:
-        return self.method.held_out("to stop where the forget samples are known no better")
+        return self.method.held_out("to stop when the model fits the forget samples no better")
 
     def _kept(self, held_out: Predictions) -> float:
         """Return the accuracy on H'; 1 if H' is empty, as there is no accuracy to preserve."""
@@ -122,7 +122,9 @@ def check_stop(method: Method, phases: Sequence[Phase]) -> None:
     """
     option = f"option stop_when={method.context.run.stop_when!r}"
     if method.exact or not len(method.context.forget):
-        raise UserError(f"{option}: {method.name} never looks at forget samples, so they say nothing; leave it out")
+        raise UserError(
+            f"{option}: {method.name} does not use forget samples, so there is nothing to stop by; leave it out"
+        )
     if not last_stage(phases):
         raise UserError(f"{option}: {method.name} edits weights and has no epochs after which it could stop")
     if method.context.held_out is None:

@@ -139,7 +139,7 @@ class RunFolder:
         self.world.on_main(lambda: self._take(config, resume, overwrite))
         if not self.path.is_dir():
             raise UserError(
-                f"rank {self.world.rank} does not see the output folder {self.path}; all hosts need one file system"
+                f"rank {self.world.rank} cannot access the output folder {self.path}; all hosts need one file system"
             )
         if (opened := _opened.get()) is not None:
             opened.append(self)
@@ -175,7 +175,7 @@ class RunFolder:
         elif held and not overwrite:
             raise UserError(
                 f"output folder {self.path} holds another run ({', '.join(held[:3])}, ...); "
-                "go on with it by --resume, replace it by --overwrite, or name another folder"
+                "continue it by --resume, replace it by --overwrite, or name another folder"
             )
         elif not held and any(not _passed_over(path) for path in self.path.glob("*")):
             raise UserError(f"output folder {self.path} holds files that are not a run's; name another folder")
@@ -239,7 +239,7 @@ class RunFolder:
             RunStopped: No space is left on the device; the previous checkpoint is intact.
         """
         place = self.path / "resume" / f"{state['phase']}-{state['step']:08d}"
-        intact = f"{self.path / 'resume'} holds the checkpoint before, intact; free space and --resume"
+        intact = f"{self.path / 'resume'} holds the previous checkpoint, intact; free space and --resume"
 
         @full_disk(place, intact)
         def begin() -> None:

@@ -224,8 +224,8 @@ def check_pruning(run: RunConfig, method: str, pruned: dict[int, PrunedPhase]) -
         )
     if run.compile:
         raise UserError(
-            f"option retain_pruning={run.retain_pruning!r} reads losses on the way, which compile=true compiles away; "
-            "leave out one of the two"
+            f"option retain_pruning={run.retain_pruning!r} reads losses of the forward pass, which compile=true "
+            "removes; leave out one of the two"
         )
 
 

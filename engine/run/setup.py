@@ -388,7 +388,7 @@ def _check_ranks(
     smallest = min((s for s in (forget, retain) if len(s)), key=len)
     if world.size > len(smallest):
         raise UserError(
-            f"{world.size} ranks for the {len(smallest)} samples of {smallest.name}: some would never see one; start "
+            f"{world.size} ranks for the {len(smallest)} samples of {smallest.name}: some would have none; start "
             f"at most {len(smallest)}"
         )
     if run.compile and zero is not None:
@@ -433,7 +433,7 @@ def _check_data(model: nn.Module, forget: Samples, retain: Samples, watched: Sam
     for samples in (forget, retain, watched):
         if not len(samples):
             if samples is not forget:
-                raise UserError(f"{samples.name}: no samples; the model needs some to retain and some to be watched on")
+                raise UserError(f"{samples.name}: no samples; the run needs samples to retain and to check accuracy on")
             continue
         if samples.labels.max() >= classes:
             worst = int(samples.labels.argmax())

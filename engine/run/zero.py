@@ -111,7 +111,7 @@ def resolve_deepspeed(given: Mapping[str, Any], run: RunConfig, ranks: int) -> d
     settle(config, "gradient_clipping", run.grad_clip, "grad_clip is")
     _settle_optimizer(config.pop("optimizer", {}), run, problems)
     if config.pop("scheduler", None):
-        problems.append("scheduler is set, but every phase of a method brings its own schedule")
+        problems.append("scheduler is set, but every phase of a method has its own schedule")
     if _section(config, "fp16").get("enabled") is True:
         problems.append("fp16.enabled is true, but the engine has no loss scaling: precision is fp32 or bf16")
     half = run.precision == "bf16"

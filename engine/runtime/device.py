@@ -22,7 +22,7 @@ def resolve_device(name: str) -> torch.device:
     except RuntimeError:
         raise UserError(f"option device={name!r}: expected auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise UserError(f"option device={name!r}: {torch.cuda.device_count()} CUDA devices are here; use device=cpu")
+        raise UserError(f"option device={name!r}: {torch.cuda.device_count()} CUDA devices were found; use device=cpu")
     return device
 
 

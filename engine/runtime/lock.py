@@ -169,7 +169,7 @@ def check(folder: Path, refusal: Refusal | None = None) -> None:
     if owner is None or alive is None:
         who = str(owner) if owner else "a lock file that cannot be read"
         raise UserError(
-            f"{folder} is locked by {who}; whether that run still goes on is not known on this host: check there, and "
+            f"{folder} is locked by {who}; this host cannot tell whether that run is active: check there, and "
             f"only if it has ended remove {path}"
         )
     raise UserError((refusal or _refusal)(folder, owner))
@@ -194,7 +194,7 @@ def held(folder: Path, refusal: Refusal | None = None) -> Iterator[None]:
 
 
 def _refusal(folder: Path, owner: Owner) -> str:
-    return f"{folder}: a run is at work in it ({owner}); wait for its end, or name another folder"
+    return f"{folder}: a run is active in it ({owner}); wait for its end, or name another folder"
 
 
 def _create(path: Path, content: bytes) -> bool:

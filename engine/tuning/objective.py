@@ -90,7 +90,7 @@ def halves(samples: Samples) -> tuple[Samples, Samples]:
     """
     if len(samples) < 4:
         raise UserError(
-            f"tune: {samples.name} has {len(samples)} samples, and two halves that tell anything take more; give a "
+            f"tune: {samples.name} has {len(samples)} samples, too few for two halves; give a "
             "data source with more held-out samples"
         )
     hashes = np.array([hashlib.sha256(f"halves\0{each}".encode()).digest()[:8] for each in samples.ids], dtype="S8")

@@ -251,7 +251,7 @@ class _Clock:
 def _check_tunable(method: str, method_class: type[Method]) -> None:
     if method_class.exact:
         raise UserError(
-            f"method {method} is exact: it never looks at the forget samples, so there is nothing to choose by them; "
+            f"method {method} is exact: it does not use the forget samples, so there is no score to choose by; "
             "tune another, or run it by the recipe of the original"
         )
     if not spaces(method_class.Config, 1):
@@ -318,7 +318,7 @@ def _best(finished: list[Trial], seconds: float | None) -> Trial:
         return min(complete, key=lambda trial: trial.score)  # type: ignore[arg-type, return-value]
     if finished:
         raise RunStopped(f"tune: all {len(finished)} trials were pruned, the last: {finished[-1].reason}")
-    raise UserError(f"tune: not one trial ended in {seconds:g} seconds; give more")
+    raise UserError(f"tune: no trial ended within {seconds:g} seconds; give more")
 
 
 def _write_best(path: Path, tuned: Tuned) -> None:

@@ -162,7 +162,7 @@ def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
         raise UserError(f"output folder {folder} holds no study to resume; leave --resume out")
     if file.exists() and not resume and not overwrite:
         raise UserError(
-            f"output folder {folder} holds a study; go on with it by --resume, replace it by --overwrite, or name "
+            f"output folder {folder} holds a study; continue it by --resume, replace it by --overwrite, or name "
             "another folder"
         )
     if not file.exists() and folder.is_dir() and any(path.name != lock.FILE for path in folder.iterdir()):
@@ -182,4 +182,4 @@ def _check_same(before: dict[str, Any], now: dict[str, Any]) -> None:
     differing = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
     if differing:
         listed = "; ".join(f"{key}: {before.get(key)!r} before, {now.get(key)!r} now" for key in differing[:3])
-        raise UserError(f"the study to resume is of something else ({listed}); use its own options, or another folder")
+        raise UserError(f"the study to resume has other settings ({listed}); use its own options, or another folder")

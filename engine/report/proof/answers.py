@@ -88,9 +88,9 @@ def attacks_section(
             )
     return Section(
         title="Membership attacks",
-        intro="Each attack tries to tell, from a model's answers alone, forget samples from test images that no model "
-        "was trained on. Where this model stands at the dotted line, or no further off it than the retrained models, "
-        "the attack finds nothing that gives the samples away.",
+        intro="Each attack tries to distinguish, by a model's outputs alone, forget samples from test images that no "
+        "model was trained on. If this model is at the dotted line, or no further off it than the retrained models, "
+        "the attack finds no trace of the samples.",
         found=_strongest(by_model),
         figures=[Figures("", pictures)],
         tables=[Table(list(names.values()), groups)],
@@ -109,9 +109,9 @@ def _strongest(by_model: Mapping[str, Any]) -> list[str]:
         if value_of(number := by_model[name].get(attack, {}).get("auc")) is not None
     ]
     return [
-        f"The attack that sees most in this model is “{term(attack).name}”: its AUC is "
+        f"The strongest attack on this model is “{term(attack).name}”: its AUC is "
         f"{formatted(by_model['model'][attack]['auc'], plain)}{', against ' if others else ''}{' and '.join(others)}. "
-        "A coin toss has 0.5."
+        "Chance is 0.5."
     ]
 
 
@@ -160,15 +160,15 @@ def agreement_section(
         pictures += dot_plot(term(key).name, axis, list(SETS.values()), _series(names, numbers), shares=key in _SHARES)
     return Section(
         title="Agreement with retraining, sample by sample",
-        intro="Averages can be equal where single answers differ. Here every answer of this model is compared with "
-        "that of a retrained model to the same sample. Two retrained models do not always agree either; how far they "
+        intro="Averages can be equal while single predictions differ. Here every output of this model is compared with "
+        "that of a retrained model for the same sample. Two retrained models do not always agree either; how far they "
         "differ is the noise floor, and the target."
         if by_model["model"]
-        else "No retrained model was given to compare the answers with. What is left is a measure that needs none.",
+        else "No retrained model was given to compare the outputs with. One measure needs none.",
         found=_same_class(by_model),
         figures=[Figures("", pictures)],
         tables=[Table(list(names.values()), [group for group in groups if group.rows])],
-        note="RF-JSD compares with the original's answers to test images; in the last column it is that of the "
+        note="RF-JSD compares with the original's outputs for test images; in the last column it is that of the "
         "retrained models."
         if agreement.get("rf_jsd")
         else "",
@@ -179,7 +179,9 @@ def _same_class(by_model: Mapping[str, Any]) -> list[str]:
     mine, before, floor = (by_model[name].get("forget", {}).get("top1") for name in ("model", "original", "reference"))
     if value_of(mine) is None:
         return []
-    text = f"This model names the same class as a retrained model for {formatted(mine, percent)} of the forget samples"
+    text = (
+        f"This model predicts the same class as a retrained model for {formatted(mine, percent)} of the forget samples"
+    )
     if value_of(before) is not None:
         text += f"; the original did for {formatted(before, percent)}"
     if value_of(floor) is not None:

@@ -12,13 +12,13 @@ _KNOWN = {
         "Weights changed",
         "more than 0%",
         "Whether anything but the model's last layer, the head, differs from the original. A model with a new head on "
-        "the old features answers differently and still holds what it learned, one layer away.",
+        "the old features has other outputs, and its features still hold what was learned.",
     ),
     "repeatable": Measure(
         "Repeatable",
         "0%",
-        "Whether the model answers the same when it is asked twice. Random answers hide what was learned from one "
-        "look, not from many.",
+        "Whether the model gives the same outputs twice. Random outputs hide what was learned in one pass, not in "
+        "many.",
     ),
     "test accuracy": Measure(
         "Test accuracy",
@@ -35,48 +35,47 @@ _KNOWN = {
         "Forget accuracy",
         "0 points",
         "The same for the samples to be forgotten. The target is what a retrained model reaches, not zero: a model "
-        "that never saw an image can still recognise what is in it, and one that fails on it on purpose gives it away.",
+        "that was not trained on an image may still classify it correctly, and one that is wrong on purpose reveals "
+        "it.",
     ),
     "power": Measure(
         "Power",
-        "the original is caught",
-        "The membership attack on the untouched original, which was trained on the samples. Where the attack does not "
-        "notice even that, its silence about this model means nothing.",
+        "the original is detected",
+        "The membership attack on the untouched original, which was trained on the samples. If the attack does not "
+        "detect even that, it proves nothing about this model.",
     ),
     "membership": Measure(
         "Membership",
         "0.5",
-        "Membership inference attack: an attempt to tell from the model's answers which samples were trained on. Its "
-        "AUC is the chance that a random forget sample looks more learned than a random test image; 0.5 is a coin "
-        "toss. Below 0.5 the model is worse on the samples than one that never saw them, which gives them away too.",
+        "Membership inference attack: an attempt to find, by the model's outputs, which samples were trained on. Its "
+        "AUC is the probability that a random forget sample is fitted better than a random test image; 0.5 is chance. "
+        "Below 0.5 the model is worse on the samples than one that was not trained on them, which reveals them too.",
     ),
     "sure members": Measure(
         "Sure members",
         "close to the false positive rate",
-        "Share of the forget samples that the attack names while it is hardly ever wrong about test images. An attack "
-        "can be weak on average and still be certain of a few samples.",
+        "Share of the forget samples that the attack finds while it is hardly ever wrong about test images. An attack "
+        "can be weak on average and still find a few samples with near certainty.",
     ),
     "agreement": Measure(
         "Agreement",
         "close to 1",
-        "How far the model's answers to the forget samples are from those of retrained models, divided by how far "
+        "How far the model's outputs for the forget samples are from those of retrained models, divided by how far "
         "those are from each other. 1: it is as close to them as they are among themselves.",
     ),
     "relearning": Measure(
         "Relearning",
         "0.5 or below",
-        "An attacker trains a copy of the model on some of the forget samples, and asks it about the others. If those "
-        "come back more than in a retrained model, they were hidden and not forgotten. Read as membership.",
+        "A copy of the model is trained on some of the forget samples and tested on the others. If their accuracy "
+        "rises more than in a retrained model, they were hidden and not forgotten. Read as membership.",
     ),
-    "samples": Measure("Samples", "more is better", "How many samples there are to decide with."),
-    "references": Measure(
-        "References", "2 or more", "How many models retrained without the samples are compared with."
-    ),
+    "samples": Measure("Samples", "more is better", "Number of samples of the verdict."),
+    "references": Measure("References", "2 or more", "Number of models retrained without the samples."),
     # membership attacks
     "loss": Measure("Loss", "", "The attack calls samples members on which the model's loss is low."),
-    "entropy": Measure("Entropy", "", "It calls samples members on which the model is sure, rightly or wrongly."),
+    "entropy": Measure("Entropy", "", "It calls samples members on which the model is confident, rightly or not."),
     "modified_entropy": Measure(
-        "Modified entropy", "", "It calls samples members on which the model is sure of the true class, not of others."
+        "Modified entropy", "", "It calls samples members on which the model is confident in the true class."
     ),
     "confidence": Measure(
         "Confidence", "", "It calls samples members whose true class the model gives a high probability."
@@ -84,27 +83,27 @@ _KNOWN = {
     "calibrated_loss": Measure(
         "Calibrated loss",
         "",
-        "It calls samples members on which the model's loss is lower than that of retrained models: how hard a sample "
-        "is for any model is taken out.",
+        "It calls samples members on which the model's loss is lower than that of retrained models, so that the "
+        "difficulty of a sample does not count.",
     ),
     "auc": Measure(
         "AUC",
-        "0.5 is a coin toss",
-        "The chance that a random forget sample looks more learned than a random test image.",
+        "0.5 is chance",
+        "The probability that a random forget sample is fitted better than a random test image.",
     ),
     "balanced_accuracy": Measure(
         "Balanced accuracy",
-        "0.5 is a coin toss",
-        "How often the attack is right, members and others weighing the same.",
+        "0.5 is chance",
+        "How often the attack is right, with equal weights of members and others.",
     ),
     # agreement
-    "top1": Measure("Same class", "higher is better", "Share of the samples on which both models name the same class."),
+    "top1": Measure("Same class", "higher is better", "Share of the samples on which both models predict one class."),
     "kl_from_reference": Measure(
         "KL from retrained", "lower is better", "How far the model's probabilities are from a retrained model's."
     ),
     "kl_to_reference": Measure("KL to retrained", "lower is better", "The same, weighed by the model's probabilities."),
     "margin_gap": Measure(
-        "Margin gap", "lower is better", "How differently sure the two models are of a sample's true class."
+        "Margin gap", "lower is better", "Difference of the two models' confidence in a sample's true class."
     ),
     "tow": Measure(
         "Tug of war (ToW)", "higher is better", "How close the accuracies on all three sets are to a retrained model's."
@@ -113,13 +112,13 @@ _KNOWN = {
     "rf_jsd": Measure(
         "RF-JSD",
         "lower is better",
-        "Needs no retrained model: whether the model reads forget samples as the original read images it had not seen.",
+        "Needs no retrained model: whether outputs for forget samples are those of the original for held-out images.",
     ),
     # relearning
     "held_back_before": Measure(
         "Held-back accuracy, before",
         "",
-        "Accuracy on forget samples that the attacker does not hold, before the attack.",
+        "Accuracy on forget samples that the attack is not trained on, before the attack.",
     ),
     "held_back": Measure("Held-back accuracy, after", "closer to retrained is better", "The same after its last step."),
     "test_before": Measure(
@@ -129,16 +128,16 @@ _KNOWN = {
     "excess": Measure(
         "Excess, after",
         "points; closer to retrained is better",
-        "Held-back less test accuracy: what the model knows of these samples beyond what it knows of any other.",
+        "Held-back less test accuracy: what was learned of these samples beyond all others.",
     ),
     "relearned_auc": Measure(
         "AUC, after",
-        "0.5 is a coin toss",
-        "The membership attack by calibrated loss on the held-back samples, after the attacker's last step.",
+        "0.5 is chance",
+        "The membership attack by calibrated loss on the held-back samples, after the last step.",
     ),
-    "advantage": Measure("Advantage", "points; 0 or below", "What the attack brings back beyond a retrained model."),
+    "advantage": Measure("Advantage", "points; 0 or below", "What the attack restores beyond a retrained model."),
     "steps_to_original": Measure(
-        "Steps to the original's accuracy", "", "How soon the held-back samples are read as well as before unlearning."
+        "Steps to the original's accuracy", "", "Steps until accuracy on held-back samples is that before unlearning."
     ),
     "probe": Measure(
         "Linear probe, excess",
@@ -146,17 +145,17 @@ _KNOWN = {
         "A new head is trained on the features of kept samples.",
     ),
     # representation
-    "cka": Measure("CKA", "closer to that between retrained models is better", "How alike a layer's features are."),
+    "cka": Measure("CKA", "closer to that between retrained models is better", "Similarity of a layer's features."),
     "share_of_way": Measure(
         "Share of the way", "0.5 or above", "How far a layer has gone from the original towards the retrained models."
     ),
     "knn_accuracy": Measure(
         "k-NN accuracy",
         "closer to retrained is better",
-        "The class of a sample is read from its nearest kept samples in feature space, without the head.",
+        "The class of a sample is that of its nearest kept samples in feature space, without the head.",
     ),
     "neighbours_original": Measure(
-        "Shared neighbours with original", "", "Whether two models see the same kept samples as nearest to a sample."
+        "Shared neighbours with original", "", "Share of the nearest kept samples that two models have in common."
     ),
     "neighbours_retrained": Measure(
         "Shared neighbours with retrained", "", "The same with retrained models; the target is that between those."
@@ -165,10 +164,12 @@ _KNOWN = {
     "distance": Measure("Distance travelled", "", "How far the weights of a layer have moved."),
     # attention
     "iou": Measure(
-        "Overlap", "closer to that between retrained models", "How far two models look at the same places of an image."
+        "Overlap",
+        "closer to that between retrained models",
+        "How far two models attend to the same patches of an image.",
     ),
     "spearman": Measure(
-        "Rank correlation", "closer to that between retrained models", "The same for all places, by rank."
+        "Rank correlation", "closer to that between retrained models", "The same for all patches, by rank."
     ),
     "reading_top1": Measure("Same class", "higher is more like retrained", "As in the agreement above."),
     "reading_kl": Measure("KL from retrained", "lower is more like retrained", "As in the agreement above."),
@@ -176,14 +177,15 @@ _KNOWN = {
     "interval": Measure(
         "Interval",
         "",
-        "The range in brackets or the bar beside a number: where the number would mostly fall with other samples of "
-        "the same kind. It does not say what another training run would give; the retrained models show that.",
+        "The range in brackets or the bar next to a number: where the number would mostly fall with other samples of "
+        "the same kind. It does not cover the spread of training runs; the retrained models show that.",
     ),
     "retrained": Measure(
         "Retrained model, noise floor",
         "",
         "A model trained from the start without the forget samples: what unlearning imitates. Two such models differ "
-        "as well, by chance of training alone; that difference is the noise floor: no method can be asked for less.",
+        "as well, by chance of training alone; that difference is the noise floor: no method can be expected to do "
+        "better.",
     ),
     "forget samples": Measure(
         "Forget, retain and test samples",

@@ -81,11 +81,12 @@ def relearning_section(relearning: Mapping[str, Any], used: Used) -> Section:
         groups.append(Group(heading("A new head on frozen features"), [row]))
     return Section(
         title="Relearning attack",
-        intro="An attacker trains a copy of the model and watches whether the forgotten comes back: on "
-        f"{percent(about.get('share'))} of the forget samples, asked about the others, which are held back; and, where "
-        "it was tried, on unrelated samples, asked about all forget samples. A model that never had the held-back "
-        "samples cannot tell them from test images, whatever it is trained on. So what counts is the excess, accuracy "
-        "on held-back samples less accuracy on test images, beside that of retrained models under the same attack.",
+        intro="A copy of the model is trained, and the accuracy on forget samples that it is not trained on is "
+        f"measured. It is trained on {percent(about.get('share'))} of the forget samples and tested on the others, "
+        "which are held back; in some runs also on unrelated samples and tested on all forget samples. For a model "
+        "that was never trained on the held-back samples they are like test images, whatever the copy is trained on. "
+        "So the measure is the excess, accuracy on held-back samples less accuracy on test images, compared with "
+        "that of retrained models under the same attack.",
         found=found,
         figures=figures,
         tables=[Table(["Original", "This model", retrained_column(references)], groups)],
@@ -160,11 +161,11 @@ def _comes_back(curve: Mapping[str, Any], title: str) -> list[str]:
     if not advantage or value_of(advantage) is None:
         return []
     if advantage["low"] > 0:
-        reading = "more than they show: what was to be forgotten was hidden, or was never gone"
+        reading = "above 0: what was to be forgotten was hidden, or was never removed"
     elif advantage["high"] <= 0:
-        reading = "no more than they show"
+        reading = "not above 0"
     else:
-        reading = "which cannot be told from 0"
+        reading = "not distinguishable from 0"
     return [
         f"{upwards(title)}, this model's advantage over retrained ones is "
         f"{formatted(advantage, signed_points)} points, {reading}."
@@ -182,15 +183,15 @@ def representation_section(part: Mapping[str, Any], used: Used) -> Section:
     for key in ("cka", "share_of_way"):  # shown in plots alone
         used.measure(key, direction.get(key))
     return Section(
-        title="What the layers hold",
-        intro="A model can answer like a retrained one and still hold the samples in its features, where a new head "
-        "would find them. Here the features are compared layer by layer: with the original's, which hold them, and "
-        "with those of retrained models, which do not. Layers: in = the patch embedding, then the blocks, out = what "
-        "the head reads.",
+        title="Features of the layers",
+        intro="A model can have the outputs of a retrained one while its features still hold the samples, where a "
+        "new head would find them. Here the features are compared layer by layer: with the original's, which hold "
+        "them, and with those of retrained models, which do not. Layers: in = the patch embedding, then the blocks, "
+        "out = the input of the head.",
         found=_kept_features(models.get("model")),
         figures=[
-            Figures("How alike the features are", _cka_plots(models, layers, sets)),
-            Figures("How far it has gone", _travelled_plots(models, layers, sets, int(part.get("k", 5)))),
+            Figures("Similarity of the features", _cka_plots(models, layers, sets)),
+            Figures("Distance from the original", _travelled_plots(models, layers, sets, int(part.get("k", 5)))),
         ],
         tables=[
             Table(
@@ -311,7 +312,7 @@ def _kept_features(model: Mapping[str, Any] | None) -> list[str]:
     if model.get("identical"):
         return ["Every weight of this model is the original's: nothing was changed."]
     if model.get("untouched_backbone"):
-        return ["Only the head of this model was changed: its features are the original's, and hold what they held."]
+        return ["Only the head of this model was changed: its features are still the original's."]
     found = [f"Outside the head, {percent(model.get('changed'))} of the weights differ from the original's."]
     ways = [each for each in model.get("sets", {}).get("forget", {}).get("share_of_way") or [] if usable(each)]
     if ways:
@@ -336,7 +337,7 @@ def attention_section(part: Mapping[str, Any], used: Used) -> Section:
     direction = part.get("direction") or {}
     overlap, reading = part.get("overlap") or {}, part.get("reading") or {}
     references = list(dict.fromkeys(name for each in overlap.values() for name in references_of(each)))
-    figures = [Figures("Where the models look", _overlap_plots(overlap, references, part))]
+    figures = [Figures("Most attended patches", _overlap_plots(overlap, references, part))]
     tables = [
         Table(
             ["Original", "This model", retrained_column(references)],
@@ -344,7 +345,7 @@ def attention_section(part: Mapping[str, Any], used: Used) -> Section:
         )
     ]
     if reading:
-        figures.append(Figures("How the original reads a masked image", _reading_plots(reading)))
+        figures.append(Figures("The original on masked images", _reading_plots(reading)))
         groups = []
         for name, each in reading.items():
             rows = [
@@ -358,9 +359,9 @@ def attention_section(part: Mapping[str, Any], used: Used) -> Section:
         tables.append(Table(list(_READINGS.values()), groups, marked=None))
     return Section(
         title="Attention",
-        intro=f"Where the models look on an image: the {part.get('k', MISSING)} most attended of its "
-        f"{part.get('patches', MISSING)} patches. LetheViT masks those, and takes the original's answer to the masked "
-        "image for what a model would say that has never seen it; whether that holds is measured here.",
+        intro=f"Attention of the models: the {part.get('k', MISSING)} most attended of the "
+        f"{part.get('patches', MISSING)} patches of an image. LetheViT masks those, and assumes that the original's "
+        "output for the masked image is that of a model that was not trained on it. Here that assumption is measured.",
         found=[sentence for name in reading for sentence in _assumption(reading[name], SETS.get(name, name).lower())],
         figures=figures,
         tables=tables,
@@ -435,8 +436,8 @@ def _assumption(reading: Mapping[str, Any], images: str) -> list[str]:
         return []
     whole, random = against
     return [
-        f"On {images}, the original's answer to the masked image is {_nearer(whole)} a retrained model's than its "
-        f"answer to the whole image (KL {_signed(whole)}), and {_nearer(random)} it than with as many patches masked "
+        f"On {images}, the original's output for the masked image is {_nearer(whole)} a retrained model's than its "
+        f"output for the whole image (KL {_signed(whole)}), and {_nearer(random)} it than with as many patches masked "
         f"at random (KL {_signed(random)})."
     ]
 
@@ -446,7 +447,7 @@ def _nearer(found: Any) -> str:
         return "nearer to"
     if found["low"] > 0:
         return "further from"
-    return "neither surely nearer to nor further from"
+    return "neither clearly nearer to nor further from"
 
 
 def _signed(found: Any) -> str:

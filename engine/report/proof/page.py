@@ -43,19 +43,19 @@ _STATUSES = {
     "PASS": (
         "pass",
         "No sign was found that this model still holds the samples",
-        "Every question below could be answered, and every answer is within its limit, with its interval. As far as "
-        "these questions reach, the model behaves like one that was never trained on the samples to be forgotten.",
+        "Every question below could be answered, and every figure is within its limit, with its interval. As far as "
+        "these questions go, the model behaves like one that was never trained on the samples to be forgotten.",
     ),
     "FAIL": (
         "fail",
         "This model does not behave like one that was never trained on the samples",
-        "At least one question below has an answer that is outside its limit, with all of its interval. The model "
+        "At least one figure below is outside its limit, with all of its interval. The model "
         "should not be taken for one that has forgotten the samples.",
     ),
     "INSUFFICIENT EVIDENCE": (
         "undecided",
-        "It cannot be told whether this model has forgotten the samples",
-        "No answer below is surely outside its limit, but at least one is not surely within it, or could not be "
+        "It is not known whether this model has forgotten the samples",
+        "No figure below is clearly outside its limit, but at least one is not clearly within it, or could not be "
         "measured. That is not a pass: more samples or more retrained models are needed to decide.",
     ),
 }
@@ -164,8 +164,8 @@ def _basis(verdict: Mapping[str, Any], gates: Sequence[Mapping[str, Any]]) -> st
     samples = verdict.get("samples", {})
     references = int(verdict.get("references", 0))
     sizes = " and ".join(count(int(samples[name]), f"{name} sample") for name in ("forget", "test") if name in samples)
-    paired = f", beside {count(references, 'model')} retrained without the forget samples" if references else ""
-    basis = f"It rests on {sizes}{paired}. " if sizes else ""
+    paired = f", compared with {count(references, 'model')} retrained without the forget samples" if references else ""
+    basis = f"It is based on {sizes}{paired}. " if sizes else ""
     kinds = [gate["kind"] for gate in gates]
     counted = ", ".join(
         f"{kinds.count(kind)} {word}"

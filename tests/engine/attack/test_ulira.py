@@ -155,7 +155,7 @@ def test_a_rate_is_told_where_there_are_scores_enough() -> None:
     written = found.to_dict()
     assert written["tpr_at_fpr"]["0.01"]["value"] == rate.value
     assert written["tpr_at_fpr"]["0.001"]["value"] is None
-    assert "0.5 = cannot be told apart" in written["auc"]["direction"]
+    assert "0.5 = indistinguishable" in written["auc"]["direction"]
     json.dumps(written, allow_nan=False)
 
 
@@ -166,7 +166,7 @@ def test_margins_that_do_not_belong_together_are_refused() -> None:
     retrained[0, 0] = np.nan
     with pytest.raises(UserError, match="not of the same targets"):
         attack(unlearned, retrained)
-    with pytest.raises(UserError, match="2 pairs of models leave nothing to fit to"):
+    with pytest.raises(UserError, match="2 pairs of models are too few to fit distributions"):
         attack(margins(2, 5), margins(2, 5))
 
 
@@ -284,7 +284,7 @@ def test_the_command_tells_needs_table_and_directions(
     assert "6 models:" in out
     assert "about 300 MiB of main memory" in out
     assert [options["method"] for options in asked] == ["retrain", "finetune"]
-    assert "0.5 = cannot be told apart" in out
+    assert "0.5 = indistinguishable" in out
     assert "unlearned by finetune" in out
     assert "it has no power on these data" in out
     written = json.loads((tmp_path / "attack.json").read_text())

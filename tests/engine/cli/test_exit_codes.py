@@ -183,7 +183,7 @@ def test_a_reference_by_its_record_and_by_what_it_predicts(task: Task, tmp_path:
         evaluate_models(task, model, None, [str(tmp_path / "all")], {})
     stranger = str(save_checkpoint(tiny_vit(7), tmp_path / "stranger"))
     original = str(save_checkpoint(tiny_vit(8), tmp_path / "original"))
-    with pytest.raises(UserError, match=r"it knows the forget samples as well as the original does"):
+    with pytest.raises(UserError, match=r"it fits the forget samples as well as the original does"):
         evaluate_models(task, model, original, [stranger], {"precision": "fp32"})
 
 

@@ -231,7 +231,7 @@ def test_a_class_map_orders_the_classes(tmp_path: Path, file: str, content: str)
     ("file", "content", "message"),
     [
         ("c.json", '{"a": 0, "b": 2}', "its labels are not 0 to 1"),
-        ("c.txt", "a\na\n", "the class 'a' stands twice"),
+        ("c.txt", "a\na\n", "the class 'a' occurs twice"),
         ("c.txt", "\n", "it holds no names"),
         ("c.json", "{", "it is not valid JSON"),
         ("c.yaml", "1: 0\n0: 1\n", "names and labels are both numbers"),

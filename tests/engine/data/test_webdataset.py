@@ -289,7 +289,7 @@ def test_a_link_to_an_image_is_refused(tmp_path: Path) -> None:
 def test_keys_are_unique_in_a_split_and_utf8(folder: Path) -> None:
     write(folder / "set-train-0004.tar", numbered(4, 1))
     message = fails(lambda: open_source(f"webdataset:{folder}"))
-    assert "the id 's004' stands twice" in message
+    assert "the id 's004' occurs twice" in message
     assert "set-train-0001.tar" in message
     assert "set-train-0004.tar" in message
     write(folder / "set-train-0004.tar", [("\udcff.png", b"x"), ("\udcff.cls", b"1")], tarfile.USTAR_FORMAT)

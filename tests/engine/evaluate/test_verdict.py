@@ -115,7 +115,7 @@ def test_what_cannot_be_told_is_never_a_pass() -> None:
     verdict = verdict_on(W.model(20), references=1)
     assert verdict.status == INSUFFICIENT
     assert verdict.decided_by == ["agreement"]
-    assert "1 retrained references, 2 asked for" in verdict.gates[-2].reason
+    assert "1 retrained references, 2 required" in verdict.gates[-2].reason
     # The attack has no power over an original that shows no trace of the samples.
     blind = dataclasses.replace(evidence(W.model(20)), original=W.model(1))
     assert judge(blind, Gates.read()).decided_by == ["power"]
@@ -192,7 +192,7 @@ def test_every_limit_of_the_defaults_has_a_direction() -> None:
 def test_references_are_what_they_are_said_to_be() -> None:
     original = W.model(1, forget=W.memory)
     check_reference("good", W.model(10), original, proven=False, level=0.9)
-    with pytest.raises(UserError, match="it knows the forget samples as well as the original does"):
+    with pytest.raises(UserError, match="it fits the forget samples as well as the original does"):
         check_reference("seen", W.model(11, forget=W.memory), original, proven=False, level=0.9)
     check_reference(
         "seen, but its record says otherwise", W.model(11, forget=W.memory), original, proven=True, level=0.9
@@ -223,8 +223,8 @@ def test_a_reference_by_its_record(tmp_path: Path) -> None:
         check_origin(trained("other", Task.open("digits", "random:0.1@1")), task)
     options = {"max_steps": 1, "precision": "fp32"}
     unlearn(model, task.forget, task.retain, method="finetune", config=options, output_dir=tmp_path / "unlearned")
-    with pytest.raises(UserError, match=r"it comes of finetune, not of a retrain"):
+    with pytest.raises(UserError, match=r"it was made by finetune, not by a retrain"):
         check_origin(tmp_path / "unlearned", task)
     (good / "history.jsonl").write_text("")
-    with pytest.raises(UserError, match=r"its record does not hold \(history.jsonl"):
+    with pytest.raises(UserError, match=r"its record is not valid \(history.jsonl"):
         check_origin(good, task)

@@ -118,7 +118,7 @@ def test_equal_scores_go_to_the_first() -> None:
     scores = np.array([1.0, 3.0, 3.0, 0.0, 3.0])
     assert highest(scores, np.arange(5), 4).indices.tolist() == [1, 2, 4, 0]
     assert highest(scores, np.array([0, 3, 4]), 2).indices.tolist() == [4, 0]
-    with pytest.raises(UserError, match="4 samples were asked for, and 3 can be chosen"):
+    with pytest.raises(UserError, match="4 samples were requested, and 3 can be chosen"):
         highest(scores, np.array([0, 3, 4]), 4)
 
 
@@ -232,7 +232,7 @@ def test_scores_of_a_file_decide_and_samples_without_one_are_left(digits: Sample
         assert result.selection.indices.tolist() == [4, 5]
         assert result.selection.scores.tolist() == [9, 5]
         assert result.selection.facts == {"without_score": 197}
-    with pytest.raises(UserError, match="4 samples were asked for, and 3 can be chosen"):
+    with pytest.raises(UserError, match="4 samples were requested, and 3 can be chosen"):
         chosen(digits, "memorised", count=4, scores=str(tmp_path / "s.csv"))
 
 
@@ -248,7 +248,7 @@ def test_scores_that_cannot_be_read(digits: Samples, tmp_path: Path) -> None:
     refused(f"id,score\n{known},high\n", "a score is not a number")
     refused(f"id,score\n{known}\n", "a score is not a number")
     refused("id,score\nghost,1\n", "1 of 1 ids are not in .*'ghost'")
-    refused(f"id,score\n{known},1\n{known},2\n", "stands twice")
+    refused(f"id,score\n{known},1\n{known},2\n", "occurs twice")
     np.savez(tmp_path / "a.npz", ids=np.array(["0"]))
     np.savez(tmp_path / "b.npz", ids=np.array([known]), scores=np.zeros((1, 2)))
     np.savez(tmp_path / "c.npz", ids=np.array([known], dtype=object), scores=np.zeros(1))
@@ -346,7 +346,7 @@ def test_lists_that_could_not_be_read_back_are_refused(tmp_path: Path) -> None:
         ({"share": 1.5}, "option share=1.5: expected above 0 and below 1"),
         ({"strategy": "influence", "count": 5}, "strategy influence needs a model"),
         ({"strategy": "class", "count": 5, "config": {"name": "cat"}}, "option name='cat': no such class"),
-        ({"strategy": "class", "count": 150}, "150 samples were asked for, and class '.' has"),
+        ({"strategy": "class", "count": 150}, "150 samples were requested, and class '.' has"),
         ({"count": 5, "config": {"measure": "el2n"}}, "unknown option 'measure'"),
         ({"count": 5, "config": {"batch_size": 0}}, "option batch_size=0"),
         ({"strategy": "memorised", "count": 5}, "give --set scores=FILE"),

@@ -108,8 +108,10 @@ def test_swapped_labels_are_refused_and_shown(lethe: Lethe, good: torch.nn.Modul
     order = [0, 1, 2, 7, 4, 5, 6, 3, 8, 9]
     swapped = save_checkpoint(with_exchanged_head(copy.deepcopy(good), order), tmp_path / "swapped")
     line = refused(lethe(*arguments("unlearn", swapped, data, "--out", tmp_path / "run"), *QUICK))
-    assert "labels look permuted: 'class d' is answered as 'class h', 'class h' is answered as 'class d'" in line
-    assert "with labels exchanged so it would be 100.0%" in line
+    assert (
+        "labels are probably permuted: 'class d' is predicted as 'class h', 'class h' is predicted as 'class d'" in line
+    )
+    assert "with these labels exchanged it would be 100.0%" in line
     assert not (tmp_path / "run").exists()
 
 
@@ -117,7 +119,7 @@ def test_reversed_labels_are_near_chance(lethe: Lethe, good: torch.nn.Module, da
     wrong = save_checkpoint(with_exchanged_head(copy.deepcopy(good), list(range(9, -1, -1))), tmp_path / "reversed")
     line = refused(lethe(*arguments("evaluate", wrong, data)))
     assert "is 0.0%, near chance (10." in line
-    assert "'class a' is answered as 'class j', 'class b' is answered as 'class i'" in line
+    assert "'class a' is predicted as 'class j', 'class b' is predicted as 'class i'" in line
     assert "and 7 more" in line
 
 
@@ -212,8 +214,8 @@ def test_a_reference_with_another_preprocessing_is_refused_unless_it_is_accepted
     other = without_statistics(save_checkpoint(with_noise(copy.deepcopy(good), 0.01), tmp_path / "other"))
     given = arguments("evaluate", model, data, "--reference", other, "--set", "precision=fp32")
     line = refused(lethe(*given))
-    assert f"--reference {other} is fed by its own preprocessing (8 x 8 pixels, mean 0.5" in line
-    assert "one of them is probably fed wrongly" in line
+    assert f"--reference {other} has its own preprocessing (8 x 8 pixels, mean 0.5" in line
+    assert "one of the two is probably wrong" in line
     code, out, err = lethe(*given, "--accept-accuracy")
     assert code == 0, err
     assert "warning: --reference" in out

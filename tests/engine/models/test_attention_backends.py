@@ -148,7 +148,7 @@ def test_windowed_and_other_attention_is_refused(operators: Operators) -> None:
         attention_backend(swin, "xformers").__enter__()
     bare = tiny_vit()
     del bare.blocks[1].attn.q_norm
-    with pytest.raises(UserError, match=r"looked for `blocks\[i\]\.attn`"):
+    with pytest.raises(UserError, match=r"expected `blocks\[i\]\.attn`"):
         attention_backend(bare, "xformers").__enter__()
     assert all(block.attn.fused_attn for block in bare.blocks)
 

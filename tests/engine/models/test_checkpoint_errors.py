@@ -124,7 +124,7 @@ def test_class_names_of_another_number_are_not_taken(tmp_path: Path) -> None:
     path = saved(tmp_path, {"state_dict": tiny_vit(num_classes=3).state_dict(), "classes": ["a", "b"]})
     model = load_checkpoint(path, architecture=ARCH, model_args=SIZES)
     assert spec_of(model).label_names == []
-    assert imported(model)["label_names"] == "2 names for 3 classes, not taken"
+    assert imported(model)["label_names"] == "2 names for 3 classes, ignored"
 
 
 def test_what_a_user_wrote_into_config_json_survives(checkpoint: Path, tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ def test_capture_copies_nothing_and_leaves_no_hooks(model: torch.nn.Module) -> N
 
 
 def test_models_without_usable_attention_say_what_was_looked_for() -> None:
-    with pytest.raises(UserError, match=r"looked for `patch_embed\.patch_size`"):
+    with pytest.raises(UserError, match=r"expected `patch_embed\.patch_size`"):
         attention_info(timm_model("resnet18"))
     broken = tiny_vit()
     del broken.blocks[1].attn.q_norm

@@ -390,7 +390,7 @@ def test_the_setup_reaches_the_counts(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"stage": 4}, "--stage 4: expected a ZeRO stage, 0, 1, 2 or 3"),
         ({"stage": -1}, "--stage -1"),
         ({"stage": 1, "offload": True}, "--offload at stage 1.*use --stage 2"),
-        ({"stage": 1, "deepspeed": {"zero_optimization": {"stage": 2}}}, "the DeepSpeed configuration says stage 2"),
+        ({"stage": 1, "deepspeed": {"zero_optimization": {"stage": 2}}}, "the DeepSpeed configuration has stage 2"),
         ({"forget_share": 0.0}, "forget_share=0.0: expected between 0 and 1"),
         ({"forget_share": 1.0}, "forget_share=1.0: expected between 0 and 1"),
         ({"forget_share": 0.0001}, "forgets and keeps at least one of 1000 images"),
@@ -429,7 +429,7 @@ def test_unknown_architectures_are_refused(name: str, message: str) -> None:
 def test_measuring_where_there_is_no_gpu_is_refused() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    with pytest.raises(UserError, match="0 CUDA devices are here"):
+    with pytest.raises(UserError, match="0 CUDA devices were found"):
         tiny_plan(measure=True)
 
 

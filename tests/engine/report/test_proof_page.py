@@ -46,7 +46,7 @@ def test_the_verdict_is_told_in_words_with_what_decided_it(written: tuple[str, P
     text = Page(section).text
     assert "FAIL" in text
     assert "This model does not behave like one that was never trained on the samples." in text
-    assert "1,437 forget samples and 2,001 test samples, beside 2 models retrained" in text
+    assert "1,437 forget samples and 2,001 test samples, compared with 2 models retrained" in text
     assert "Of 4 questions: 1 passed, 1 failed, 2 undecided." in text
     decided = re.search(r"What decided</h3>(.*?)</ul>", section, re.DOTALL)
     assert decided
@@ -104,7 +104,7 @@ def test_a_bar_shows_the_interval_against_the_limit(written: tuple[str, Page]) -
 
 
 @pytest.mark.parametrize(
-    ("status", "words"), [(PASS, "No sign was found"), (INSUFFICIENT, "It cannot be told"), ("<b>?", "no known status")]
+    ("status", "words"), [(PASS, "No sign was found"), (INSUFFICIENT, "It is not known"), ("<b>?", "no known status")]
 )
 def test_every_status_has_words_and_an_unknown_one_is_no_pass(status: str, words: str, tmp_path: Path) -> None:
     verdict = {**made()["verdict"], "status": status, "decided_by": [], "references": 0}
@@ -118,7 +118,7 @@ def test_every_status_has_words_and_an_unknown_one_is_no_pass(status: str, words
     assert 'class="bar"' not in source
     assert "Bars: the dark line" not in page.text
     assert "Note: no retrained model was given" in page.text
-    assert "beside" not in section_of(source, "Verdict")
+    assert "retrained without" not in section_of(source, "Verdict")
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,8 @@ def test_numbers_of_the_attacks_are_those_of_the_dict(proof: dict[str, Any], wri
     strongest = max(("loss", "calibrated_loss"), key=lambda name: abs(by_model[1][name]["auc"]["value"] - 0.5))
     values = [f"{each[strongest]['auc']['value']:.3f}" for each in by_model]
     sentence = re.search(
-        r"sees most in this model is .*?: its AUC is (\S+) .*? against (\S+) .*? on the original and (\S+) ", section
+        r"strongest attack on this model is .*?: its AUC is (\S+) .*? against (\S+) .*? on the original and (\S+) ",
+        section,
     )
     assert sentence
     assert list(sentence.groups()) == [values[1], values[0], values[2]]
@@ -154,13 +155,13 @@ def test_numbers_of_the_attacks_are_those_of_the_dict(proof: dict[str, Any], wri
     assert "Dotted line at 1.0%" in plots[2]["alt"]
 
 
-def test_the_attack_that_sees_most_is_the_furthest_from_a_coin_toss_on_either_side() -> None:
+def test_the_strongest_attack_is_the_furthest_from_chance_on_either_side() -> None:
     auc = {"loss": 0.2, "entropy": 0.7, "confidence": None}
     attacks = {
         name: {"auc": {"value": value, "low": value, "high": value, "spread": 0.0123}} for name, value in auc.items()
     }
     (section,) = proof_view({"attacks": {"model": attacks}})["sections"]
-    assert "this model is “Loss”: its AUC is 0.200 (0.200 to 0.200; spread 0.012). A coin" in section.found[0]
+    assert "this model is “Loss”: its AUC is 0.200 (0.200 to 0.200; spread 0.012). Chance" in section.found[0]
 
 
 def test_numbers_of_the_agreement_are_those_of_the_dict(proof: dict[str, Any], written: tuple[str, Page]) -> None:
@@ -203,9 +204,9 @@ def test_numbers_of_relearning_are_those_of_the_dict(proof: dict[str, Any], writ
         assert row_of(section, "Steps to the original's accuracy", number) == ["0", "2", "never, never"]
     assert row_of(section, "Linear probe, excess")[1] == plain(models["model"]["probe"]["excess"], 100, 1, "", "+")
     advantage = plain(models["model"]["forget_share"]["advantage"], 100, 1, "", "+").split(" ", 1)
-    said = f"this model's advantage over retrained ones is {advantage[0]} ({advantage[1]}) points, more than they"
+    said = f"this model's advantage over retrained ones is {advantage[0]} ({advantage[1]}) points, above 0"
     assert said in html.unescape(section)
-    assert section.count("more than they show") == 2  # both lie above 0
+    assert section.count("points, above 0: ") == 2  # both lie above 0
     plots = Page(section).images
     assert len(plots) == 8
     assert [plot["alt"].split(" (")[0] for plot in plots[:4]] == [plot["alt"].split(" (")[0] for plot in plots[4:]]
@@ -222,9 +223,9 @@ def test_numbers_of_relearning_are_those_of_the_dict(proof: dict[str, Any], writ
 @pytest.mark.parametrize(
     ("low", "high", "words"),
     [
-        (0.01, 0.2, "more than they show"),
-        (-0.2, 0.0, "no more than they show"),
-        (-0.1, 0.2, "cannot be told from 0"),
+        (0.01, 0.2, "points, above 0"),
+        (-0.2, 0.0, "not above 0"),
+        (-0.1, 0.2, "not distinguishable from 0"),
     ],
 )
 def test_relearning_is_read_by_its_interval(low: float, high: float, words: str) -> None:
@@ -238,7 +239,7 @@ def test_relearning_is_read_by_its_interval(low: float, high: float, words: str)
 def test_numbers_of_layers_and_attention_are_those_of_the_dict(
     proof: dict[str, Any], written: tuple[str, Page]
 ) -> None:
-    section = section_of(written[0], "What the layers hold")
+    section = section_of(written[0], "Features of the layers")
     models = proof["representation"]["models"]
     references = ["retrained 1", "retrained 2"]
     for number, part in enumerate(("forget", "retain", "test")):
@@ -278,8 +279,8 @@ def test_numbers_of_layers_and_attention_are_those_of_the_dict(
     readings = [part["reading"]["test"][name]["kl"] for name in ("unmasked", "masked", "random", "between_references")]
     assert row_of(section, "KL from retrained", 1) == [plain(each) for each in readings]
     assert (
-        "On forget samples, the original's answer to the masked image is nearer to a retrained model's than its answer "
-        "to the whole image (KL -0.200, interval -0.300 to -0.100), and neither surely nearer to nor further from it "
+        "On forget samples, the original's output for the masked image is nearer to a retrained model's than its "
+        "output for the whole image (KL -0.200, interval -0.300 to -0.100), and neither clearly nearer to nor further from it "
         "than with as many"
     ) in Page(section).text
     plots = Page(section).images
@@ -296,7 +297,7 @@ def test_any_part_may_be_missing(missing: Any, proof: dict[str, Any], tmp_path: 
         "attacks": "Membership attacks",
         "agreement": "Agreement with retraining, sample by sample",
         "relearning": "Relearning attack",
-        "representation": "What the layers hold",
+        "representation": "Features of the layers",
         "attention": "Attention",
     }
     for part, title in titles.items():

@@ -369,7 +369,7 @@ def test_a_damaged_checkpoint_is_named(samples: Samples, tmp_path: Path, name: s
 
 def test_devices_that_are_not_here(samples: Samples) -> None:
     if not torch.cuda.is_available():
-        with pytest.raises(UserError, match="device='cuda': 0 CUDA devices are here"):
+        with pytest.raises(UserError, match="device='cuda': 0 CUDA devices were found"):
             run(samples, device="cuda")
     with pytest.raises(UserError, match="expected auto, cpu, cuda"):
         run(samples, device="gpu")

@@ -49,7 +49,7 @@ def of(process: subprocess.Popen[bytes]) -> dict[str, object]:
 
 def test_a_live_owner_is_named(tmp_path: Path, other: subprocess.Popen[bytes]) -> None:
     content = owned_by(tmp_path, **of(other))
-    with pytest.raises(UserError, match=rf"a run is at work in it \(process {other.pid} on host "):
+    with pytest.raises(UserError, match=rf"a run is active in it \(process {other.pid} on host "):
         take(tmp_path)
     assert (tmp_path / FILE).read_bytes() == content
     assert [path.name for path in tmp_path.iterdir()] == [FILE]
@@ -154,7 +154,7 @@ def test_a_live_run_folder_is_refused_and_left_as_it_is(
     RunFolder(tmp_path / "run", {"method": "x"}).close()
     owned_by(tmp_path / "run", **of(other))
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
-    with pytest.raises(UserError, match=rf"a run is at work in it \(process {other.pid} on host"):
+    with pytest.raises(UserError, match=rf"a run is active in it \(process {other.pid} on host"):
         RunFolder(tmp_path / "run", {"method": "x"}, **how)
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
 
@@ -167,7 +167,7 @@ def test_a_second_unlearning_in_the_same_process_is_refused_while_the_first_runs
 
     def meanwhile(phase: str, *_: object) -> None:
         for how in ({}, {"resume": True}, {"overwrite": True}):
-            with pytest.raises(UserError, match="a run is at work") as error:
+            with pytest.raises(UserError, match="a run is active") as error:
                 unlearn(tiny_vit(), forget, retain, **options, **how)
             met.append(str(error.value))
 
@@ -215,7 +215,7 @@ def test_a_killed_run_is_resumed_without_a_word(tmp_path: Path) -> None:
             break
         time.sleep(0.1)
     refused = subprocess.run([sys.executable, "-c", _JOB, str(run)], env=environment, capture_output=True, text=True)
-    assert f"a run is at work in it (process {process.pid} on host" in refused.stderr
+    assert f"a run is active in it (process {process.pid} on host" in refused.stderr
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert (run / FILE).exists()
