@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from engine.tuning import tune
 
 
-# Loaded when first asked for, so that `lethe --help` is quick and `lethe env` can report an installation in which
+# Loaded at the first access, so that `lethe --help` is quick and `lethe env` can report an installation in which
 # the models or kernels cannot be imported.
 _LAZY_EXPORTS = {
     "BadResult": "engine.errors",

@@ -44,7 +44,7 @@ class UserError(ValueError):
 
 
 class RunStopped(RuntimeError):
-    """A run that cannot go on (a loss that is not finite, no space left)."""
+    """A run that cannot continue (a loss that is not finite, no space left)."""
 
     shared = False
     exit_code = ExitCode.STOPPED

@@ -128,7 +128,7 @@ def _fused_attention(
     query_BHRd: Tensor, key_BHNd: Tensor, scale: float, head_fusion: HeadFusion, bias: Tensor | None = None
 ) -> Tensor:  # [B, R, N], rows sum to one
     dtype = compute_dtype(query_BHRd.dtype)
-    # The scale goes on R x d numbers rather than on R x N.
+    # The scale multiplies R x d numbers rather than R x N.
     logits_BHRN = (query_BHRd.to(dtype) * scale) @ key_BHNd.to(dtype).transpose(-2, -1)
     if bias is not None:
         logits_BHRN = logits_BHRN + bias.to(dtype)

@@ -19,6 +19,11 @@ import pytest
         ("The price of slow hours.", "slow hours"),
         ("Zero where there is none.", "where there is"),
         ("The samples that are looked at.", "looked at"),
+        ("A model that never saw the forget set.", "never saw"),
+        ("Models that cannot be told apart.", "cannot be told"),
+        ("The run goes on after a kill.", "goes on"),
+        ("The samples that are fed to it.", "are fed"),
+        ("The ids that were asked for.", "asked for"),
     ],
 )
 def test_a_planted_sentence_is_found(sentence: str, word: str) -> None:
@@ -31,6 +36,22 @@ def test_a_planted_sentence_is_found(sentence: str, word: str) -> None:
         assert f"'{word}'" in found
         line = int(found.split(":")[1])
         assert word.split()[0] in text.splitlines()[line - 1]
+
+
+@pytest.mark.parametrize(
+    ("code", "line"),
+    [
+        ('raise UserError(\n    f"{path}: "\n    "the file does "\n    f"not say its {kind}"\n)', 2),
+        ('raise ValueError(f"{name}: " + ("the file does not say it" if name else "none"))', 1),
+        ('app: Annotated[str, typer.Option("--a", help="A " "file that does not say" " its format.")] = ""', 1),
+        ('log.warning("%s: the file does not say its format", path)', 1),
+        ('x = 1\nprint(f"{x}: {\'the file does not say it\' if x else x}")', 2),
+    ],
+)
+def test_a_planted_message_is_found(code: str, line: int) -> None:
+    (found,) = prose.findings(code, "a.py")
+    assert found.startswith(f"a.py:{line}: 'file ")
+    assert "does not say'" in found
 
 
 @pytest.mark.parametrize("word", ["Makes", "Gives", "Returns", "The", "What", "Whether", "A"])
@@ -51,6 +72,7 @@ def test_a_docstring_without_an_imperative_is_found(word: str) -> None:
         ('class A:\n    @property\n    def f(self) -> int:\n        """The number of ranks."""\n', "a.py"),
         ("x = 'the model says beside'  # `beside` is a field\n", "a.py"),
         ("x = 1  # the model\ny = 2  # says nothing here\n", "a.py"),
+        ('raise UserError(f"{path}: no option `beside`" f", and {x} is none either")\n', "a.py"),
         ("The report lists `beside`.\n```\nthe model says\n```\nUsers know their data.\n", "a.md"),
     ],
 )

@@ -12,7 +12,7 @@ from engine.cli.console import console
 from engine.errors import UserError
 from engine.runtime.device import resolve_device
 
-# Command and the kind of its result; some results are told apart by the device they were measured on.
+# Command and the kind of its result; some results have the name of the device they were measured on.
 PARTS = (
     ("kernels", "kernels"),
     ("train", "train"),

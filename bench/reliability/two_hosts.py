@@ -115,7 +115,7 @@ def _check_here() -> None:
         raise UserError("bench two-hosts makes network namespaces, which needs root on Linux")
     if shutil.which("ip") is None:
         raise UserError(
-            "bench two-hosts makes network namespaces by the command ip, which is not here; install iproute2"
+            "bench two-hosts makes network namespaces by the command ip, which is missing; install iproute2"
         )
 
 

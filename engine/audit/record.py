@@ -207,7 +207,7 @@ def contains(folder: Path, sample_id: str) -> bool:
     entries = Record.open(folder).entries
     ids = next((entry["content"].get("ids") for entry in entries if entry["kind"] == "request"), None)
     if not isinstance(ids, dict):
-        raise UserError(f"{folder / RECORD} does not say which ids were asked for")
+        raise UserError(f"{folder / RECORD} has no list of the ids of the request")
     listed = ids.get("forget")
     if listed is None:
         if problem := file_problem(folder / IDS, covered_files(entries).get(IDS, "")):

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from engine.data import Samples, Source
     from engine.jobs.task import Task
 
-# Accuracy from which on a model cannot be fed clearly wrongly.
+# Accuracy from which on inputs cannot be clearly wrong.
 _CERTAIN = 0.95
 LabelOrder = Literal["auto", "data"]
 _current: contextvars.ContextVar[Opening | None] = contextvars.ContextVar("opening", default=None)
@@ -276,7 +276,7 @@ class Opening:
 
         Raises:
             UserError: The models have different orders of classes, or, unless `accept`, different preprocessings: then
-                one of them is probably fed wrongly, and their comparison is worth nothing.
+                the inputs of one are probably wrong, and a comparison has no meaning.
         """
         if self.label_order == "auto":
             mine, theirs = label_names(model), label_names(original)

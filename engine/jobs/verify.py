@@ -309,14 +309,14 @@ def check_reference(name: str, reference: ModelOutputs, original: ModelOutputs, 
     if retained.low > _UNTRAINED:
         raise UserError(
             f"--reference {name}: the original fits the retained samples better than it does (AUC "
-            f"{retained.value:.3f} beside test samples; 0.5 for a model trained on them); it was trained on other data"
+            f"{retained.value:.3f} against test samples; 0.5 for a model trained on them); it was trained on other data"
         )
     forgotten = attack_power(original, [reference], ("forget", "retain"), level)
     if not proven and forgotten.low <= 0.5:
         raise UserError(
             f"--reference {name}: it fits the forget samples as well as the original does (AUC {forgotten.value:.3f} "
-            "beside retained samples; above 0.5 for a model trained without them); it was trained with them, or the "
-            "original shows no trace of them. A run folder of `lethe train --forget` is taken by its record; one of "
+            "against retained samples; above 0.5 for a model trained without them); it was trained with them, or the "
+            "original shows no trace of them. A run folder of `lethe train --forget` is accepted by its record; one of "
             "`lethe train --init` if the original's own record names the same base"
         )
 

@@ -1,8 +1,9 @@
-"""Check the wording of docstrings, comments and Markdown files: `python tests/support/prose.py`, run by `make lint`.
+"""Check the wording of docstrings, comments, messages and Markdown files: `python tests/support/prose.py`.
 
-Prints FILE:LINE and the remedy for each finding, and exits with 1 if there is any. Findings are personified models and
-files, words of a private dialect, and functions whose docstring does not begin with an imperative. Code in backticks
-and in fenced blocks is not checked.
+`make lint` runs it. It prints FILE:LINE and the remedy for each finding, and exits with 1 if there is any. Findings are
+personified models and files, words of a private dialect, and functions whose docstring does not begin with an
+imperative. Messages are the strings that are given to errors, to the log, to `print` and as `help` of an option. Code in
+backticks and in fenced blocks is not checked.
 """
 
 from __future__ import annotations
@@ -39,8 +40,16 @@ WORDS = {
     "where there (?:is|are)": "write 'if there is' or 'if there are'",
     "where (?:none|nothing|no)": "write 'if none', 'if nothing' or 'if no'",
     "look(?:ed)? at": "write 'evaluated', 'read' or 'measured'",
-    "(?:is|are) given up": "name what happens: the process is stopped, the request fails, the wait ends",
-    "what becomes? of": "name the outcome",
+    "(?:give|gives|given|gave|giving) up": "name what happens: the process is stopped, the request fails, the wait ends",
+    "(?:give|gives|gave|giving) (?:itself|themselves|them|it) away": "write 'reveals' or 'is detected'",
+    r"told apart|tells? (?:\w+ ){1,3}apart|(?:can|cannot) be told": "write 'distinguish'",
+    "never (?:saw|seen|sees)": "write 'was not trained on' or 'held-out'",
+    "(?:go|goes|going|went|gone) on": "write 'continue' or 'resume'",
+    "(?:is|are|was|were|be) fed": "name the input, or the preprocessing",
+    "coin toss": "write 'chance'",
+    "asked for": "write 'requested' or 'required'",
+    "not here": "write 'missing' or 'not installed'",
+    "what (?:becomes?|came) of": "name the outcome",
     "gone (?:back )?through": "write 'processed' or 'differentiated'",
     "but for": "write 'except'",
     "of (?:ours|theirs|its|one) that": "name the thing a second time",
@@ -48,6 +57,9 @@ WORDS = {
 _PATTERNS = [
     (re.compile(rf"\b(?:{pattern})\b".replace(" ", r"\s+"), re.IGNORECASE), remedy) for pattern, remedy in WORDS.items()
 ]
+# Calls whose strings users read, by the last part of their names; of `_HELP` the keyword `help` alone.
+_MESSAGES = re.compile(r"\w*Error|RunStopped|print|echo|debug|info|warning|error")
+_HELP = ("Option", "Argument", "Typer", "command", "add_argument", "addoption")
 _NO_VERB = ("The", "What", "Whether", "A", "An", "How", "Where", "Which", "That", "This", "One", "If", "Of")
 
 
@@ -76,6 +88,7 @@ def _blocks(text: str, name: str) -> Iterator[tuple[int, str]]:
     lines = text.splitlines()
     for _, doc in _docstrings(text):
         yield doc.lineno, "\n".join(lines[doc.lineno - 1 : doc.end_lineno])
+    yield from _messages(text)
     block: list[str] = []
     last = column = 0
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
@@ -88,6 +101,35 @@ def _blocks(text: str, name: str) -> Iterator[tuple[int, str]]:
             last, column = (token.start[0], -1) if trailing else token.start
     if block:
         yield last - len(block) + 1, "\n".join(block)
+
+
+def _messages(text: str) -> Iterator[tuple[int, str]]:
+    """Yield the first line and the text, in one line, of each message; a value in an f-string is one dot."""
+    for node in ast.walk(ast.parse(text)):
+        if not isinstance(node, ast.Call):
+            continue
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        strings = [each.value for each in node.keywords if each.arg == "help"] if name in _HELP else []
+        if _MESSAGES.fullmatch(name):
+            strings += node.args
+        for string in strings:
+            for start, words in _strings(string):
+                yield start, " ".join(words.split())
+
+
+def _strings(node: ast.expr) -> Iterator[tuple[int, str]]:
+    """Yield the line and the text of each string of an expression: alternatives, sums, calls of a string's methods."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        yield node.lineno, node.value
+    elif isinstance(node, ast.JoinedStr):
+        yield node.lineno, "".join(str(part.value) if isinstance(part, ast.Constant) else "·" for part in node.values)
+        for part in node.values:
+            if isinstance(part, ast.FormattedValue):
+                yield from _strings(part.value)
+    elif isinstance(node, ast.BinOp):
+        yield from (*_strings(node.left), *_strings(node.right))
+    elif isinstance(node, ast.IfExp):
+        yield from (*_strings(node.body), *_strings(node.orelse))
 
 
 def _docstrings(text: str) -> Iterator[tuple[ast.AST, ast.Constant]]:
