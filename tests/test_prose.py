@@ -45,7 +45,7 @@ def test_a_planted_sentence_is_found(sentence: str, word: str) -> None:
         ('raise ValueError(f"{name}: " + ("the file does not say it" if name else "none"))', 1),
         ('app: Annotated[str, typer.Option("--a", help="A " "file that does not say" " its format.")] = ""', 1),
         ('log.warning("%s: the file does not say its format", path)', 1),
-        ('x = 1\nprint(f"{x}: {\'the file does not say it\' if x else x}")', 2),
+        ("x = 1\nprint(f\"{x}: {'the file does not say it' if x else x}\")", 2),
     ],
 )
 def test_a_planted_message_is_found(code: str, line: int) -> None:

@@ -216,9 +216,7 @@ def contains(folder: Path, sample_id: str) -> bool:
     if ids.get("form") == "plain":
         return sample_id in listed
     if problem := file_problem(folder / SALT, str(ids.get("salt_sha256"))):
-        raise UserError(
-            f"{folder / SALT} {problem}; without the salt of this record nobody can tell which ids it means"
-        )
+        raise UserError(f"{folder / SALT} {problem}; without the salt of this record its ids cannot be identified")
     return hashed_ids([sample_id], (folder / SALT).read_bytes())[0] in listed
 
 

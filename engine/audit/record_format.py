@@ -100,7 +100,7 @@ def read_document(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
     if form != data:
         problems.append(
             f"{RECORD}: is not in canonical form: white space, the order of keys or the spelling of a value was "
-            "changed, or a key stands there twice"
+            "changed, or a key occurs twice"
         )
     return document, problems
 

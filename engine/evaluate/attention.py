@@ -41,7 +41,7 @@ READINGS = ("unmasked", "masked", "random")
 DIRECTION = {
     "iou": "intersection over union of the k most attended patches, mean over images; 1 = the same, chance = unrelated",
     "spearman": "rank correlation of the attention scores of all patches, mean over images; 1 = the same order",
-    "top1": "share of samples on which the original's reading and the retrained models name the same class; higher = "
+    "top1": "share of samples on which the original's output and the retrained models have the same class; higher = "
     "more like retrained",
     "kl": "KL(retrained || reading) in nats; lower = more like retrained",
     "masked_less_unmasked": "top1 above 0 and kl below 0 = masking makes the original more like a retrained model",

@@ -27,15 +27,15 @@ from engine.evaluate.relearning import (
 
 DIRECTION = {
     "excess": "accuracy on held-back forget samples less that on test samples; target: the references'; above = "
-    "knowledge of these very samples",
-    "advantage": "excess less the references', mean over the steps after the first look; 0 = relearns as a retrained "
-    "model does, above = knowledge that was hidden comes back, or was never gone",
+    "memory of these samples",
+    "advantage": "excess less the references', mean over the steps after the first evaluation; 0 = as for a retrained "
+    "model, above = the samples were hidden, or never removed",
     "auc": "loss attack calibrated by the references after as many steps, held-back against test samples; 0.5 = as a "
-    "retrained model, above = knowledge of these very samples",
+    "retrained model, above = memory of these samples",
     "steps_to_original": "optimizer steps until accuracy on the held-back samples is the untouched original's; null = "
     "not within the steps; fewer than the references = relearns faster",
-    "probe": "logistic regression on frozen features of retained samples; excess as above: what the features know of "
-    "the forget samples, whatever the head says",
+    "probe": "logistic regression on frozen features of retained samples; excess as above: what the features hold of "
+    "the forget samples, independent of the head",
 }
 
 

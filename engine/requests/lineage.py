@@ -43,6 +43,6 @@ def refuse_unfinished(store: Store) -> None:
     run = store.unfinished()
     if run is not None:
         raise UserError(
-            f"{store.folder}: the run of version {run.number:04d} has not ended; go on with it by lethe request run, "
-            "or give it up by lethe request run --abandon"
+            f"{store.folder}: the run of version {run.number:04d} has not ended; continue it by lethe request run, "
+            "or drop it by lethe request run --abandon"
         )

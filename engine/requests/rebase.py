@@ -26,8 +26,8 @@ def rebase(folder: Path, checkpoint: str) -> tuple[int, bool]:
         model, found = load_fitting(checkpoint, source), origin(CheckpointSource.parse(checkpoint).folder)
         if found is not None and found.method != "retrain":
             raise UserError(
-                f"--checkpoint {checkpoint}: by its {found.source} it comes of {found.method}, not of a full retrain; "
-                "retrain with lethe train --forget"
+                f"--checkpoint {checkpoint}: by its {found.source} it was made by {found.method}, not by a full "
+                "retrain; retrain with lethe train --forget"
             )
         if found is not None and forgotten and found.samples_sha256 == source.train.fingerprint():
             raise UserError(

@@ -75,7 +75,7 @@ class Overrides:
         if self.method not in (None, options.method) or {**options.config, **(self.config or {})} != options.config:
             raise UserError(
                 f"the run of version {run.number:04d} has not ended and has another method or other options; leave "
-                "--method and --set out to go on with it, or give it up by --abandon"
+                "--method and --set out to continue it, or drop it by --abandon"
             )
         return dataclasses.replace(
             options,

@@ -107,7 +107,7 @@ def run_requests(
             doing = "unlearning"
         else:
             run = _resume(store, run, given)
-            doing = f"going on with the run of {run.started}:"
+            doing = f"continuing the run of {run.started}:"
         attempt = _Attempt.of(store, source, run)
         notify(
             f"{doing} {len(attempt.batch)} samples of requests {attempt.listed}, from version {run.parent:04d} to "
@@ -121,8 +121,8 @@ def abandon_run(folder: Path) -> Run:
     with locked(folder), Store.open(folder) as store:
         run = store.unfinished()
         if run is None:
-            raise UserError(f"{folder}: there is no unfinished run to give up")
-        store.finish(run, "abandoned", reason="given up before a verdict")
+            raise UserError(f"{folder}: there is no unfinished run to abandon")
+        store.finish(run, "abandoned", reason="abandoned before a verdict")
     return run
 
 
@@ -236,8 +236,8 @@ def _unlearn(store: Store, run: Run, task: Task, options: Options, progress: Pro
         raise
     except RunStopped as error:
         raise RunStopped(
-            f"{error}; the requests stay open: lethe request run goes on with this run; to begin another with other "
-            "options, give this one up first by lethe request run --abandon"
+            f"{error}; the requests stay open: lethe request run continues this run; to begin another with other "
+            "options, drop this one first by lethe request run --abandon"
         ) from error
     return outcome.metrics
 

@@ -2,8 +2,8 @@
 
 `make lint` runs it. It prints FILE:LINE and the remedy for each finding, and exits with 1 if there is any. Findings are
 personified models and files, words of a private dialect, and functions whose docstring does not begin with an
-imperative. Messages are the strings that are given to errors, to the log, to `print` and as `help` of an option. Code in
-backticks and in fenced blocks is not checked.
+imperative. Messages are the strings that are given to errors, to the log, to `print` and as `help` of an option. Code
+in backticks and in fenced blocks is not checked.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ WORDS = {
     "where there (?:is|are)": "write 'if there is' or 'if there are'",
     "where (?:none|nothing|no)": "write 'if none', 'if nothing' or 'if no'",
     "look(?:ed)? at": "write 'evaluated', 'read' or 'measured'",
-    "(?:give|gives|given|gave|giving) up": "name what happens: the process is stopped, the request fails, the wait ends",
+    "(?:give|gives|given|gave|giving) up": "name what happens: the process stops, the request fails, the wait ends",
     "(?:give|gives|gave|giving) (?:itself|themselves|them|it) away": "write 'reveals' or 'is detected'",
     r"told apart|tells? (?:\w+ ){1,3}apart|(?:can|cannot) be told": "write 'distinguish'",
     "never (?:saw|seen|sees)": "write 'was not trained on' or 'held-out'",

@@ -150,12 +150,12 @@ def test_no_id_is_in_the_record_and_who_has_the_salt_can_show_one(
     assert [contains(run, i) for i in ("jane-0005", "jane-0006", "5", "")] == [True, False, False, False]
     (run / SALT).write_bytes(bytes(32))
     assert verify_record(run) == [f"{SALT}: was changed: its hash is not the one recorded"]
-    with pytest.raises(UserError, match="nobody can tell"):
+    with pytest.raises(UserError, match="its ids cannot be identified"):
         contains(run, "jane-0005")
     (run / SALT).unlink()
     assert verify_record(run) == []
     assert check_record(run).salt == "destroyed"
-    with pytest.raises(UserError, match="nobody can tell"):
+    with pytest.raises(UserError, match="its ids cannot be identified"):
         contains(run, "jane-0005")
 
 

@@ -280,8 +280,8 @@ def test_numbers_of_layers_and_attention_are_those_of_the_dict(
     assert row_of(section, "KL from retrained", 1) == [plain(each) for each in readings]
     assert (
         "On forget samples, the original's output for the masked image is nearer to a retrained model's than its "
-        "output for the whole image (KL -0.200, interval -0.300 to -0.100), and neither clearly nearer to nor further from it "
-        "than with as many"
+        "output for the whole image (KL -0.200, interval -0.300 to -0.100), and neither clearly nearer to nor further "
+        "from it than with as many"
     ) in Page(section).text
     plots = Page(section).images
     assert len(plots) == 4

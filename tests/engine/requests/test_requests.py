@@ -179,9 +179,7 @@ def test_a_run_that_was_killed_keeps_its_options(store: Path, digits: Source, tm
     add_request(store, ids=ids_of(digits, 0))
     killed(lambda: run(store, config={"seed": 3}, require_proof=True, progress=die_at(1)))
     for options in ({"config": {"seed": 4}}, {"method": "lethe"}):
-        with pytest.raises(
-            UserError, match="leave --method and --set out to go on with it, or give it up by --abandon"
-        ):
+        with pytest.raises(UserError, match="leave --method and --set out to continue it, or drop it by --abandon"):
             run(store, **options)
     reference = save_checkpoint(tiny_vit(1), tmp_path / "reference")
     judge = Judge("INSUFFICIENT EVIDENCE")
@@ -196,7 +194,7 @@ def test_a_run_is_given_up(store: Path, digits: Source) -> None:
     with pytest.raises(UserError, match="there is no unfinished run"):
         abandon_run(store)
     killed(lambda: run(store, progress=die_at(1)))
-    with pytest.raises(UserError, match=r"has not ended; go on with it .* or give it up"):
+    with pytest.raises(UserError, match=r"has not ended; continue it .* or drop it"):
         rebase(store, str(store / "versions" / "0000"))
     assert abandon_run(store).number == 1
     assert states(store) == {1: "open"}

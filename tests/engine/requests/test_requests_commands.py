@@ -186,7 +186,7 @@ def test_commands_of_an_unfinished_run(
     assert "in run 0001" in lethe("list").output
     assert "the run of version 0001, begun" in lethe("status").output
     result = lethe("judge")
-    assert "has not ended; go on with it by lethe request run" in str(result.exception)
+    assert "has not ended; continue it by lethe request run" in str(result.exception)
     result = lethe("run", "--no-reference", "--reference", "x")
     assert isinstance(result.exception, UserError)
     assert "the run of version 0001 was given up; its requests stay open" in lethe("run", "--abandon").output

@@ -93,7 +93,7 @@ def test_drift_is_counted_from_the_last_full_retrain(
     add_request(store, ids=ids_of(digits, 30))
     killed(lambda: run(store, progress=die_at(1)))  # what the retrain left is in nobody's way
     abandon_run(store)
-    with pytest.raises(UserError, match=r"by its record.json it comes of finetune, not of a full retrain"):
+    with pytest.raises(UserError, match=r"by its record.json it was made by finetune, not by a full retrain"):
         rebase(store, str(store / "versions" / "0002"))
     said = {"method": "retrain", "samples": {"retain_sha256": digits.train.fingerprint()}}
     write_json(retrain / "config.yaml", said)
