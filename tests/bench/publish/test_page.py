@@ -147,8 +147,8 @@ def test_facts_of_a_gpu_and_of_nothing() -> None:
 
 
 def test_toy_sizes_are_called_so(no_pictures: None) -> None:
-    assert "no number means anything" in render({"odd": {"settings": {"quick": True}}})
-    assert "no number means anything" not in render({"odd": {"settings": {"quick": False}}})
+    assert "which is a smoke test" in render({"odd": {"settings": {"quick": True}}})
+    assert "which is a smoke test" not in render({"odd": {"settings": {"quick": False}}})
 
 
 def test_the_order_is_that_of_importance_and_others_come_last(tmp_path: Path, no_pictures: None) -> None:

@@ -378,7 +378,7 @@ def test_lotus_stops_where_forget_samples_look_unseen(train: Samples, trained: t
     expected = method._expected
     assert method._distance == pytest.approx(accuracy(trained, few(train, 20), made) - expected)
     assert method.should_stop(tiny_vit(seed=5), phase, 0) == (
-        f"forget accuracy {100 * accuracy(tiny_vit(seed=5), few(train, 20), made):.1f}%, of samples never seen "
+        f"forget accuracy {100 * accuracy(tiny_vit(seed=5), few(train, 20), made):.1f}%, held-out accuracy "
         f"{100 * expected:.1f}%"
     )
     assert method._distance < -0.05

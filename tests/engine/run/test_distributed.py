@@ -153,7 +153,7 @@ def test_auto_is_filled_in_from_the_run() -> None:
         ({"optimizer": {"type": "Lamb"}}, 'optimizer.type is "Lamb", the run\'s is "AdamW"'),
         ({"optimizer": {"params": {"lr": 1e-3}}}, "optimizer.params.lr is 0.001, the run's is that of each phase"),
         ({"optimizer": {"params": {"weight_decay": 0.1}}}, "optimizer.params.weight_decay is 0.1, the run's is 0.05"),
-        ({"scheduler": {"type": "WarmupLR"}}, "every phase of a method brings its own schedule"),
+        ({"scheduler": {"type": "WarmupLR"}}, "every phase of a method has its own schedule"),
         ({"fp16": {"enabled": True}}, "the engine has no loss scaling"),
         ({"bf16": {"enabled": False}, "zero_optimization": {"stage": 2}}, "bf16.enabled is false"),
         ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage is 4, expected 0, 1, 2 or 3"),
