@@ -53,8 +53,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="lethe",
-    help="Makes a trained Vision Transformer forget chosen training samples, and sets the result beside a retrain.\n\n"
-    "Start with `lethe demo`. Then: `lethe unlearn --checkpoint DIR --data SPEC --forget FILE --out DIR`.",
+    help="Makes a trained Vision Transformer forget chosen training samples, and compares the result with a "
+    "retrain.\n\nStart with `lethe demo`. Then: `lethe unlearn --checkpoint DIR --data SPEC --forget FILE --out DIR`.",
     no_args_is_help=True,
     add_completion=True,
     epilog="**Exit codes.** " + " ".join(f"**{int(code)}**: {meaning}." for code, meaning in EXIT_CODES.items()),
@@ -75,7 +75,7 @@ def common(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
     debug: Annotated[
-        bool, typer.Option("--debug", help="Print the whole traceback of an unexpected error; as LETHE_DEBUG=1 does.")
+        bool, typer.Option("--debug", help="Print the whole traceback of an unexpected error, like LETHE_DEBUG=1.")
     ] = False,
     local_rank: Annotated[int, typer.Option("--local_rank", hidden=True, help="Passed by launchers.")] = 0,
 ) -> None:
@@ -112,7 +112,7 @@ def train(
         typer.Option(
             help="timm architecture, such as vit_tiny_patch16_224, or a checkpoint folder: its architecture, "
             "from fresh weights. With --sliced --set base=given: the checkpoint (or timm:NAME, hf-hub:ID) whose "
-            "weights are the base. With --init: of a file that does not say its own.",
+            "weights are the base. With --init: that of a file that does not name its own.",
             show_default=False,
         ),
     ] = None,
@@ -141,7 +141,7 @@ def train(
         ),
     ] = False,
     epochs: Annotated[float, typer.Option(help="Passes over the training samples.")] = 30.0,
-    seed: Annotated[int, typer.Option(help="Of the initial weights and the order of samples.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the initial weights and of the order of samples.")] = 0,
     model_arg: ModelArgs = None,
     weights: Weights = None,
     settings: Settings = None,
@@ -320,7 +320,7 @@ def methods(
         if cls.one_process:
             console.print(f"\nRuns on one process: {cls.one_process}.")
         if cls.needs_checkpoint:
-            console.print(f"\nTakes checkpoints of {cls.needs_checkpoint} alone.")
+            console.print(f"\nNeeds a checkpoint of {cls.needs_checkpoint}.")
         console.print(f"\nOptions of every method:\n{inspect.getdoc(RunConfig)}")
     write_json_file(
         json_file,

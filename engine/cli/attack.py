@@ -39,10 +39,10 @@ def attack(
     method: MethodName = "lethe",
     models: Annotated[int, typer.Option(help="K: models with each target, and as many without it.")] = 16,
     cache: Annotated[
-        Path, typer.Option(help="Folder of the trained models; those that are there are not trained again.")
+        Path, typer.Option(help="Folder of the trained models; models in it are not trained again.")
     ] = Path("runs/ensemble"),
     workers: Annotated[int, typer.Option(help="Models trained at once; each then has its share of the threads.")] = 1,
-    seed: Annotated[int, typer.Option(help="Of the draws; each model and run has a seed of its own above it.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the draws; models and runs have seeds above it.")] = 0,
     model_arg: ModelArgs = None,
     settings: Settings = None,
     train_settings: Annotated[

@@ -62,7 +62,7 @@ def _report_crash(error: Exception, stderr: Console) -> None:
             _print_error(
                 stderr,
                 "crash",
-                f"{what}; this is no wrong use but a fault of lethe, of a package or of the machine. The traceback is "
+                f"{what}; this is an error of lethe, of a package or of the machine, not wrong use. The traceback is "
                 f"in {path}; LETHE_DEBUG=1 prints it",
             )
             return

@@ -43,7 +43,7 @@ def forget_set(
     checkpoint: Annotated[
         str | None,
         typer.Option(
-            help="The model that is to be unlearned, for strategies that look at it and for the description.",
+            help="The model to be unlearned, for strategies that need it and for the description.",
             show_default=False,
         ),
     ] = None,
@@ -60,7 +60,7 @@ def forget_set(
             "--set",
             metavar="KEY=VALUE",
             help="An option of the strategy, or batch_size, precision, device, workers, decode, on_bad_image, "
-            "max_bad_share; repeat for more. An option that is not there is answered with those that are.",
+            "max_bad_share; repeat for more. An unknown option is an error that lists them.",
             show_default=False,
         ),
     ] = None,

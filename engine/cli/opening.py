@@ -67,7 +67,7 @@ _ACCURACY = {
         str | None,
         typer.Option(
             "--expect-accuracy",
-            help="Accuracy on retained samples that the untouched model is known to have, such as 0.92 or 92%. Far "
+            help="Known accuracy of the untouched model on retained samples, such as 0.92 or 92%. Far "
             "below it nothing is run.",
             show_default=False,
         ),
@@ -76,8 +76,8 @@ _ACCURACY = {
         bool,
         typer.Option(
             "--accept-accuracy",
-            help="Go on even if the accuracy of the untouched model says that it is fed wrongly (near chance, far "
-            "below what is known of it, better with another mean and std, labels permuted).",
+            help="Continue even if the accuracy of the untouched model suggests wrong inputs (near chance, far below "
+            "its known accuracy, better with another mean and std, labels permuted).",
         ),
     ],
 }

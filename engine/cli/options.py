@@ -64,12 +64,12 @@ Checkpoint = Annotated[
         show_default=False,
     ),
 ]
-MethodName = Annotated[str, typer.Option(help="One of `lethe methods`.")]
+MethodName = Annotated[str, typer.Option(help="Method; `lethe methods` lists them.")]
 Architecture = Annotated[
     str | None,
     typer.Option(
         "--arch",
-        help="timm architecture of a file of weights that does not say its own, such as vit_tiny_patch16_224.",
+        help="timm architecture of a file of weights that does not name its own, such as vit_tiny_patch16_224.",
         show_default=False,
     ),
 ]
@@ -110,7 +110,7 @@ ConfigFile = Annotated[
     Path | None, typer.Option(help="YAML file of the same options; --set goes before it.", show_default=False)
 ]
 Out = Annotated[Path, typer.Option(help="Run folder to write.", show_default=False)]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, after its last whole epoch.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in --out from its last checkpoint.")]
 DeepSpeed = Annotated[
     Path | None,
     typer.Option(

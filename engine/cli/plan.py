@@ -14,7 +14,7 @@ def plan(
     arch: Annotated[str, typer.Option(help="timm architecture, such as vit_large_patch16_224.", show_default=False)],
     images: Annotated[int, typer.Option(help="Training images.", show_default=False)],
     forget_share: Annotated[float, typer.Option(help="Share of them to forget, between 0 and 1.")] = 0.1,
-    test_images: Annotated[int, typer.Option(help="Test images that the evaluation passes over.")] = 50_000,
+    test_images: Annotated[int, typer.Option(help="Test images of the evaluation.")] = 50_000,
     gpus: Annotated[int, typer.Option(help="GPUs, or ranks on the CPU.")] = 1,
     stage: Annotated[int | None, typer.Option(help="ZeRO stage, 0 to 3.", show_default="0")] = None,
     offload: Annotated[
@@ -55,9 +55,10 @@ def plan(
         bool, typer.Option("--measure", help="Time a few real steps here instead, on random images.")
     ] = False,
     gpu_memory: Annotated[
-        float | None, typer.Option(help="GiB of a GPU (of a rank, on the CPU): does it fit?", show_default=False)
+        float | None,
+        typer.Option(help="GiB of a GPU (of a rank, on the CPU), to check whether it fits.", show_default=False),
     ] = None,
-    price: Annotated[float | None, typer.Option(help="Of an hour of a GPU.", show_default=False)] = None,
+    price: Annotated[float | None, typer.Option(help="Price of one GPU hour.", show_default=False)] = None,
     json_file: Json = None,
 ) -> None:
     """Estimate what unlearning needs before it runs: memory, flops, bytes and time, compared with a retrain."""

@@ -29,7 +29,9 @@ def print_plan(plan: Plan) -> None:
     console.print(_work(plan, rank))
     if plan.share:
         shares = ", ".join(f"{100 * value:.1f}% of its {name}" for name, value in plan.share.items())
-        console.print(f"beside the retrain ({_recipe(setup['retrain'])}): {shares}", soft_wrap=True, highlight=False)
+        console.print(
+            f"compared with the retrain ({_recipe(setup['retrain'])}): {shares}", soft_wrap=True, highlight=False
+        )
     sent = plan.communication
     console.print(
         f"each {rank} sends {_size(sent['bytes_per_step'])} a step; {sent['formula']}", soft_wrap=True, highlight=False
@@ -52,13 +54,13 @@ def _memory(plan: Plan, rank: str) -> Table:
         table.add_row(part.name, *cells, part.why)
     table.add_section()
     totals = [_size(plan.memory.total("device")), *([_size(plan.memory.total("host"))] if host else [])]
-    table.add_row("total", *totals, "what lies here at that moment", style="bold")
+    table.add_row("total", *totals, "content at that moment", style="bold")
     return table
 
 
 def _print_verdict(plan: Plan, rank: str) -> None:
     if plan.capacity is None:
-        console.print(f"--gpu-memory GIB says whether that fits a {rank}")
+        console.print(f"--gpu-memory GIB checks whether that fits a {rank}")
         return
     words = "[bold green]FITS[/bold green]" if plan.fits else "[bold red]DOES NOT FIT[/bold red]"
     console.print(

@@ -61,7 +61,7 @@ def init(
     store: StoreFolder,
     checkpoint: Checkpoint,
     data: Data,
-    method: Annotated[str, typer.Option(help="One of `lethe methods`; of every run that names no other.")] = "lethe",
+    method: Annotated[str, typer.Option(help="Default method of the runs; `lethe methods` lists them.")] = "lethe",
     settings: Settings = None,
     gates: GatesFile = None,
     reference: Reference = None,
@@ -106,8 +106,10 @@ def add(
     deadline: Annotated[
         str | None, typer.Option(help="ISO 8601, UTC; of a date alone, the end of that day.", show_default=False)
     ] = None,
-    days: Annotated[float | None, typer.Option(help="Or days from receipt to deadline.", show_default="30")] = None,
-    source: Annotated[str, typer.Option(help="Who asked, or where it is filed.", show_default=False)] = "",
+    days: Annotated[
+        float | None, typer.Option(help="Deadline in days from receipt, instead of --deadline.", show_default="30")
+    ] = None,
+    source: Annotated[str, typer.Option(help="Sender of the request, or where it is filed.", show_default=False)] = "",
     skip_known: Annotated[
         bool, typer.Option("--skip-known", help="Leave out ids that another request names, instead of refusing.")
     ] = False,
@@ -148,7 +150,7 @@ def add(
 @request_app.command("list")
 def list_requests(
     store: StoreFolder,
-    everything: Annotated[bool, typer.Option("--all/--open", help="Those that are done too.")] = False,
+    everything: Annotated[bool, typer.Option("--all/--open", help="List requests that are done, too.")] = False,
     ids: Annotated[
         Path | None,
         typer.Option(help="Write the ids of the listed requests to this file, for --forget.", show_default=False),
@@ -204,7 +206,7 @@ def show_status(store: StoreFolder, max_share: MaxShare = None, json_file: Json 
     if found["unfinished"]:
         console.print(
             f"[yellow]the run of version {found['unfinished']['version']:04d}, begun {found['unfinished']['started']}, "
-            "has not ended: lethe request run goes on with it[/]",
+            "has not ended: lethe request run continues it[/]",
             soft_wrap=True,
         )
     _warn(found["warnings"])
@@ -218,19 +220,19 @@ def run(
         int | None, typer.Option(help="Take at most so many requests, the nearest deadlines first.", show_default=False)
     ] = None,
     method: Annotated[
-        str | None, typer.Option(help="In place of the store's: one of `lethe methods`.", show_default=False)
+        str | None, typer.Option(help="Method in place of the store's default.", show_default=False)
     ] = None,
     settings: Settings = None,
     reference: Reference = None,
     no_reference: Annotated[
-        bool, typer.Option("--no-reference", help="A verdict without the references that init was given.")
+        bool, typer.Option("--no-reference", help="Judge without the references that were given to init.")
     ] = False,
     gates: GatesFile = None,
     require_proof: Annotated[
         bool, typer.Option("--require-proof", help="Treat INSUFFICIENT EVIDENCE as a FAIL.")
     ] = False,
     abandon: Annotated[
-        bool, typer.Option("--abandon", help="Give up the run that has not ended; nothing else is done.")
+        bool, typer.Option("--abandon", help="Drop the run that has not ended, and do nothing else.")
     ] = False,
     json_file: Json = None,
 ) -> None:
@@ -247,8 +249,8 @@ def run(
     from engine.requests.status import status
 
     if abandon:
-        given_up = abandon_run(store)
-        console.print(f"the run of version {given_up.number:04d} was given up; its requests stay open")
+        abandoned = abandon_run(store)
+        console.print(f"the run of version {abandoned.number:04d} was dropped; its requests stay open")
         return
     if no_reference and reference:
         raise UserError("give --reference or --no-reference, not both")
@@ -277,7 +279,7 @@ def run(
     what = {
         "done": f"version {finished.version:04d} is the current one; requests {listed} are done",
         "unproven": f"version {finished.version:04d} is the current one; requests {listed} are unproven, not done; "
-        "lethe request judge --reference RETRAINED looks again, without another run",
+        "lethe request judge --reference RETRAINED judges it again, without another run",
         "open": f"version {finished.version:04d} is rejected; version {finished.parent:04d} stays the current one and "
         f"requests {listed} stay open: run again with another --method or --set",
     }[finished.state]

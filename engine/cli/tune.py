@@ -54,7 +54,7 @@ def tune(
     settings: Settings = None,
     config: ConfigFile = None,
     on_bad_image: OnBadImage = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the study in --out.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the study in --out.")] = False,
     overwrite: Overwrite = False,
     json_file: Json = None,
     opening: Opening,
@@ -127,10 +127,10 @@ def _lines(tuned: Tuned) -> list[str]:
     chosen = ", ".join(f"{key}={_short(value)}" for key, value in tuned.best.options.items())
     count = int(tuned.original["choosing"]["numbers"]["held_out_samples"])
     return [
-        "percentage points, 0 = the forget samples look like held-out ones and nothing else was lost. The choosing "
-        "half picked the trial, so its score flatters; the reporting half did not.",
+        "percentage points, 0 = the forget samples are like held-out ones and nothing else was lost. The choosing "
+        "half picked the trial, so its score is optimistic; the reporting half did not.",
         f"the choosing half has {count} held-out samples, of which one moves an accuracy by {100 / count:.1f} points; "
-        "scores that differ by less than that are not told apart",
+        "scores that differ by less than that are not distinguished",
         f"best: trial {tuned.best.number} of {len(tuned.trials)} ({pruned} pruned), {chosen}; the defaults, trial 0: "
         f"{before}",
         f"the search took {tuned.seconds:.1f} s; the best trial's unlearning {tuned.best.seconds['unlearn']:.1f} s of "

@@ -22,7 +22,7 @@ def print_verdict(verdict: Verdict) -> None:
         soft_wrap=True,
     )
     if not verdict.references:
-        console.print("Without retrained references it rests on held-out data alone.", soft_wrap=True)
+        console.print("Without retrained references it is based on held-out data alone.", soft_wrap=True)
     console.print("[dim]It does not prove:[/dim]")
     for line in DOES_NOT_PROVE:
         console.print(f"[dim]  {line}[/dim]", soft_wrap=True)

@@ -86,7 +86,7 @@ def verify(
         check_recorded(run_folder)
         RecordOptions(key=sign).check()
     elif sign:
-        raise UserError(f"--sign {sign}: what is signed is the record; give --record too")
+        raise UserError(f"--sign {sign}: --sign signs the record; give --record too")
     _make_room({"--json": json_file, "--html": html_file})
     sources = files.sources([checkpoint, original, *(reference or [])])
     checkpoint, original, *references = [each for each in sources if each is not None]

@@ -52,14 +52,14 @@ def verify_record(
         raise typer.Exit(ExitCode.FAILED)
 
 
-_UNDETECTED = "somebody who changed a file and computed every later hash anew is not detected"
+_UNDETECTED = "a change of a file with all later hashes computed again is not detected"
 _ASSURANCE = {
     "none": f"Not signed: {_UNDETECTED}. Compare the head with one that was kept elsewhere, or sign runs by --sign.",
     "unchecked": f"Signed, which was not checked: {_UNDETECTED} without --public-key FILE.",
     "valid": "Signed by the holder of this key.",
 }
 _SALT = {
-    "present": "record.salt is here: who has it can tell whether an id was in the request.",
-    "destroyed": "record.salt is not here: nobody can tell by this record which ids were in the request.",
+    "present": "record.salt is present: with it anyone can check whether an id was in the request.",
+    "destroyed": "record.salt is missing: the ids of the request cannot be identified by this record.",
     "none": "No id is hidden by a salt: there are none, or the record holds them as they are.",
 }

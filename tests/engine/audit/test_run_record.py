@@ -372,7 +372,7 @@ def test_the_command_says_what_holds_and_what_does_not(lethe: Lethe, run: Path, 
     assert code == 0
     assert f"intact; {len(read(run)['entries'])} entries, 6 files covered" in out
     assert read(run)["head"] in out
-    assert "Not signed: somebody who changed a file and computed every later hash anew is not detected" in out
+    assert "Not signed: a change of a file with all later hashes computed again is not detected" in out
     said = json.loads((tmp_path / "check.json").read_text())
     assert (said["intact"], said["problems"], said["signature"], said["salt"]) == (True, [], "none", "present")
     assert said["entries"][0]["kind"] == "request"

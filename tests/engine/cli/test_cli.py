@@ -155,7 +155,7 @@ def test_methods_lists_all_and_one(lethe: Lethe, tmp_path: Path) -> None:
     assert (found["lethe"]["one_process"], found["s3t"]["needs_checkpoint"]) == ("", "`lethe train --sliced`")
     code, out, _ = lethe("methods", "s3t")
     assert "Runs on one process: each stage freezes other weights" in out
-    assert "Takes checkpoints of `lethe train --sliced` alone." in out
+    assert "Needs a checkpoint of `lethe train --sliced`." in out
     code, out, _ = lethe("methods", "lethe")
     assert "temperature" in out
     assert "collapse_drop" in out

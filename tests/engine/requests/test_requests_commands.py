@@ -189,7 +189,7 @@ def test_commands_of_an_unfinished_run(
     assert "has not ended; continue it by lethe request run" in str(result.exception)
     result = lethe("run", "--no-reference", "--reference", "x")
     assert isinstance(result.exception, UserError)
-    assert "the run of version 0001 was given up; its requests stay open" in lethe("run", "--abandon").output
+    assert "the run of version 0001 was dropped; its requests stay open" in lethe("run", "--abandon").output
     assert "abandoned" in lethe("status").output
 
 
