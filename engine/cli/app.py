@@ -231,7 +231,7 @@ def unlearn(
     task = Task.open(data, forget)
     if task.request.duplicates:
         console.print(f"{task.request.duplicates} ids were named more than once and merged")
-    task, check = opening.prepare(task, source, named_references(references), options)
+    task, check = opening.prepare(task, source, named_references(references), options, method)
     console.print(f"forgetting {len(task.forget)} of {len(task.source.train)} samples of {data} by {method}")
     with progress_bars() as progress:
         outcome = run_job(

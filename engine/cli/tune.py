@@ -73,7 +73,7 @@ def tune(
     options = {**(read_yaml(config) if config else {}), **run_options(settings, on_bad_image)}
     (place,) = files.sources([checkpoint])
     place = place or checkpoint
-    task, _ = opening.prepare(Task.open(data, forget), place, {}, options)
+    task, _ = opening.prepare(Task.open(data, forget), place, {}, options, method)
 
     def print_line(line: str) -> None:
         console.print(line, soft_wrap=True, markup=False, highlight=False)

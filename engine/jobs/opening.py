@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from torch import nn
 
+from engine.core.method import refuse_unfit
 from engine.data.labels import match_names, relabelled, relabelled_source, same_names, shown
 from engine.errors import UserError
 from engine.jobs.preflight import AccuracyCheck, Expected, check_accuracy, measure_accuracy, recorded_accuracy
+from engine.methods import get_method
 from engine.models.checkpoint import load_checkpoint
 from engine.models.huggingface import as_classifier
 from engine.models.info import num_classes_of
@@ -123,6 +125,7 @@ class Opening:
         checkpoint: str,
         others: Mapping[str, str],
         config: Mapping[str, Any] | None = None,
+        method: str | None = None,
     ) -> tuple[Task, AccuracyCheck | None]:
         """Run all checks before the work, and print preprocessing, classes and accuracy.
 
@@ -131,15 +134,19 @@ class Opening:
             checkpoint: The untouched model.
             others: Further models of the command by the option that gave them, such as `--reference PATH`.
             config: Options of the run, by name.
+            method: Name of the unlearning method; None if the command runs none.
 
         Returns:
             (the task in the model's order of labels, the result of `check`).
 
         Raises:
             UserError: Class names do not match, models have different orders of labels, the head has no output for a
-                label, or the accuracy is not plausible: the model receives a wrong input.
+                label, the method needs what the model does not have, or the accuracy is not plausible: the model
+                receives a wrong input.
         """
         original = self.model(checkpoint)
+        if method is not None:
+            refuse_unfit(get_method(method), original)
         self.print_preprocessing(original)
         mapping, names, line = self.match(task.source.train, original)
         self.notify(line)

@@ -220,9 +220,14 @@ def test_wrong_use_is_one_line_with_exit_code_2_and_writes_nothing(
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
-def test_a_non_vit_and_labels_outside_the_head(lethe: Lethe, tmp_path: Path) -> None:
+def test_a_non_vit_and_labels_outside_the_head(lethe: Lethe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both are errors before the accuracy is measured, which took minutes on a CPU."""
     from engine.models.spec import ModelSpec
 
+    def too_late(*arguments: object) -> None:
+        raise AssertionError("the accuracy was measured first")
+
+    monkeypatch.setattr("engine.jobs.opening.measure_accuracy", too_late)
     resnet = ModelSpec(architecture="resnet10t", num_classes=10, model_args={}, pretrained_cfg={}).build(seed=0)
     code, _, err = lethe(*unlearn_args(save_checkpoint(resnet, tmp_path / "resnet"), tmp_path / "run"))
     assert (code, "not a Vision Transformer" in one_line(err)) == (2, True)
