@@ -4,6 +4,8 @@
 
 PYTHON ?= python3
 ARGS ?=
+COVERAGE ?=
+COVERED := --cov=engine --cov=kernels --cov-report=term --cov-fail-under=85
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,7 +13,7 @@ CHROMIUM := chromium
 STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo picture test lint types docs fix bench tables clean
+.PHONY: help venv demo picture test slow lint types docs fix bench tables clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
@@ -32,8 +34,11 @@ picture: ## docs/assets/report.png: the top of the report of `make demo`, by Chr
 	$(CHROMIUM) --headless --disable-gpu --hide-scrollbars --window-size=1100,1370 \
 	    --screenshot=docs/assets/report.png $(ARGS) file://$(CURDIR)/runs/demo/report.html
 
-test: $(STAMP) ## run the tests that are not slow, with coverage
-	$(BIN)/python -m pytest -n auto --dist loadscope --cov=engine --cov=kernels --cov-report=term --cov-fail-under=85 --durations=15 $(ARGS)
+test: $(STAMP) ## run the tests that are not slow; COVERAGE=1 measures coverage too, in twice the time
+	$(BIN)/python -m pytest -n auto --dist loadscope --durations=15 $(if $(COVERAGE),$(COVERED)) $(ARGS)
+
+slow: $(STAMP) ## run the slow tests alone
+	$(BIN)/python -m pytest -n auto --dist loadscope --durations=15 -m slow $(ARGS)
 
 lint: $(STAMP) ## ruff: rules and formatting; the wording of docstrings, comments and documents
 	$(BIN)/ruff check .

@@ -23,9 +23,12 @@ import lethe_kernels._triton.rollout  # noqa: F401
 
 del os.environ["TRITON_INTERPRET"]
 
+import fast_interpreter
 from toys import tiny_vit
 
 from engine.models.checkpoint import save_checkpoint
+
+fast_interpreter.install()
 
 
 @pytest.fixture(autouse=True, scope="session")

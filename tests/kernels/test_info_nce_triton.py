@@ -63,13 +63,14 @@ SIZES = [  # form, B, K or M, D
     ("own", 2, 1, 21843),
     ("own", 3, 19, 300),
     ("own", 1, 577, 10),
-    ("shared", 2, 3, 21843),
-    ("shared", 7, 1000, 100),
-    ("shared", 40, 577, 16),
+    pytest.param("shared", 2, 3, 21843, marks=pytest.mark.slow),
+    pytest.param("shared", 7, 1000, 100, marks=pytest.mark.slow),
+    pytest.param("shared", 40, 577, 16, marks=pytest.mark.slow),
     ("shared", 100, 7, 10),
     ("shared", 3, 40, 256),
     ("shared", 3, 40, 257),
-    ("in-batch", 197, 0, 64),
+    ("in-batch", 70, 0, 20),
+    pytest.param("in-batch", 197, 0, 64, marks=pytest.mark.slow),
 ]
 
 
@@ -81,7 +82,7 @@ def test_sizes(assert_near: Any, form: str, batch: int, negatives: int, features
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("similarity", SIMILARITIES)
 @pytest.mark.parametrize(
-    ("form", "batch", "negatives", "features"), [("shared", 70, 130, 80), ("in-batch", 40, 0, 256)]
+    ("form", "batch", "negatives", "features"), [("shared", 33, 40, 40), ("in-batch", 33, 0, 130)]
 )
 def test_sizes_in_half_precision(
     assert_near: Any, dtype: torch.dtype, similarity: str, form: str, batch: int, negatives: int, features: int
@@ -111,14 +112,14 @@ def test_float16_with_lengths_far_from_one(assert_near: Any) -> None:
 
 
 @pytest.mark.parametrize("form", ["shared", "in-batch"])
-@pytest.mark.parametrize("programs", [1, 3, 512])
+@pytest.mark.parametrize("programs", [1, pytest.param(3, marks=pytest.mark.slow), 512])
 def test_any_division_of_the_columns_adds_up(
     assert_near: Any, monkeypatch: pytest.MonkeyPatch, form: str, programs: int
 ) -> None:
     from lethe_kernels._triton import info_nce_shared
 
     monkeypatch.setattr(info_nce_shared, "PROGRAMS", programs)
-    check_against_eager(assert_near, make(form, 70, 12, negatives=150), torch.float32, reduction="none")
+    check_against_eager(assert_near, make(form, 70, 12, negatives=70), torch.float32, reduction="none")
 
 
 def test_splits_cover_every_tile_once() -> None:
@@ -186,7 +187,7 @@ def test_far_apart_rows_are_copied() -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("similarity", SIMILARITIES)
 def test_gradcheck(form: str, similarity: str) -> None:
-    leaves = [x.detach().requires_grad_() for x in make(form, 2, 3, negatives=2) if x is not None]
+    leaves = [x.detach().requires_grad_() for x in make(form, 2, 2, negatives=2) if x is not None]
     temperature = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
 
     def loss(temperature: Tensor, *inputs: Tensor) -> Tensor:
@@ -311,7 +312,7 @@ def test_compiles_into_one_graph(form: str) -> None:
     check_compiled(form, backend="triton")
 
 
-FEW = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FEW = settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 FORM, SIMILARITY, SEED = st.sampled_from(FORMS), st.sampled_from(SIMILARITIES), st.integers(0, 2**32)
 
 

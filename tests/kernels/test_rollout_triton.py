@@ -44,6 +44,9 @@ def check(
     return scores
 
 
+FULL_SIZES = [(577, 2, 64, 1), (577, 3, 64, 40), (1601, 1, 32, 1), (1601, 1, 32, 3)]
+
+
 def small_tiles(*, parts_h: int = 1, parts_i: int = 1) -> Plan:
     """A plan with more than one tile of keys and of queries from 17 tokens on."""
     return Plan(block_i=16, block_j=16, step_d=16, whole=False, warps=4, stages=2, parts_h=parts_h, parts_i=parts_i)
@@ -72,14 +75,19 @@ def test_widths_and_dtypes(assert_near: Any, width: int, dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
-@pytest.mark.parametrize(("tokens", "prefix"), [(5, 1), (16, 1), (17, 5), (50, 2), (65, 64), (197, 1), (257, 4)])
+@pytest.mark.parametrize(("tokens", "prefix"), [(5, 1), (16, 1), (17, 5), (50, 2), (65, 64), (197, 1)])
 def test_token_counts_and_prefixes(assert_near: Any, tokens: int, prefix: int, fusion: str) -> None:
     queries, keys = make(tokens, 2, 16, layers=2, batch=1)
     check(assert_near, queries, keys, torch.float16, head_fusion=fusion, num_prefix_tokens=prefix)
 
 
 @pytest.mark.parametrize(
-    ("tokens", "heads", "width", "processors"), [(577, 2, 64, 1), (577, 3, 64, 40), (1601, 1, 32, 1), (1601, 1, 32, 3)]
+    ("tokens", "heads", "width", "processors"),
+    [
+        (257, 2, 64, 1),
+        (257, 2, 64, 40),
+        *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in FULL_SIZES),
+    ],
 )
 def test_full_size(assert_near: Any, tokens: int, heads: int, width: int, processors: int) -> None:
     queries, keys = make(tokens, heads, width, layers=2, batch=1)
@@ -88,7 +96,7 @@ def test_full_size(assert_near: Any, tokens: int, heads: int, width: int, proces
     check(assert_near, queries, keys, torch.bfloat16, chosen)
 
 
-@pytest.mark.parametrize("heads", [3, pytest.param(12, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("heads", [1, pytest.param(12, marks=pytest.mark.slow)])
 def test_a_vit_of_patch_16_at_full_depth(assert_near: Any, heads: int) -> None:
     queries, keys = make(197, heads, 64, layers=12, batch=1)
     check(assert_near, queries, keys, torch.bfloat16)
@@ -100,7 +108,7 @@ def test_mask_is_of_the_highest_scores(layout: str) -> None:
     tiles = {"whole": None, "tiles": small_tiles(), "parts": small_tiles(parts_h=2, parts_i=2)}[layout]
     options = {**DEFAULTS, "num_prefix_tokens": 2}
     scores, _ = launch(queries, keys, k=None, plan_as=tiles, **options)
-    for k in (0, 1, 7, 18, 19):
+    for k in (0, 1, 7, 18, 19) if layout == "whole" else (1, 18):
         mask, finite = launch(queries, keys, k=k, plan_as=tiles, **options)
         assert mask.dtype == torch.bool
         assert torch.equal(mask, topk_mask(scores, k))
@@ -240,7 +248,7 @@ def test_what_the_kernel_does_not_take_is_named() -> None:
         attention_rollout(tensors, tensors)  # auto takes eager
 
 
-FEW = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FEW = settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 SEED = st.integers(0, 2**32)
 
 
