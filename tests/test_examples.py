@@ -68,6 +68,7 @@ def test_notebook_holds_its_outputs() -> None:
     assert "average gap" in json.dumps(outputs)
 
 
+@pytest.mark.slow
 def test_add_method(tmp_path: Path) -> None:
     text = run("add_method.py", tmp_path)
     before, after = accuracies(text, "before"), accuracies(text, "after")

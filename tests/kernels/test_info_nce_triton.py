@@ -81,9 +81,7 @@ def test_sizes(assert_near: Any, form: str, batch: int, negatives: int, features
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("similarity", SIMILARITIES)
-@pytest.mark.parametrize(
-    ("form", "batch", "negatives", "features"), [("shared", 33, 40, 40), ("in-batch", 33, 0, 130)]
-)
+@pytest.mark.parametrize(("form", "batch", "negatives", "features"), [("shared", 33, 40, 40), ("in-batch", 33, 0, 130)])
 def test_sizes_in_half_precision(
     assert_near: Any, dtype: torch.dtype, similarity: str, form: str, batch: int, negatives: int, features: int
 ) -> None:

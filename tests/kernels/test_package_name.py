@@ -55,6 +55,7 @@ def test_in_a_checkout_both_names_are_one_module(code: str) -> None:
     assert python(f"{code}print(lethe_kernels.__path__[0])") == str(ROOT / "kernels")
 
 
+@pytest.mark.slow
 def test_an_unknown_submodule_is_reported_by_the_name_that_was_asked_for() -> None:
     code = "try:\n    import kernels.nothing\nexcept ModuleNotFoundError as error:\n    print(error.name)"
     assert python(code) == "kernels.nothing"
@@ -94,6 +95,7 @@ print(json.dumps({{
     }
 
 
+@pytest.mark.slow
 def test_a_namesake_is_left_alone_where_there_is_no_checkout(theirs: Path, tmp_path: Path) -> None:
     code = (
         "import kernels, lethe_kernels; print(kernels.__file__, hasattr(kernels, 'info_nce'), lethe_kernels.info_nce)"
@@ -102,6 +104,7 @@ def test_a_namesake_is_left_alone_where_there_is_no_checkout(theirs: Path, tmp_p
 
 
 @pytest.mark.parametrize("namesake", [False, True])
+@pytest.mark.slow
 def test_transformers_works_in_a_checkout(namesake: bool, theirs: Path) -> None:
     pytest.importorskip("transformers")
     code = """
@@ -115,6 +118,7 @@ print(type(AutoModelForImageClassification.from_config(config)).__name__, is_ker
     assert python(code, *path).splitlines()[-1] == f"ViTForImageClassification {namesake}"
 
 
+@pytest.mark.slow
 def test_lethe_env_is_content_beside_the_namesake(theirs: Path, tmp_path: Path) -> None:
     code = f"import sys; sys.argv = ['lethe', 'env', '--json', {str(tmp_path / 'env.json')!r}]\n"
     code += "from engine.cli.app import main\ntry:\n    main()\nexcept SystemExit as end:\n    assert not end.code"
@@ -122,6 +126,7 @@ def test_lethe_env_is_content_beside_the_namesake(theirs: Path, tmp_path: Path) 
     assert json.loads((tmp_path / "env.json").read_text())["kernels"] == "ours"
 
 
+@pytest.mark.slow
 def test_pytest_as_a_script_finds_the_packages() -> None:
     """The script `pytest` does not put the current folder on the path, but the folder tests/, which has a `kernels`."""
     file = "tests/engine/models/test_attention_masking.py"

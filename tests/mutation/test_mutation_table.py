@@ -41,6 +41,7 @@ def test_misfits_are_named(root: Path) -> None:
     assert misfits([gone], root) == ["test_gone.py::test_it: no such test file"]
 
 
+@pytest.mark.slow
 def test_killed_survived_crash_timeout_and_proofless(root: Path) -> None:
     def outcome(broken: Mutant) -> str | None:
         with applied(broken, root):

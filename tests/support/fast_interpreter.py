@@ -1,7 +1,7 @@
 """A faster interpreter for the tests of the Triton kernels.
 
-Triton's interpreter replaces the functions of `triton.language` again at every call of a device function, which is a third
-of the time of these tests. Within one launch they are replaced once. What a kernel computes is the same.
+Triton's interpreter replaces the functions of `triton.language` again at every call of a device function, which is a
+third of the time of these tests. Within one launch they are replaced once. What a kernel computes is the same.
 """
 
 from __future__ import annotations

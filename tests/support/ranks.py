@@ -1,6 +1,7 @@
-"""What test_distributed.py runs in two processes at once: one start-up serves all of its cases.
+"""The runs of test_distributed.py in two processes: one start serves several cases.
 
-`python -m torch.distributed.run --nproc_per_node 2 ranks.py FOLDER` writes a run folder and a line of JSON a case.
+`python -m torch.distributed.run --nproc_per_node 2 ranks.py FOLDER CASE...` writes a run folder and a line of JSON a
+case.
 """
 
 from __future__ import annotations
@@ -40,6 +41,9 @@ EQUAL: dict[str, tuple[str, dict[str, Any]]] = {
     "low_rank": ("zero2", {"method": "gs_lora", "retain_epochs": 2.0, "warmup": 0, "bound": 3.0, "lr": 1e-3}),
     "collapsed": ("zero3", {**LETHE, "start": "trained", "forget_lr": 0.05, "collapse_drop": 1.0}),
 }
+# The cases of the tests that are not slow: both ways to shard, plain and low-rank, and a run killed and resumed.
+QUICK = ("zero2", "zero3", "low_rank", "resumed_zero2")
+SLOW = (*(name for name in EQUAL if name not in QUICK), "accumulated", "bf16", "resumed_zero3_offload")
 
 
 class Killed(BaseException):
@@ -66,7 +70,7 @@ def run(folder: Path, stage: str | None, batch_size: int, **options: Any) -> eng
     )
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, names: list[str]) -> None:
     def case(name: str, stage: str, batch_size: int = 8, **options: Any) -> None:
         result = run(folder / name, stage, batch_size, **options)
         hashes = ProcessGroup.current().gather(weights_sha256(result.model))
@@ -74,11 +78,16 @@ def main(folder: Path) -> None:
         if ProcessGroup.current().is_main:
             (folder / f"{name}.json").write_text(json.dumps(line))
 
-    for name, (stage, options) in EQUAL.items():
-        case(name, stage, **options)
-    case("accumulated", "zero2", 4, **LETHE, accumulation_steps=2)
-    case("bf16", "zero3_offload", **{**LETHE, "precision": "bf16", "teacher": "sharded"})
-    for stage in ("zero2", "zero3_offload"):
+    for name in EQUAL:
+        if name in names:
+            case(name, EQUAL[name][0], **EQUAL[name][1])
+    if "accumulated" in names:
+        case("accumulated", "zero2", 4, **LETHE, accumulation_steps=2)
+    if "bf16" in names:
+        case("bf16", "zero3_offload", **{**LETHE, "precision": "bf16", "teacher": "sharded"})
+    for stage in STAGES:
+        if f"resumed_{stage}" not in names:
+            continue
         keep, kept = Trainer._keep, []
 
         def killed(self: Any, *args: Any, keep: Any = keep, kept: list[int] = kept, **kwargs: Any) -> None:
@@ -99,4 +108,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -83,6 +83,7 @@ def script(tmp_path: Path, *arguments: str, fails: str = "") -> tuple[int, list[
     return done.returncode, calls.read_text("utf-8").splitlines() if calls.exists() else [], done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_the_script_goes_on_after_a_part_that_fails(tmp_path: Path) -> None:
     code, calls, output = script(tmp_path, "--dry-run", fails="unlearn")
     assert code == 1, output

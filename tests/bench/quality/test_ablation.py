@@ -22,6 +22,7 @@ def models(tmp_path: Path) -> list[str]:
     return [str(save_checkpoint(tiny_vit(seed=seed), tmp_path / str(seed))) for seed in range(3)]
 
 
+@pytest.mark.slow
 def test_every_choice_of_lethe_plus_changes_its_result(models: list[str]) -> None:
     arguments = ("lethe_plus", models[0], "digits", "random:0.01@0", models[1:])
     report = run_ablation(*arguments, seeds=1, jobs=1, settings=PLUS, json_file=None)
@@ -30,6 +31,7 @@ def test_every_choice_of_lethe_plus_changes_its_result(models: list[str]) -> Non
     assert {name for name, *_ in table_rows(report)} == set(VARIANTS["lethe_plus"])
 
 
+@pytest.mark.slow
 def test_ways_to_train_less_are_measured_with_any_method(tmp_path: Path) -> None:
     models = [str(save_checkpoint(tiny_vit(seed=seed, depth=4), tmp_path / str(seed))) for seed in range(2)]
     arguments = (models[0], "digits", "random:0.01@0", models[1:])

@@ -11,6 +11,7 @@ import bench.quality.ulira
 from bench.quality.ulira import run_ulira
 
 
+@pytest.mark.slow
 def test_methods_share_one_ensemble(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench.quality.ulira, "state_needs", lambda *_: None)  # starts processes
     monkeypatch.chdir(tmp_path)

@@ -125,6 +125,7 @@ def test_the_tree_is_that_of_the_revision(repository: Repository, tmp_path: Path
 # --- whose code -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_side_runs_the_cases_of_the_working_tree() -> None:
     worker = Worker(ROOT)
     try:

@@ -155,6 +155,7 @@ def test_without_the_option_benchmarks_run_once(run: Run) -> None:
     assert run("--benchmark-min-rounds=1", a=False, suite=SMOKE).ret == 0
 
 
+@pytest.mark.slow
 def test_without_the_option_xdist_neither_warns_nor_measures(run: Run) -> None:
     result = run("-n1", a=True, suite=SMOKE)
     result.assert_outcomes(passed=1)

@@ -167,6 +167,7 @@ def test_a_step_that_reads_the_whole_data_is_flagged(monkeypatch: pytest.MonkeyP
 # --- what is measured -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_runs_see_all_samples_of_each_size(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, int]] = []
     unlearn = curves.unlearn
@@ -208,6 +209,7 @@ def _small(pixels: int) -> Model:
     )
 
 
+@pytest.mark.slow
 def test_tracked_peaks_grow_as_expected() -> None:
     """Bytes wobble little, so small sizes are judged too, as long as attention is what fills them."""
     case = ScalingCase(sizes=tuple(map(_small, (64, 96, 128))), quick=(), rounds=1, batch=1)

@@ -200,6 +200,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return calls
 
 
+@pytest.mark.slow
 def test_every_original_forgets_both_its_parts_and_retains_the_other(cache: Path, runs: list[dict[str, Any]]) -> None:
     ensemble = train_ensemble(SPEC, cache)
     result = unlearn_ensemble(ensemble, "finetune", QUICK, cache)

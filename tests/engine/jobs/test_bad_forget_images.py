@@ -97,6 +97,7 @@ def test_evaluate_leaves_them_out(job: tuple[Task, str], tmp_path: Path) -> None
     assert metrics["accuracy"] == whole(load_checkpoint(original)).numbers["accuracy"]
 
 
+@pytest.mark.slow
 def test_verdict_relearning_and_proof_pages_leave_them_out(monkeypatch: pytest.MonkeyPatch) -> None:
     source = open_source("digits")
     bad = {str(source.train.ids[i]) for i in (1, 5, 130)} | {str(source.test.ids[2])}

@@ -27,6 +27,7 @@ from engine.requests.store import Store
 from engine.requests.times import RequestTimes
 
 
+@pytest.mark.slow
 def test_ten_requests_with_a_kill_in_one_and_a_verdict_that_fails_in_another(
     store: Path, digits: Source, tmp_path: Path
 ) -> None:

@@ -53,6 +53,7 @@ def test_the_line_of_a_lost_rank_is_gloos_without_its_frame() -> None:
     assert _first_line(RuntimeError("")) == "RuntimeError"
 
 
+@pytest.mark.slow
 def test_groups_that_deepspeed_makes_keep_the_timeout_of_the_run() -> None:
     code = (
         "import torch.distributed as dist; from engine.runtime.process_group import init_process_group;"

@@ -421,6 +421,7 @@ def test_triton_and_eager_give_the_same_weights(
         torch.testing.assert_close(triton[key], weight, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_compiled_run_ends_where_a_plain_one_does_and_gives_back_a_plain_model(
     samples: Samples, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -41,6 +41,7 @@ glibc = pytest.mark.skipif(allocator._glibc() is None, reason="no glibc, or the 
 
 
 @glibc
+@pytest.mark.slow
 def test_freed_memory_is_not_faulted_in_again_and_goes_back_afterwards() -> None:
     run = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
     outside, within, after, held, left = map(int, run.stdout.split())

@@ -206,6 +206,7 @@ unlearn(tiny_vit(), few(train, 8), train.subset(range(8, 60)), method="finetune"
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_resumed_without_a_word(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2] / "support")}
     run = tmp_path / "run"
