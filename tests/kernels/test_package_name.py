@@ -40,14 +40,17 @@ def python(code: str, *path: Path, cwd: Path = ROOT) -> str:
 @pytest.mark.parametrize(
     "code",
     [
-        "import engine.models.attention_masking\n" + SAME,
+        pytest.param("import engine.models.attention_masking\n" + SAME, marks=pytest.mark.slow),
         SAME + "import kernels.rollout, lethe_kernels.rollout\nassert kernels.rollout is lethe_kernels.rollout\n"
         "from kernels.mask import mask_patches\nassert mask_patches is lethe_kernels.mask_patches\n"
         # Submodules that are not loaded with the package, and a package among them.
         "import kernels._triton.mask as one, lethe_kernels._triton.mask as other\nassert one is other\n",
-        "import kernels.rollout_stream as one, lethe_kernels.rollout_stream as other, lethe_kernels\n"
-        "assert one is other\n"
-        "assert one.__spec__.name == one.__name__ == 'lethe_kernels.rollout_stream'\n",
+        pytest.param(
+            "import kernels.rollout_stream as one, lethe_kernels.rollout_stream as other, lethe_kernels\n"
+            "assert one is other\n"
+            "assert one.__spec__.name == one.__name__ == 'lethe_kernels.rollout_stream'\n",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_in_a_checkout_both_names_are_one_module(code: str) -> None:
@@ -73,7 +76,9 @@ def test_code_comes_from_the_checkout_that_is_on_the_path(tmp_path: Path) -> Non
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("first", ["", "import engine.models.attention_masking\n"])
+@pytest.mark.parametrize(
+    "first", [pytest.param("", marks=pytest.mark.slow), "import engine.models.attention_masking\n"]
+)
 def test_an_installed_namesake_is_what_kernels_is_in_a_checkout(first: str, theirs: Path) -> None:
     code = f"""{first}
 import json

@@ -325,7 +325,7 @@ class Sequences(RuleBasedStateMachine):
 
 def test_any_order_of_events_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch)
-    settings = hypothesis_settings(max_examples=12, stateful_step_count=25, deadline=None)
+    settings = hypothesis_settings(max_examples=6, stateful_step_count=25, deadline=None)
     run_state_machine_as_test(Sequences, settings=settings)
 
 

@@ -294,7 +294,7 @@ def cut_short(samples: Samples, folder: Path, model: Any = None, checkpoints: in
 
 
 @pytest.mark.parametrize("options", [{}, {"checkpoint_every": 1}, {"checkpoint_every": 3, "accumulation_steps": 2}])
-@pytest.mark.parametrize("checkpoints", [1, 2, 3])
+@pytest.mark.parametrize("checkpoints", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 def test_a_killed_run_resumes_to_the_same_bits(
     samples: Samples, tmp_path: Path, checkpoints: int, options: dict[str, Any]
 ) -> None:
@@ -405,13 +405,13 @@ def test_training_learns_digits(samples: Samples, good_model: torch.nn.Module, t
     assert predict(good_model, held_out).accuracy > 0.5  # chance is 0.1
 
 
-@pytest.mark.parametrize("negatives", ["paired", "in_batch"])
+@pytest.mark.parametrize("negatives", ["paired", pytest.param("in_batch", marks=pytest.mark.slow)])
 def test_triton_and_eager_give_the_same_weights(
     samples: Samples, negatives: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After the forget stage, where the kernels run. AdamW divides the key bias' gradient, which is zero but for its
     rounding, by its own size, so a retain stage would grow any difference, one between two thread counts too."""
-    options = {"forget_epochs": 3.0, "retain_epochs": 0.0, "negatives": negatives}
+    options = {"forget_epochs": 1.0, "retain_epochs": 0.0, "negatives": negatives}
     eager = run(samples, kernels={"backend": "eager"}, **options).model.state_dict()
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     triton = run(samples, kernels={"backend": "triton"}, **options).model.state_dict()
