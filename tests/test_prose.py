@@ -80,6 +80,7 @@ def test_plain_text_passes(text: str, name: str) -> None:
     assert prose.findings(text, name) == []
 
 
+@pytest.mark.slow
 def test_converted_files_pass(capsys: pytest.CaptureFixture[str]) -> None:
     code = prose.main()
     assert code == 0, capsys.readouterr().out

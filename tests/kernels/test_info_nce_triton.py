@@ -150,7 +150,7 @@ def backwards_rows(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("layout", [misaligned, transposed, padded, backwards_rows])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
 def test_layouts_change_nothing(form: str, layout: Any, dtype: torch.dtype) -> None:
     inputs = tuple(None if x is None else x.to(dtype).contiguous() for x in make(form, 5, 20, negatives=3))
     moved = tuple(None if x is None else layout(x) for x in inputs)

@@ -109,6 +109,7 @@ def test_unknown_backend_that_resembles_none_gets_no_hint() -> None:
         resolve_backend("info_nce", "xyz")
 
 
+@pytest.mark.slow
 def test_import_asks_no_device() -> None:
     code = (
         "import torch\n"

@@ -93,7 +93,7 @@ def test_the_backend_that_is_asked_for_runs(monkeypatch: pytest.MonkeyPatch) -> 
         assert len(allocated) == launches
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.integers(1, 3),
     st.integers(1, 5),
@@ -206,7 +206,7 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradgradcheck(call, (images, value))
 
 
-@pytest.mark.parametrize("backend", ["triton", "eager"])
+@pytest.mark.parametrize("backend", ["triton", pytest.param("eager", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("layout", LAYOUTS[:-1])
 def test_opcheck(backend: str, layout: str) -> None:
     images, mask = make(2, 3, (2, 3), (2, 2), torch.float32)

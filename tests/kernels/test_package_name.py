@@ -76,9 +76,8 @@ def test_code_comes_from_the_checkout_that_is_on_the_path(tmp_path: Path) -> Non
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "first", [pytest.param("", marks=pytest.mark.slow), "import engine.models.attention_masking\n"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["", "import engine.models.attention_masking\n"])
 def test_an_installed_namesake_is_what_kernels_is_in_a_checkout(first: str, theirs: Path) -> None:
     code = f"""{first}
 import json

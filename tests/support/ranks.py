@@ -41,8 +41,8 @@ EQUAL: dict[str, tuple[str, dict[str, Any]]] = {
     "low_rank": ("zero2", {"method": "gs_lora", "retain_epochs": 2.0, "warmup": 0, "bound": 3.0, "lr": 1e-3}),
     "collapsed": ("zero3", {**LETHE, "start": "trained", "forget_lr": 0.05, "collapse_drop": 1.0}),
 }
-# The cases of the tests that are not slow: both ways to shard, plain and low-rank, and a run killed and resumed.
-QUICK = ("zero2", "zero3", "low_rank", "resumed_zero2")
+# The cases of the tests that are not slow: two ways to shard, and a run killed and resumed.
+QUICK = ("zero2", "zero3", "resumed_zero2")
 SLOW = (*(name for name in EQUAL if name not in QUICK), "accumulated", "bf16", "resumed_zero3_offload")
 
 

@@ -85,6 +85,7 @@ def test_peak_counts_the_backward_pass() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+@pytest.mark.slow
 def test_peak_agrees_with_what_the_kernel_of_the_system_counts() -> None:
     queries = torch.randn(32, 12, 197, 64)
 

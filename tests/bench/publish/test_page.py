@@ -29,13 +29,16 @@ from engine.errors import UserError
 
 @pytest.fixture(scope="module")
 def committed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The page of the repository's results, with two pictures of a section at most: drawing them takes long."""
+    """The page of the repository's results, with three pictures: drawing takes long."""
 
-    def two(draw: Callable[..., Iterator[Any]], *arguments: Any) -> Iterator[Any]:
-        return itertools.islice(draw(*arguments), 2)
+    def first(draw: Callable[..., Iterator[Any]], count: int, *arguments: Any) -> Iterator[Any]:
+        return itertools.islice(draw(*arguments), count)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(page, "PICTURES", {kind: functools.partial(two, draw) for kind, draw in PICTURES.items()})
+        drawn = {"kernels": 2, "leaderboard-digits": 1}
+        patch.setattr(
+            page, "PICTURES", {kind: functools.partial(first, PICTURES[kind], n) for kind, n in drawn.items()}
+        )
         yield run_page(tmp_path_factory.mktemp("page") / "new" / "bench.html").read_text(encoding="utf-8")
 
 

@@ -13,6 +13,8 @@ from bench.quality.ablation import ACCELERATORS, ALL_STAGES, VARIANTS, run_ablat
 from engine.errors import UserError
 from engine.models.checkpoint import save_checkpoint
 
+pytestmark = pytest.mark.slow  # runs of the engine, in processes of their own
+
 QUICK = ["max_steps=1", "batch_size=16", "precision=fp32"]
 PLUS = ["max_steps=4", "lr=0.01", "augment=flip", "batch_size=16", "precision=fp32"]
 
@@ -22,7 +24,6 @@ def models(tmp_path: Path) -> list[str]:
     return [str(save_checkpoint(tiny_vit(seed=seed), tmp_path / str(seed))) for seed in range(3)]
 
 
-@pytest.mark.slow
 def test_every_choice_of_lethe_plus_changes_its_result(models: list[str]) -> None:
     arguments = ("lethe_plus", models[0], "digits", "random:0.01@0", models[1:])
     report = run_ablation(*arguments, seeds=1, jobs=1, settings=PLUS, json_file=None)
@@ -31,7 +32,6 @@ def test_every_choice_of_lethe_plus_changes_its_result(models: list[str]) -> Non
     assert {name for name, *_ in table_rows(report)} == set(VARIANTS["lethe_plus"])
 
 
-@pytest.mark.slow
 def test_ways_to_train_less_are_measured_with_any_method(tmp_path: Path) -> None:
     models = [str(save_checkpoint(tiny_vit(seed=seed, depth=4), tmp_path / str(seed))) for seed in range(2)]
     arguments = (models[0], "digits", "random:0.01@0", models[1:])

@@ -19,6 +19,8 @@ from bench.quality.retrain_summary import foresight, rank_stability
 from engine.errors import UserError
 from engine.models.checkpoint import save_checkpoint
 
+pytestmark = pytest.mark.slow  # runs of the engine, in processes of their own
+
 
 def rows(gaps: dict[str, list[float | None]]) -> list[dict[str, Any]]:
     return [
@@ -76,7 +78,6 @@ def test_chosen_methods_run_beside_the_retrain_and_the_best_comes_first(
         run_retrain_cost([subject], 2, settings, None, None, None, projection=False, methods=("finetun",))
 
 
-@pytest.mark.slow
 def test_without_a_retrain_the_methods_run_alone(tmp_path: Any) -> None:
     names = [str(save_checkpoint(tiny_vit(seed=seed), tmp_path / str(seed))) for seed in range(2)]
     subject = Subject(

@@ -32,6 +32,8 @@ from engine.jobs.task import Task
 from engine.methods import list_methods
 from engine.plan.work import RECIPES as PLANNED
 
+pytestmark = pytest.mark.slow  # runs of the engine, in processes of their own
+
 QUICK = ["max_steps=1", "batch_size=16", "precision=fp32"]
 PRICE = 3.0
 METHODS = ("finetune", "lethe", "random_labels", "retrain")

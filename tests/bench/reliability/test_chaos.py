@@ -29,6 +29,8 @@ from bench.reliability.two_hosts import run_two_hosts
 from engine.errors import UserError
 from engine.run.folder import RunFolder
 
+pytestmark = pytest.mark.slow  # runs of the engine, in processes of their own
+
 # A run that does what the engine does to its folder, in less than a second and without torch.
 FAKE = """
 import json, pathlib, shutil, sys, time, zipfile

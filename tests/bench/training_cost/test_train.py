@@ -38,6 +38,8 @@ from bench.training_cost.train import (
 )
 from engine.errors import UserError
 
+pytestmark = pytest.mark.slow  # runs of the engine, in processes of their own
+
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 MIB = 2**20
 
@@ -105,7 +107,6 @@ def race(contenders: list[Contender], threads: int = 1) -> dict[str, Row]:
     return {row["contender"]: row for row in rows}
 
 
-@pytest.mark.slow
 def test_each_contender_has_a_process_and_turns_go_round(tmp_path: Path) -> None:
     log = tmp_path / "log"
     rows = race([steps(log, name, seconds=0.1, parts=name == "a") for name in "abc"], threads=2)
@@ -418,7 +419,6 @@ def test_supreme_takes_its_loss_from_labels_or_from_an_incompetent_teacher(phase
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "_TURN_SECONDS", 0.04)
     file = tmp_path / "train.json"

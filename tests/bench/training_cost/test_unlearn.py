@@ -24,6 +24,8 @@ from engine.data.ids import Ids
 from engine.errors import UserError
 from engine.run.trainer import Trainer
 
+pytestmark = pytest.mark.slow  # runs of the engine, in processes of their own
+
 CPU = torch.device("cpu")
 SIZES = [100, 200, 400, 800]
 
@@ -167,7 +169,6 @@ def test_a_step_that_reads_the_whole_data_is_flagged(monkeypatch: pytest.MonkeyP
 # --- what is measured -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_runs_see_all_samples_of_each_size(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, int]] = []
     unlearn = curves.unlearn
@@ -209,7 +210,6 @@ def _small(pixels: int) -> Model:
     )
 
 
-@pytest.mark.slow
 def test_tracked_peaks_grow_as_expected() -> None:
     """Bytes wobble little, so small sizes are judged too, as long as attention is what fills them."""
     case = ScalingCase(sizes=tuple(map(_small, (64, 96, 128))), quick=(), rounds=1, batch=1)
@@ -283,7 +283,6 @@ def test_ranks_share_a_batch_and_efficiency_is_told(monkeypatch: pytest.MonkeyPa
     assert [each.note.split()[0] for each in found] == ["83%", "100%"]
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
 def test_a_run_on_two_ranks_says_its_seconds(tmp_path: Path) -> None:
     original = curves.save_checkpoint(TINY.spec().build(seed=0), tmp_path / "original")

@@ -188,6 +188,7 @@ def killing(monkeypatch: pytest.MonkeyPatch, after: int, at_step: int) -> None:
 
 
 @pytest.mark.parametrize("damaged", [False, True])
+@pytest.mark.slow
 def test_a_killed_training_goes_on_and_ends_as_if_undisturbed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: bool
 ) -> None:

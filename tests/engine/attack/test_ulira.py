@@ -258,6 +258,7 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
     return 0
 
 
+@pytest.mark.slow
 def test_the_command_tells_needs_table_and_directions(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -307,6 +308,7 @@ def test_the_command_tells_needs_table_and_directions(
         assert written[key]["balanced_accuracy"]["value"] == found.balanced_accuracy.value
 
 
+@pytest.mark.slow
 def test_the_command_names_wrong_use(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -62,6 +62,7 @@ def test_unlearn_fills_the_run_folder(lethe: Lethe, checkpoint: Path, tmp_path: 
     assert recorded(tmp_path / "run", "weights") == weights
 
 
+@pytest.mark.slow
 def test_evaluate_agrees_with_unlearn(lethe: Lethe, checkpoint: Path, tmp_path: Path) -> None:
     assert lethe(*unlearn_args(checkpoint, tmp_path / "run"))[0] == 0
     task, config = Task.open("digits", FORGET), {"max_steps": 2, "precision": "fp32"}
@@ -173,6 +174,7 @@ def test_env_prints_versions_and_that_kernels_is_ours(lethe: Lethe, tmp_path: Pa
     )
 
 
+@pytest.mark.slow
 def test_env_notices_a_foreign_package_called_lethe_kernels(tmp_path: Path) -> None:
     (tmp_path / "lethe_kernels").mkdir()
     (tmp_path / "lethe_kernels" / "__init__.py").write_text("")
@@ -258,6 +260,7 @@ def test_a_run_that_stops_exits_with_4(lethe: Lethe, checkpoint: Path, tmp_path:
     assert "is not finite" in one_line(err)
 
 
+@pytest.mark.slow
 def test_a_collapsed_run_keeps_its_evidence_and_exits_with_1(lethe: Lethe, checkpoint: Path, tmp_path: Path) -> None:
     learn = ["--epochs", "6", "--set", "lr=0.005", "--set", "batch_size=50", "--set", "precision=fp32"]
     assert lethe("train", "--data", "digits", "--arch", checkpoint, "--out", tmp_path / "good", *learn)[0] == 0

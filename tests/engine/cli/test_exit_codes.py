@@ -48,6 +48,7 @@ def test_a_crash_is_no_verdict_and_its_traceback_lies_in_the_run_folder(
     assert not (tmp_path / "run" / "lock.json").exists()
 
 
+@pytest.mark.slow
 def test_the_next_run_clears_the_crash_away(
     lethe: Lethe,
     checkpoint: Path,

@@ -267,6 +267,7 @@ def test_frozen_blocks_end_as_the_bits_that_they_were(digits: Source) -> None:
 @pytest.mark.parametrize(
     "options", [{"mixup": 0.8}, {"cutmix": 1.0}, {"mixup": 0.8, "cutmix": 1.0}, {"label_smoothing": 0.1}]
 )
+@pytest.mark.slow
 def test_mixed_trainings_resume_with_the_same_bits(options: dict[str, float], tmp_path: Path, digits: Source) -> None:
     samples, config = few(digits.train, 96), {**SHORT, **options, "max_steps": 6, "epochs": 2.0}
 
@@ -302,6 +303,7 @@ def test_mixed_images_and_targets_are_shares_of_two() -> None:
     torch.testing.assert_close(targets, 0.9 * eye + 0.01)
 
 
+@pytest.mark.slow
 def test_a_training_is_never_called_a_collapse(digits: Source, caplog: pytest.LogCaptureFixture) -> None:
     good = engine.train(tiny_vit(), few(digits.train, 300), config={**SHORT, "epochs": 12.0, "max_steps": None}).model
     for options in ({"base": "fresh"}, {"base": "given", "lr": 0.5}):

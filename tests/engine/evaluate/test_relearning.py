@@ -251,6 +251,7 @@ def test_probe_reads_what_the_head_reads_and_ignores_the_head(digits: Samples) -
     assert found["accuracy"]["forget"] == pytest.approx(expected, abs=0.02)
 
 
+@pytest.mark.slow
 def test_report(digits: Samples) -> None:
     models = {"original": tiny_vit(), "model": tiny_vit(1), "retrained": tiny_vit(2), "retrained 2": tiny_vit(3)}
     before = {name: weights_sha256(model) for name, model in models.items()}

@@ -92,6 +92,7 @@ def test_the_penalty_spreads_the_weights() -> None:
 
 
 @pytest.mark.parametrize("lower", [_LastLayer, _WholeModel])
+@pytest.mark.slow
 def test_unlearning_learns_what_is_retained_and_not_what_is_weighted(
     digits: Samples, fitted: torch.nn.Module, lower: Callable[..., Any]
 ) -> None:

@@ -51,6 +51,7 @@ def test_a_cnn_is_unlearned_evaluated_and_reported(task: Task, cnn: Path, tmp_pa
     assert input_size_of(load_checkpoint(tmp_path / "run")) == (32, 32)
 
 
+@pytest.mark.slow
 def test_the_proof_of_a_cnn_says_why_attention_is_missing(task: Task) -> None:
     original, model = SPEC.build(seed=0).eval(), SPEC.build(seed=1).eval()
     examiner = Verifier(task, original, [], config={"device": "cpu", "workers": 0})

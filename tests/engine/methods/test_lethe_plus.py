@@ -191,6 +191,7 @@ def memorised(train: Samples) -> tuple[torch.nn.Module, Samples]:
     return result.model, samples
 
 
+@pytest.mark.slow
 def test_what_was_memorised_comes_to_look_like_what_was_not(memorised: tuple[torch.nn.Module, Samples]) -> None:
     model, samples = memorised
     forget, retain = samples.subset(range(20)), samples.subset(range(20, 100))

@@ -290,6 +290,7 @@ def test_ofmu_refuses_what_cannot_be_differentiated_twice(train: Samples, option
 
 
 @pytest.mark.parametrize("name", METHODS)
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_bits(
     train: Samples, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

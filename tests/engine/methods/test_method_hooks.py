@@ -176,6 +176,7 @@ def test_an_edit_alone_takes_no_steps(train: Samples, tmp_path: Path) -> None:
     assert result.seconds["edit_phase"] > 0
 
 
+@pytest.mark.slow
 def test_an_edit_that_destroys_the_model_is_taken_back(train: Samples) -> None:
     trained = unlearn(tiny_vit(), few(train, 2), train, method="retrain", config={"epochs": 12}).model
     phase = Phase(name="edit", samples="forget", epochs=0, lr=0.0, schedule="constant", guarded=True)
@@ -253,6 +254,7 @@ def test_held_out_samples_are_the_runs_validation(train: Samples) -> None:
     assert seen == [train.ids[60]]
 
 
+@pytest.mark.slow
 def test_a_class_that_is_to_be_forgotten_is_not_watched(train: Samples) -> None:
     """A model that names every class but the forgotten one has lost nothing."""
     forget, retain = (train.subset(np.flatnonzero(where)) for where in (train.labels == 3, train.labels != 3))

@@ -223,6 +223,7 @@ def test_deit_with_two_heads_opens(tmp_path: Path) -> None:
     assert torch.equal(found(images), model.eval()(images))
 
 
+@pytest.mark.slow
 def test_every_command_with_a_checkpoint_takes_a_file(tmp_path: Path) -> None:
     path = saved(tmp_path, {"state_dict": tiny_vit(seed=4).state_dict()})
     given = ["--checkpoint", path, "--arch", ARCH]

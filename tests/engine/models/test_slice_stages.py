@@ -97,6 +97,7 @@ def test_a_slice_is_a_matter_of_the_sample_alone(samples: Samples) -> None:
 
 
 @pytest.mark.parametrize("least", [2, 3])
+@pytest.mark.slow
 def test_a_deletion_leaves_the_bits_of_a_training_without_the_samples(
     trained: Path, samples: Samples, tmp_path: Path, least: int
 ) -> None:
@@ -196,6 +197,7 @@ def stages_left(folder: Path) -> list[int]:
     return [len(kept) for kept in Stages.read(folder).kept]
 
 
+@pytest.mark.slow
 def test_the_sequence_with_the_most_stages_left_is_served_and_the_others_are_kept(
     three: Path, samples: Samples, tmp_path: Path
 ) -> None:
@@ -441,6 +443,7 @@ def lethe(*arguments: str | Path | int) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
+@pytest.mark.slow
 def test_the_command_trains_in_slices(tmp_path: Path) -> None:
     digits = open_source("digits").train
     architecture = save_checkpoint(tiny_vit(), tmp_path / "architecture")

@@ -152,6 +152,7 @@ def test_killed_and_resumed_gives_the_same_bits(train: Samples, tmp_path: Path, 
     assert weights_sha256(load_checkpoint(tmp_path / "run")) == weights_sha256(whole.model)
 
 
+@pytest.mark.slow
 def test_the_guard_takes_low_rank_updates_back(train: Samples) -> None:
     """A forget stage that destroys a trained model, and no repair: what comes back is what went in."""
     samples, recipe = few(train, 300), {"epochs": 8.0, "lr": 3e-3, "batch_size": 20, "precision": "fp32"}

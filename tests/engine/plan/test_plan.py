@@ -142,6 +142,7 @@ def test_activations_are_what_a_real_pass_keeps(precision: str, dtype: torch.dty
         assert kept <= counted.activations.at(batch) <= 1.2 * kept + counted.activations.fixed
 
 
+@pytest.mark.slow
 def test_bytes_are_a_line_that_goes_through_other_batches() -> None:
     counted = count_cost(spec(), **PLAIN)
     model = ModelSpec(architecture="vit_tiny_patch16_224", num_classes=10, model_args=SMALL, pretrained_cfg={})
@@ -155,6 +156,7 @@ def test_bytes_are_a_line_that_goes_through_other_batches() -> None:
     assert explicit.activations.per_image - counted.activations.per_image > 0.9 * maps
 
 
+@pytest.mark.slow
 def test_checkpointing_autocast_and_the_teacher_take_what_they_should() -> None:
     plain = count_cost(spec(), **PLAIN)
     checkpointed = count_cost(spec(), **{**PLAIN, "checkpointing": True})
@@ -183,6 +185,7 @@ def test_flops_are_those_of_the_formula() -> None:
     assert counted.largest_layer == max(d * 4 * d + 4 * d, 4 * d * d + d)
 
 
+@pytest.mark.slow
 def test_a_windowed_model_can_be_planned() -> None:
     small = {"img_size": 32, "window_size": 4, "embed_dim": 16, "depths": (1, 1), "num_heads": (2, 2)}
     swin = ModelSpec(architecture="swin_tiny_patch4_window7_224", num_classes=5, model_args=small, pretrained_cfg={})
@@ -349,6 +352,7 @@ def test_what_would_fit_is_said() -> None:
     assert changes["--batch-size 16"]["total"] == smaller.memory.total("device")
 
 
+@pytest.mark.slow
 def test_the_setup_reaches_the_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
 

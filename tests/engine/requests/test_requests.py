@@ -103,6 +103,7 @@ KILLS = {
 }
 
 
+@pytest.mark.slow
 def test_a_kill_anywhere_loses_nothing(
     store: Path, digits: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -68,6 +68,7 @@ def test_a_queue_of_an_exact_method_drops_stages_request_by_request(
     assert served[1].served == served[2].served != served[3].served
 
 
+@pytest.mark.slow
 def test_drift_is_counted_from_the_last_full_retrain(
     store: Path, digits: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,6 +133,7 @@ def test_drift_by_hand() -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_batch_that_fails_alone_cannot_hide_among_earlier_samples(store: Path, digits: Source) -> None:
     add_request(store, ids=ids_of(digits, 0, 20))
     first = Judge()

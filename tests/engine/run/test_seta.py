@@ -209,6 +209,7 @@ def test_ranks_share_what_they_saw() -> None:
 
 
 @pytest.mark.parametrize(("method", "options"), [("finetune", {"retain_epochs": 3}), ("scrub", {"retain_epochs": 3})])
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_bits(
     train: Samples, tmp_path: Path, method: str, options: dict[str, Any]
 ) -> None:

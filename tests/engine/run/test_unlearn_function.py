@@ -293,7 +293,14 @@ def cut_short(samples: Samples, folder: Path, model: Any = None, checkpoints: in
     return folder
 
 
-@pytest.mark.parametrize("options", [{}, {"checkpoint_every": 1}, {"checkpoint_every": 3, "accumulation_steps": 2}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        pytest.param({"checkpoint_every": 1}, marks=pytest.mark.slow),
+        {"checkpoint_every": 3, "accumulation_steps": 2},
+    ],
+)
 @pytest.mark.parametrize("checkpoints", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 def test_a_killed_run_resumes_to_the_same_bits(
     samples: Samples, tmp_path: Path, checkpoints: int, options: dict[str, Any]
@@ -312,6 +319,7 @@ def test_a_killed_run_resumes_to_the_same_bits(
     assert not (cut / "resume").exists()
 
 
+@pytest.mark.slow
 def test_a_collapse_after_resuming_goes_back_as_far_as_it_would_have(samples: Samples, tmp_path: Path) -> None:
     """The last good weights lie before the checkpoint that the run is resumed from."""
     options = {"forget_epochs": 4.0, "batch_size": 4, "forget_lr": 0.05, "collapse_drop": 1.0, "checkpoint_every": 1}

@@ -323,6 +323,7 @@ def test_the_same_seed_gives_the_same_search(bench: Bench) -> None:
     assert strip(bench(trials=3, config={**QUICK, "seed": 1}))[1:] != one[1:3]
 
 
+@pytest.mark.slow
 def test_a_killed_search_goes_on_as_if_it_had_not_been(bench: Bench, tmp_path: Path) -> None:
     whole = bench(trials=12, output_dir=tmp_path / "whole")
 
@@ -452,6 +453,7 @@ def test_wrong_use(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 # --- as a user runs it -------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command_tunes_on_held_out_samples_and_writes_options_that_unlearn_takes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
