@@ -185,6 +185,23 @@ def _read_rows(path: Path) -> list[dict[str, str]]:
     return [{"id": line.strip()} for line in lines]
 
 
+# Names of columns that hold ids in other people's files.
+_LIKE_ID = {
+    "id",
+    "ids",
+    "image_id",
+    "sample_id",
+    "image",
+    "img",
+    "path",
+    "file",
+    "filename",
+    "file_name",
+    "filepath",
+    "name",
+}
+
+
 def _csv_rows(lines: list[str], path: Path) -> list[dict[str, str]]:
     reader = csv.DictReader(lines)
     found = list(reader.fieldnames or ())
@@ -192,6 +209,9 @@ def _csv_rows(lines: list[str], path: Path) -> list[dict[str, str]]:
         what = "several columns" if "id" in found else "no column"
         other = next((name for letter, name in ((";", "semicolons"), ("\t", "tabs")) if letter in "".join(found)), None)
         hint = f"; it is separated by {other}, as it seems: separate it by commas" if other and len(found) == 1 else ""
+        close = [name for name in found if name.strip().lower() in _LIKE_ID]
+        if not hint and "id" not in found and len(close) == 1:
+            hint = f"; if {close[0]!r} holds the ids, rename it to `id`"
         raise UserError(f"forget request {path}: {what} `id`; found {', '.join(found or ['nothing'])}{hint}")
     rows = []
     for row in reader:

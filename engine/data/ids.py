@@ -83,6 +83,18 @@ class Ids(Sequence[str]):
         found = pc.index_in(Ids(wanted).arrow, value_set=self.arrow)
         return found.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
 
+    def remedy(self, unknown: str) -> str:
+        """Return how an id that is not among these has to be changed to be one, as the end of a message, or ""."""
+        parts = unknown.replace("\\", "/").split("/")
+        for start in range(len(parts)):
+            end = "/".join(parts[start:])
+            if end != unknown and self.positions([end])[0] >= 0:
+                return f"; {end!r} is one of them: write each id like that"
+        longer = pc.indices_nonzero(pc.ends_with(self.arrow, f"/{parts[-1]}"))
+        if len(longer) == 1:
+            return f"; {self[longer[0].as_py()]!r} is one of them: write each id like that"
+        return ""
+
     def normalised(self) -> Ids:
         """Return the ids in Unicode's form NFC, in which equal text is equal bytes."""
         return Ids(pc.utf8_normalize(self.arrow, form="NFC"))

@@ -190,6 +190,7 @@ class Samples:
             raise UserError(
                 f"{source}: {len(unknown)} of {len(ids)} ids are not in {self.name}, the first: "
                 f"{', '.join(map(repr, unknown[:3]))}; its ids look like {self.ids[0]!r}{kind}"
+                f"{self.ids.remedy(unknown[0])}"
             )
         return positions
 

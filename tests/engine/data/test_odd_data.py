@@ -234,3 +234,27 @@ def test_a_list_without_doubt_says_nothing(tmp_path: Path, caplog: pytest.LogCap
     with caplog.at_level(logging.WARNING):
         assert asked(tmp_path / "a.jsonl", '{"id": 1}\n{"id": "2"}\n').indices.tolist() == [1, 2]
     assert not caplog.records
+
+
+@pytest.mark.parametrize("given", ["train/cat/1.png", "/data/photos/train/cat/1.png", "train\\cat\\1.png", "1.png"])
+def test_an_id_with_another_path_is_shown_as_it_has_to_be(given: str) -> None:
+    samples = Samples("photos train", ["cat/1.png", "cat/11.png", "dog/2.png"], np.zeros(3, int), lambda index: None)
+    with pytest.raises(UserError, match=r"'cat/1\.png' is one of them: write each id like that"):
+        samples.positions(["dog/2.png", given], "forget request ids.txt")
+
+
+@pytest.mark.parametrize("given", ["bird/1.gif", "3.png", ""])
+def test_an_id_like_none_or_like_several_gets_no_advice(given: str) -> None:
+    samples = Samples("photos train", ["cat/1.png", "dog/1.png", "dog/2.png"], np.zeros(3, int), lambda index: None)
+    with pytest.raises(UserError, match=r"ids look like 'cat/1\.png'$"):
+        samples.positions([given], "forget request ids.txt")
+
+
+@pytest.mark.parametrize(
+    ("header", "advice"),
+    [("ID,why", "'ID' holds the ids, rename"), ("path", "'path' holds"), ("id_,name,file", "file$")],
+)
+def test_the_column_that_may_hold_the_ids_is_named(header: str, advice: str, tmp_path: Path) -> None:
+    (tmp_path / "ids.csv").write_text(f"{header}\n1,2,3\n")
+    with pytest.raises(UserError, match=f"no column `id`; found .*{advice}"):
+        read_forget_request(str(tmp_path / "ids.csv"), open_source("digits").train)
