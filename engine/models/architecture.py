@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -310,7 +311,7 @@ def advice(model: nn.Module, expected: Mapping[str, Tensor], found: Mapping[str,
     if any(key.startswith(("conv_proj", "encoder.layers.encoder_layer_")) for key in extra):
         return "these are the names of torchvision's ViT, not timm's; load a timm model"
     if not set(expected) & set(found):
-        return ""  # names of another model, or below a prefix that is not known
+        return _name_advice(expected, found)
     if "cls_token" in missing and not any(key.startswith("cls") for key in extra):
         return "it has no class token: --model-arg class_token=False --model-arg global_pool=avg"
     if {"norm.weight"} <= missing and {"fc_norm.weight"} <= extra:
@@ -335,6 +336,17 @@ def advice(model: nn.Module, expected: Mapping[str, Tensor], found: Mapping[str,
     if wrong:
         return f"it is another size of the architecture: take the right --arch, or {' '.join(wrong)}"
     return _position_advice(model, expected, found)
+
+
+def _name_advice(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
+    """Return a remedy for weights of which none has a name of the model."""
+    prefixes = Counter(key[: -len(own)] for own in expected for key in found if key.endswith(f".{own}"))
+    prefix, count = max(prefixes.items(), key=lambda item: item[1], default=("", 0))
+    if 2 * count > len(expected):
+        return (
+            f"the weights of the model are below {prefix!r}: save the state_dict() of that module, with its classifier"
+        )
+    return "no weight in it has a name of this architecture; give the one that it was trained with (--arch)"
 
 
 def _position_advice(model: nn.Module, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,21 @@ def test_weights_that_do_not_fit_name_the_model_arg(
     with pytest.raises(UserError, match=rf"does not fit {ARCH}.*{message}") as error:
         load_checkpoint(path, architecture=ARCH, model_args={**SIZES, **given})
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("prefix", ["student.backbone.", "net.0.", "trunk.vit."])
+def test_weights_below_a_prefix_that_is_not_known_name_it(prefix: str, tmp_path: Path) -> None:
+    weights = {prefix + key: value for key, value in tiny_vit().state_dict().items() if not key.startswith("head.")}
+    path = saved(tmp_path, {**weights, "student.projector.weight": torch.ones(4, 32), "queue": torch.ones(9)})
+    with pytest.raises(UserError, match=rf"are below '{re.escape(prefix)}': save the state_dict\(\) of that module"):
+        load_checkpoint(path, architecture=ARCH, model_args=SIZES)
+
+
+def test_weights_of_another_architecture_are_called_so(tmp_path: Path) -> None:
+    resnet = ModelSpec(architecture="resnet10t", num_classes=10, model_args={}, pretrained_cfg={}).build(seed=0)
+    path = saved(tmp_path, resnet.state_dict())
+    with pytest.raises(UserError, match=r"no weight in it has a name of this architecture; give .* \(--arch\)"):
+        load_checkpoint(path, architecture=ARCH, model_args=SIZES)
 
 
 def test_an_architecture_is_asked_for_by_the_command_that_helps(tmp_path: Path) -> None:
