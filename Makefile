@@ -37,8 +37,8 @@ picture: ## docs/assets/report.png: the top of the report of `make demo`, by Chr
 test: $(STAMP) ## run the tests that are not slow; COVERAGE=1 measures coverage too, in twice the time
 	$(BIN)/python -m pytest -n auto --dist loadscope --durations=15 $(if $(COVERAGE),$(COVERED)) $(ARGS)
 
-slow: $(STAMP) ## run the slow tests alone
-	$(BIN)/python -m pytest -n auto --dist loadscope --durations=15 -m slow $(ARGS)
+slow: $(STAMP) ## run the slow tests, except those that take minutes
+	$(BIN)/python -m pytest -n auto --dist loadscope --durations=15 -m "slow and not minutes" $(ARGS)
 
 lint: $(STAMP) ## ruff: rules and formatting; the wording of docstrings, comments and documents
 	$(BIN)/ruff check .

@@ -69,6 +69,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.minutes
 def test_the_wheel_has_the_engine_and_the_kernels_and_their_data(built: Path) -> None:
     (wheel,) = built.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
@@ -83,6 +84,7 @@ def test_the_wheel_has_the_engine_and_the_kernels_and_their_data(built: Path) ->
 
 
 @pytest.mark.slow
+@pytest.mark.minutes
 def test_the_sdist_has_a_checkout(built: Path) -> None:
     (source,) = (built / "unpacked").iterdir()
     packed = {path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()}
@@ -126,6 +128,7 @@ print("three work, transformers", "has" if is_kernels_available() else "refuses"
 
 @pytest.mark.slow
 @pytest.mark.parametrize("order", [("lethe", "kernels"), ("kernels", "lethe"), ("lethe", "kernels", "lethe")])
+@pytest.mark.minutes
 def test_hugging_faces_kernels_beside_ours_in_any_order(order: tuple[str, ...], built: Path, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     (wheel,) = built.glob("*.whl")

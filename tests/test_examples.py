@@ -77,6 +77,7 @@ def test_add_method(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.minutes
 def test_own_model(tmp_path: Path) -> None:
     text = run("own_model.py", tmp_path)
     assert accuracies(text, "after")["test"] > 80
@@ -84,6 +85,7 @@ def test_own_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.minutes
 def test_huggingface(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     text = run("huggingface.py", tmp_path)
@@ -93,6 +95,7 @@ def test_huggingface(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.minutes
 def test_choose_method(tmp_path: Path) -> None:
     lines = run("choose_method.py", tmp_path).splitlines()
     rows = {line.split()[0]: [float(cell) for cell in line.split()[1:6]] for line in lines[1:]}
@@ -102,6 +105,7 @@ def test_choose_method(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.minutes
 def test_verify(tmp_path: Path) -> None:
     text = run("verify.py", tmp_path)
     assert "original: FAIL, decided by ['changed', 'forget accuracy']" in text
@@ -109,6 +113,7 @@ def test_verify(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.minutes
 def test_deletion_queue(tmp_path: Path) -> None:
     out = tmp_path / "out"  # the script replaces its folder
     text = run("deletion_queue.sh", out)
@@ -117,6 +122,7 @@ def test_deletion_queue(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.minutes
 def test_several_gpus(tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
     launcher = Path(sys.prefix) / "bin" / "deepspeed"
@@ -134,6 +140,7 @@ def test_several_gpus_says_what_is_missing(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.minutes
 def test_notebook_runs(tmp_path: Path) -> None:
     notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
     code = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]

@@ -65,6 +65,7 @@ def test_production_launches_compile_without_problems(compiled: Path, number: in
 
 
 @pytest.mark.slow
+@pytest.mark.minutes
 def test_all_production_launches_compile_without_problems(tmp_path: Path) -> None:
     done = run("-m", "bench", "compile", "--json", tmp_path / "all.json")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -44,6 +44,7 @@ def test_noise_is_fresh_or_a_function_of_the_image() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.minutes
 def test_the_matrix_on_digits(tmp_path: Path) -> None:
     run_verdict_matrix([DIGITS], [], [], [], None, tmp_path / "verdicts.json")
     models = json.loads((tmp_path / "verdicts.json").read_text())["subjects"]["digits"]["models"]

@@ -283,6 +283,7 @@ def _mask_patches_eager(images, mask, fill, patch_size):
 
 
 @pytest.mark.slow
+@pytest.mark.minutes
 def test_in_a_fresh_clone_a_planted_slowdown_is_red_and_nothing_else_is(tmp_path: Path) -> None:
     """No figures are stored for the clone's machine; the slowdown is an edit of its code."""
     clone = Repository(tmp_path / "clone")

@@ -222,6 +222,7 @@ PLANTED = {
 
 
 @pytest.mark.slow
+@pytest.mark.minutes
 def test_planted_regressions_are_found_and_named(tmp_path: Path) -> None:
     def pytest_run(*options: str, plant: str = "") -> subprocess.CompletedProcess[str]:
         (tmp_path / "planted.py").write_text("\n".join(line[8:] for line in plant.splitlines()))

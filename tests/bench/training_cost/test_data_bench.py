@@ -32,6 +32,7 @@ def test_targets_are_met_or_missed_by_their_limits() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.minutes
 def test_the_bench_runs_at_toy_size(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (300, 400, 3), dtype=np.uint8)
     for name in ("a/0.jpg", "b/1.JPEG"):

@@ -284,6 +284,7 @@ def test_ranks_share_a_batch_and_efficiency_is_told(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
+@pytest.mark.minutes
 def test_a_run_on_two_ranks_says_its_seconds(tmp_path: Path) -> None:
     original = curves.save_checkpoint(TINY.spec().build(seed=0), tmp_path / "original")
     seconds = curves._launch(tmp_path, original, ranks=2, batch=8, steps=1)

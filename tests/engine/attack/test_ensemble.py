@@ -311,6 +311,7 @@ def test_results_keep_the_order_of_the_jobs_and_are_told() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.minutes
 def test_worker_processes_train_the_same_models(small: Ensemble, tmp_path: Path) -> None:
     apart = train_ensemble(SPEC, tmp_path, workers=2)
     np.testing.assert_array_equal(apart.margins, small.margins)

@@ -233,6 +233,7 @@ def test_every_original_forgets_both_its_parts_and_retains_the_other(cache: Path
 
 
 @pytest.mark.slow
+@pytest.mark.minutes
 def test_an_exact_method_is_told_from_no_method(parquet_folder: Callable[..., Path], tmp_path: Path) -> None:
     """Noise with labels: what a model knows of it, it has by heart."""
     folder = parquet_folder(train=60, test=20)

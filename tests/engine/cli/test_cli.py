@@ -286,6 +286,7 @@ def test_a_yaml_file_of_options_and_set_over_it(lethe: Lethe, checkpoint: Path, 
 
 
 @pytest.mark.slow
+@pytest.mark.minutes
 def test_the_demo_from_start_to_report(lethe: Lethe, tmp_path: Path) -> None:
     code, out, err = lethe("demo", "--out", tmp_path / "demo", "--json", tmp_path / "demo.json")
     assert code == 0, err

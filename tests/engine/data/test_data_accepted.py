@@ -321,6 +321,7 @@ def test_a_task_notes_the_rows_that_its_positions_are_of(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.minutes
 def test_more_than_2_gib_of_images_in_one_row_group(tmp_path: Path) -> None:
     rows = pa.array([{"bytes": png(77) + bytes(8 << 20), "path": None}] * 100, STRUCT)
     table = pa.table({"image": pa.chunked_array([rows] * 3), "label": [0] * 300})

@@ -483,6 +483,7 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+@pytest.mark.minutes
 def test_a_process_answers_what_it_holds_and_what_deepspeed_estimates() -> None:
     pytest.importorskip("deepspeed")
     given: dict[str, Any] = {"parameters": P, "largest_layer": 1000, "gpus": 16, "deepspeed": True}
