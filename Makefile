@@ -9,6 +9,7 @@ COVERED := --cov=engine --cov=kernels --cov-report=term --cov-fail-under=85
 
 VENV := .venv
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadscope --durations=15
 CHROMIUM := chromium
 STAMP := $(VENV)/.stamp
 
@@ -35,10 +36,10 @@ picture: ## docs/assets/report.png: the top of the report of `make demo`, by Chr
 	    --screenshot=docs/assets/report.png $(ARGS) file://$(CURDIR)/runs/demo/report.html
 
 test: $(STAMP) ## run the tests that are not slow; COVERAGE=1 measures coverage too, in twice the time
-	$(BIN)/python -m pytest -n auto --dist loadscope --durations=15 $(if $(COVERAGE),$(COVERED)) $(ARGS)
+	$(PYTEST) $(if $(COVERAGE),$(COVERED)) $(ARGS)
 
 slow: $(STAMP) ## run the slow tests, except those that take minutes
-	$(BIN)/python -m pytest -n auto --dist loadscope --durations=15 -m "slow and not minutes" $(ARGS)
+	$(PYTEST) -m "slow and not minutes" $(ARGS)
 
 lint: $(STAMP) ## ruff: rules and formatting; the wording of docstrings, comments and documents
 	$(BIN)/ruff check .

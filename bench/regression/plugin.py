@@ -100,14 +100,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Make cases in bfloat16 slow tests if nothing is measured: some CPUs take ten times as long for them."""
     if not config.option.benchmark:
         for item in items:
-            if "baseline_gate" in getattr(item, "fixturenames", ()) and "bf16" in item.name:
+            if _is_case(item) and "bf16" in item.name:
                 item.add_marker("slow")
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    measured = (item for item in session.items if "baseline_gate" in getattr(item, "fixturenames", ()))
-    if session.config.option.benchmark and not any(measured):
+    if session.config.option.benchmark and not any(map(_is_case, session.items)):
         raise pytest.UsageError("--benchmark: no case is among the chosen tests; give no path, or bench/")
+
+
+def _is_case(item: pytest.Item) -> bool:
+    return "baseline_gate" in getattr(item, "fixturenames", ())
 
 
 @pytest.fixture

@@ -93,7 +93,7 @@ class ModelSpec:
                     f"architecture {self.architecture!r} refuses its model_args {self.model_args}: {error}; correct "
                     "--model-arg, or model_args in config.json"
                 ) from None
-        setattr(model, _SPEC, self)
+        set_spec(model, self)
         return model
 
     def write(self, model: nn.Module, folder: Path) -> Path | None:
@@ -147,9 +147,8 @@ def set_spec(model: nn.Module, spec: ModelSpec) -> None:
 def remember_model_args(model: nn.Module, **model_args: Any) -> None:
     """Store the keyword arguments of `timm.create_model`, which older timm releases do not keep."""
     pretrained_cfg = dict(getattr(model, "pretrained_cfg", None) or {})
-    setattr(
+    set_spec(
         model,
-        _SPEC,
         ModelSpec(
             architecture=pretrained_cfg["architecture"],
             num_classes=int(model.num_classes),  # type: ignore[arg-type]
@@ -207,7 +206,7 @@ def describing(model: nn.Module, names: Sequence[str]) -> nn.Module:
     if len(names) == spec.num_classes:
         extra["label_names"] = [str(name) for name in names]
     cfg = {key: value for key, value in spec.pretrained_cfg.items() if key not in old}
-    setattr(model, _SPEC, dataclasses.replace(spec, extra=extra, pretrained_cfg=cfg))
+    set_spec(model, dataclasses.replace(spec, extra=extra, pretrained_cfg=cfg))
     return model
 
 
@@ -225,7 +224,7 @@ def with_label_names(model: nn.Module, names: Sequence[str], source: str) -> nn.
     spec = spec_of(model)
     if len(names) != spec.num_classes:
         raise UserError(f"{source}: {len(names)} names for the {spec.num_classes} classes of the model; give one each")
-    setattr(model, _SPEC, dataclasses.replace(spec, extra={**spec.extra, "label_names": [str(n) for n in names]}))
+    set_spec(model, dataclasses.replace(spec, extra={**spec.extra, "label_names": [str(n) for n in names]}))
     return model
 
 

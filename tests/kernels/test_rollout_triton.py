@@ -75,7 +75,10 @@ def test_widths_and_dtypes(assert_near: Any, width: int, dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
-@pytest.mark.parametrize(("tokens", "prefix"), [(5, 1), (16, 1), (17, 5), (50, 2), (65, 64), (197, 1)])
+@pytest.mark.parametrize(
+    ("tokens", "prefix"),
+    [(5, 1), (16, 1), (17, 5), (50, 2), (65, 64), (197, 1), pytest.param(257, 4, marks=pytest.mark.slow)],
+)
 def test_token_counts_and_prefixes(assert_near: Any, tokens: int, prefix: int, fusion: str) -> None:
     queries, keys = make(tokens, 2, 16, layers=2, batch=1)
     check(assert_near, queries, keys, torch.float16, head_fusion=fusion, num_prefix_tokens=prefix)
@@ -96,7 +99,7 @@ def test_full_size(assert_near: Any, tokens: int, heads: int, width: int, proces
     check(assert_near, queries, keys, torch.bfloat16, chosen)
 
 
-@pytest.mark.parametrize("heads", [1, 12])
+@pytest.mark.parametrize("heads", [3, 12])
 def test_a_vit_of_patch_16_at_full_depth(assert_near: Any, heads: int) -> None:
     queries, keys = make(197, heads, 64, layers=12, batch=1)
     check(assert_near, queries, keys, torch.bfloat16)
@@ -108,7 +111,7 @@ def test_mask_is_of_the_highest_scores(layout: str) -> None:
     tiles = {"whole": None, "tiles": small_tiles(), "parts": small_tiles(parts_h=2, parts_i=2)}[layout]
     options = {**DEFAULTS, "num_prefix_tokens": 2}
     scores, _ = launch(queries, keys, k=None, plan_as=tiles, **options)
-    for k in (0, 1, 7, 18, 19) if layout == "whole" else (1, 18):
+    for k in (0, 1, 7, 18, 19):
         mask, finite = launch(queries, keys, k=k, plan_as=tiles, **options)
         assert mask.dtype == torch.bool
         assert torch.equal(mask, topk_mask(scores, k))
@@ -125,7 +128,7 @@ def test_mask_is_of_the_highest_scores(layout: str) -> None:
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("layout", ["whole", "parts"])
 def test_options(assert_near: Any, layout: str, options: dict[str, Any]) -> None:
-    queries, keys = make(17, 2, 8, layers=3, batch=1)
+    queries, keys = make(17, 2, 8, layers=4)
     tiles = small_tiles(parts_h=2, parts_i=2) if layout == "parts" else None
     check(assert_near, queries, keys, torch.float32, tiles, **options)
 
