@@ -7,6 +7,11 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+# Before numpy and torch are imported; the processes that tests start inherit it. The models are too small for more than
+# one thread, and threads that wait spin.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -33,7 +38,7 @@ fast_interpreter.install()
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
-    torch.set_num_threads(1)  # the models are too small for more, and threads that wait spin
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

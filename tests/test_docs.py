@@ -137,6 +137,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_site_has_the_reference(site: Path) -> None:
     page = (site / "api" / "engine" / "index.html").read_text(encoding="utf-8")
     for name in ("engine.unlearn", "engine.train", "engine.evaluate"):
@@ -144,6 +145,7 @@ def test_site_has_the_reference(site: Path) -> None:
     assert "rollout_topk_mask" in (site / "api" / "kernels" / "index.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_site_loads_nothing_from_other_hosts(site: Path) -> None:
     pages = sorted(site.rglob("*.html"))
     assert len(pages) > 20

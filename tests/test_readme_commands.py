@@ -58,6 +58,7 @@ def write_trained_weights(path: Path, photos: Path) -> None:
     torch.save(model.state_dict(), path)
 
 
+@pytest.mark.slow
 def test_first_screen_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commands = first_commands()
     assert len(commands) <= 8

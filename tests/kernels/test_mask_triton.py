@@ -207,7 +207,10 @@ def test_gradcheck() -> None:
 
 
 @pytest.mark.parametrize("backend", ["triton", pytest.param("eager", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("layout", LAYOUTS[:-1])
+@pytest.mark.parametrize("layout", [
+    pytest.param(layout, marks=pytest.mark.slow if layout in ("transposed", "batch_inside", "row_gaps") else ())
+    for layout in LAYOUTS[:-1]
+])  # fmt: skip
 def test_opcheck(backend: str, layout: str) -> None:
     images, mask = make(2, 3, (2, 3), (2, 2), torch.float32)
     fill = torch.zeros(3, requires_grad=True)
@@ -217,7 +220,7 @@ def test_opcheck(backend: str, layout: str) -> None:
 
 @pytest.mark.parametrize("backend", ["auto", "triton", "eager"])
 @pytest.mark.parametrize("value", [-1.0, (1.0, 2.0, 3.0), torch.tensor([1.0, 2.0, 3.0])], ids=repr)
-@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("channels_last", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_compiles_without_a_graph_break(backend: Any, value: Any, channels_last: bool) -> None:
     images, mask = make(2, 3, (2, 3), (2, 2), torch.float32)
     images = laid_out(images, "channels_last" if channels_last else "contiguous").requires_grad_()

@@ -37,20 +37,18 @@ def python(code: str, *path: Path, cwd: Path = ROOT) -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "code",
     [
-        pytest.param("import engine.models.attention_masking\n" + SAME, marks=pytest.mark.slow),
+        "import engine.models.attention_masking\n" + SAME,
         SAME + "import kernels.rollout, lethe_kernels.rollout\nassert kernels.rollout is lethe_kernels.rollout\n"
         "from kernels.mask import mask_patches\nassert mask_patches is lethe_kernels.mask_patches\n"
         # Submodules that are not loaded with the package, and a package among them.
         "import kernels._triton.mask as one, lethe_kernels._triton.mask as other\nassert one is other\n",
-        pytest.param(
-            "import kernels.rollout_stream as one, lethe_kernels.rollout_stream as other, lethe_kernels\n"
-            "assert one is other\n"
-            "assert one.__spec__.name == one.__name__ == 'lethe_kernels.rollout_stream'\n",
-            marks=pytest.mark.slow,
-        ),
+        "import kernels.rollout_stream as one, lethe_kernels.rollout_stream as other, lethe_kernels\n"
+        "assert one is other\n"
+        "assert one.__spec__.name == one.__name__ == 'lethe_kernels.rollout_stream'\n",
     ],
 )
 def test_in_a_checkout_both_names_are_one_module(code: str) -> None:

@@ -99,13 +99,14 @@ def test_full_size(assert_near: Any, tokens: int, heads: int, width: int, proces
     check(assert_near, queries, keys, torch.bfloat16, chosen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("heads", [3, 12])
 def test_a_vit_of_patch_16_at_full_depth(assert_near: Any, heads: int) -> None:
     queries, keys = make(197, heads, 64, layers=12, batch=1)
     check(assert_near, queries, keys, torch.bfloat16)
 
 
-@pytest.mark.parametrize("layout", ["whole", "tiles", "parts"])
+@pytest.mark.parametrize("layout", ["whole", pytest.param("tiles", marks=pytest.mark.slow), "parts"])
 def test_mask_is_of_the_highest_scores(layout: str) -> None:
     queries, keys = (cast(x, torch.float32) for x in make(21, 2, 8, layers=2))
     tiles = {"whole": None, "tiles": small_tiles(), "parts": small_tiles(parts_h=2, parts_i=2)}[layout]
@@ -119,7 +120,7 @@ def test_mask_is_of_the_highest_scores(layout: str) -> None:
 
 
 @pytest.mark.parametrize("options", [
-    {"scale": 1.0},
+    pytest.param({"scale": 1.0}, marks=pytest.mark.slow),
     {"scale": 0.05},
     {"residual": 0.0},
     pytest.param({"residual": 1.0}, marks=pytest.mark.slow),

@@ -41,9 +41,7 @@ EQUAL: dict[str, tuple[str, dict[str, Any]]] = {
     "low_rank": ("zero2", {"method": "gs_lora", "retain_epochs": 2.0, "warmup": 0, "bound": 3.0, "lr": 1e-3}),
     "collapsed": ("zero3", {**LETHE, "start": "trained", "forget_lr": 0.05, "collapse_drop": 1.0}),
 }
-# The cases of the tests that are not slow: two ways to shard, and a run killed and resumed.
-QUICK = ("zero2", "zero3", "resumed_zero2")
-SLOW = (*(name for name in EQUAL if name not in QUICK), "accumulated", "bf16", "resumed_zero3_offload")
+CASES = (*EQUAL, "accumulated", "bf16", "resumed_zero2", "resumed_zero3_offload")
 
 
 class Killed(BaseException):

@@ -25,10 +25,8 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 MATCHES = [
-    "info_nce paired B=256 K=1 D=1000 bf16",
     "mask_patches B=256 224 planar bf16",
-]
-SLOW_MATCHES = [
+    "info_nce paired B=256 K=1 D=1000 bf16",
     "rollout B=256 N=197 H=12 d=64 mean rollout bf16",
     "rollout B=1 N=577 H=12 d=64 mean rollout bf16",
     "rollout B=256 N=257 H=16 d=80 max rollout fp16",
@@ -40,11 +38,6 @@ SLOW_MATCHES = [
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return compile_all(MATCHES, tmp_path_factory.mktemp("compiled"))
-
-
-@pytest.fixture(scope="module")
-def slow_compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compile_all(SLOW_MATCHES, tmp_path_factory.mktemp("slow_compiled"))
 
 
 def compile_all(matches: list[str], folder: Path) -> Path:
@@ -73,15 +66,10 @@ def check_kernels(file: Path, match: str) -> None:
         assert sum(kernel["matrix_instructions"] for kernel in kernels) > 0 or "fp32" in match
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(MATCHES)), ids=MATCHES)
 def test_production_launches_compile_without_problems(compiled: Path, number: int) -> None:
     check_kernels(compiled / f"{number}.json", MATCHES[number])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", range(len(SLOW_MATCHES)), ids=SLOW_MATCHES)
-def test_larger_production_launches_compile_without_problems(slow_compiled: Path, number: int) -> None:
-    check_kernels(slow_compiled / f"{number}.json", SLOW_MATCHES[number])
 
 
 @pytest.mark.slow

@@ -221,7 +221,7 @@ def test_pictures_of_retraining_and_of_curves() -> None:
 
 
 @pytest.mark.parametrize("number", [1, 3, 23])
-@pytest.mark.parametrize("apart", [0.0, 1e-3, 3.0])
+@pytest.mark.parametrize("apart", [0.0, pytest.param(1e-3, marks=pytest.mark.slow), 3.0])
 def test_names_beside_a_comparison_stand_apart_in_the_order_of_their_points(number: int, apart: float) -> None:
     def entry(method: str, gap: float) -> dict[str, Any]:
         share = {"mean": 0.3, "half_range": 0.2}

@@ -28,7 +28,11 @@ def photographs(tmp_path: Path) -> str:
     return f"imagefolder:{tmp_path / 'photographs'}"
 
 
-@pytest.mark.parametrize(("name", "method"), [("vit", "random_labels"), ("swinv2", "lethe_plus"), ("dinov2", "lethe")])
+@pytest.mark.parametrize(("name", "method"), [
+    ("vit", "random_labels"),
+    pytest.param("swinv2", "lethe_plus", marks=pytest.mark.slow),
+    pytest.param("dinov2", "lethe", marks=pytest.mark.slow),
+])  # fmt: skip
 def test_unlearn_and_evaluate(name: str, method: str, lethe: Lethe, photographs: str, tmp_path: Path) -> None:
     original = saved(tiny(name), tmp_path / "original", image_mean=[0.1, 0.2, 0.3])
     words = ["--data", photographs, "--forget", "random:0.25@0", "--accept-accuracy"]  # weights at random

@@ -40,6 +40,7 @@ def cnn(tmp_path: Path) -> Path:
     return save_checkpoint(SPEC.build(seed=0).eval(), tmp_path / "cnn")
 
 
+@pytest.mark.slow
 def test_a_cnn_is_unlearned_evaluated_and_reported(task: Task, cnn: Path, tmp_path: Path) -> None:
     outcome = run_job(task, str(cnn), tmp_path / "run", method="random_labels", config=QUICK)
     assert input_size_of(outcome.result.model) == (32, 32)

@@ -201,6 +201,7 @@ def test_what_was_memorised_comes_to_look_like_what_was_not(memorised: tuple[tor
     assert result.accuracy(retain) > 0.85
 
 
+@pytest.mark.slow
 def test_the_correction_takes_away_what_is_left(memorised: tuple[torch.nn.Module, Samples], train: Samples) -> None:
     model, samples = memorised
     held_out = train.subset(range(300, 400))

@@ -26,8 +26,7 @@ from engine.models.preprocessing import preprocessing_of
 from engine.run.unlearn import unlearn
 
 NAMES = ["influence", "razor", "ssd"]
-# Few samples and rounds, so that an edit takes little time.
-QUICK: dict[str, dict[str, Any]] = {
+QUICK: dict[str, dict[str, Any]] = {  # few samples and rounds
     "ssd": {},
     "influence": {"alpha": 0.5, "fisher_samples": 10, "solver_steps": 3},
     "razor": {"rounds": 2, "search_steps": 2, "max_drop": 100.0},
@@ -419,6 +418,7 @@ def test_an_edit_takes_no_steps(train: Samples, name: str) -> None:
     assert weights_sha256(result.model) != weights_sha256(tiny_vit())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "given", "most"), [("influence", "alpha", 4.0), ("iau", "lr", 0.256 / 32)])
 def test_the_size_of_a_step_is_searched_unless_it_is_given(train: Samples, name: str, given: str, most: float) -> None:
     """All forget samples are answered right, no held-out one: the search goes on until the former are wrong too."""

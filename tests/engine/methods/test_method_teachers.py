@@ -127,8 +127,14 @@ class Killed(Exception):
 @pytest.mark.parametrize(
     ("name", "options", "kill_at"),
     [
-        ("scrub", {"forget_epochs": 2, "retain_epochs": 2}, 3),  # in the second forget epoch
-        ("scrub_r", {"forget_epochs": 1, "retain_epochs": 2, "lr": 3e-3, "forget_lr": 1e-3}, 3),
+        # Killed in the second forget epoch.
+        pytest.param("scrub", {"forget_epochs": 2, "retain_epochs": 2}, 3, marks=pytest.mark.slow),
+        pytest.param(
+            "scrub_r",
+            {"forget_epochs": 1, "retain_epochs": 2, "lr": 3e-3, "forget_lr": 1e-3},
+            3,
+            marks=pytest.mark.slow,
+        ),
         ("bad_teacher", {"epochs": 2.0}, 2),
         ("lotus", {"epochs": 3, "lr": 2e-3, "alpha": 5.0}, 3),
         ("laf", {"forget_epochs": 2.0, "vae_epochs": 2, "forget_lr": 1e-3}, 2),

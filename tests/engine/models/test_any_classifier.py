@@ -156,7 +156,10 @@ def test_a_wrapped_model_gives_its_configuration() -> None:
     assert num_classes_of(holder) == 10
 
 
-@pytest.mark.parametrize("method", [name for name in list_methods() if name not in ("lethe", "s3t", "retrain")])
+@pytest.mark.parametrize("method", [
+    pytest.param(name, marks=pytest.mark.slow if name == "influence" else ())
+    for name in list_methods() if name not in ("lethe", "s3t", "retrain")
+])  # fmt: skip
 def test_every_method_runs_on_a_cnn_or_says_why_not(method: str, digits: tuple[Samples, Samples]) -> None:
     model = resnet()
     before = {key: value.clone() for key, value in model.state_dict().items()}

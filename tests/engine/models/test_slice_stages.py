@@ -354,7 +354,12 @@ def test_a_killed_retraining_of_stages_goes_on_to_the_same_bits(
     assert_same_bits(load_file(tmp_path / "run" / STAGES), load_file(tmp_path / "whole" / STAGES))
 
 
-@pytest.mark.parametrize("at", [("sequence_2_stage_1", 2), ("sequence_2_stage_3", 2), ("stage_1", 1), ("stage_2", 2)])
+@pytest.mark.parametrize("at", [
+    pytest.param(("sequence_2_stage_1", 2), marks=pytest.mark.slow),
+    ("sequence_2_stage_3", 2),
+    ("stage_1", 1),
+    pytest.param(("stage_2", 2), marks=pytest.mark.slow),
+])  # fmt: skip
 def test_a_training_in_sequences_that_is_killed_goes_on_to_the_same_bits(
     three: Path, samples: Samples, tmp_path: Path, at: tuple[str, int]
 ) -> None:

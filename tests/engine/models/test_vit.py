@@ -232,7 +232,7 @@ def test_still_key_biases_zero_what_softmax_does_not_see_and_nothing_else() -> N
         ("test_vit_relpos", {"qkv_bias": True}, 9),
         ("swin_tiny_patch4_window7_224", {"img_size": 56, "depths": (1, 1, 1, 1), "embed_dim": 24}, 4),
         ("davit_tiny", {"depths": (1, 1, 1, 1), "embed_dims": (24, 48, 48, 48)}, 0),
-        ("tiny_vit_5m_224", {}, 0),
+        pytest.param("tiny_vit_5m_224", {}, 0, marks=pytest.mark.slow),
         ("test_maxvit", {}, 0),
         ("vit_small_patch16_rope_224", {"embed_dim": 48, "depth": 2, "num_heads": 3, "img_size": 32}, 0),
     ],

@@ -134,7 +134,7 @@ def saved_bytes(batch: int, dtype: torch.dtype, attention: str) -> int:
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", pytest.param("eager", marks=pytest.mark.slow)])
 def test_activations_are_what_a_real_pass_keeps(precision: str, dtype: torch.dtype, attention: str) -> None:
     counted = count_cost(spec(), **{**PLAIN, "precision": precision, "attention": attention})
     for batch in (1, 6, 32):

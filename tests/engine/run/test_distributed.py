@@ -6,14 +6,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
-from ranks import EQUAL, LETHE, QUICK, SLOW, STAGES, data, run
+from ranks import CASES, EQUAL, LETHE, STAGES, data, run
 from toys import tiny_vit
 
 from engine.config import RunConfig
@@ -31,24 +30,14 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run folders of the quick cases, each of two ranks."""
-    return _two_ranks(tmp_path_factory.mktemp("ranks"), QUICK)
-
-
-@pytest.fixture(scope="module")
-def slow_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run folders of the slow cases, and of those that they are compared with."""
-    return _two_ranks(tmp_path_factory.mktemp("slow_ranks"), SLOW)
-
-
-def _two_ranks(folder: Path, names: Sequence[str]) -> Path:
+    """Run folders of all cases, each of two ranks; one launch runs them, since starting takes as long as the cases."""
+    folder = tmp_path_factory.mktemp("ranks")
     pytest.importorskip("deepspeed", reason="the extra `distributed` is not installed")
-    if "collapsed" in names:
-        samples = open_source("digits").train.subset(range(85))
-        config = {"epochs": 15.0, "lr": 3e-3, "batch_size": 16, "precision": "fp32"}
-        save_checkpoint(train(tiny_vit(), samples, config=config).model, folder / "trained")
+    samples = open_source("digits").train.subset(range(85))
+    config = {"epochs": 15.0, "lr": 3e-3, "batch_size": 16, "precision": "fp32"}
+    save_checkpoint(train(tiny_vit(), samples, config=config).model, folder / "trained")
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
-    script = ["--rdzv_endpoint", "localhost:0", str(ROOT / "tests" / "support" / "ranks.py"), str(folder), *names]
+    script = ["--rdzv_endpoint", "localhost:0", str(ROOT / "tests" / "support" / "ranks.py"), str(folder), *CASES]
     done = subprocess.run(
         [sys.executable, *launcher, *script],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
@@ -105,53 +94,41 @@ def check_equal(folder: Path, name: str) -> None:
     assert not (folder / name / "resume").exists()
 
 
-@pytest.mark.parametrize("name", [name for name in QUICK if name in EQUAL])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EQUAL)
 def test_two_ranks_do_the_mathematics_of_one_process(folder: Path, name: str) -> None:
     check_equal(folder, name)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in SLOW if name in EQUAL])
-def test_two_ranks_do_the_mathematics_of_one_process_with_all_options(slow_folder: Path, name: str) -> None:
-    check_equal(slow_folder, name)
-
-
 def test_every_sample_is_seen_once_an_epoch(folder: Path) -> None:
     assert json.loads((folder / "zero2.json").read_text())["samples_seen"] == {"forget": 34, "retain": 130}
 
 
 @pytest.mark.slow
-def test_the_run_that_collapsed_did_go_back(slow_folder: Path) -> None:
-    assert [row for row in history(slow_folder / "collapsed") if "back_to_step" in row]
+def test_the_run_that_collapsed_did_go_back(folder: Path) -> None:
+    assert [row for row in history(folder / "collapsed") if "back_to_step" in row]
 
 
 @pytest.mark.slow
-def test_micro_batches_are_one_step(slow_folder: Path) -> None:
-    one = alone(slow_folder, "lethe", LETHE)
-    assert distance(one, slow_folder / "accumulated") < 1e-5
-    check_histories(one, slow_folder / "accumulated")
+def test_micro_batches_are_one_step(folder: Path) -> None:
+    one = alone(folder, "lethe", LETHE)
+    assert distance(one, folder / "accumulated") < 1e-5
+    check_histories(one, folder / "accumulated")
 
 
 @pytest.mark.slow
-def test_bf16_is_near_and_its_checkpoint_float32(slow_folder: Path) -> None:
-    assert 1e-5 < distance(alone(slow_folder, "lethe", LETHE), slow_folder / "bf16") < 0.1
-    assert {p.dtype for p in load_checkpoint(slow_folder / "bf16").parameters()} == {torch.float32}
-
-
-def check_resumed(folder: Path, stage: str) -> None:
-    assert weights_sha256(load_checkpoint(folder / f"resumed_{stage}")) == weights_sha256(
-        load_checkpoint(folder / stage)
-    )
-    assert history(folder / f"resumed_{stage}") == history(folder / stage)
-
-
-def test_two_ranks_that_are_killed_resume_to_the_same_bits(folder: Path) -> None:
-    check_resumed(folder, "zero2")
+def test_bf16_is_near_and_its_checkpoint_float32(folder: Path) -> None:
+    assert 1e-5 < distance(alone(folder, "lethe", LETHE), folder / "bf16") < 0.1
+    assert {p.dtype for p in load_checkpoint(folder / "bf16").parameters()} == {torch.float32}
 
 
 @pytest.mark.slow
-def test_two_ranks_that_are_killed_resume_to_the_same_bits_with_offloading(slow_folder: Path) -> None:
-    check_resumed(slow_folder, "zero3_offload")
+@pytest.mark.parametrize("stage", ["zero2", "zero3_offload"])
+def test_two_ranks_that_are_killed_resume_to_the_same_bits(folder: Path, stage: str) -> None:
+    resumed, whole = folder / f"resumed_{stage}", folder / stage
+    assert weights_sha256(load_checkpoint(resumed)) == weights_sha256(load_checkpoint(whole))
+    assert history(resumed) == history(whole)
 
 
 RUN = RunConfig(batch_size=8, accumulation_steps=2, precision="bf16", grad_clip=1.0)

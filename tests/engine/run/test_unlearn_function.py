@@ -301,7 +301,7 @@ def cut_short(samples: Samples, folder: Path, model: Any = None, checkpoints: in
         {"checkpoint_every": 3, "accumulation_steps": 2},
     ],
 )
-@pytest.mark.parametrize("checkpoints", [1, pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("checkpoints", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2)), 3])
 def test_a_killed_run_resumes_to_the_same_bits(
     samples: Samples, tmp_path: Path, checkpoints: int, options: dict[str, Any]
 ) -> None:
