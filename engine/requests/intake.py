@@ -11,9 +11,10 @@ from typing import Any
 from torch import nn
 
 from engine.config import split_options
+from engine.core.method import refuse_unfit
 from engine.data import Source, open_source, read_forget_request
 from engine.errors import UserError
-from engine.evaluate.verdict import Gates
+from engine.evaluate.gates import Gates
 from engine.jobs.opening import current
 from engine.jobs.opening import open_model as load_checkpoint
 from engine.jobs.task import Task
@@ -57,8 +58,8 @@ def init_store(
             warns.
 
     Raises:
-        UserError: The folder is a store already or holds other files, an option is out of range, or the checkpoint does
-            not fit the data.
+        UserError: The folder is a store already or holds other files, an option is out of range, or the checkpoint fits
+            neither the data nor the method.
     """
     if is_store(folder):
         raise UserError(f"{folder} is a store of requests already; name another folder with --store")
@@ -73,6 +74,7 @@ def init_store(
     split_options(config or {}, get_method(method).Config)
     source = open_source(data)
     model = load_fitting(checkpoint, source, config)
+    refuse_unfit(get_method(method), model)
     if gates is not None:
         Gates.read(gates)
     for reference in references:

@@ -28,8 +28,8 @@ from engine.config import to_dict
 from engine.core.result import Progress
 from engine.data import Source
 from engine.errors import RunStopped, UserError
+from engine.evaluate.gates import FAIL, PASS, Gates
 from engine.evaluate.representation import compare_weights
-from engine.evaluate.verdict import FAIL, PASS, Gates
 from engine.jobs.opening import open_model as load_checkpoint
 from engine.jobs.task import Task
 from engine.jobs.unlearn import run_job

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from engine.evaluate.verdict import FAIL, Gates, Verdict
+from engine.evaluate.gates import FAIL, Gates, Verdict
 from engine.jobs.task import Task
 from engine.requests.lineage import open_lineage, open_ordered_data, refuse_launcher, refuse_unfinished
 from engine.requests.run_options import Options, Overrides

@@ -10,6 +10,7 @@ import pytest
 from toys import few
 
 from engine.data import Source, open_source
+from engine.errors import UserError
 from engine.jobs.evaluate import evaluate_models
 from engine.jobs.evidence import gather_proof
 from engine.jobs.task import Task
@@ -18,6 +19,7 @@ from engine.jobs.verify import Verifier
 from engine.models.checkpoint import load_checkpoint, save_checkpoint
 from engine.models.info import input_size_of
 from engine.models.spec import ModelSpec
+from engine.requests.intake import init_store
 
 SPEC = ModelSpec(
     architecture="test_resnet",
@@ -50,6 +52,13 @@ def test_a_cnn_is_unlearned_evaluated_and_reported(task: Task, cnn: Path, tmp_pa
     metrics = evaluate_models(task, str(tmp_path / "run"), str(cnn), [], {"device": "cpu", "workers": 0})
     assert metrics["seconds"]["evaluate"] > 0
     assert input_size_of(load_checkpoint(tmp_path / "run")) == (32, 32)
+
+
+def test_a_store_of_requests_is_not_made_for_a_method_that_cannot_take_the_model(cnn: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="method lethe needs the attention of the model"):
+        init_store(tmp_path / "store", str(cnn), "digits", method="lethe")
+    assert not (tmp_path / "store").exists()
+    init_store(tmp_path / "store", str(cnn), "digits", method="lethe_plus")
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from toys import tiny_vit
 from engine.config import read_yaml
 from engine.data import Source
 from engine.errors import RunStopped, UserError
-from engine.evaluate.verdict import Verdict
+from engine.evaluate.gates import Verdict
 from engine.jobs.task import Task
 from engine.models.checkpoint import load_checkpoint, save_checkpoint, weights_sha256
 from engine.requests import intake

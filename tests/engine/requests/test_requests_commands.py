@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from planted_requests import COUNT, SOURCE, Crash, make_store, plant, verdict
+from toys import tiny_vit
 from typer.testing import CliRunner, Result
 
 from engine.cli.app import app
@@ -118,6 +119,7 @@ def test_judging_again_with_more_evidence(
         lethe("add", "--id", f"train/{number}")
         assert "lethe request judge" in lethe("run").output
     (tmp_path / "retrained").mkdir()
+    (tmp_path / "retrained" / "config.json").touch()
     arguments = ("--reference", tmp_path / "retrained", "--json", tmp_path / "j.json")
     result = lethe("judge", *arguments)
     assert result.exit_code == 1, result.output
@@ -209,7 +211,7 @@ def test_commands_that_take_a_checkpoint(
     result = lethe("init", "--checkpoint", "x", "--data", "planted")
     assert "is a store of requests already" in str(result.exception)
 
-    monkeypatch.setattr(intake, "load_fitting", lambda checkpoint, source, config: None)
+    monkeypatch.setattr(intake, "load_fitting", lambda checkpoint, source, config: tiny_vit())
     monkeypatch.setattr(intake, "save_checkpoint", lambda model, place: place.mkdir(parents=True))
     new = tmp_path / "new"
     result = CliRunner().invoke(

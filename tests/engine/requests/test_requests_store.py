@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from planted_requests import COUNT, SOURCE, Crash, make_store, plant, unlearned, verdict
 
 from engine.errors import RunStopped, UserError
-from engine.evaluate.verdict import Verdict
+from engine.evaluate.gates import Verdict
 from engine.jobs.task import Task
 from engine.jobs.unlearn import Outcome
 from engine.requests import rebase as rebase_module
