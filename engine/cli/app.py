@@ -132,6 +132,15 @@ def train(
             help="Leave these samples out: the retrain reference. As for `lethe unlearn`.", show_default=False
         ),
     ] = None,
+    references: Annotated[
+        int | None,
+        typer.Option(
+            help="With --forget: train this many references, in OUT/reference_1 and so on, with the seeds after "
+            "--seed. Finished ones are kept, stopped ones continued; the same command in several shells shares the "
+            "work.",
+            show_default=False,
+        ),
+    ] = None,
     sliced: Annotated[
         bool,
         typer.Option(
@@ -155,41 +164,70 @@ def train(
     from engine.audit.run_record import RecordOptions
     from engine.cli.console import console, print_seconds, progress_bars
     from engine.data import open_source
+    from engine.jobs.references import ReferenceRun, reference_runs, train_references
     from engine.jobs.task import Task
     from engine.jobs.train import train_job
     from engine.run.folder import check_apart
 
-    options = {**run_options(settings, run.on_bad_image), "epochs": epochs, "seed": seed}
+    if references is not None:
+        if forget is None:
+            raise UserError("train: --references needs --forget, what the references are trained without")
+        if sliced or run.overwrite:
+            raise UserError("train: --references goes neither with --sliced nor with --overwrite (remove the folder)")
+    runs = [ReferenceRun(out, seed, run.resume)] if references is None else reference_runs(out, seed, references)
+    options = run_options(settings, run.on_bad_image)
+    for name in ("seed", "epochs"):
+        if name in options:
+            raise UserError(f"train: --set {name}={options[name]}: give it by --{name} {options[name]}")
+    options |= {"epochs": epochs, "seed": seed}
     join_ranks(options)
     check_apart(out, [init] if init else [])
     start = Start(init, arch, model_arg, weights, sliced)
     start.check(options)
-    source = open_source(data)
-    task = None if forget is None else Task.open(data, forget)
-    model, notes = start.model(source, task, options)
-    source, task, facts = opening.prepare_training(source, task, model)
-    with progress_bars() as progress:
-        result = train_job(
-            source,
-            model,
-            out,
-            task=task,
-            method="s3t" if sliced else "retrain",
-            config=options,
-            resume=run.resume,
-            overwrite=run.overwrite,
-            progress=progress,
-            deepspeed=run.deepspeed,
-            notes={**notes, **facts},
-            record=RecordOptions(key=run.sign),
-        )
-    samples = task.retain if task else source.train
-    accuracy = {"train": result.accuracy(samples), "test": result.accuracy(source.test)}
-    console.print(
-        f"accuracy: {', '.join(f'{name} {100 * value:.1f}%' for name, value in accuracy.items())}; checkpoint in {out}"
-    )
-    print_seconds(result.seconds)
-    write_json_file(json_file, {"accuracy": accuracy, "seconds": result.seconds, "samples_seen": result.samples_seen})
+    opened = open_source(data)
+    request = None if forget is None else Task.open(data, forget)
+    numbers: dict[Path, dict[str, Any]] = {}
+
+    def train_one(each: ReferenceRun) -> None:
+        config = {**options, "seed": each.seed}
+        model, notes = start.model(opened, request, config)
+        source, task, facts = opening.prepare_training(opened, request, model)
+        with progress_bars() as progress:
+            result = train_job(
+                source,
+                model,
+                each.folder,
+                task=task,
+                method="s3t" if sliced else "retrain",
+                config=config,
+                resume=each.resume,
+                overwrite=run.overwrite,
+                progress=progress,
+                deepspeed=run.deepspeed,
+                notes={**notes, **facts},
+                record=RecordOptions(key=run.sign),
+            )
+        samples = task.retain if task else source.train
+        accuracy = {"train": result.accuracy(samples), "test": result.accuracy(source.test)}
+        shown = ", ".join(f"{name} {100 * value:.1f}%" for name, value in accuracy.items())
+        console.print(f"accuracy: {shown}; checkpoint in {each.folder}")
+        print_seconds(result.seconds)
+        numbers[each.folder] = {
+            "accuracy": accuracy,
+            "seconds": result.seconds,
+            "samples_seen": result.samples_seen,
+        }
+
+    if references is None:
+        train_one(runs[0])
+        write_json_file(json_file, numbers[out])
+    else:
+        statuses = train_references(runs, train_one, lambda line: console.print(line, soft_wrap=True))
+        rows = [
+            {"folder": str(each.folder), "seed": each.seed, "status": status, **numbers.get(each.folder, {})}
+            for each, status in zip(runs, statuses, strict=True)
+        ]
+        write_json_file(json_file, {"references": rows})
 
 
 @app.command()

@@ -88,12 +88,21 @@ Weights = Annotated[
         "--weights", help="raw or ema, of a file of weights with both; EMA weights if not given.", show_default=False
     ),
 ]
+
+
+def _each_reference(given: list[str] | None) -> list[str] | None:
+    from engine.jobs.references import each_reference
+
+    return None if given is None else each_reference(given)
+
+
 Reference = Annotated[
     list[str] | None,
     typer.Option(
-        help="A model retrained without the forget samples, to compare with. Give it twice or more for "
-        "the noise floor.",
+        help="A model retrained without the forget samples, to compare with, or a folder of them that `lethe train "
+        "--references` made. Two or more give the noise floor; four make a verdict likely.",
         show_default=False,
+        callback=_each_reference,
     ),
 ]
 Settings = Annotated[

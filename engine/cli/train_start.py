@@ -53,4 +53,6 @@ class Start:
             return init_model(place or self.init, source, task, options["seed"])
         build = pretrained if options.get("base") == "given" else architecture
         model = build(self.arch or "", parse_assignments(self.model_arg or []), source)
-        return describing(model, spec_of(model).label_names), {"arch": self.arch}  # `Opening` sets those of the data
+        # A run is resumed with the same model alone; `Opening` sets the names of the classes, those of the data.
+        given = {"model_args": parse_assignments(self.model_arg)} if self.model_arg else {}
+        return describing(model, spec_of(model).label_names), {"arch": self.arch, **given}

@@ -109,6 +109,10 @@ def check_apart(folder: str | os.PathLike[str], checkpoints: Iterable[str | os.P
             )
 
 
+class FinishedRun(UserError):
+    """The run that was to be resumed is finished."""
+
+
 class RunFolder:
     """The folder of one run, locked.
 
@@ -195,9 +199,7 @@ class RunFolder:
     def _check_same(self, config: dict[str, Any], held: list[str]) -> None:
         if "config.yaml" not in held:
             raise UserError(f"output folder {self.path} holds no run to resume; leave --resume out")
-        if "model.safetensors" in held and not (self.path / "resume" / "current.json").exists():
-            shutil.rmtree(self.path / "resume", ignore_errors=True)  # of a process that was killed in `finished`
-            raise UserError(f"output folder {self.path} holds a finished run; there is nothing to resume")
+        finished = "model.safetensors" in held and not (self.path / "resume" / "current.json").exists()
         before = _flat(read_yaml(self.path / "config.yaml"))
         now = _flat(config)
         differing = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
@@ -207,6 +209,9 @@ class RunFolder:
                 f"output folder {self.path} holds a run of another configuration ({listed}); use its own, or "
                 "another folder"
             )
+        if finished:
+            shutil.rmtree(self.path / "resume", ignore_errors=True)  # of a process that was killed in `finished`
+            raise FinishedRun(f"output folder {self.path} holds a finished run; there is nothing to resume")
 
     def append(self, rows: Iterable[dict[str, Any]]) -> None:
         """Append rows to history.jsonl; the main rank writes, the others do nothing.

@@ -115,6 +115,10 @@ def start_of(pid: int) -> str | None:
     return ""
 
 
+class InUse(UserError):
+    """Another run holds the lock, or may hold it."""
+
+
 class FolderLock:
     """A lock of this process."""
 
@@ -168,11 +172,11 @@ def check(folder: Path, refusal: Refusal | None = None) -> None:
         return
     if owner is None or alive is None:
         who = str(owner) if owner else "a lock file that cannot be read"
-        raise UserError(
+        raise InUse(
             f"{folder} is locked by {who}; this host cannot tell whether that run is active: check there, and "
             f"only if it has ended remove {path}"
         )
-    raise UserError((refusal or _refusal)(folder, owner))
+    raise InUse((refusal or _refusal)(folder, owner))
 
 
 @contextlib.contextmanager
