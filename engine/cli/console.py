@@ -85,6 +85,7 @@ def print_metrics(metrics: Mapping[str, Any], name: str = "unlearned") -> None:
             "which both give the same class.[/dim]",
             soft_wrap=True,
         )
+        _print_gap_to_mean(metrics.get("gap_to_mean", {}))
     else:
         console.print(
             "[dim]No retrained model was given (--reference DIR): the numbers above have nothing to be "
@@ -103,6 +104,23 @@ def print_seconds(seconds: Mapping[str, float]) -> None:
     phases = sum(value for key, value in seconds.items() if key.endswith("_phase"))
     waiting = f"; {100 * seconds['data'] / phases:.0f}% of the phases was waiting for data" if phases else ""
     console.print(f"time: {shown}{share}{waiting}", soft_wrap=True)
+
+
+def _print_gap_to_mean(found: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print the gap to the mean of the references, as of `engine.evaluate.gap.gap_report`."""
+    if not found:
+        return
+
+    def shown(name: str, scale: float = 1.0) -> str:
+        numbers = found[name]
+        return f"{scale * numbers['value']:.2f} ({scale * numbers['low']:.2f} to {scale * numbers['high']:.2f})"
+
+    parts = [f"gap to the mean of the references {shown('average')} points"]
+    if "noise_floor" in found:
+        parts.append(f"a reference to the others {shown('noise_floor')}")
+    if "share_of_untouched" in found:
+        parts.append(f"{shown('share_of_untouched', 100)}% of the untouched model's")
+    console.print(f"{'; '.join(parts)}; 95% intervals", soft_wrap=True)
 
 
 def _row(table: Table, name: str, numbers: Mapping[str, Any]) -> None:

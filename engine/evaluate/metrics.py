@@ -13,6 +13,7 @@ from engine.data import Loader, Preprocessing, Samples
 from engine.data.samples import evenly_spaced
 from engine.errors import UserError
 from engine.evaluate.agreement import SETS, agreement_report, mean_kl, top1_agreement
+from engine.evaluate.gap import gap_report
 from engine.evaluate.membership import DIRECTION, attack_report, loss_auc, non_member_calls
 from engine.models.huggingface import as_classifier
 from engine.models.info import num_classes_of
@@ -160,8 +161,9 @@ def compare(
 ) -> dict[str, Any]:
     """Return the contents of metrics.json. With several references: means, and the spread (largest minus smallest).
 
-    "attacks" (`membership.attacks`; also of the original and, means, of the references) and "agreement"
-    (`agreement.agreement_report`) are included if the evaluations hold the predictions of all three sets.
+    "attacks" (`membership.attacks`; also of the original and, means, of the references), "agreement"
+    (`agreement.agreement_report`) and "gap_to_mean" (`gap.gap_report`) are included if the evaluations hold the
+    predictions of all three sets.
 
     Args:
         model: Evaluation of the unlearned model.
@@ -206,6 +208,10 @@ def _add_details(
             retrained,
             non_members=calls if len(calls) == len(evaluations) else None,
         )
+        if references and len(calls) == len(evaluations):
+            measured = [(each.predictions, called) for each, called in zip(evaluations, calls, strict=True)]
+            first = 1 if original is None else 2
+            metrics["gap_to_mean"] = gap_report(measured[0], measured[first:], measured[1] if first == 2 else None)
 
 
 def _against(model: Evaluation, references: Sequence[Evaluation]) -> dict[str, Any]:
