@@ -6,7 +6,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from engine.cli.console import coloured, console
-from engine.evaluate.verdict import DOES_NOT_PROVE, Verdict
+from engine.evaluate.gates import DOES_NOT_PROVE, Verdict
 
 
 def print_verdict(verdict: Verdict) -> None:

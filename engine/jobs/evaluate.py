@@ -22,7 +22,8 @@ from engine.data import (
 from engine.data.samples import concatenate
 from engine.errors import UserError, nearest
 from engine.evaluate import compare
-from engine.evaluate.verdict import Gates, ModelOutputs
+from engine.evaluate.gates import Gates
+from engine.evaluate.verdict import ModelOutputs
 from engine.jobs.opening import open_given
 from engine.jobs.task import EVALUATION_OPTIONS, Task
 from engine.jobs.verify import check_reference, check_references, original_of

@@ -16,12 +16,13 @@ from torch import nn
 from engine.errors import RunStopped, UserError
 from engine.evaluate.agreement import agreement_report
 from engine.evaluate.attention import attention_report
+from engine.evaluate.gates import Verdict
 from engine.evaluate.membership import attack_report
 from engine.evaluate.options import MeasureOptions
 from engine.evaluate.relearning import steps_of
 from engine.evaluate.relearning_report import RelearningAttack, RelearningSets, relearning_report
 from engine.evaluate.representation import compare_features
-from engine.evaluate.verdict import Evidence, Verdict
+from engine.evaluate.verdict import Evidence
 from engine.jobs.task import Task
 from engine.jobs.verify import Verifier, prepare
 

@@ -13,14 +13,17 @@ from torch import nn
 from engine.audit.record import append_to_record, recorded
 from engine.audit.run_record import origin
 from engine.errors import UserError
+from engine.evaluate.gates import Gates, Verdict
 from engine.evaluate.relearning import relearning_curve, steps_of
 from engine.evaluate.representation import compare_weights
-from engine.evaluate.verdict import Evidence, Gates, ModelOutputs, Verdict, attack_power, judge
+from engine.evaluate.verdict import Evidence, ModelOutputs, attack_power, judge
 from engine.jobs.opening import open_given
 from engine.jobs.opening import open_model as load_checkpoint
 from engine.jobs.task import Task
 from engine.models.checkpoint import weights_sha256
 from engine.models.checkpoint_source import CheckpointSource
+from engine.models.huggingface import as_classifier
+from engine.models.predict import moved_images
 from engine.runtime import lock
 from engine.runtime.files import write_json
 
@@ -75,15 +78,18 @@ class Verifier:
         return [open_given(source) for source in self._sources]
 
     def evaluate(self, model: nn.Module) -> ModelOutputs:
-        """Return the outputs of a model, as it is and after the relearning attack on a copy of it.
+        """Return the outputs of a model, as it is, on moved images, and after the relearning attack on a copy of it.
 
         The outputs after the attack are empty if less than half of the minimum number of samples would be held back
         from it.
         """
         predictions = self.evaluator.all_predictions(model)
+        classifier = as_classifier(model)
+        with moved_images(classifier):
+            shifted = {name: self.evaluator.predictions(classifier, name) for name in ("forget", "test")}
         share, epochs = self.gates.relearning_share, self.gates.relearning_epochs
         if round((1 - share) * len(self.task.forget)) < self.gates.minimum_samples // 2:
-            return ModelOutputs(predictions, {})
+            return ModelOutputs(predictions, {}, shifted)
         curve = relearning_curve(
             model,
             self.task.forget,
@@ -95,7 +101,7 @@ class Verifier:
             precision=self.evaluator.precision,
             **self.loading,
         )
-        return ModelOutputs(predictions, curve.predictions[-1])
+        return ModelOutputs(predictions, curve.predictions[-1], shifted)
 
     @property
     def loading(self) -> dict[str, Any]:

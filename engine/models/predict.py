@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,6 +54,28 @@ class Predictions:
 
     def take(self, indices: np.ndarray) -> Predictions:
         return Predictions(self.logits[indices], self.labels[indices])
+
+
+# Images are moved by this share of their width, and at least by one pixel.
+_MOVED = 1 / 64
+
+
+@contextlib.contextmanager
+def moved_images(model: nn.Module) -> Iterator[nn.Module]:
+    """Let a model see its input images [B, C, H, W] moved to the right and down, their edges repeated."""
+
+    def move(_model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        images, *others = inputs
+        pixels = max(1, round(_MOVED * images.shape[-1]))
+        height, width = images.shape[-2:]
+        moved = nn.functional.pad(images, (pixels, 0, pixels, 0), mode="replicate")[..., :height, :width]
+        return (moved, *others)
+
+    handle = model.register_forward_pre_hook(move)
+    try:
+        yield model
+    finally:
+        handle.remove()
 
 
 @torch.no_grad()  # not inference_mode: ZeRO-3 may reuse the weights gathered here in the next step

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.data import Source
-from engine.evaluate.verdict import Gate, Status, Verdict
+from engine.evaluate.gates import Gate, Status, Verdict
 from engine.jobs.task import Task
 from engine.requests.run_options import Overrides
 from engine.requests.runner import Finished, run_requests

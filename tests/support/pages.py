@@ -13,12 +13,7 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 
-from engine.evaluate.verdict import (
-    DOES_NOT_PROVE,
-    FAIL,
-    INSUFFICIENT,
-    PASS,
-)
+from engine.evaluate.gates import DOES_NOT_PROVE, FAIL, INSUFFICIENT, PASS
 from engine.report.proof.page import write_proof
 
 HOSTILE = "<script>alert(1)</script>\"' onerror=alert(2) {{ 7919 * 7919 }} $x^2$"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from engine.data import Samples, Source
-from engine.evaluate.verdict import Gate, Verdict
+from engine.evaluate.gates import Gate, Verdict
 from engine.jobs.task import Task
 from engine.jobs.unlearn import Outcome
 from engine.requests import intake, runner

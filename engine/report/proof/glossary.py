@@ -57,6 +57,12 @@ _KNOWN = {
         "Share of the forget samples that the attack finds while it is hardly ever wrong about test images. An attack "
         "can be weak on average and still find a few samples with near certainty.",
     ),
+    "shifted images": Measure(
+        "Shifted images",
+        "0.5",
+        "The membership attack on the same images moved by a pixel. A model that answers the exact images of the "
+        "request from a table still knows the moved ones.",
+    ),
     "agreement": Measure(
         "Agreement",
         "close to 1",
@@ -68,6 +74,12 @@ _KNOWN = {
         "0.5 or below",
         "A copy of the model is trained on some of the forget samples and tested on the others. If their accuracy "
         "rises more than in a retrained model, they were hidden and not forgotten. Read as membership.",
+    ),
+    "joint": Measure(
+        "Joint",
+        "0 or 1",
+        "Number of the figures above that are clearly on the side of a model that was trained on the samples, however "
+        "little. One of them may be chance; several at once are not.",
     ),
     "samples": Measure("Samples", "more is better", "Number of samples of the verdict."),
     "references": Measure("References", "2 or more", "Number of models retrained without the samples."),

@@ -10,7 +10,8 @@ import pytest
 from toys import tiny_vit
 
 from engine.errors import UserError
-from engine.evaluate.verdict import DEFAULTS, FAIL, INSUFFICIENT, PASS, Evidence, Gates, ModelOutputs, Verdict, judge
+from engine.evaluate.gates import DEFAULTS, FAIL, INSUFFICIENT, PASS, Gates, Verdict
+from engine.evaluate.verdict import Evidence, ModelOutputs, judge
 from engine.jobs.task import Task
 from engine.jobs.train import train_job
 from engine.jobs.verify import check_origin, check_reference
@@ -20,6 +21,7 @@ from engine.run.unlearn import unlearn
 
 CLASSES, SIZES = 5, {"forget": 300, "retain": 600, "test": 600}
 _KEYS = {name: number for number, name in enumerate(SIZES)}
+_MOVED = 1000  # added to the number of a model, for its answers to moved images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,16 +45,27 @@ class SyntheticModels:
         return Predictions(logits.astype(np.float32), labels)
 
     def model(
-        self, number: int, forget: float = 0.0, noise: float = 1.0, relearned: float = 0.0, shift: float = 0.0
+        self,
+        number: int,
+        forget: float = 0.0,
+        noise: float = 1.0,
+        relearned: float = 0.0,
+        shift: float = 0.0,
+        moved: float | None = None,
     ) -> ModelOutputs:
-        """forget: log-odds by which it knows the forget samples; relearned: those held back, after the attack."""
+        """forget: log-odds by which it knows the forget samples; relearned: those held back, after the attack; moved:
+        on moved images, as much as `forget` if None."""
         before = {
             "forget": self.says("forget", number, forget + shift, noise),
             "retain": self.says("retain", number, self.memory + shift, noise),
             "test": self.says("test", number, shift, noise),
         }
         held_back = self.says("forget", number, forget + relearned, noise).take(np.arange(150))
-        return ModelOutputs(before, {"held_back": held_back, "test": before["test"]})
+        shifted = {
+            "forget": self.says("forget", number + _MOVED, (forget if moved is None else moved) + shift, noise),
+            "test": self.says("test", number + _MOVED, shift, noise),
+        }
+        return ModelOutputs(before, {"held_back": held_back, "test": before["test"]}, shifted)
 
 
 W = SyntheticModels()
@@ -80,7 +93,7 @@ def test_a_retrained_model_passes_every_gate() -> None:
     for number in range(20, 26):
         verdict = verdict_on(W.model(number))
         assert verdict.status == PASS, [gate for gate in verdict.gates if gate.status != PASS]
-    assert len(verdict.gates) == 10
+    assert len(verdict.gates) == 12
     assert verdict.decided_by == []
 
 
@@ -92,6 +105,7 @@ def test_a_retrained_model_passes_every_gate() -> None:
         (W.model(3, shift=-3.0), {"test accuracy", "retain accuracy", "forget accuracy", "agreement"}),
         (W.model(3, noise=6.0), {"agreement"}),
         (W.model(3, relearned=2.0), {"relearning"}),
+        (W.model(3, moved=2.0), {"shifted images"}),  # the exact images are in a table
     ],
 )
 def test_a_model_that_is_not_a_retrain_fails_by_the_gate_that_asks_for_it(model: ModelOutputs, gates: set[str]) -> None:
@@ -99,6 +113,26 @@ def test_a_model_that_is_not_a_retrain_fails_by_the_gate_that_asks_for_it(model:
     assert verdict.status == FAIL
     assert gates <= failing(verdict)
     assert failing(verdict) <= set(verdict.decided_by)
+
+
+def test_small_signs_of_the_samples_add_up() -> None:
+    """Each gate is passed; several intervals at once are above the value of a retrained model."""
+    verdict = judge(evidence(W.model(22, forget=0.2), references=4), Gates.read())
+    assert verdict.status == FAIL
+    assert verdict.decided_by == ["joint"]
+    (joint,) = (gate for gate in verdict.gates if gate.name == "joint")
+    assert joint.reason.startswith("5 of them: forget accuracy, membership")
+    for number in range(20, 40):
+        gates = judge(evidence(W.model(number), references=4), Gates.read()).gates
+        assert next(gate for gate in gates if gate.name == "joint").status != FAIL
+
+
+def test_the_original_is_detected_if_it_is_clearly_above_and_does_not_pass() -> None:
+    """With an original that remembers little, the attack has power only if that little is clear."""
+    for memory, power in ((0.0, INSUFFICIENT), (0.03, INSUFFICIENT), (0.3, PASS)):
+        seen = dataclasses.replace(evidence(W.model(20), references=4), original=W.model(1, forget=memory))
+        gates = judge(seen, Gates.read()).gates
+        assert next(gate for gate in gates if gate.name == "power").status == power, memory
 
 
 def test_untouched_features_and_random_answers_fail() -> None:
@@ -115,7 +149,8 @@ def test_what_cannot_be_told_is_never_a_pass() -> None:
     verdict = verdict_on(W.model(20), references=1)
     assert verdict.status == INSUFFICIENT
     assert verdict.decided_by == ["agreement"]
-    assert "1 retrained references, 2 required" in verdict.gates[-2].reason
+    (agreement,) = (gate for gate in verdict.gates if gate.name == "agreement")
+    assert "1 retrained references, 2 required" in agreement.reason
     # The attack has no power over an original that shows no trace of the samples.
     blind = dataclasses.replace(evidence(W.model(20)), original=W.model(1))
     assert judge(blind, Gates.read()).decided_by == ["power"]
@@ -124,7 +159,7 @@ def test_what_cannot_be_told_is_never_a_pass() -> None:
     assert judge(misread, Gates.read()).decided_by == ["power"]
     # Nor where nobody ran the relearning attack.
     silent = dataclasses.replace(evidence(W.model(20)), model=ModelOutputs(W.model(20).predictions, {}))
-    assert judge(silent, Gates.read()).decided_by == ["relearning"]
+    assert judge(silent, Gates.read()).decided_by == ["shifted images", "relearning"]
 
 
 def test_few_samples_decide_nothing_but_an_unchanged_backbone() -> None:
@@ -180,9 +215,9 @@ def test_a_tighter_gate_decides_more_strictly(tmp_path: Path) -> None:
 
 
 def test_every_limit_of_the_defaults_has_a_direction() -> None:
-    from engine.evaluate import verdict
+    from engine.evaluate import gates
 
-    assert {field.name for field in dataclasses.fields(Gates)} == {*verdict._LOOSER, "references"}
+    assert {field.name for field in dataclasses.fields(Gates)} == {*gates._LOOSER, "references"}
     assert DEFAULTS.is_file()
 
 

@@ -20,19 +20,10 @@ from typer.testing import CliRunner
 from engine.cli.verify import verify
 from engine.errors import UserError
 from engine.evaluate import Evaluation, compare
+from engine.evaluate.gates import FAIL, INSUFFICIENT, PASS, Gate, Gates, Verdict
 from engine.evaluate.intervals import Interval
 from engine.evaluate.membership import attacks, mean_attacks
-from engine.evaluate.verdict import (
-    FAIL,
-    INSUFFICIENT,
-    PASS,
-    Evidence,
-    Gate,
-    Gates,
-    ModelOutputs,
-    Verdict,
-    judge,
-)
+from engine.evaluate.verdict import Evidence, ModelOutputs, judge
 from engine.jobs.evidence import gather_proof
 from engine.jobs.task import Task
 from engine.jobs.verify import Verifier
@@ -130,7 +121,7 @@ def test_limits_of_the_bars_are_those_that_the_gates_were_judged_by() -> None:
             "retain": of("retain", 600, 2 + shift),
             "test": of("test", 601, shift),
         }
-        return ModelOutputs(sets, {"held_back": sets["forget"].take(np.arange(150)), "test": sets["test"]})
+        return ModelOutputs(sets, {"held_back": sets["forget"].take(np.arange(150)), "test": sets["test"]}, sets)
 
     for knows, shift in ((0.0, 0.0), (2.0, 0.0), (0.0, -3.0), (0.25, -0.1), (-0.3, 0.0), (0.4, 0.05)):
         model = says(1, knows, shift)
@@ -153,7 +144,7 @@ def test_limits_of_the_bars_are_those_that_the_gates_were_judged_by() -> None:
             outside = value["high"] < low or value["low"] > high
             assert (found["status"] == PASS, found["status"] == FAIL) == (inside, outside), found
             seen.add((found["name"], found["status"]))
-    assert len({name for name, _ in seen}) == 7
+    assert len({name for name, _ in seen}) == 8
     assert len({name for name, status in seen if status == FAIL}) >= 6  # a limit that is never exceeded is not tested
 
 

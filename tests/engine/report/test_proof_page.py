@@ -14,12 +14,7 @@ import numpy as np
 import pytest
 from pages import HOSTILE, PARTS, Page, draw_nothing, gate, made, mean, page_of, plain, row_of, section_of, share
 
-from engine.evaluate.verdict import (
-    DOES_NOT_PROVE,
-    FAIL,
-    INSUFFICIENT,
-    PASS,
-)
+from engine.evaluate.gates import DOES_NOT_PROVE, FAIL, INSUFFICIENT, PASS
 from engine.report.page import percent
 from engine.report.proof.page import proof_view
 from engine.report.proof.plots import MODEL, Series, band_plot, dot_plot
