@@ -21,11 +21,12 @@ Reference = Annotated[list[str], typer.Option(help="A retrained model; twice or 
 Settings = Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE for every run.", show_default=False)]
 Json = Annotated[Path | None, typer.Option("--json", help="Results; a second call continues this file.")]
 # A model of the user's, in addition to digits (`_subjects`).
-OwnModel = Annotated[
-    str | None, typer.Option(help="The model before unlearning. Default: digits alone.", show_default=False)
-]
+OwnModel = Annotated[str | None, typer.Option(help="The original. Default: digits alone.", show_default=False)]
 OwnData = Annotated[str | None, typer.Option(help="Data source, as for `lethe unlearn`.", show_default=False)]
 OwnRequest = Annotated[str | None, typer.Option(help="Forget request, as for `lethe unlearn`.", show_default=False)]
+Retrained = Annotated[
+    list[str] | None, typer.Option(help="A retrained model to be judged; repeat for more.", show_default=False)
+]
 OwnName = Annotated[str, typer.Option(help="Name of the checkpoint in the results.")]
 OwnEpochs = Annotated[float, typer.Option(help="Epochs of the checkpoint's retrain.")]
 CostPlot = Annotated[
@@ -373,10 +374,7 @@ def verdicts(
         list[str] | None,
         typer.Option(help="A retrained model; with fewer than two, more are trained.", show_default=False),
     ] = None,
-    retrained: Annotated[
-        list[str] | None,
-        typer.Option(help="A retrained model to be judged; by default one is trained.", show_default=False),
-    ] = None,
+    retrained: Retrained = None,
     name: OwnName = "yardstick",
     retrain_epochs: OwnEpochs = 30.0,
     digits: Annotated[bool, typer.Option(help="Digits too, with models that are trained first.")] = True,
@@ -394,6 +392,26 @@ def verdicts(
 
     subjects = _subjects(checkpoint, data, forget, reference or [], name, retrain_epochs, digits)
     run_verdict_matrix(subjects, retrained or [], method or [], settings or [], gates, json)
+
+
+@app.command()
+def calibration(
+    checkpoint: OwnModel = None,
+    data: OwnData = None,
+    forget: OwnRequest = None,
+    retrained: Retrained = None,
+    name: OwnName = "yardstick",
+    digits: Annotated[bool, typer.Option(help="Digits too, with models that are trained first.")] = True,
+    models: Annotated[int, typer.Option(help="Retrained models of each request of the digits.")] = 8,
+    seeds: Annotated[int, typer.Option(help="Requests of the digits.")] = 3,
+    folder: Annotated[Path, typer.Option(help="Where models and their outputs are kept.")] = Path("runs/calibration"),
+    json: Annotated[Path | None, typer.Option("--json", help="Results.")] = None,
+) -> None:
+    """Count how often retrained models and impostors PASS `lethe verify`, by the number of references."""
+    from bench.quality.calibration import run_calibration
+
+    subjects = _subjects(checkpoint, data, forget, [], name, 30.0, digits)
+    run_calibration(subjects, retrained=retrained or [], models=models, seeds=seeds, folder=folder, json_file=json)
 
 
 @app.command()

@@ -19,7 +19,8 @@ import jinja2
 from bench.harness import plots
 from bench.publish.pictures import PICTURES
 from bench.publish.results import RESULTS, Report, fitted, kind_of, load
-from bench.publish.sheets import TABLES, Sheet, sheets_of
+from bench.publish.sheet import Sheet
+from bench.publish.sheets import TABLES, sheets_of
 from engine.cli.console import console
 from engine.errors import UserError
 from engine.runtime.files import replacing
@@ -47,6 +48,7 @@ TITLES = {
     "two-hosts": "Two hosts and a link that is cut",
     "mutation": "Planted bugs that the tests notice",
     "verdicts": "Verdicts on models whose answer is known",
+    "calibration": "How often retrained models and impostors pass",
     "ulira-digits": "U-LiRA on digits",
 }
 # Keys of the head of a section, and keys that only serve to continue a file.

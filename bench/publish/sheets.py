@@ -15,6 +15,8 @@ from bench.kernel_speed.kernel_peers import INFO_NCE_PYTORCH
 from bench.kernel_speed.kernel_targets import CONTRAST, MASKING
 from bench.kernel_speed.rollout_peers import FAST_VIT_ROLLOUT, HOOKED, PLAIN
 from bench.publish.results import Report, fitted, kind_of
+from bench.publish.sheet import Sheet, starting
+from bench.publish.verdict_sheets import calibration_table, verdicts_table
 from bench.quality import ablation
 from bench.quality.retrain_summary import OWN, PLACES, over_seeds
 from bench.training_cost.train import BEST_BF16, BEST_FP32, OURS_COMPILED
@@ -22,25 +24,6 @@ from bench.training_cost.train import BEST_BF16, BEST_FP32, OURS_COMPILED
 MIB = 2**20
 # Rows of the summary: a retrain, the two methods of this engine, the next best by gap, the simplest baseline.
 SUMMARY = ("retrain", "lethe_plus", "random_labels", "finetune", "lethe")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sheet:
-    """A table of text. The first column names the rows; `marked` are the numbers of the highlighted rows."""
-
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    marked: frozenset[int] = frozenset()
-
-    def markdown(self) -> str:
-        lines = [self.columns, ["---"] * len(self.columns)]
-        for number, (name, *cells) in enumerate(self.rows):
-            lines.append([f"**{name}**" if number in self.marked else name, *cells])
-        return "\n".join(_line(cells) for cells in lines)
-
-
-def _line(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,7 +59,7 @@ def ablation_table(report: Report) -> Sheet:
         if stage == last or name == ablation.ALONE
     ]
     rows.sort(key=lambda row: row[0] not in ("retain stage alone", ablation.ALONE))
-    return Sheet(columns=["variant", *ablation.columns(report)], rows=rows, marked=_starting(rows, "default"))
+    return Sheet(columns=["variant", *ablation.columns(report)], rows=rows, marked=starting(rows, "default"))
 
 
 # Heading: what an entry of a summary has it under, digits, factor, unit.
@@ -276,30 +259,6 @@ def _speed(row: dict[str, Any]) -> str:
 # --- proof ------------------------------------------------------------------------------------------------------------
 
 
-def verdicts_table(report: Report) -> Sheet:
-    """Make a row a model, with the verdict on each subject and the gates that decided it."""
-    subjects = report["subjects"]
-    models = dict.fromkeys(model for found in subjects.values() for model in found["models"])
-    rows = []
-    for model in models:
-        cells = []
-        for found in subjects.values():
-            row = found["models"].get(model)
-            if row is None:
-                cells += ["-", "-", ""]
-                continue
-            verdict = row["verdict"]
-            cells += [f"{100 * row['accuracy']['forget']:.1f}", verdict["status"], ", ".join(verdict["decided_by"])]
-        expected = next(found["models"][model]["expected"] for found in subjects.values() if model in found["models"])
-        rows.append([model, expected or "", *cells])
-    columns = [
-        "model",
-        "must be",
-        *(text for name in subjects for text in (f"{name}: forget %", "verdict", "decided by")),
-    ]
-    return Sheet(columns=columns, rows=rows, marked=_starting(rows, "retrained"))
-
-
 def models_table(report: Report) -> Sheet:
     """Return the support table of timm: counts a module, by shapes, and what runs on one of its models, by steps.
 
@@ -427,7 +386,7 @@ def _contenders(report: Report, work: str, head: str, labels: dict[str, str], me
                 cells += [row.get("reason", row["status"]).split(" (")[0], ""]
         rows.append(cells)
     columns = [head, *(text for case in cases for text in (case["case"], "memory"))]
-    return Sheet(columns=columns, rows=rows, marked=_starting(rows, "ours"))
+    return Sheet(columns=columns, rows=rows, marked=starting(rows, "ours"))
 
 
 def _versioned(report: Report, distribution: str) -> str:
@@ -437,10 +396,6 @@ def _versioned(report: Report, distribution: str) -> str:
 
 def _seconds(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds >= 10 else f"{seconds:.2f} s"
-
-
-def _starting(rows: Sequence[Sequence[str]], text: str) -> frozenset[int]:
-    return frozenset(number for number, row in enumerate(rows) if row[0].startswith(text))
 
 
 def _either(
@@ -456,6 +411,7 @@ def _either(
 TABLES = {
     "summary": Table(files=("leaderboard-yardstick.json",), make=summary_table, on_page=False),
     "verdicts": Table(files=("verdicts.json",), make=verdicts_table),
+    "calibration": Table(files=("calibration.json",), make=calibration_table),
     "leaderboard-yardstick": Table(files=("leaderboard-yardstick.json",), make=leaderboard_table),
     "leaderboard-yardstick-alone": Table(files=("leaderboard-yardstick-alone.json",), make=leaderboard_table),
     "leaderboard-yardstick-class": Table(files=("leaderboard-yardstick-class.json",), make=leaderboard_table),

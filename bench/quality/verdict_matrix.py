@@ -32,7 +32,7 @@ from engine.cli.console import console, progress_bars
 from engine.config import parse_assignments
 from engine.data import Loader
 from engine.data.samples import evenly_spaced
-from engine.evaluate.verdict import FAIL, PASS, Gates
+from engine.evaluate.gates import FAIL, PASS, Gates
 from engine.jobs.task import Task
 from engine.jobs.verify import Verifier
 from engine.methods import get_method

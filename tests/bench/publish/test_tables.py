@@ -17,7 +17,8 @@ from bench.harness import plots
 from bench.publish import tables, values
 from bench.publish.pictures import PICTURES
 from bench.publish.results import RESULTS, load
-from bench.publish.sheets import TABLES, Sheet, Table
+from bench.publish.sheet import Sheet
+from bench.publish.sheets import TABLES, Table
 from bench.publish.tables import TEMPLATES, differences, documents, render, run_tables
 from engine.runtime.environment import ROOT
 

@@ -1,0 +1,57 @@
+"""Tables of verdicts: on models whose verdict is known, and how often retrained models and impostors pass."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Mapping
+
+from bench.publish.results import Report
+from bench.publish.sheet import Sheet, starting
+
+_STATUSES = ("PASS", "INSUFFICIENT EVIDENCE", "FAIL")
+
+
+def verdicts_table(report: Report) -> Sheet:
+    """Make a row a model, with the verdict on each subject and the gates that decided it."""
+    subjects = report["subjects"]
+    models = dict.fromkeys(model for found in subjects.values() for model in found["models"])
+    rows = []
+    for model in models:
+        cells = []
+        for found in subjects.values():
+            row = found["models"].get(model)
+            if row is None:
+                cells += ["-", "-", ""]
+                continue
+            verdict = row["verdict"]
+            cells += [f"{100 * row['accuracy']['forget']:.1f}", verdict["status"], ", ".join(verdict["decided_by"])]
+        expected = next(found["models"][model]["expected"] for found in subjects.values() if model in found["models"])
+        rows.append([model, expected or "", *cells])
+    columns = [
+        "model",
+        "must be",
+        *(text for name in subjects for text in (f"{name}: forget %", "verdict", "decided by")),
+    ]
+    return Sheet(columns=columns, rows=rows, marked=starting(rows, "retrained"))
+
+
+def calibration_table(report: Report) -> Sheet:
+    """Make a row a model, with the numbers of PASS, INSUFFICIENT EVIDENCE and FAIL by task and number of references.
+
+    Lists of one task ("digits, list 0") are added up.
+    """
+    tasks: dict[str, dict[str, dict[str, collections.Counter[str]]]] = {}
+    for name, found in report["subjects"].items():
+        task = tasks.setdefault(name.split(",")[0], {})
+        for model, counts in {"retrained": found["retrains"], **found["impostors"]}.items():
+            for references, statuses in counts.items():
+                task.setdefault(model, {}).setdefault(str(references), collections.Counter()).update(statuses)
+    columns = [(task, count) for task, models in tasks.items() for count in models["retrained"]]
+    models = dict.fromkeys(model for each in tasks.values() for model in each)
+    rows = [[model, *(_counts(tasks[task].get(model, {}).get(count)) for task, count in columns)] for model in models]
+    heads = [f"{task}, {count} reference{'s' if count != '1' else ''}" for task, count in columns]
+    return Sheet(columns=["model", *heads], rows=rows, marked=starting(rows, "retrained"))
+
+
+def _counts(statuses: Mapping[str, int] | None) -> str:
+    return "-" if statuses is None else " / ".join(str(statuses.get(status, 0)) for status in _STATUSES)
