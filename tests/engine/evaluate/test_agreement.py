@@ -287,7 +287,7 @@ def test_metrics_gain_attacks_and_agreement_and_keep_what_they_had() -> None:
     metrics = compare(mine, references, original)
     old = compare(*(_without_sets(e) for e in (mine,)), [_without_sets(e) for e in references], _without_sets(original))
     assert contains(metrics, old)
-    assert set(metrics) - set(old) == {"attacks", "agreement"}
+    assert set(metrics) - set(old) == {"attacks", "agreement", "gap_to_mean"}
     assert metrics["attacks"]["loss"]["auc"]["value"] == pytest.approx(mine.numbers["mia"]["auc"])
     assert metrics["original"]["attacks"]["loss"]["auc"]["value"] == pytest.approx(original.numbers["mia"]["auc"])
     expected = np.mean([e.numbers["mia"]["auc"] for e in references])
