@@ -32,6 +32,8 @@ _MAX_ACCURACY_LOSS = 20.0
 # AUC above which the original fits the retained samples better than a reference does, compared with test samples. A
 # reference that was trained on them is at 0.5, up to the effect of seeds and of a tenth fewer samples.
 _UNTRAINED = 0.6
+# Share by which the numbers of parameters of one architecture in two libraries may differ.
+_SAME_SIZE = 0.01
 
 
 class Verifier:
@@ -196,16 +198,20 @@ def check_references(
         (name, whether a record proves that it is one) of each reference.
 
     Raises:
-        UserError: A reference is not valid by its record, or has the weights of another model. A model compared with
-            itself has no gap, and two equal references have no noise floor.
+        UserError: A reference is not valid by its record, is of another architecture, or has the weights of another
+            model. A model compared with itself has no gap, and two equal references have no noise floor.
     """
     owners = {weights_sha256(model): name for name, model in others.items() if model is not None}
+    original = others.get("the original")
     found = []
     for number, reference in enumerate(references, 1):
         path = Path(CheckpointSource.parse(reference).place) if isinstance(reference, (str, Path)) else None
         name = f"reference {number}" if path is None else str(reference)
         proven = path is not None and check_origin(CheckpointSource.parse(path).folder, task, made)
-        digest = weights_sha256(open_given(reference))
+        opened = open_given(reference)
+        if original is not None:
+            _check_size(name, opened, original)
+        digest = weights_sha256(opened)
         if digest in owners:
             raise UserError(
                 f"--reference {name}: its weights are those of {owners[digest]}; a reference is a model of its own, "
@@ -214,6 +220,16 @@ def check_references(
         owners[digest] = f"--reference {name}"
         found.append((name, proven))
     return found
+
+
+def _check_size(name: str, reference: nn.Module, original: nn.Module) -> None:
+    """Check that a reference has about as many parameters as the original: names and parts differ between libraries."""
+    mine, theirs = (sum(p.numel() for p in model.parameters()) for model in (reference, original))
+    if abs(mine - theirs) > _SAME_SIZE * theirs:
+        raise UserError(
+            f"--reference {name}: it has {mine:,} parameters, the original {theirs:,}; a reference is a model of the "
+            "original's architecture, trained by its recipe without the forget samples"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ from engine.evaluate.gates import DEFAULTS, FAIL, INSUFFICIENT, PASS, Gates, Ver
 from engine.evaluate.verdict import Evidence, ModelOutputs, judge
 from engine.jobs.task import Task
 from engine.jobs.train import train_job
-from engine.jobs.verify import check_origin, check_reference
+from engine.jobs.verify import check_origin, check_reference, check_references
 from engine.models.checkpoint import save_checkpoint
 from engine.models.predict import Predictions
 from engine.run.unlearn import unlearn
@@ -237,6 +237,13 @@ def test_references_are_what_they_are_said_to_be() -> None:
         check_reference("other", elsewhere.model(12), original, proven=True, level=0.9)
     with pytest.raises(UserError, match="its test accuracy is"):
         check_reference("weak", W.model(13, shift=-4.0), original, proven=True, level=0.9)
+
+
+def test_a_reference_of_another_architecture_is_refused() -> None:
+    task, original = Task.open("digits", "random:0.1@0"), tiny_vit(seed=1)
+    check_references(task, [tiny_vit(seed=2)], {"the original": original})
+    with pytest.raises(UserError, match=r"reference 1: it has [\d,]+ parameters, the original [\d,]+; .*architecture"):
+        check_references(task, [tiny_vit(seed=2, depth=3)], {"the original": original})
 
 
 def test_a_reference_by_its_record(tmp_path: Path) -> None:
