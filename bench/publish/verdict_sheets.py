@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from bench.publish.results import Report
 from bench.publish.sheet import Sheet, starting
 
-_STATUSES = ("PASS", "INSUFFICIENT EVIDENCE", "FAIL")
+STATUSES = ("PASS", "INSUFFICIENT EVIDENCE", "FAIL")
 
 
 def verdicts_table(report: Report) -> Sheet:
@@ -43,15 +43,16 @@ def calibration_table(report: Report) -> Sheet:
     tasks: dict[str, dict[str, dict[str, collections.Counter[str]]]] = {}
     for name, found in report["subjects"].items():
         task = tasks.setdefault(name.split(",")[0], {})
-        for model, counts in {"retrained": found["retrains"], **found["impostors"]}.items():
-            for references, statuses in counts.items():
+        for model, found_by_count in {"retrained": found["retrains"], **found["impostors"]}.items():
+            for references, statuses in found_by_count.items():
                 task.setdefault(model, {}).setdefault(str(references), collections.Counter()).update(statuses)
     columns = [(task, count) for task, models in tasks.items() for count in models["retrained"]]
     models = dict.fromkeys(model for each in tasks.values() for model in each)
-    rows = [[model, *(_counts(tasks[task].get(model, {}).get(count)) for task, count in columns)] for model in models]
+    rows = [[model, *(counts(tasks[task].get(model, {}).get(count)) for task, count in columns)] for model in models]
     heads = [f"{task}, {count} reference{'s' if count != '1' else ''}" for task, count in columns]
     return Sheet(columns=["model", *heads], rows=rows, marked=starting(rows, "retrained"))
 
 
-def _counts(statuses: Mapping[str, int] | None) -> str:
-    return "-" if statuses is None else " / ".join(str(statuses.get(status, 0)) for status in _STATUSES)
+def counts(statuses: Mapping[str, int] | None) -> str:
+    """Return the numbers of STATUSES as text, or a dash."""
+    return "-" if statuses is None else " / ".join(str(statuses.get(status, 0)) for status in STATUSES)

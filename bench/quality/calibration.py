@@ -29,23 +29,20 @@ from rich.table import Table
 from torch import nn
 
 from bench.harness.report import Report
+from bench.publish.verdict_sheets import STATUSES, counts
 from bench.quality.impostors import impostors
-from bench.quality.retrain_cost import DIGITS, RETRAIN_SEED, Subject, original_of
-from bench.quality.verdict_matrix import FORGET_DIGITS
-from engine.cli.console import console, progress_bars
+from bench.quality.retrain_cost import DIGITS, Subject, original_of
+from bench.quality.verdict_matrix import FORGET_DIGITS, retrain
+from engine.cli.console import console
 from engine.errors import UserError
-from engine.evaluate.agreement import margins
-from engine.evaluate.gates import FAIL, INSUFFICIENT, PASS, Gates
-from engine.evaluate.membership import auc
-from engine.evaluate.verdict import Evidence, ModelOutputs, judge
+from engine.evaluate.gates import Gates
+from engine.evaluate.verdict import Evidence, ModelOutputs, chance_error, judge, left_out_aucs
 from engine.jobs.task import Task
 from engine.jobs.verify import Verifier
 from engine.models.checkpoint import load_checkpoint, save_checkpoint
-from engine.run.unlearn import train
 
 REFERENCES = (1, 2, 4, 6)
 _SETS = 4  # sets of references that judge a model, at most
-_STATUSES = (PASS, INSUFFICIENT, FAIL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,14 +133,14 @@ def _calibrate(subject: Subject, seed: int, retrained: Sequence[str], models: in
                 deciding.update(verdict.decided_by)
         if not statuses:
             continue
-        found["retrains"][count] = {status: statuses[status] for status in _STATUSES}
+        found["retrains"][count] = {status: statuses[status] for status in STATUSES}
         found["deciding"][count] = dict(deciding)
         for name, one in others.items():
             # Some impostors are made from the last of the retrained models, which therefore judges none.
-            counted = collections.Counter(
+            counted: collections.Counter[str] = collections.Counter(
                 judge(_evidence(one, original, references), gates).status for references in _some(outputs[:-1], count)
             )
-            found["impostors"][name][count] = {status: counted[status] for status in _STATUSES}
+            found["impostors"][name][count] = {status: counted[status] for status in STATUSES}
     return found
 
 
@@ -190,17 +187,8 @@ class _Made:
         return self._kept("original", lambda: original_of(self.subject, self.task, {"seed": self.seed}))
 
     def retrain(self, number: int) -> nn.Module:
-        config = {**self.subject.options, **self.subject.recipe, "seed": RETRAIN_SEED + 100 * self.seed + number}
-
-        def make() -> nn.Module:
-            console.print(f"{self.subject.name}: retraining, seed {config['seed']}")
-            with progress_bars() as progress:
-                validation = self.task.source.validation
-                return train(
-                    self.original(), self.task.retain, config=config, validation=validation, progress=progress
-                ).model
-
-        return self._kept(f"retrain_{number}", make)
+        seed = 100 * self.seed + number
+        return self._kept(f"retrain_{number}", lambda: retrain(self.subject, self.task, self.original(), seed, {}))
 
     def _kept(self, name: str, make: Callable[[], nn.Module]) -> nn.Module:
         if self.subject.checkpoint is not None:
@@ -218,11 +206,9 @@ def spread(outputs: Sequence[Outputs]) -> dict[str, dict[str, float]]:
     """
     found = {}
     for name in ("test", "retain", "forget"):
-        right = np.stack(
-            [o.outputs.predictions[name].logits.argmax(1) == o.outputs.predictions[name].labels for o in outputs]
-        )
+        right = np.stack([each.outputs.predictions[name].correct for each in outputs])
         accuracies = 100 * right.mean(1)
-        differences = [100 * (a.astype(float) - b) for a, b in itertools.combinations(right, 2)]
+        differences = [100 * (a - b) for a, b in itertools.combinations(right, 2)]
         samples = float(np.mean([d.var() / len(d) for d in differences])) / 2
         found[f"{name} accuracy"] = _parts(float(accuracies.var(ddof=1)), samples)
     for name, sets in {
@@ -237,16 +223,8 @@ def spread(outputs: Sequence[Outputs]) -> dict[str, dict[str, float]]:
 
 def _auc_parts(sets: Sequence[Mapping[str, Any]], members: str) -> dict[str, float]:
     count = len(sets)
-    scores = [{name: np.clip(margins(each[name]), -100, 100) for name in (members, "test")} for each in sets]
-    deviations = []
-    for one in scores:
-        rest = [each for each in scores if each is not one]
-        mine, others = (one[name] - np.mean([each[name] for each in rest], axis=0) for name in (members, "test"))
-        deviations.append(auc(mine, others) - 0.5)
-    m, n = len(scores[0][members]), len(scores[0]["test"])
-    return _parts(
-        (count - 1) / count * float(np.mean(np.square(deviations))), (m + n + 1) / (12 * m * n) * count / (count + 1)
-    )
+    runs = (count - 1) / count * float(np.mean(np.square(left_out_aucs(sets, members))))
+    return _parts(runs, chance_error(len(sets[0][members]), len(sets[0]["test"])) ** 2 * count / (count + 1))
 
 
 def _parts(runs: float, samples: float) -> dict[str, float]:
@@ -255,13 +233,9 @@ def _parts(runs: float, samples: float) -> dict[str, float]:
 
 def _print(name: str, found: Mapping[str, Any]) -> None:
     table = Table("model", *(f"{count} references" for count in found["retrains"]), header_style="bold", title=name)
-
-    def cell(counts: Mapping[str, int]) -> str:
-        return " / ".join(str(counts[status]) for status in _STATUSES)
-
-    table.add_row("retrained: PASS / INSUFFICIENT / FAIL", *(cell(row) for row in found["retrains"].values()))
+    table.add_row("retrained: PASS / INSUFFICIENT / FAIL", *(counts(row) for row in found["retrains"].values()))
     for model, rows in found["impostors"].items():
-        table.add_row(model, *(cell(row) for row in rows.values()))
+        table.add_row(model, *(counts(row) for row in rows.values()))
     console.print(table)
     for count, deciding in found["deciding"].items():
         console.print(f"  {count} references, retrained models that do not PASS: {deciding or 'none'}")

@@ -71,7 +71,7 @@ def run_verdict_matrix(
         task = Task.open(subject.data, subject.forget)
         original = original_of(subject, task, options)
         references = [load_checkpoint(name) for name in subject.references]
-        references += [_retrained(subject, task, original, n, options) for n in range(_REFERENCES - len(references))]
+        references += [retrain(subject, task, original, n, options) for n in range(_REFERENCES - len(references))]
         began = time.perf_counter()
         examiner = Verifier(task, original, references, gates=gates)
         seconds = time.perf_counter() - began
@@ -122,7 +122,7 @@ def _retrains(
         for name in retrained:
             yield f"retrained: {Path(name).name}", PASS, lambda name=name: load_checkpoint(name)  # type: ignore[misc]
     else:
-        yield "retrained, another seed", PASS, lambda: _retrained(subject, task, original, _REFERENCES, options)
+        yield "retrained, another seed", PASS, lambda: retrain(subject, task, original, _REFERENCES, options)
 
 
 def _unlearned(
@@ -132,7 +132,8 @@ def _unlearned(
         yield name, None, lambda name=name: _unlearn(subject, task, original, name, options)  # type: ignore[misc]
 
 
-def _retrained(subject: Subject, task: Task, original: nn.Module, number: int, options: dict[str, Any]) -> nn.Module:
+def retrain(subject: Subject, task: Task, original: nn.Module, number: int, options: dict[str, Any]) -> nn.Module:
+    """Return a model trained without the forget samples, with the seed of a number."""
     config = {**subject.options, **subject.recipe, "seed": RETRAIN_SEED + number, **options}
     console.print(f"{subject.name}: retraining, seed {config['seed']}")
     with progress_bars() as progress:

@@ -24,7 +24,7 @@ def matched_accuracy(held_out: Predictions, forget_labels: np.ndarray) -> float:
 
     A class without held-out samples counts with the accuracy over all of them.
     """
-    hits = held_out.logits.argmax(1) == held_out.labels
+    hits = held_out.correct
     of_class = {int(label): float(hits[held_out.labels == label].mean()) for label in np.unique(held_out.labels)}
     return float(np.mean([of_class.get(int(label), held_out.accuracy) for label in forget_labels]))
 

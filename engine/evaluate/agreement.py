@@ -281,7 +281,7 @@ def agreement_report(
         shares: dict[str, np.ndarray] = {}  # by set: all samples (first row), then each draw; [., models]
         for number, name in enumerate(SETS):
             predictions = [each[name] for each in models]
-            parts = [np.stack([p.logits.argmax(1) == p.labels for p in predictions], 1)]
+            parts = [np.stack([p.correct for p in predictions], 1)]
             if name == "forget":
                 parts.append(np.stack(list(non_members), 1))
             parts += [_sample_columns(predictions, compared) for compared in pairs.values()]

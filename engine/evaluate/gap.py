@@ -3,7 +3,8 @@
 The field's gap compares a model with one reference at a time. The mean of R references is a better estimate of what a
 retrained model gives, so the gap to it is smaller and does not grow with the references' own differences. The noise
 floor is the same figure of each reference against the others. Intervals are percentile bootstraps over the samples of
-each set, drawn jointly for all models, and over the references.
+each set, drawn jointly for all models, and over the references; that of the noise floor is over samples alone, since a
+reference that is drawn twice has no distance to itself.
 """
 
 from __future__ import annotations
@@ -76,14 +77,14 @@ def _four(models: Sequence[Measured]) -> tuple[np.ndarray, np.ndarray]:
 
     Accuracy and efficacy are of the same forget samples, so both are drawn by the same rows.
     """
-    sets = {name: np.stack([p[name].logits.argmax(1) == p[name].labels for p, _ in models], axis=1) for name in SETS}
+    sets = {name: np.stack([p[name].correct for p, _ in models], axis=1) for name in SETS}
     calls = np.stack([non_members for _, non_members in models], axis=1)
     count = len(models)
-    forget = np.concatenate([sets["forget"], calls], axis=1).astype(float)
+    forget = np.concatenate([sets["forget"], calls], axis=1)
     drawn = bootstrap_means(forget, draws=_DRAWS)
     draws = {"forget": drawn[:, :count], "mia": drawn[:, count:]}
     for seed, name in enumerate(("retain", "test"), 1):
-        draws[name] = bootstrap_means(sets[name].astype(float), draws=_DRAWS, seed=seed)
+        draws[name] = bootstrap_means(sets[name], draws=_DRAWS, seed=seed)
     means = {**{name: sets[name].mean(0) for name in SETS}, "mia": calls.mean(0)}
     order = [*SETS, "mia"]
     return 100 * np.stack([means[name] for name in order]), 100 * np.stack([draws[name] for name in order], axis=1)

@@ -112,7 +112,7 @@ def indistinguishability(model: Views, original: Views, retained: np.ndarray) ->
         UserError: Held-out and forget samples have no class in common.
     """
     forget, weights, covered = same_classes(model.forget, model.held_out.labels)
-    right, was_right = (_right(each.held_out) for each in (model, original))
+    right, was_right = (each.held_out.correct for each in (model, original))
     kept = np.isin(model.held_out.labels, retained)
     target = float((weights * was_right * kept).sum())
     calls = non_member_calls(
@@ -189,7 +189,3 @@ def kolmogorov_smirnov(forget: np.ndarray, held_out: np.ndarray, weights: np.nda
     below = np.concatenate([[0.0], np.cumsum(weights[order])])[np.searchsorted(held_out[order], places, side="right")]
     share = np.searchsorted(np.sort(forget), places, side="right") / len(forget)
     return float(np.abs(share - below).max())
-
-
-def _right(predictions: Predictions) -> np.ndarray:
-    return np.asarray(predictions.logits.argmax(1) == predictions.labels, dtype=np.float64)

@@ -261,12 +261,7 @@ def calibrated_auc(
 
 def _share_correct(curve: RelearningCurve, name: str) -> np.ndarray:
     """Return for each sample [n] the share of measurements after the first in which it is predicted correctly."""
-    return np.mean([is_correct(each[name]) for each in curve.predictions[1:]], axis=0)
-
-
-def is_correct(p: Predictions) -> np.ndarray:
-    """Return 1.0 or 0.0 [n] for each sample: whether its class is predicted."""
-    return (p.logits.argmax(1) == p.labels).astype(np.float64)
+    return np.mean([each[name].correct for each in curve.predictions[1:]], axis=0)
 
 
 def _difference(first: np.ndarray, second: np.ndarray) -> float:

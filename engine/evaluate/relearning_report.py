@@ -19,7 +19,6 @@ from engine.evaluate.relearning import (
     advantage,
     calibrated_auc,
     excess_interval,
-    is_correct,
     peak_lr,
     relearning_curve,
     steps_to,
@@ -163,7 +162,7 @@ def _described(
         "accuracy": {"attacked": curve.attacked, "held_back": curve.held_back, "test": curve.test},
         "loss": curve.losses,
         "excess": [
-            excess_interval(is_correct(each["held_back"]), is_correct(each["test"]), seed=seed).to_dict()
+            excess_interval(each["held_back"].correct, each["test"].correct, seed=seed).to_dict()
             for each in curve.predictions
         ],
         "steps_to_original": steps_to(curve, level),

@@ -173,7 +173,7 @@ def _accuracy_change(
 
     Samples are resampled for all models together.
     """
-    mine, theirs = _correct(model.predictions[name]), np.stack([_correct(each.predictions[name]) for each in others])
+    mine, theirs = model.predictions[name].correct, np.stack([each.predictions[name].correct for each in others])
     change = 100 * (mine - theirs.mean(0))
     found = percentiles(float(change.mean()), bootstrap_means(change[:, None])[:, 0], level)
     error = (found.high - found.low) / (2 * float(norm.ppf((1 + level) / 2)))
@@ -196,10 +196,6 @@ def _limit(varies: Variation, limits: Limits, level: float) -> float:
     """
     large, few = limits
     return min(max(large, varies.reach(level)), few)
-
-
-def _correct(p: Predictions) -> np.ndarray:
-    return (p.logits.argmax(1) == p.labels).astype(np.float64)
 
 
 def _membership(evidence: Evidence, gates: Gates) -> list[Gate]:
@@ -231,20 +227,9 @@ def _detects(gate: Gate, expected: float) -> bool:
 
 def _attacks(subject: ModelOutputs, evidence: Evidence, gates: Gates) -> list[Gate]:
     attack = "the attack calibrated by the references" if evidence.references else "the confidence attack"
+    question = "Can an attack find that the forget samples were trained on?"
     references = [each.predictions for each in evidence.references]
-    limits = (gates.membership_auc, gates.membership_auc_few)
-    power, margin = _attack_auc(subject.predictions, references, "forget", limits, gates.level)
-    found = [
-        decide(
-            "membership",
-            "Can an attack find that the forget samples were trained on?",
-            power,
-            low=0.5 - margin,
-            high=0.5 + margin,
-            limit=f"AUC of {attack} within {margin:.3f} of 0.5",
-            shown=f"AUC {power.value:.3f}",
-        )
-    ]
+    found = [_near_chance("membership", question, attack, subject.predictions, references, gates)]
     members, others = (_scores(subject, evidence.references, name) for name in ("forget", "test"))
     name, question = "sure members", "Are there forget samples that an attack finds with near certainty?"
     percent = f"{100 * gates.membership_fpr:g}% false positives"
@@ -264,14 +249,21 @@ def _shifted(evidence: Evidence, gates: Gates) -> list[Gate]:
     if not evidence.model.shifted:
         return [undecided(name, question, "AUC of the attack near 0.5", "moved images were not evaluated")]
     references = [each.shifted for each in evidence.references]
-    limits = (gates.membership_auc, gates.membership_auc_few)
-    power, margin = _attack_auc(evidence.model.shifted, references, "forget", limits, gates.level)
-    limit, shown = f"AUC of the attack on them within {margin:.3f} of 0.5", f"AUC {power.value:.3f}"
-    return [decide(name, question, power, low=0.5 - margin, high=0.5 + margin, limit=limit, shown=shown)]
+    return [_near_chance(name, question, "the attack on them", evidence.model.shifted, references, gates)]
 
 
 Sets = Mapping[str, Predictions]
 Limits = tuple[float, float]  # of a distance: for large sets, and at most for small ones
+
+
+def _near_chance(
+    name: str, question: str, attack: str, subject: Sets, references: Sequence[Sets], gates: Gates
+) -> Gate:
+    """Return the gate of an attack on the forget samples, whose AUC may be off 0.5 to neither side."""
+    limits = (gates.membership_auc, gates.membership_auc_few)
+    power, margin = _attack_auc(subject, references, "forget", limits, gates.level)
+    limit, shown = f"AUC of {attack} within {margin:.3f} of 0.5", f"AUC {power.value:.3f}"
+    return decide(name, question, power, low=0.5 - margin, high=0.5 + margin, limit=limit, shown=shown)
 
 
 def _attack_auc(
@@ -282,15 +274,27 @@ def _attack_auc(
     name: The set of the members; the others are the test samples.
     """
     members, others = (_calibrated(subject[each], [r[each] for r in references]) for each in (name, "test"))
-    m, n = len(members), len(others)
-    error = ((m + n + 1) / (12 * m * n)) ** 0.5  # of AUC if both have one distribution (Mann and Whitney 1947)
-    deviations = [
-        auc(*(_calibrated(one[each], [r[each] for r in references if r is not one]) for each in (name, "test"))) - 0.5
-        for one in (references if len(references) > 1 else ())
-    ]
-    varies = variation(error, deviations, PRIOR_AUC)
+    varies = variation(chance_error(len(members), len(others)), left_out_aucs(references, name), PRIOR_AUC)
     found = varies.widen(auc_interval(members, others, level=level), level)
     return found, _limit(varies, limits, level)
+
+
+def chance_error(members: int, others: int) -> float:
+    """Return the standard error of an AUC if both sets have one distribution (Mann and Whitney 1947)."""
+    return ((members + others + 1) / (12 * members * others)) ** 0.5
+
+
+def left_out_aucs(references: Sequence[Sets], name: str) -> list[float]:
+    """Return the AUC, less 0.5, of the attack on each reference [R] calibrated by the others; none of a single one.
+
+    name: The set of the members; the others are the test samples.
+    """
+    if len(references) < 2:
+        return []
+    return [
+        auc(*(_calibrated(one[each], [r[each] for r in references if r is not one]) for each in (name, "test"))) - 0.5
+        for one in references
+    ]
 
 
 @functools.lru_cache  # the same for every model of a verifier, and its original

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from engine.errors import UserError
-from engine.run.folder import FinishedRun
+from engine.run.folder import FinishedRun, is_finished
 from engine.runtime import lock
 
 MOST = 32
@@ -53,16 +53,16 @@ def each_reference(given: Sequence[str]) -> list[str]:
     found: list[str] = []
     for one in given:
         folder = Path(one)
-        members = {} if (folder / "config.json").is_file() or not folder.is_dir() else _members(folder)
+        members = [] if (folder / "config.json").is_file() or not folder.is_dir() else _members(folder)
         if folder.is_dir() and not any(folder.iterdir()):
             raise UserError(f"--reference {one}: is an empty folder; give a model, or a folder of reference_1, ...")
-        for _, member in sorted(members.items()):
-            if not _finished(member):
+        for member in members:
+            if not is_finished(member):
                 raise UserError(
                     f"--reference {folder}: {member.name} is not finished; repeat `lethe train --references`, or give "
                     "the finished ones by name"
                 )
-        found += [str(member) for _, member in sorted(members.items())] or [one]
+        found += [str(member) for member in members] or [one]
     places = [os.path.realpath(each) for each in found]
     for each, place in zip(found, places, strict=True):
         if os.path.exists(place) and places.count(place) > 1:
@@ -70,13 +70,10 @@ def each_reference(given: Sequence[str]) -> list[str]:
     return found
 
 
-def _members(folder: Path) -> dict[int, Path]:
+def _members(folder: Path) -> list[Path]:
+    """Return the folders of the references in a folder, in the order of their numbers."""
     named = ((_NAME.fullmatch(path.name), path) for path in folder.iterdir())
-    return {int(match[1]): path for match, path in named if match}
-
-
-def _finished(folder: Path) -> bool:
-    return (folder / "model.safetensors").is_file() and not (folder / "resume" / "current.json").is_file()
+    return [path for _, path in sorted((int(match[1]), path) for match, path in named if match)]
 
 
 def train_references(
@@ -110,7 +107,7 @@ def train_references(
         except lock.InUse:
             statuses.append("in another process")
             notify(f"{run.folder}: in training in another process")
-    finished = sum(_finished(run.folder) for run in runs)
+    finished = sum(is_finished(run.folder) for run in runs)
     rest = "" if finished == len(runs) else "; the others are in training in other processes"
     notify(f"{finished} of {len(runs)} references are finished{rest}")
     return statuses

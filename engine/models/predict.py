@@ -32,9 +32,14 @@ class Predictions:
         return len(self.labels)
 
     @property
+    def correct(self) -> np.ndarray:
+        """1.0 or 0.0 for each sample, float64 [n]: whether its class is predicted."""
+        return (self.logits.argmax(1) == self.labels).astype(np.float64)
+
+    @property
     def accuracy(self) -> float:
         """Top-1 accuracy in [0, 1]."""
-        return float((self.logits.argmax(1) == self.labels).mean())
+        return float(self.correct.mean())
 
     @property
     def log_probabilities(self) -> np.ndarray:

@@ -40,6 +40,7 @@ from engine.requests.lineage import open_lineage, open_ordered_data, refuse_laun
 from engine.requests.run_options import Options, Overrides
 from engine.requests.store import Store, locked
 from engine.requests.verdicts import Record, Verify, judge_version, reason_of, record_in
+from engine.run.folder import is_finished
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -213,7 +214,7 @@ def _unlearn(store: Store, run: Run, task: Task, options: Options, progress: Pro
     place = store.place(run.number)
     # A run ends by writing the evidence, the report last, and then by deleting its resume folder. A model without a
     # report comes from a rebase that was killed before it was stored: it is overwritten.
-    ended = (place / "model.safetensors").is_file() and not (place / "resume" / "current.json").exists()
+    ended = is_finished(place)
     if ended and (place / "report.html").is_file():
         shutil.rmtree(place / "resume", ignore_errors=True)  # of a process killed during the deletion
         metrics: dict[str, Any] = json.loads((place / "metrics.json").read_text(encoding="utf-8"))

@@ -109,6 +109,11 @@ def check_apart(folder: str | os.PathLike[str], checkpoints: Iterable[str | os.P
             )
 
 
+def is_finished(folder: Path) -> bool:
+    """Return whether the run in a folder came to its end: it has a model, and no checkpoint to resume from."""
+    return (folder / "model.safetensors").is_file() and not (folder / "resume" / "current.json").exists()
+
+
 class FinishedRun(UserError):
     """The run that was to be resumed is finished."""
 
@@ -199,7 +204,6 @@ class RunFolder:
     def _check_same(self, config: dict[str, Any], held: list[str]) -> None:
         if "config.yaml" not in held:
             raise UserError(f"output folder {self.path} holds no run to resume; leave --resume out")
-        finished = "model.safetensors" in held and not (self.path / "resume" / "current.json").exists()
         before = _flat(read_yaml(self.path / "config.yaml"))
         now = _flat(config)
         differing = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
@@ -209,7 +213,7 @@ class RunFolder:
                 f"output folder {self.path} holds a run of another configuration ({listed}); use its own, or "
                 "another folder"
             )
-        if finished:
+        if is_finished(self.path):
             shutil.rmtree(self.path / "resume", ignore_errors=True)  # of a process that was killed in `finished`
             raise FinishedRun(f"output folder {self.path} holds a finished run; there is nothing to resume")
 
