@@ -43,7 +43,7 @@ from engine._version import __version__
 from engine.config import RunConfig, split_options, to_dict
 from engine.core.result import Progress
 from engine.data import Loader, Samples, Source, open_source, read_forget_request
-from engine.data.samples import evenly_spaced
+from engine.data.samples import evenly_spaced, image_digest
 from engine.errors import RunStopped, UserError
 from engine.evaluate.agreement import margins
 from engine.methods import get_method
@@ -238,7 +238,7 @@ def _trainings(spec: EnsembleSpec, cache: Path) -> tuple[Opened, np.ndarray, lis
         {
             "model": dataclasses.asdict(spec.model),
             "recipe": what_counts(spec.recipe, "retrain"),
-            "images": _image_digest(opened.source.train),
+            "images": image_digest(evenly_spaced(opened.source.train, _IMAGES_HASHED)),
         }
     )
     jobs = []
@@ -261,17 +261,6 @@ def what_counts(options: Mapping[str, Any], method: str) -> dict[str, Any]:
     run = dataclasses.replace(run, precision=resolve_precision(run.precision, resolve_device(run.device)))
     resolved = {"method": method, **to_dict(run), **to_dict(config)}
     return {key: value for key, value in resolved.items() if key not in _HOW_NOT_WHAT}
-
-
-def _image_digest(samples: Samples) -> str:
-    """Return a digest of the pixels of some samples: ids and labels alone do not identify numbered images."""
-    digest = hashlib.sha256()
-    few = evenly_spaced(samples, _IMAGES_HASHED)
-    for index in range(len(few)):
-        pixels = np.asarray(few.image(index))
-        digest.update(f"{pixels.shape} {pixels.dtype}\n".encode())
-        digest.update(pixels.tobytes())
-    return digest.hexdigest()
 
 
 def ensemble_needs(spec: EnsembleSpec, cache: Path, workers: int = 1) -> Needs:

@@ -14,6 +14,7 @@ from rich.logging import RichHandler
 from engine._version import __version__
 from engine.cli import exits
 from engine.cli.attack import attack
+from engine.cli.certify import certify
 from engine.cli.forget_set import forget_set
 from engine.cli.import_checkpoint import import_checkpoint
 from engine.cli.opening import named_references, takes_models
@@ -41,8 +42,9 @@ from engine.cli.options import (
     write_json_file,
 )
 from engine.cli.plan import plan
+from engine.cli.pool import pool_app
 from engine.cli.request import request_app
-from engine.cli.train_start import Start
+from engine.cli.train_start import Start, Training, set_own
 from engine.cli.tune import tune
 from engine.cli.verify import verify
 from engine.cli.verify_record import verify_record
@@ -161,12 +163,10 @@ def train(
 ) -> None:
     """Train a model, from fresh weights or from --init; with --forget, the retrained reference for those samples."""
     check_free(out)
-    from engine.audit.run_record import RecordOptions
-    from engine.cli.console import console, print_seconds, progress_bars
+    from engine.cli.console import console
     from engine.data import open_source
     from engine.jobs.references import ReferenceRun, reference_runs, train_references
     from engine.jobs.task import Task
-    from engine.jobs.train import train_job
     from engine.run.folder import check_apart
 
     if references is not None:
@@ -176,47 +176,26 @@ def train(
             raise UserError("train: --references goes neither with --sliced nor with --overwrite (remove the folder)")
     runs = [ReferenceRun(out, seed, run.resume)] if references is None else reference_runs(out, seed, references)
     options = run_options(settings, run.on_bad_image)
-    for name in ("seed", "epochs"):
-        if name in options:
-            raise UserError(f"train: --set {name}={options[name]}: give it by --{name} {options[name]}")
-    options |= {"epochs": epochs, "seed": seed}
+    set_own("train", options, seed=seed, epochs=epochs)
     join_ranks(options)
     check_apart(out, [init] if init else [])
     start = Start(init, arch, model_arg, weights, sliced)
     start.check(options)
-    opened = open_source(data)
     request = None if forget is None else Task.open(data, forget)
+    training = Training(
+        start,
+        open_source(data),
+        options,
+        opening,
+        method="s3t" if sliced else "retrain",
+        overwrite=run.overwrite,
+        deepspeed=run.deepspeed,
+        sign=run.sign,
+    )
     numbers: dict[Path, dict[str, Any]] = {}
 
     def train_one(each: ReferenceRun) -> None:
-        config = {**options, "seed": each.seed}
-        model, notes = start.model(opened, request, config)
-        source, task, facts = opening.prepare_training(opened, request, model)
-        with progress_bars() as progress:
-            result = train_job(
-                source,
-                model,
-                each.folder,
-                task=task,
-                method="s3t" if sliced else "retrain",
-                config=config,
-                resume=each.resume,
-                overwrite=run.overwrite,
-                progress=progress,
-                deepspeed=run.deepspeed,
-                notes={**notes, **facts},
-                record=RecordOptions(key=run.sign),
-            )
-        samples = task.retain if task else source.train
-        accuracy = {"train": result.accuracy(samples), "test": result.accuracy(source.test)}
-        shown = ", ".join(f"{name} {100 * value:.1f}%" for name, value in accuracy.items())
-        console.print(f"accuracy: {shown}; checkpoint in {each.folder}")
-        print_seconds(result.seconds)
-        numbers[each.folder] = {
-            "accuracy": accuracy,
-            "seconds": result.seconds,
-            "samples_seen": result.samples_seen,
-        }
+        numbers[each.folder] = training.run(each, request)
 
     if references is None:
         train_one(runs[0])
@@ -397,11 +376,13 @@ def env(json_file: Json = None) -> None:
 app.command()(attack)
 app.command("forget-set")(forget_set)
 app.command("import")(import_checkpoint)
+app.command()(certify)
 app.command()(plan)
 app.command()(tune)
 app.command()(verify)
 app.command("verify-record")(verify_record)
 app.add_typer(request_app, name="request")
+app.add_typer(pool_app, name="pool")
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from engine.cli.certify import PoolFolder
 from engine.cli.opening import takes_models
 from engine.cli.options import (
     Checkpoint,
@@ -44,6 +45,14 @@ GatesFile = Annotated[
     Path | None,
     typer.Option("--gates", help="YAML file of verdict gates that are tighter than the defaults.", show_default=False),
 ]
+Certificates = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--certificate",
+        help="A certificate of the procedure (`lethe certify`), for small requests; repeat for more.",
+        show_default=False,
+    ),
+]
 MaxShare = Annotated[
     float | None,
     typer.Option(
@@ -68,6 +77,8 @@ def init(
     *,
     files: WeightFileOptions,
     max_share: MaxShare = None,
+    pool: PoolFolder = None,
+    certificate: Certificates = None,
     opening: Opening,
 ) -> None:
     """Create a store. Version 0 is a copy of the checkpoint, so that the lineage stays complete if that is deleted."""
@@ -86,6 +97,8 @@ def init(
         references=references,
         gates=gates,
         max_share=MAX_SHARE if max_share is None else max_share,
+        pool=pool,
+        certificates=certificate or [],
     )
     console.print(f"store in {store}; version 0000 is a copy of {checkpoint}", soft_wrap=True)
 
@@ -228,6 +241,8 @@ def run(
         bool, typer.Option("--no-reference", help="Judge without the references that were given to init.")
     ] = False,
     gates: GatesFile = None,
+    pool: PoolFolder = None,
+    certificate: Certificates = None,
     require_proof: Annotated[
         bool, typer.Option("--require-proof", help="Treat INSUFFICIENT EVIDENCE as a FAIL.")
     ] = False,
@@ -264,6 +279,8 @@ def run(
                 references=[] if no_reference else reference,
                 gates=gates,
                 require_proof=require_proof,
+                pool=pool,
+                certificates=certificate,
             ),
             progress=progress,
             notify=lambda line: console.print(line, soft_wrap=True),
@@ -275,6 +292,7 @@ def run(
         return
     print_metrics(finished.metrics, name=f"version {finished.version:04d}")
     _print_status(finished.status, finished.reason)
+    _print_proof(finished.verdict)
     listed = ", ".join(map(str, finished.requests))
     what = {
         "done": f"version {finished.version:04d} is the current one; requests {listed} are done",
@@ -295,6 +313,7 @@ def judge(
     settings: Settings = None,
     reference: Reference = None,
     gates: GatesFile = None,
+    pool: PoolFolder = None,
     json_file: Json = None,
 ) -> None:
     """Judge the current version again, in most cases with retrained models. Exit 0: done; 1: FAIL; 3: still unproven.
@@ -312,6 +331,7 @@ def judge(
         config=parse_assignments(settings or []),
         references=reference,
         gates=gates,
+        pool=pool,
         notify=lambda line: console.print(line, soft_wrap=True),
     )
     warnings = status(store)["warnings"]
@@ -320,6 +340,7 @@ def judge(
         console.print("no unproven requests: nothing to judge")
         return
     _print_status(found.status, found.reason)
+    _print_proof(found.verdict)
     if found.status == "FAIL":
         console.print(f"version {found.version:04d} is rejected; the version before is the current one again")
     for state in ("done", "unproven", "open"):
@@ -358,6 +379,17 @@ def _print_status(status: str, reason: str) -> None:
     from engine.cli.console import coloured, console
 
     console.print(f"{coloured(status)}{escape(f': {reason}') if reason else ''}", soft_wrap=True)
+
+
+def _print_proof(verdict: dict[str, Any] | None) -> None:
+    from engine.cli.console import console
+    from engine.evaluate.gates import Proof
+
+    if verdict is None:
+        return
+    proof = verdict.get("proof")
+    console.print(Proof(**proof).line() if proof else f"proof: {verdict['kind']}", soft_wrap=True, highlight=False)
+    console.print(f"[dim]{verdict['worth']}[/dim]", soft_wrap=True, highlight=False)
 
 
 def _requests_table(rows: list[dict[str, Any]]) -> Any:

@@ -1,8 +1,9 @@
-"""Initial model of `lethe train`: a timm architecture, or a checkpoint (`--init`)."""
+"""Initial model and run of `lethe train` and `lethe pool train`: a timm architecture, or a checkpoint (`--init`)."""
 
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.cli.options import checkpoint_sources
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from engine.data import Source
+    from engine.jobs.opening import Opening
+    from engine.jobs.references import ReferenceRun
     from engine.jobs.task import Task
 
 
@@ -56,3 +59,65 @@ class Start:
         # A run is resumed with the same model alone; `Opening` sets the names of the classes, those of the data.
         given = {"model_args": parse_assignments(self.model_arg)} if self.model_arg else {}
         return describing(model, spec_of(model).label_names), {"arch": self.arch, **given}
+
+
+def set_own(command: str, options: dict[str, Any], **own: Any) -> None:
+    """Add options that the command has options of its own for; raise UserError if --set gives one of them."""
+    for name, value in own.items():
+        if name in options:
+            raise UserError(f"{command}: --set {name}={options[name]}: give it by --{name} {options[name]}")
+        options[name] = value
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """Trains models from one start.
+
+    Attributes:
+        start: Initial model.
+        source: The data.
+        options: Options of every run, except its seed.
+        opening: Changes of the command.
+        method: retrain or s3t.
+        overwrite, deepspeed, sign: As of the command.
+    """
+
+    start: Start
+    source: Source
+    options: dict[str, Any]
+    opening: Opening
+    method: str = "retrain"
+    overwrite: bool = False
+    deepspeed: Path | None = None
+    sign: Path | None = None
+
+    def run(self, each: ReferenceRun, request: Task | None) -> dict[str, Any]:
+        """Train a model on the retain set of a request, or on all samples; print and return its numbers."""
+        from engine.audit.run_record import RecordOptions
+        from engine.cli.console import console, print_seconds, progress_bars
+        from engine.jobs.train import train_job
+
+        config = {**self.options, "seed": each.seed}
+        model, notes = self.start.model(self.source, request, config)
+        source, task, facts = self.opening.prepare_training(self.source, request, model)
+        with progress_bars() as progress:
+            result = train_job(
+                source,
+                model,
+                each.folder,
+                task=task,
+                method=self.method,
+                config=config,
+                resume=each.resume,
+                overwrite=self.overwrite,
+                progress=progress,
+                deepspeed=self.deepspeed,
+                notes={**notes, **facts},
+                record=RecordOptions(key=self.sign),
+            )
+        samples = task.retain if task else source.train
+        accuracy = {"train": result.accuracy(samples), "test": result.accuracy(source.test)}
+        shown = ", ".join(f"{name} {100 * value:.1f}%" for name, value in accuracy.items())
+        console.print(f"accuracy: {shown}; checkpoint in {each.folder}")
+        print_seconds(result.seconds)
+        return {"accuracy": accuracy, "seconds": result.seconds, "samples_seen": result.samples_seen}

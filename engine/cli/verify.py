@@ -44,6 +44,13 @@ def verify(
     forget: Forget,
     original: Annotated[str, typer.Option(help="The model before unlearning.", show_default=False)],
     reference: Reference = None,
+    pool: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of a pool of reference models (`lethe pool train`), in place of --reference.",
+            show_default=False,
+        ),
+    ] = None,
     *,
     files: WeightFileOptions,
     gates: Annotated[
@@ -73,13 +80,17 @@ def verify(
     opening: Opening,
 ) -> None:
     """Judge a checkpoint: PASS (exit 0), FAIL (1) or INSUFFICIENT EVIDENCE (3), with the reason of each gate."""
+    import dataclasses
+
     from engine.audit.run_record import RecordOptions
     from engine.cli.console import console
     from engine.cli.verdict_table import print_verdict
+    from engine.evaluate.gates import Gates
     from engine.jobs.evidence import prove_job
     from engine.jobs.task import Task
     from engine.jobs.verify import check_recorded, record_verdict, verify_job
     from engine.models.checkpoint_source import CheckpointSource
+    from engine.pool.references import judge_by_pool
 
     run_folder = CheckpointSource.parse(checkpoint).folder
     if record:
@@ -87,6 +98,8 @@ def verify(
         RecordOptions(key=sign).check()
     elif sign:
         raise UserError(f"--sign {sign}: --sign signs the record; give --record too")
+    if pool is not None and reference:
+        raise UserError("verify: give --pool or --reference, not both")
     _make_room({"--json": json_file, "--html": html_file})
     sources = files.sources([checkpoint, original, *(reference or [])])
     checkpoint, original, *references = [each for each in sources if each is not None]
@@ -94,18 +107,22 @@ def verify(
     options: dict[str, Any] = {"gates": gates, "config": run_options(settings, on_bad_image)}
     others = {"--checkpoint": checkpoint, **named_references(references)}
     task, _ = opening.prepare(task, original, others, options["config"])
-    if html_file:
+    if pool is not None:
+        verdict = judge_by_pool(pool, task, checkpoint, original, **options)
+        proof = {"verdict": verdict.to_dict(), "gates": dataclasses.asdict(Gates.read(gates))}
+    elif html_file:
         verdict, proof = prove_job(task, checkpoint, original, references, **options)
     else:
         verdict, proof = verify_job(task, checkpoint, original, references, **options), {}
     print_verdict(verdict)
     evidence = {key: value for key, value in proof.items() if key != "verdict"}
-    write_json_file(json_file, {**verdict.to_dict(), **({"evidence": evidence} if evidence else {})})
+    write_json_file(json_file, {**verdict.to_dict(), **({"evidence": evidence} if evidence and html_file else {})})
     if html_file:
         facts = {
             "checkpoint": checkpoint,
             "original": original,
             "references": references,
+            **({"pool": str(pool)} if pool else {}),
             "data": data,
             "forget": forget,
         }

@@ -251,6 +251,16 @@ def evenly_spaced(samples: Samples, count: int, why: str = "part") -> Samples:
     return samples.subset(np.linspace(0, len(samples) - 1, count).astype(np.int64), f"{samples.name} ({why})")
 
 
+def image_digest(samples: Samples) -> str:
+    """Return the SHA-256 of the pixels of some samples: ids and labels alone do not identify numbered images."""
+    digest = hashlib.sha256()
+    for index in range(len(samples)):
+        pixels = np.asarray(samples.image(index))
+        digest.update(f"{pixels.shape} {pixels.dtype}\n".encode())
+        digest.update(pixels.tobytes())
+    return digest.hexdigest()
+
+
 def as_tensor(image: Any, channels: int) -> torch.Tensor:
     """Return a PIL image as uint8 [C, H, W] in the model's channels; a tensor is returned unchanged.
 

@@ -27,6 +27,22 @@ DOES_NOT_PROVE = (
     "that the references were trained as their records state: they are checked only for signs of the contrary",
 )
 
+# What each kind of proof is worth, and what the next one costs.
+WORTH = {
+    "references": "Models that were retrained without exactly these samples are the comparison. Nothing is stronger "
+    "here. It costs two retrains or more for every request.",
+    "pool": "Each sample is compared with models of a pool that were never trained on it. They know less than a "
+    "retrained model, so what is expected is read from test samples, and there is no relearning attack. It costs no "
+    "retrain; own references (lethe train --forget FILE --references 4) cost four.",
+    "certificate": "The procedure was shown to forget in simulated requests of this size and kind on this model, and "
+    "this run resembles them. It says how often such requests are forgotten, not that this one was: that, one small "
+    "request cannot show. It costs no retrain; a verdict by the pool needs about 100 forgotten samples (lethe request "
+    "judge), and own references cost four retrains.",
+    "none": "The samples are compared with held-out data alone: no model shows what a retrain without them would have "
+    "answered. A pool (lethe pool train) costs some retrains, once for all requests; own references cost two or more "
+    "for this one.",
+}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gates:
@@ -133,13 +149,48 @@ class Gate:
         }
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Proof:
+    """How a verdict was reached, and what it cost.
+
+    Attributes:
+        kind: references (models retrained without the samples), pool, certificate, or none (held-out data alone).
+        source: Folder of the pool, or file of the certificate.
+        images: Forward passes of images through models.
+        retrain: Forward passes that a retrain equals: a training step counts as three.
+        seconds: Wall-clock time.
+    """
+
+    kind: Literal["references", "pool", "certificate", "none"]
+    source: str = ""
+    images: int = 0
+    retrain: float = 0.0
+    seconds: float = 0.0
+
+    def line(self) -> str:
+        share = f", {100 * self.images / self.retrain:.2g}% of a retrain" if self.retrain else ""
+        return f"proof: {self.kind} {self.source}; {self.images:,} images through models{share}, {self.seconds:.1f} s"
+
+
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """FAIL if a gate fails; else INSUFFICIENT EVIDENCE if one is undecided; else PASS."""
+    """FAIL if a gate fails; else INSUFFICIENT EVIDENCE if one is undecided; else PASS.
+
+    Attributes:
+        proof: How it was reached; None: by the references, or by held-out data if there are none.
+    """
 
     gates: Sequence[Gate]
     references: int
     samples: Mapping[str, int]
+    proof: Proof | None = None
+
+    @property
+    def kind(self) -> Literal["references", "pool", "certificate", "none"]:
+        """Kind of the proof."""
+        if self.proof is not None:
+            return self.proof.kind
+        return "references" if self.references else "none"
 
     @property
     def status(self) -> Status:
@@ -158,6 +209,9 @@ class Verdict:
             "gates": [gate.to_dict() for gate in self.gates],
             "references": self.references,
             "samples": dict(self.samples),
+            "kind": self.kind,
+            **({} if self.proof is None else {"proof": dataclasses.asdict(self.proof)}),
+            "worth": WORTH[self.kind],
             "does_not_prove": list(DOES_NOT_PROVE),
         }
 

@@ -65,6 +65,9 @@ class Evidence:
         repeated: The model's predictions for the forget set, computed a second time.
         changed: Share [0, 1] of the weights, outside the head, that differ from the original's; None for another
             architecture.
+        partial: Whether the references were trained on a part of the retained samples (`engine.pool`). Their accuracy
+            is lower than a retrained model's: test and retain accuracy are compared with the original's, and the
+            difference on test samples is subtracted from that on forget samples. There is no relearning attack.
     """
 
     model: ModelOutputs
@@ -72,6 +75,7 @@ class Evidence:
     references: Sequence[ModelOutputs]
     repeated: Predictions
     changed: float | None
+    partial: bool = False
 
 
 def judge(evidence: Evidence, gates: Gates) -> Verdict:
@@ -123,9 +127,10 @@ def _repeatable(evidence: Evidence) -> Gate:
     return Gate("repeatable", question, FAIL, value, limit, reason)
 
 
-def _accuracy(evidence: Evidence, gates: Gates) -> list[Gate]:
-    others = list(evidence.references) or [evidence.original]
-    whom = f"the {len(others)} references'" if evidence.references else "the original's"
+def accuracy_gates(evidence: Evidence, gates: Gates) -> list[Gate]:
+    compared = evidence.references and not evidence.partial
+    others = list(evidence.references) if compared else [evidence.original]
+    whom = f"the {len(others)} references'" if compared else "the original's"
     found = []
     for name in ("test", "retain"):
         limits = (gates.accuracy_points, gates.accuracy_points_few)
@@ -152,7 +157,10 @@ def _forget_accuracy(subject: ModelOutputs, evidence: Evidence, gates: Gates, ab
     if not evidence.references:
         return []
     limits = (gates.forget_points, gates.forget_points_few)
-    change, most = _accuracy_change(subject, evidence.references, "forget", limits, gates.level)
+    change, most = _accuracy_change(
+        subject, evidence.references, "forget", limits, gates.level, less="test" if evidence.partial else None
+    )
+    relative = ", relative to that on test samples" if evidence.partial else ""
     return [
         decide(
             "forget accuracy",
@@ -160,26 +168,47 @@ def _forget_accuracy(subject: ModelOutputs, evidence: Evidence, gates: Gates, ab
             change,
             low=None if above_alone else -most,
             high=most,
-            limit=f"within {most:.1f} points of the {len(evidence.references)} references'",
+            limit=f"within {most:.1f} points of the {len(evidence.references)} references'{relative}",
             shown=f"{change.value:+.1f} points",
         )
     ]
 
 
 def _accuracy_change(
-    model: ModelOutputs, others: Sequence[ModelOutputs], name: str, limits: Limits, level: float
+    model: ModelOutputs,
+    others: Sequence[ModelOutputs],
+    name: str,
+    limits: Limits,
+    level: float,
+    less: str | None = None,
 ) -> tuple[Interval, float]:
     """Return accuracy minus the mean of the others', in points, with its interval, and the limit of its size.
 
     Samples are resampled for all models together.
+
+    Args:
+        less: Another set, whose difference is subtracted; None: no other.
     """
+    change, drawn, accuracies = _changes(model, others, name)
+    expected = float(accuracies.mean()) / 100
+    if less is not None:
+        change, drawn, accuracies = (
+            mine - theirs
+            for mine, theirs in zip((change, drawn, accuracies), _changes(model, others, less, seed=1), strict=True)
+        )
+    found = percentiles(float(change), drawn, level)
+    error = (found.high - found.low) / (2 * float(norm.ppf((1 + level) / 2)))
+    varies = variation(error, _left_out(accuracies), prior_points(name, expected))
+    return varies.widen(found, level), _limit(varies, limits, level)
+
+
+def _changes(
+    model: ModelOutputs, others: Sequence[ModelOutputs], name: str, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return accuracy minus the mean of the others' in points, resamples of it [draws], and the others' accuracies."""
     mine, theirs = model.predictions[name].correct, np.stack([each.predictions[name].correct for each in others])
     change = 100 * (mine - theirs.mean(0))
-    found = percentiles(float(change.mean()), bootstrap_means(change[:, None])[:, 0], level)
-    error = (found.high - found.low) / (2 * float(norm.ppf((1 + level) / 2)))
-    accuracies = 100 * theirs.mean(1)
-    varies = variation(error, _left_out(accuracies), prior_points(name, float(theirs.mean())))
-    return varies.widen(found, level), _limit(varies, limits, level)
+    return change.mean(), bootstrap_means(change[:, None], seed=seed)[:, 0], 100 * theirs.mean(1)
 
 
 def _left_out(values: np.ndarray) -> list[float]:
@@ -273,7 +302,7 @@ def _attack_auc(
 
     name: The set of the members; the others are the test samples.
     """
-    members, others = (_calibrated(subject[each], [r[each] for r in references]) for each in (name, "test"))
+    members, others = (calibrated_margins(subject[each], [r[each] for r in references]) for each in (name, "test"))
     varies = variation(chance_error(len(members), len(others)), left_out_aucs(references, name), PRIOR_AUC)
     found = varies.widen(auc_interval(members, others, level=level), level)
     return found, _limit(varies, limits, level)
@@ -292,7 +321,8 @@ def left_out_aucs(references: Sequence[Sets], name: str) -> list[float]:
     if len(references) < 2:
         return []
     return [
-        auc(*(_calibrated(one[each], [r[each] for r in references if r is not one]) for each in (name, "test"))) - 0.5
+        auc(*(calibrated_margins(one[each], [r[each] for r in references if r is not one]) for each in (name, "test")))
+        - 0.5
         for one in references
     ]
 
@@ -318,10 +348,11 @@ def attack_power(
 
 def _scores(subject: ModelOutputs, references: Sequence[ModelOutputs], name: str) -> np.ndarray:
     """Return the score [n] of each sample: higher = predicted better than by models not trained on it."""
-    return _calibrated(subject.predictions[name], [each.predictions[name] for each in references])
+    return calibrated_margins(subject.predictions[name], [each.predictions[name] for each in references])
 
 
-def _calibrated(mine: Predictions, others: Sequence[Predictions]) -> np.ndarray:
+def calibrated_margins(mine: Predictions, others: Sequence[Predictions]) -> np.ndarray:
+    """Return the log-odds [n] of the true class less the mean of the others'; higher = predicted better than there."""
     score = np.clip(margins(mine), -_CLIP, _CLIP)
     if others:
         score = score - np.mean([np.clip(margins(other), -_CLIP, _CLIP) for other in others], axis=0)
@@ -382,6 +413,8 @@ def _kl(reference: Predictions, model: Predictions) -> np.ndarray:
 
 
 def _relearning(evidence: Evidence, gates: Gates) -> list[Gate]:
+    if evidence.partial:
+        return []
     name, question = "relearning", "Does training on some forget samples restore the others?"
     limit = "AUC of the attack on the others after it not above 0.5"
     if not evidence.model.relearned:
@@ -405,10 +438,11 @@ def _joint(found: Sequence[Gate], gates: Gates) -> Gate:
     """
     question = "Do small signs of the forget samples add up?"
     expected = {**_expected(gates), "shifted images": 0.5, "agreement": 1.0, "relearning": 0.5}
-    signs = [gate.name for gate in found if gate.name in expected and _is_sign(gate, expected[gate.name], gates)]
+    counted = [gate for gate in found if gate.name in expected]
+    signs = [gate.name for gate in counted if _is_sign(gate, expected[gate.name], gates)]
     status = PASS if len(signs) <= gates.joint_signs else FAIL if len(signs) > gates.joint_signs + 1 else INSUFFICIENT
     limit = (
-        f"at most {gates.joint_signs:g} of {len(expected)} clearly above a retrained model, by {gates.joint_share:.0%} "
+        f"at most {gates.joint_signs:g} of {len(counted)} clearly above a retrained model, by {gates.joint_share:.0%} "
         "of what is allowed or more"
     )
     value = Interval(len(signs), len(signs), len(signs))
@@ -429,7 +463,7 @@ def _expected(gates: Gates) -> dict[str, float]:
 
 _GROUPS: Sequence[Callable[[Evidence, Gates], list[Gate]]] = (
     _weights,
-    _accuracy,
+    accuracy_gates,
     _membership,
     _shifted,
     _agreement,

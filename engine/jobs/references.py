@@ -77,7 +77,10 @@ def _members(folder: Path) -> list[Path]:
 
 
 def train_references(
-    runs: Sequence[ReferenceRun], train: Callable[[ReferenceRun], None], notify: Callable[[str], None]
+    runs: Sequence[ReferenceRun],
+    train: Callable[[ReferenceRun], None],
+    notify: Callable[[str], None],
+    what: str = "references",
 ) -> list[str]:
     """Train the reference models that are not finished and that no other process trains, one after the other.
 
@@ -88,6 +91,7 @@ def train_references(
         runs: The trainings.
         train: Does one of them.
         notify: Shows a line.
+        what: What the models are called in it.
 
     Returns:
         For each run: trained, finished before, or in another process.
@@ -109,5 +113,5 @@ def train_references(
             notify(f"{run.folder}: in training in another process")
     finished = sum(is_finished(run.folder) for run in runs)
     rest = "" if finished == len(runs) else "; the others are in training in other processes"
-    notify(f"{finished} of {len(runs)} references are finished{rest}")
+    notify(f"{finished} of {len(runs)} {what} are finished{rest}")
     return statuses

@@ -23,6 +23,8 @@ from engine.models.checkpoint import save_checkpoint
 from engine.models.checkpoint_source import CheckpointSource
 from engine.models.info import model_info
 from engine.models.slice_stages import copy_stages
+from engine.pool.certificate import open_certificate
+from engine.pool.store import Pool
 from engine.requests.database import is_store
 from engine.requests.entries import Request
 from engine.requests.store import Store, place_of
@@ -42,6 +44,8 @@ def init_store(
     references: Sequence[str] = (),
     gates: Path | None = None,
     max_share: float = MAX_SHARE,
+    pool: Path | None = None,
+    certificates: Sequence[Path] = (),
 ) -> None:
     """Create a store of deletion requests. Version 0 is a copy of the checkpoint.
 
@@ -56,6 +60,7 @@ def init_store(
         gates: File of limits, copied into the store; None: the defaults.
         max_share: Share (0, 1] of the training samples, forgotten since the last full retrain, above which `status`
             warns.
+        pool, certificates: As of `engine.requests.run_options.Overrides`.
 
     Raises:
         UserError: The folder is a store already or holds other files, an option is out of range, or the checkpoint fits
@@ -77,6 +82,13 @@ def init_store(
     refuse_unfit(get_method(method), model)
     if gates is not None:
         Gates.read(gates)
+    if pool is not None:
+        opened = Pool.open(pool)
+        opened.check(opened.in_order(source))
+        for each in certificates:
+            open_certificate(each, opened)
+    elif certificates:
+        raise UserError(f"--certificate {certificates[0]}: give the pool that it was made with: --pool")
     for reference in references:
         current().compare(f"--reference {reference}", current().model(reference), model)
     save_checkpoint(model, place_of(folder, 0))
@@ -93,6 +105,8 @@ def init_store(
         "references": absolute(references),
         "gates": _GATES if gates else None,
         "max_share": max_share,
+        "pool": str(pool.resolve()) if pool else None,
+        "certificates": [str(each.resolve()) for each in certificates],
         "opening": current().to_dict(),
     }
     with Store.create(folder, settings):

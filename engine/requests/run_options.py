@@ -21,7 +21,7 @@ class Options:
 
     Attributes:
         method, config: As of `engine.unlearn`.
-        references, gates, require_proof: As of `Overrides`, for the verdict.
+        references, gates, require_proof, pool, certificates: As of `Overrides`, for the verdict.
     """
 
     method: str
@@ -29,6 +29,8 @@ class Options:
     references: list[str]
     gates: str | None
     require_proof: bool = False
+    pool: str | None = None
+    certificates: list[str] = dataclasses.field(default_factory=list)
 
     def check(self) -> None:
         """Raise UserError if the method does not exist or an option is wrong."""
@@ -45,6 +47,8 @@ class Overrides:
         references: Reference models for the verdict; [] are none.
         gates: File of limits of the verdict.
         require_proof: Treat INSUFFICIENT EVIDENCE as a FAIL.
+        pool: Folder of a pool, for a verdict without references.
+        certificates: Certificates of the procedure, for small requests.
     """
 
     method: str | None = None
@@ -52,6 +56,16 @@ class Overrides:
     references: Sequence[str] | None = None
     gates: Path | None = None
     require_proof: bool = False
+    pool: Path | None = None
+    certificates: Sequence[Path] | None = None
+
+    def _of_pool(self, pool: str | None, certificates: Sequence[str]) -> dict[str, Any]:
+        """Return the options of the pool: those given, else these."""
+        given = None if self.certificates is None else [str(each.resolve()) for each in self.certificates]
+        return {
+            "pool": str(self.pool.resolve()) if self.pool else pool,
+            "certificates": list(certificates) if given is None else given,
+        }
 
     def of_store(self, store: Store) -> Options:
         """Return the store's settings, replaced by what was given in their place."""
@@ -63,6 +77,7 @@ class Overrides:
             references=settings["references"] if self.references is None else absolute(self.references),
             gates=str(self.gates.resolve()) if self.gates else own_gates,
             require_proof=self.require_proof,
+            **self._of_pool(settings.get("pool"), settings.get("certificates", [])),
         )
 
     def of_unfinished(self, run: Run) -> Options:
@@ -82,4 +97,5 @@ class Overrides:
             references=options.references if self.references is None else absolute(self.references),
             gates=str(self.gates.resolve()) if self.gates else options.gates,
             require_proof=options.require_proof or self.require_proof,
+            **self._of_pool(options.pool, options.certificates),
         )

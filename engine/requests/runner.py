@@ -188,7 +188,7 @@ class _Attempt:
         status, reason = FAIL, why_unusable(store, run, metrics)
         if not reason:
             notify(f"judging version {run.number:04d} on the {len(whole.forget)} samples forgotten so far")
-            verdict = judge_version(store, verify, whole, task if earlier else None, place, options)
+            verdict = judge_version(store, verify, whole, task if earlier else None, place, options, parent=run.parent)
             # If the process is killed before `finish`, the verdict is repeated and recorded twice, which is harmless.
             record_in(place, verdict, record)
             status, reason = verdict.status, reason_of(verdict)

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from engine.evaluate.gates import FAIL, Gates, Verdict
 from engine.jobs.task import Task
 from engine.requests.lineage import open_lineage, open_ordered_data, refuse_launcher, refuse_unfinished
+from engine.requests.pool_proof import PoolProof
 from engine.requests.run_options import Options, Overrides
 from engine.requests.store import Store
 
@@ -49,6 +50,7 @@ def judge_again(
     config: Mapping[str, Any] | None = None,
     references: Sequence[str] | None = None,
     gates: Path | None = None,
+    pool: Path | None = None,
     verify: Verify | None = None,
     record: Record | None = None,
     notify: Callable[[str], None] = lambda line: None,
@@ -61,7 +63,7 @@ def judge_again(
 
     Args:
         folder: Folder of the store.
-        config, references, gates: As of `Overrides`.
+        config, references, gates, pool: As of `Overrides`.
         verify, record, notify: As of `engine.requests.runner.run_requests`.
 
     Raises:
@@ -74,7 +76,7 @@ def judge_again(
         if not unproven:
             return None
         source, version, ids = open_ordered_data(store), store.current(), store.forgotten()
-        options = Overrides(config=config, references=references, gates=gates).of_store(store)
+        options = Overrides(config=config, references=references, gates=gates, pool=pool).of_store(store)
         options.check()
         whole = Task.of_ids(source, ids, spec=f"all requests up to version {version.number}")
         batch = store.ids_of(unproven)
@@ -97,7 +99,13 @@ def judge_again(
 
 
 def judge_version(
-    store: Store, verify: Verify | None, whole: Task, batch: Task | None, place: Path, options: Options
+    store: Store,
+    verify: Verify | None,
+    whole: Task,
+    batch: Task | None,
+    place: Path,
+    options: Options,
+    parent: int | None = None,
 ) -> Verdict:
     """Return the verdict on all forgotten samples, or that on the batch alone if it fails.
 
@@ -108,9 +116,12 @@ def judge_version(
         batch: Samples of the batch, judged alone too if they are enough; None: the batch is all.
         place: Folder of the version.
         options: Options of the run.
+        parent: Version that the run unlearned, so that a certificate may cover it; None: all is judged by outputs.
     """
     from engine.jobs.verify import verify_job
 
+    if options.pool and not options.references:
+        return PoolProof(store=store, options=options, parent=parent, place=place).judge(whole, batch)
     gates = Path(options.gates) if options.gates else None
 
     def judged(task: Task) -> Verdict:

@@ -16,6 +16,7 @@ from pathlib import Path
 LAYERS = (
     "cli",
     "requests",
+    "pool",
     "jobs",
     "report",
     "audit",

@@ -83,6 +83,17 @@ _KNOWN = {
     ),
     "samples": Measure("Samples", "more is better", "Number of samples of the verdict."),
     "references": Measure("References", "2 or more", "Number of models retrained without the samples."),
+    "certificate": Measure(
+        "Certificate", "", "A measurement of the procedure on simulated requests that covers this one."
+    ),
+    "like: weights": Measure(
+        "Like the certified runs: weights", "within the range", "How far the run moved the weights of the model, log10."
+    ),
+    "like: score": Measure(
+        "Like the certified runs: forget samples",
+        "within the range",
+        "Mean log-odds of the true class on the forget samples, less those of models that were not trained on them.",
+    ),
     # membership attacks
     "loss": Measure("Loss", "", "The attack calls samples members on which the model's loss is low."),
     "entropy": Measure("Entropy", "", "It calls samples members on which the model is confident, rightly or not."),

@@ -24,6 +24,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from engine.evaluate.gates import WORTH
 from engine.report.page import count, duration, flat, render_template, unreadable, usable, write_page
 from engine.report.proof.answers import agreement_section, attacks_section, sections
 from engine.report.proof.glossary import sentence
@@ -58,6 +59,12 @@ _STATUSES = {
         "No figure below is clearly outside its limit, but at least one is not clearly within it, or could not be "
         "measured. That is not a pass: more samples or more retrained models are needed to decide.",
     ),
+}
+_PROOFS = {
+    "references": "models retrained without these samples",
+    "pool": "a pool of reference models",
+    "certificate": "a certificate of the procedure",
+    "none": "none, no retrained model was given",
 }
 _WORDS = {"pass": "Pass", "fail": "Fail", "undecided": "Undecided"}
 
@@ -154,10 +161,18 @@ def _verdict(verdict: Mapping[str, Any], used: Used) -> dict[str, Any]:
         "basis": _basis(verdict, gates),
         "decided": [gate for gate in gates if gate["name"] in decided_by],
         "gates": gates,
-        "references": int(verdict.get("references", 0)),
+        **_kind_of_proof(verdict),
         "unreadable": unreadable(missing, "the verdict") if missing else "",
         "does_not_prove": [str(line) for line in verdict.get("does_not_prove", [])],
     }
+
+
+def _kind_of_proof(verdict: Mapping[str, Any]) -> dict[str, Any]:
+    kind = verdict.get("kind") or ("references" if verdict.get("references") else "none")
+    facts = verdict.get("proof") or {}
+    share = f", {100 * facts['images'] / facts['retrain']:.2g}% of a retrain" if facts.get("retrain") else ""
+    cost = f"It took {facts['images']:,} images through models{share}." if facts else ""
+    return {"proof": kind, "proof_title": _PROOFS[kind], "worth": WORTH[kind], "cost": cost}
 
 
 def _basis(verdict: Mapping[str, Any], gates: Sequence[Mapping[str, Any]]) -> str:

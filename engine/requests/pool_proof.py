@@ -1,0 +1,163 @@
+"""The proof of a run without retrained models of its own: by a pool, or by a certificate of the procedure.
+
+A batch of enough samples is judged by the pool, and so is everything that the lineage forgot. A small batch shows
+nothing by itself: it passes if a certificate covers it and the run is like those that the certificate was made from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import nn
+
+from engine.data.samples import evenly_spaced
+from engine.evaluate.gates import FAIL, PASS, Gate, Gates, Verdict, decide, undecided
+from engine.evaluate.intervals import Interval
+from engine.evaluate.verdict import Evidence, ModelOutputs, accuracy_gates, judge
+from engine.jobs.opening import open_model
+from engine.jobs.task import Task
+from engine.pool.answers import Answers
+from engine.pool.certificate import Certificate, covered_run, open_certificate
+from engine.pool.references import PoolReferences, changed_share, evidence_by_pool, with_cost
+from engine.pool.simulation import figures_of
+from engine.pool.store import Pool
+from engine.requests.run_options import Options
+from engine.requests.store import Store
+
+# Retain samples that the accuracy of a small request's model is measured on, at most.
+_RETAINED = 500
+_WHAT = {"weights": "log10 of the relative change of the weights", "score": "mean log-odds less those of the pool"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PoolProof:
+    """Judges a version of a store by a pool.
+
+    Attributes:
+        store, options: The store, and the options of the run.
+        parent: Version that was unlearned; None: the version is not that of a run.
+        place: Folder of the version.
+    """
+
+    store: Store
+    options: Options
+    parent: int | None
+    place: Path
+
+    def judge(self, whole: Task, batch: Task | None) -> Verdict:
+        """Return the verdict.
+
+        Args:
+            whole: All samples that were forgotten, the batch included.
+            batch: Samples of the run; None: they are all.
+
+        Raises:
+            UserError: The pool or a certificate is not valid.
+        """
+        began, gates, part = time.perf_counter(), self.gates, batch or whole
+        pool, answers, model = (
+            Pool.open(Path(self.options.pool or "")),
+            Answers(self.options.config),
+            open_model(self.place),
+        )
+        certificates = [open_certificate(Path(each), pool) for each in self.options.certificates]
+        references = PoolReferences(pool, whole.source, open_model(self.store.place(self._base)), answers)
+        uncovered: list[Gate] = []
+        if len(part.forget) < gates.minimum_samples and self.parent is not None:
+            chosen, reasons = self._covering(certificates, references, part)
+            if chosen is not None:
+                found = self._by_certificate(chosen, references, part, model)
+                return with_cost(found, references, "certificate", chosen.path, began)
+            uncovered = [self._uncovered(part, reasons)]
+        found = judge(evidence_by_pool(references, part, model), gates)
+        if found.status != FAIL and batch is not None:
+            if self._base:  # version 0 was trained on all of them
+                references = PoolReferences(pool, whole.source, open_model(self.store.place(0)), answers)
+            found = judge(evidence_by_pool(references, whole, model), gates)
+        if found.status != PASS:
+            found = dataclasses.replace(found, gates=[*found.gates, *uncovered])
+        return with_cost(found, references, "pool", pool.folder, began)
+
+    @property
+    def gates(self) -> Gates:
+        return Gates.read(Path(self.options.gates) if self.options.gates else None)
+
+    def _covering(
+        self, certificates: Sequence[Certificate], references: PoolReferences, part: Task
+    ) -> tuple[Certificate | None, list[str]]:
+        """Return the first certificate that covers the run, or why each does not."""
+        forgotten = len(self.store.forgotten()) - len(self.store.forgotten(self._base))
+        drift = (forgotten + len(part.forget)) / self.store.settings["train"]
+        run = covered_run(references, self.options.method, self.options.config, part.forget.labels, drift)
+        now, reasons = datetime.datetime.now(datetime.timezone.utc), []
+        for each in certificates:
+            reason = each.gap(run, now)
+            if not reason:
+                return each, []
+            reasons.append(f"{each.path}: {reason}")
+        return None, reasons
+
+    @property
+    def _base(self) -> int:
+        """Version of the full retrain that the run descends from; without a run, version 0."""
+        return next(version.base for version in self.store.versions() if version.number == (self.parent or 0))
+
+    def _uncovered(self, part: Task, reasons: Sequence[str]) -> Gate:
+        settings = " ".join(f"--set {key}={value}" for key, value in self.options.config.items())
+        remedy = (
+            f"lethe certify --checkpoint {self.store.place(self._base)} --data '{part.source.spec}' --pool "
+            f"{self.options.pool} --method {self.options.method} {settings}{' ' if settings else ''}--size "
+            f"{len(part.forget)} --out CERTIFICATE"
+        )
+        why = "; ".join(reasons) or "no certificate was given"
+        return undecided(
+            "certificate", "Does a certificate cover the run?", "one that is valid", f"{why}. To get one: {remedy}"
+        )
+
+    def _by_certificate(
+        self, certificate: Certificate, references: PoolReferences, part: Task, model: nn.Module
+    ) -> Verdict:
+        assert self.parent is not None
+        answers, before = references.answers, open_model(self.store.place(self.parent))
+        original, gates = references.original, self.gates
+        retain = answers.readable(evenly_spaced(part.retain, _RETAINED), original)
+        forget = answers(model, part.forget)
+        evidence = Evidence(
+            model=ModelOutputs(
+                {"forget": forget, "test": answers(model, references.test), "retain": answers(model, retain)}, {}
+            ),
+            original=ModelOutputs({"test": references.original_controls(), "retain": answers(original, retain)}, {}),
+            references=[],
+            repeated=forget,
+            changed=changed_share(model, before),
+        )
+        figures = figures_of(model, before, forget, references.forget(part.forget, moved=False))
+        low, high = certificate.sizes
+        found = [
+            Gate(
+                "certificate",
+                "Does a certificate cover the run?",
+                PASS,
+                None,
+                "one that is valid",
+                f"{certificate.path}: {low} to {high} samples, until {certificate.content['expires'][:10]}",
+            )
+        ]
+        for name, (value, allowed) in certificate.like(figures).items():
+            found.append(
+                decide(
+                    f"like: {name}",
+                    "Is the run like those of the certificate?",
+                    Interval(value, value, value),
+                    low=allowed.low,
+                    high=allowed.high,
+                    limit=f"{_WHAT[name]} from {allowed.low:.3f} to {allowed.high:.3f}",
+                    shown=f"{value:.3f}",
+                )
+            )
+        found += accuracy_gates(evidence, gates)
+        return Verdict(found, 0, {"forget": len(part.forget), "test": len(references.test), "retain": len(retain)})
