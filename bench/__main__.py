@@ -9,6 +9,7 @@ import typer
 
 from bench.kernel_speed.kernels import run_kernels
 from bench.quality.ablation import run_ablation
+from bench.quality.certificates import certificates, pool_agreement
 from engine.cli.app import run_app
 from engine.errors import UserError
 
@@ -432,6 +433,10 @@ def unlearn(
     from bench.training_cost.unlearn import run_unlearn
 
     run_unlearn(json, device, quick, only or [], plot)
+
+
+for each in (certificates, pool_agreement):
+    app.command()(each)
 
 
 @app.command()

@@ -92,9 +92,9 @@ def run_calibration(
 
 
 def _calibrate(subject: Subject, seed: int, retrained: Sequence[str], models: int, folder: Path) -> dict[str, Any]:
-    known = _Known(folder / subject.name.replace(", ", "-").replace(" ", "-"))
+    known = Known(folder / subject.name.replace(", ", "-").replace(" ", "-"))
     task = Task.open(subject.data, subject.forget)
-    made = _Made(subject, task, seed, known)
+    made = Made(subject, task, seed, known)
     judged = [load_checkpoint(name) for name in retrained] or [made.retrain(n) for n in range(models)]
     verifier = Verifier(task, made.original(), [])
     outputs = [
@@ -128,7 +128,7 @@ def _calibrate(subject: Subject, seed: int, retrained: Sequence[str], models: in
         for number, one in enumerate(outputs):
             rest = [each for index, each in enumerate(outputs) if index != number]
             for references in _some(rest, count):
-                verdict = judge(_evidence(one, original, references), gates)
+                verdict = judge(as_evidence(one, original, references), gates)
                 statuses[verdict.status] += 1
                 deciding.update(verdict.decided_by)
         if not statuses:
@@ -138,7 +138,7 @@ def _calibrate(subject: Subject, seed: int, retrained: Sequence[str], models: in
         for name, one in others.items():
             # Some impostors are made from the last of the retrained models, which therefore judges none.
             counted: collections.Counter[str] = collections.Counter(
-                judge(_evidence(one, original, references), gates).status for references in _some(outputs[:-1], count)
+                judge(as_evidence(one, original, references), gates).status for references in _some(outputs[:-1], count)
             )
             found["impostors"][name][count] = {status: counted[status] for status in STATUSES}
     return found
@@ -150,7 +150,7 @@ def _some(outputs: Sequence[Outputs], count: int) -> Iterator[tuple[Outputs, ...
     yield from (sets[i] for i in sorted({int(i) for i in np.linspace(0, len(sets) - 1, _SETS)} if sets else ()))
 
 
-def _evidence(one: Outputs, original: ModelOutputs, references: Sequence[Outputs]) -> Evidence:
+def as_evidence(one: Outputs, original: ModelOutputs, references: Sequence[Outputs]) -> Evidence:
     return Evidence(
         model=one.outputs,
         original=original,
@@ -160,7 +160,7 @@ def _evidence(one: Outputs, original: ModelOutputs, references: Sequence[Outputs
     )
 
 
-class _Known:
+class Known:
     """Outputs of models in a folder, computed when they are missing."""
 
     def __init__(self, folder: Path) -> None:
@@ -177,10 +177,10 @@ class _Known:
         return found
 
 
-class _Made:
+class Made:
     """The models of a subject, trained when they are missing."""
 
-    def __init__(self, subject: Subject, task: Task, seed: int, known: _Known) -> None:
+    def __init__(self, subject: Subject, task: Task, seed: int, known: Known) -> None:
         self.subject, self.task, self.seed, self.folder = subject, task, seed, known.folder
 
     def original(self) -> nn.Module:

@@ -289,6 +289,22 @@ def open_certificate(given: Path, pool: Pool, public_key: Path | None = None) ->
     return Certificate(path, content)
 
 
+def check_given(folder: Path | None, certificates: Sequence[Path]) -> None:
+    """Check that a pool is complete and that certificates belong to it, before any work.
+
+    Raises:
+        UserError: It is not, one does not, or there is no pool.
+    """
+    if folder is None:
+        if certificates:
+            raise UserError(f"--certificate {certificates[0]}: give the pool that it was made with: --pool")
+        return
+    pool = Pool.open(folder)
+    pool.check_complete()
+    for each in certificates:
+        open_certificate(each, pool)
+
+
 def _hmac(content: Mapping[str, Any], pool: Pool) -> str:
     return hmac.new(str(pool.facts["key"]).encode(), canonical(content), hashlib.sha256).hexdigest()
 

@@ -177,6 +177,7 @@ def simulate(
     folder: Path,
     progress: Progress | None = None,
     run: Run = run_method,
+    drawn: Sequence[Sequence[str]] | None = None,
 ) -> tuple[list[Simulated], Evidence]:
     """Unlearn all simulated requests, and return them with their joint evidence.
 
@@ -188,12 +189,15 @@ def simulate(
         folder: Folder of the results.
         progress: Called with ("requests", done, all, numbers).
         run: Unlearns one request.
+        drawn: Ids of the requests; None: those of `draw_requests`.
     """
     source, original, answers = references.source, references.original, references.answers
-    drawn = draw_requests(source.train, procedure.kind, procedure.size, procedure.count, procedure.seed, original)
-    tasks = [Task.of_ids(source, ids, spec=f"simulated request {i}") for i, ids in enumerate(drawn, 1)]
+    requests = drawn or draw_requests(
+        source.train, procedure.kind, procedure.size, procedure.count, procedure.seed, original
+    )
+    tasks = [Task.of_ids(source, ids, spec=f"simulated request {i}") for i, ids in enumerate(requests, 1)]
     forget = [references.forget(task.forget) for task in tasks]
-    retained = _retained(references, [i for ids in drawn for i in ids])
+    retained = _retained(references, [i for ids in requests for i in ids])
     test = references.test
     found = []
     for number, task in enumerate(tasks):

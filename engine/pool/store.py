@@ -229,6 +229,14 @@ class Pool:
     def unfinished(self) -> list[int]:
         return [number for number in range(1, self.models + 1) if not is_finished(self.place(number))]
 
+    def check_complete(self) -> None:
+        """Raise UserError if a model is not finished."""
+        if unfinished := self.unfinished():
+            raise UserError(
+                f"pool {self.folder}: {len(unfinished)} of {self.models} models are not finished; repeat lethe pool "
+                "train"
+            )
+
     def task(self, source: Source, number: int) -> Task:
         """Return the data with the samples that a model lacks as its forget set; it is trained on the retain set."""
         lacked = self.lacking(source.train.ids)[:, number - 1]
@@ -298,11 +306,7 @@ class Pool:
         Raises:
             UserError: A model is not finished or not as its record should say, or samples have other images or labels.
         """
-        if unfinished := self.unfinished():
-            raise UserError(
-                f"pool {self.folder}: {len(unfinished)} of {self.models} models are not finished; repeat lethe pool "
-                "train"
-            )
+        self.check_complete()
         self.identity  # noqa: B018  # checks the record of each model
         train = source.train
         digests = digests_of(train.ids, self.facts["key"])
@@ -343,7 +347,7 @@ class Pool:
         file = original / "config.yaml"
         if not file.is_file():
             return
-        made, recipe = read_yaml(file), self.facts["recipe"]
+        made, recipe = read_yaml(file), read_yaml(self.place(1) / "config.yaml")  # with `auto` resolved
         if made.get("method") != "retrain":
             return
         for name in RECIPE:

@@ -23,7 +23,7 @@ from engine.models.checkpoint import save_checkpoint
 from engine.models.checkpoint_source import CheckpointSource
 from engine.models.info import model_info
 from engine.models.slice_stages import copy_stages
-from engine.pool.certificate import open_certificate
+from engine.pool.certificate import check_given
 from engine.pool.store import Pool
 from engine.requests.database import is_store
 from engine.requests.entries import Request
@@ -82,13 +82,10 @@ def init_store(
     refuse_unfit(get_method(method), model)
     if gates is not None:
         Gates.read(gates)
+    check_given(pool, certificates)
     if pool is not None:
         opened = Pool.open(pool)
         opened.check(opened.in_order(source))
-        for each in certificates:
-            open_certificate(each, opened)
-    elif certificates:
-        raise UserError(f"--certificate {certificates[0]}: give the pool that it was made with: --pool")
     for reference in references:
         current().compare(f"--reference {reference}", current().model(reference), model)
     save_checkpoint(model, place_of(folder, 0))

@@ -10,6 +10,7 @@ from typing import Any
 from engine.config import split_options
 from engine.errors import UserError
 from engine.methods import get_method
+from engine.pool.certificate import check_given
 from engine.requests.entries import Run
 from engine.requests.intake import absolute
 from engine.requests.store import Store
@@ -33,8 +34,9 @@ class Options:
     certificates: list[str] = dataclasses.field(default_factory=list)
 
     def check(self) -> None:
-        """Raise UserError if the method does not exist or an option is wrong."""
+        """Raise UserError if the method does not exist, an option is wrong, or pool or certificate are not valid."""
         split_options(self.config, get_method(self.method).Config)
+        check_given(Path(self.pool) if self.pool else None, [Path(each) for each in self.certificates])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

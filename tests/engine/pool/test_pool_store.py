@@ -181,8 +181,7 @@ def test_the_recipe_of_the_original_is_compared(folder: Path, tmp_path: Path) ->
     pool, original = Pool.open(folder), tmp_path / "original"
     pool.check_recipe(original)  # made elsewhere
     original.mkdir()
-    recipe = pool.facts["recipe"]
-    (original / "config.yaml").write_text(f"method: retrain\nepochs: {recipe['epochs']}\nlr: {recipe['lr']}\n")
+    shutil.copy(folder / "model_2" / "config.yaml", original)  # another seed and other samples
     pool.check_recipe(original)
     (original / "config.yaml").write_text("method: retrain\nepochs: 90.0\n")
     with pytest.raises(UserError, match=r"with epochs=1.0, the original with 90.0"):

@@ -1,0 +1,306 @@
+"""Which procedures get a certificate on digits, and whether a pool's verdict is that of full references.
+
+**Certificates.** An original and a pool are trained once. Each seed draws other requests, which every procedure then
+forgets: `retrain` (models that were trained without the samples) should always get the certificate; impostors never:
+
+    no-op           the original, its weights changed by a thousandth of their size
+    head only       a new head on the original's features
+    labels flipped  trained to give its second class on so many forget samples that its accuracy on them is right
+    early-stopped   fine-tuned on the retained samples for half an epoch
+
+The retrained models come from a bank that is trained once: the training set is cut into blocks, and each model lacks
+one. A seed takes eight blocks, and of each as many samples as a request has. So the certificates of `retrain` are not
+independent of each other: their rate has the uncertainty of the bank's models as well.
+
+**Agreement.** Models of `python -m bench calibration` (retrained ones and impostors of its requests) are judged by
+retrained references, as there, and by the pool.
+
+The JSON, below the heading of `bench.harness.report`:
+
+    {"requests", "size", "pool": {"models", "share", "retrains": its cost},
+     "procedures": {NAME: {"granted": seeds, "seeds", "rate": {value, low, high}, "verdicts": {STATUS: seeds},
+        "deciding": {GATE: seeds}, "auc": [membership of each seed], "no_op": [rate], "reasons": [why not]}}}
+    {"models": {NAME: {"references": STATUS, "pool": STATUS, "decided": {"references": [GATE], "pool": [GATE]}}},
+     "counts": {STATUS by references: {STATUS by pool: models}}}
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.table import Table
+from torch import nn
+
+from bench.harness.report import Report
+from bench.quality.calibration import Known, Made, as_evidence
+from bench.quality.impostors import flipped, impostors, nudged
+from bench.quality.retrain_cost import DIGITS
+from bench.quality.verdict_matrix import FORGET_DIGITS, with_new_head
+from engine.attack.ensemble import what_counts
+from engine.cli.console import console
+from engine.data import open_source
+from engine.evaluate.gates import Gates
+from engine.evaluate.intervals import proportion
+from engine.evaluate.verdict import judge
+from engine.jobs.start import architecture
+from engine.jobs.task import Task
+from engine.jobs.train import train_job
+from engine.jobs.verify import Verifier
+from engine.models.checkpoint import load_checkpoint
+from engine.pool.answers import Answers
+from engine.pool.certificate import certify
+from engine.pool.references import PoolReferences, evidence_by_pool
+from engine.pool.simulation import Procedure, Run, simulate
+from engine.pool.store import Pool
+from engine.run.folder import is_finished
+from engine.run.unlearn import unlearn
+
+RECIPE: Mapping[str, Any] = {**DIGITS.options, **DIGITS.recipe}
+REQUESTS, SIZE = 8, 50
+BLOCKS = 24
+_MODELS, _SHARE = 8, 0.25
+_SEED = 5_000  # of the pool and the bank, so that no model has the seed of another benchmark's
+_REFERENCES = 4
+
+Folder = Annotated[Path, typer.Option(help="Where models are kept.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Results.")]
+PoolFolder = Annotated[Path | None, typer.Option(help="Pool on digits. Default: one is trained.", show_default=False)]
+
+
+def certificates(
+    seeds: Annotated[int, typer.Option(help="Draws of the requests.")] = 20,
+    methods: Annotated[
+        list[str] | None, typer.Option("--method", help="Methods of `lethe methods`, findings and no checks.")
+    ] = None,
+    folder: Folder = Path("runs/certificates"),
+    pool: PoolFolder = None,
+    json: Json = None,
+) -> None:
+    """Count how often a retrain, impostors and methods get a certificate, on digits."""
+    run_certificates(seeds, methods or [], folder, pool, json)
+
+
+def run_certificates(
+    seeds: int, methods: Sequence[str], folder: Path, pool: Path | None, json_file: Path | None
+) -> dict[str, Any]:
+    """Print and return the table; arguments as of the command."""
+    report = Report()
+    original, opened = models_of(folder, pool)
+    source = open_source("digits")
+    references = PoolReferences(opened, source, original, Answers({"precision": "fp32"}))
+    bank = _Bank(folder, original)
+    procedures: dict[str, Run] = {"retrain": bank.run, **_IMPOSTORS, **dict.fromkeys(methods, _by_method)}
+    rows: dict[str, Any] = {name: [] for name in procedures}
+    found: dict[str, Any] = {}
+    for seed in range(seeds):
+        drawn = bank.requests(seed)
+        for name, run in procedures.items():
+            procedure = Procedure(
+                method=name if name in methods else "finetune",
+                config=DIGITS.options,
+                kind="random",
+                size=SIZE,
+                count=REQUESTS,
+                seed=seed,
+            )
+            place = folder / "certificates" / name.replace(" ", "-") / str(seed)
+            simulated, evidence = simulate(references, procedure, place, run=run, drawn=drawn)
+            content, verdict = certify(references, procedure, simulated, evidence)
+            auc = next(gate.value.value for gate in verdict.gates if gate.name == "membership" and gate.value)
+            rows[name].append((content, verdict, auc))
+            console.print(f"seed {seed}, {name}: {content['reason'] or 'granted'}", soft_wrap=True)
+        found = {
+            "requests": REQUESTS,
+            "size": SIZE,
+            "pool": {"models": opened.models, "share": opened.facts["share"]},
+            "procedures": {name: _summary(each) for name, each in rows.items()},
+        }
+        report.write(found, json_file)
+    _print(found)
+    return report.write(found, json_file)
+
+
+def _summary(rows: Sequence[tuple[Mapping[str, Any], Any, float]]) -> dict[str, Any]:
+    granted = sum(content["granted"] for content, _, _ in rows)
+    return {
+        "granted": granted,
+        "seeds": len(rows),
+        "rate": proportion(granted, len(rows)).to_dict(),
+        "verdicts": dict(collections.Counter(verdict.status for _, verdict, _ in rows)),
+        "deciding": dict(collections.Counter(gate for _, verdict, _ in rows for gate in verdict.decided_by)),
+        "auc": [auc for _, _, auc in rows],
+        "no_op": [None if content["no_op"] is None else content["no_op"]["value"] for content, _, _ in rows],
+        "reasons": [content["reason"] for content, _, _ in rows],
+    }
+
+
+def _print(found: Mapping[str, Any]) -> None:
+    table = Table("procedure", "granted", "95% interval", "deciding", "membership AUC", header_style="bold")
+    for name, row in found["procedures"].items():
+        rate = row["rate"]
+        table.add_row(
+            name,
+            f"{row['granted']} of {row['seeds']}",
+            f"{100 * rate['low']:.0f} to {100 * rate['high']:.0f}%",
+            ", ".join(f"{gate} {count}" for gate, count in row["deciding"].items()) or "-",
+            f"{np.mean(row['auc']):.3f}",
+        )
+    console.print(table)
+
+
+def models_of(folder: Path, pool: Path | None) -> tuple[nn.Module, Pool]:
+    """Return the original and the pool, trained where they are missing."""
+    source = open_source("digits")
+    from engine.cli.demo import MODEL_ARGS
+
+    fresh = functools.partial(architecture, "vit_tiny_patch16_224", MODEL_ARGS, source)
+    place = folder / "original"
+    if not is_finished(place):
+        train_job(source, fresh(), place, config={**RECIPE, "seed": _SEED}, resume=_begun(place), progress=False)
+    facts = {
+        "start": {"arch": str(place.resolve()), "init": None, "model_args": {}},
+        "recipe": {**what_counts(RECIPE, "retrain"), "seed": _SEED},
+    }
+    opened = (
+        Pool.open(pool)
+        if pool
+        else Pool.create(folder / "pool", source, models=_MODELS, share=_SHARE, training=facts, key="bench")
+    )
+    for number in opened.unfinished():
+        console.print(f"model {number} of the pool")
+        config = {**RECIPE, "seed": opened.seed(number)}
+        task, place = opened.task(source, number), opened.place(number)
+        train_job(source, fresh(), place, task=task, config=config, resume=_begun(place), progress=False)
+    return load_checkpoint(folder / "original"), opened
+
+
+def _begun(folder: Path) -> bool:
+    return (folder / "config.yaml").is_file()
+
+
+class _Bank:
+    """Retrained models, each without one block of the training set."""
+
+    def __init__(self, folder: Path, original: nn.Module) -> None:
+        self.folder, self.original = folder, original
+        self.source = open_source("digits")
+        order = np.random.default_rng(_SEED).permutation(len(self.source.train))
+        self.blocks = np.array_split(order, BLOCKS)
+        self.block_of = {self.source.train.ids[int(i)]: n for n, block in enumerate(self.blocks) for i in block}
+
+    def requests(self, seed: int) -> list[list[str]]:
+        """Return the ids of the requests of a seed: a part of one block each."""
+        rng = np.random.default_rng([_SEED, seed])
+        chosen = rng.permutation(BLOCKS)[:REQUESTS]
+        return [[self.source.train.ids[int(i)] for i in rng.permutation(self.blocks[n])[:SIZE]] for n in chosen]
+
+    def run(self, original: nn.Module, task: Task, method: str, config: Mapping[str, Any]) -> tuple[nn.Module, int]:
+        """Return the model of the bank that lacks the samples."""
+        number = self.block_of[task.forget.ids[0]]
+        place = self.folder / "bank" / str(number)
+        if not is_finished(place):
+            console.print(f"retrained model {number} of {BLOCKS}")
+            ids = [self.source.train.ids[int(i)] for i in self.blocks[number]]
+            without = Task.of_ids(self.source, ids, spec=f"block {number}")
+            options = {**RECIPE, "seed": _SEED + 100 + number}
+            train_job(
+                self.source, self.original, place, task=without, config=options, resume=_begun(place), progress=False
+            )
+        return load_checkpoint(place), 0
+
+
+def _no_op(original: nn.Module, task: Task, method: str, config: Mapping[str, Any]) -> tuple[nn.Module, int]:
+    return nudged(original), 0
+
+
+def _head_only(original: nn.Module, task: Task, method: str, config: Mapping[str, Any]) -> tuple[nn.Module, int]:
+    return nudged(with_new_head(original, task)), 0
+
+
+def _flipped(original: nn.Module, task: Task, method: str, config: Mapping[str, Any]) -> tuple[nn.Module, int]:
+    return flipped(task, original, float(RECIPE["lr"]) / 5), 0
+
+
+def _early(original: nn.Module, task: Task, method: str, config: Mapping[str, Any]) -> tuple[nn.Module, int]:
+    options = {**config, "retain_epochs": 0.5}
+    return unlearn(original, task.forget, task.retain, method="finetune", config=options, progress=False).model, 0
+
+
+def _by_method(original: nn.Module, task: Task, method: str, config: Mapping[str, Any]) -> tuple[nn.Module, int]:
+    from engine.pool.simulation import run_method
+
+    return run_method(original, task, method, config)
+
+
+_IMPOSTORS: dict[str, Run] = {
+    "no-op": _no_op,
+    "head only": _head_only,
+    "labels flipped": _flipped,
+    "early-stopped": _early,
+}
+
+
+# --- agreement with full references -----------------------------------------------------------------------------------
+
+
+def pool_agreement(
+    lists: Annotated[int, typer.Option(help="Requests of the calibration.")] = 2,
+    models: Annotated[int, typer.Option(help="Retrained models of each.")] = 8,
+    calibration: Annotated[Path, typer.Option(help="Folder of `python -m bench calibration`.")] = Path(
+        "runs/calibration"
+    ),
+    folder: Folder = Path("runs/certificates"),
+    pool: PoolFolder = None,
+    json: Json = None,
+) -> None:
+    """Compare the verdict by a pool with that by retrained references, on the same models."""
+    run_pool_agreement(lists, models, calibration, folder, pool, json)
+
+
+def run_pool_agreement(
+    lists: int, models: int, calibration: Path, folder: Path, pool: Path | None, json_file: Path | None
+) -> dict[str, Any]:
+    """Print and return the table; arguments as of the command."""
+    import dataclasses
+
+    report, gates = Report(), Gates.read()
+    opened = models_of(folder, pool)[1]
+    rows: dict[str, Any] = {}
+    for seed in range(lists):
+        forget = FORGET_DIGITS.replace("@0", f"@{seed}")
+        subject = dataclasses.replace(DIGITS, name=f"digits, list {seed}", forget=forget)
+        known = Known(calibration / subject.name.replace(", ", "-").replace(" ", "-"))
+        task = Task.open(subject.data, subject.forget)
+        made = Made(subject, task, seed, known)
+        original = made.original()
+        verifier = Verifier(task, original, [])
+        references = PoolReferences(opened, task.source, original, Answers({"precision": "fp32"}))
+        make: dict[str, Callable[[], nn.Module]] = {
+            f"retrained {n}": functools.partial(made.retrain, n) for n in range(models)
+        }
+        make |= {"untouched": made.original}
+        make |= impostors(task, original, made.retrain(models - 1), DIGITS.options, epochs=20.0, lr=float(RECIPE["lr"]))
+        full = {name: known.outputs(name, verifier, each) for name, each in make.items()}
+        for name, each in make.items():
+            others = [full[f"retrained {n}"] for n in range(models - 1) if f"retrained {n}" != name][:_REFERENCES]
+            by_references = judge(as_evidence(full[name], full["untouched"].outputs, others), gates)
+            by_pool = judge(evidence_by_pool(references, task, each()), gates)
+            rows[f"list {seed}, {name}"] = {
+                "references": by_references.status,
+                "pool": by_pool.status,
+                "decided": {"references": by_references.decided_by, "pool": by_pool.decided_by},
+            }
+            console.print(f"list {seed}, {name}: {by_references.status} by references, {by_pool.status} by the pool")
+        report.write({"models": rows}, json_file)
+    counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    for row in rows.values():
+        counts[row["references"]][row["pool"]] += 1
+    found = {"models": rows, "counts": {key: dict(value) for key, value in counts.items()}}
+    console.print(found["counts"])
+    return report.write(found, json_file)

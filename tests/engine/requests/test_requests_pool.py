@@ -1,0 +1,232 @@
+"""Runs of deletion requests whose proof is a pool, or a certificate."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from command_line import Lethe
+from digit_pool import make_pool
+from digit_requests import QUICK, Judge, ids_of, record, states
+from toys import tiny_vit
+
+from engine.data import Source
+from engine.errors import UserError
+from engine.jobs.opening import open_model
+from engine.models.checkpoint import save_checkpoint
+from engine.pool.answers import Answers
+from engine.pool.certificate import bound, write_certificate
+from engine.pool.references import PoolReferences
+from engine.pool.store import Pool
+from engine.requests import intake
+from engine.requests.intake import add_request, init_store
+from engine.requests.run_options import Overrides
+from engine.requests.runner import Finished, run_requests
+from engine.requests.store import Store
+from engine.requests.verdicts import judge_again
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory, digits: Source) -> Pool:
+    return make_pool(tmp_path_factory.mktemp("pool") / "pool", digits)
+
+
+@pytest.fixture
+def certificate(pool: Pool, store: Path, digits: Source, tmp_path: Path) -> Path:
+    """A certificate for the store's procedure, as if such runs had been measured."""
+    references = PoolReferences(pool, digits, open_model(store / "versions" / "0000"), Answers(QUICK))
+    content = {
+        "format": 1,
+        "granted": True,
+        "reason": "",
+        "created": "2026-01-01T00:00:00+00:00",
+        "expires": "2999-01-01T00:00:00+00:00",
+        **bound(references, "finetune", QUICK),
+        "kind": "random",
+        "sizes": [3, 12],
+        "max_drift": 0.1,
+        "figures": {"weights": [-3.8, -3.85, -3.9, -3.85, -3.8], "score": [-2.0, 0.0, 2.0, 1.0, -1.0]},
+    }
+    return write_certificate(tmp_path, content, pool)
+
+
+def _run(store: Path, **given: Any) -> Finished:
+    finished = run_requests(store, given=Overrides(**given), record=record)
+    assert finished is not None
+    return finished
+
+
+def _gates(finished: Finished) -> dict[str, str]:
+    assert finished.verdict is not None
+    return {gate["name"]: gate["status"] for gate in finished.verdict["gates"]}
+
+
+def test_a_small_request_is_done_by_a_certificate(store: Path, pool: Pool, certificate: Path, digits: Source) -> None:
+    add_request(store, ids=ids_of(digits, 0))
+    finished = _run(store, pool=pool.folder, certificates=[certificate])
+    assert finished.verdict is not None
+    assert (finished.status, finished.state, finished.verdict["kind"]) == ("PASS", "done", "certificate")
+    assert states(store) == {1: "done"}
+    assert _gates(finished) == dict.fromkeys(
+        ("certificate", "like: weights", "like: score", "test accuracy", "retain accuracy"), "PASS"
+    )
+    assert finished.verdict["proof"]["source"] == str(certificate)
+    kept = json.loads((store / "versions" / "0001" / "verdict.json").read_text())
+    assert "simulated requests" in kept["worth"]
+
+
+def test_the_next_request_is_done_as_well(store: Path, pool: Pool, certificate: Path, digits: Source) -> None:
+    for start in (0, 6):
+        add_request(store, ids=ids_of(digits, start))
+        assert _run(store, pool=pool.folder, certificates=[certificate]).state == "done"
+    assert states(store) == {1: "done", 2: "done"}
+
+
+def test_the_cost_is_that_of_the_images_that_models_saw(
+    store: Path, pool: Pool, certificate: Path, digits: Source
+) -> None:
+    add_request(store, ids=ids_of(digits, 0))
+    _run(store, pool=pool.folder, certificates=[certificate])
+    add_request(store, ids=ids_of(digits, 6))
+    finished = _run(store, pool=pool.folder, certificates=[certificate])
+    assert finished.verdict is not None
+    # The model on 6 forget, 80 test and 228 retain samples, the original on these 228, two models of the pool on the 6.
+    assert finished.verdict["proof"]["images"] == 6 + 80 + 2 * 228 + 2 * 6
+    assert finished.verdict["proof"]["retrain"] == 3 * 240
+
+
+def test_without_a_certificate_it_is_unproven_and_the_command_is_named(store: Path, pool: Pool, digits: Source) -> None:
+    add_request(store, ids=ids_of(digits, 0))
+    finished = _run(store, pool=pool.folder)
+    assert finished.verdict is not None
+    assert (finished.state, finished.verdict["kind"]) == ("unproven", "pool")
+    assert "no certificate was given" in finished.reason
+    assert f"lethe certify --checkpoint {store}/versions/0000 --data 'digits' --pool {pool.folder}" in finished.reason
+    assert "--method finetune --set max_steps=2" in finished.reason
+    assert "--size 6" in finished.reason
+
+
+def test_a_request_of_another_size_is_not_covered(store: Path, pool: Pool, certificate: Path, digits: Source) -> None:
+    add_request(store, ids=ids_of(digits, 0, 2))
+    finished = _run(store, pool=pool.folder, certificates=[certificate])
+    assert finished.state == "unproven"
+    assert "for requests of 3 to 12 samples, this one has 2" in finished.reason
+
+
+def test_other_options_are_not_covered(store: Path, pool: Pool, certificate: Path, digits: Source) -> None:
+    add_request(store, ids=ids_of(digits, 0))
+    finished = _run(store, pool=pool.folder, certificates=[certificate], config={"lr": 2e-5})
+    assert finished.state == "unproven"
+    assert "another set of options (lr=1e-05, this run has 2e-05)" in finished.reason
+
+
+def test_a_run_unlike_the_certified_ones_is_refused(
+    store: Path, pool: Pool, certificate: Path, digits: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted: the method returns the parent with a change that is too small to matter."""
+    from engine.methods.finetune import Finetune
+
+    original = Finetune.learning_rate
+    monkeypatch.setattr(Finetune, "learning_rate", lambda self, *args: original(self, *args) * 1e-3)
+    add_request(store, ids=ids_of(digits, 0))
+    finished = _run(store, pool=pool.folder, certificates=[certificate])
+    assert (finished.status, finished.state) == ("FAIL", "open")
+    assert "like: weights" in finished.reason
+    assert states(store) == {1: "open"}
+    with Store.open(store) as opened:
+        assert opened.current().number == 0
+
+
+def test_a_run_that_changes_nothing_is_refused(
+    store: Path, pool: Pool, certificate: Path, digits: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from engine.methods.finetune import Finetune
+
+    monkeypatch.setattr(Finetune, "learning_rate", lambda self, *args: 0.0)
+    add_request(store, ids=ids_of(digits, 0))
+    finished = _run(store, pool=pool.folder, certificates=[certificate])
+    assert finished.state == "open"
+    assert "UNCHANGED" in finished.reason
+
+
+def test_an_edited_certificate_is_refused_before_any_work(
+    store: Path, pool: Pool, certificate: Path, digits: Source
+) -> None:
+    document = json.loads(certificate.read_text())
+    document["content"]["sizes"] = [1, 99]
+    certificate.write_text(json.dumps(document))
+    add_request(store, ids=ids_of(digits, 0))
+    with pytest.raises(UserError, match="was changed since it was written"):
+        _run(store, pool=pool.folder, certificates=[certificate])
+    assert not (store / "versions" / "0001").exists()
+    with Store.open(store) as opened:
+        assert opened.unfinished() is None
+
+
+def test_a_certificate_without_a_pool_is_refused(store: Path, certificate: Path, digits: Source) -> None:
+    add_request(store, ids=ids_of(digits, 0))
+    with pytest.raises(UserError, match="give the pool that it was made with"):
+        _run(store, certificates=[certificate])
+
+
+def test_references_of_ones_own_come_before_the_pool(store: Path, pool: Pool, digits: Source, tmp_path: Path) -> None:
+    judge = Judge()
+    add_request(store, ids=ids_of(digits, 0))
+    reference = save_checkpoint(tiny_vit(9), tmp_path / "reference")
+    given = Overrides(pool=pool.folder, references=[str(reference)])
+    finished = run_requests(store, given=given, verify=judge, record=record)
+    assert finished is not None
+    assert judge.asked
+
+
+def test_the_store_keeps_pool_and_certificates(
+    checkpoint: Path, pool: Pool, certificate: Path, digits: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(intake, "open_source", {"digits": digits}.__getitem__)
+    init_store(
+        tmp_path / "kept",
+        str(checkpoint),
+        "digits",
+        method="finetune",
+        config=QUICK,
+        pool=pool.folder,
+        certificates=[certificate],
+    )
+    add_request(tmp_path / "kept", ids=ids_of(digits, 0))
+    assert _run(tmp_path / "kept").state == "done"
+    with pytest.raises(UserError, match="give the pool that it was made with"):
+        init_store(tmp_path / "other", str(checkpoint), "digits", certificates=[certificate])
+
+
+def test_a_later_verdict_by_the_pool_is_on_all_samples(store: Path, pool: Pool, digits: Source) -> None:
+    add_request(store, ids=ids_of(digits, 0))
+    _run(store, pool=pool.folder)
+    judged = judge_again(store, pool=pool.folder, record=record)
+    assert judged is not None
+    assert judged.verdict["kind"] == "pool"
+    assert judged.verdict["samples"]["forget"] == 6
+    assert judged.requests == {1: "unproven"}
+
+
+def test_a_large_request_is_judged_by_the_pool_itself(store: Path, pool: Pool, digits: Source) -> None:
+    add_request(store, ids=ids_of(digits, 0, 110))
+    finished = _run(store, pool=pool.folder)
+    assert finished.verdict is not None
+    assert finished.verdict["kind"] == "pool"
+    # 80 test samples are too few for these gates; all of the evidence is there.
+    assert finished.verdict["samples"] == {"forget": 110, "test": 80, "retain": 130}
+    assert np.isfinite(finished.verdict["proof"]["seconds"])
+
+
+def test_the_command_shows_the_kind_of_proof(
+    lethe: Lethe, store: Path, pool: Pool, certificate: Path, digits: Source
+) -> None:
+    add_request(store, ids=ids_of(digits, 0))
+    code, out, _ = lethe("request", "run", "--store", store, "--pool", pool.folder, "--certificate", certificate)
+    assert code == 0
+    assert "proof: certificate" in out
+    assert "of a retrain" in out
+    assert "simulated requests of this size and kind" in out.replace("\n", " ")
