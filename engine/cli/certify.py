@@ -24,6 +24,7 @@ from engine.cli.options import (
 )
 from engine.cli.verify import EXIT
 from engine.errors import UserError
+from engine.evaluate.proof_sizes import SIMULATED_REQUESTS, SIMULATED_SAMPLES, simulated_requests
 
 if TYPE_CHECKING:
     from engine.jobs.opening import Opening
@@ -32,8 +33,6 @@ PoolFolder = Annotated[
     Path | None,
     typer.Option("--pool", help="Folder of a pool of reference models (`lethe pool train`).", show_default=False),
 ]
-# Forget samples of all simulated requests together, at least, and requests.
-SAMPLES, REQUESTS = 200, 8
 
 
 @takes_groups
@@ -52,7 +51,10 @@ def certify(
     ] = "random",
     requests: Annotated[
         int | None,
-        typer.Option(help="Simulated requests.", show_default=f"for {SAMPLES} samples, and at least {REQUESTS}"),
+        typer.Option(
+            help="Simulated requests.",
+            show_default=f"for {SIMULATED_SAMPLES} samples, and at least {SIMULATED_REQUESTS}",
+        ),
     ] = None,
     days: Annotated[float, typer.Option(help="Days until the certificate expires.")] = 180.0,
     seed: Annotated[int, typer.Option(help="Seed of the draw and of the runs.")] = 0,
@@ -103,7 +105,7 @@ def certify(
         config=options,
         kind=kind,
         size=size,
-        count=requests if requests is not None else max(REQUESTS, -(-SAMPLES // max(1, size))),
+        count=requests if requests is not None else simulated_requests(size),
         seed=seed,
     )
     opened = Pool.open(pool)

@@ -59,6 +59,14 @@ def plan(
         typer.Option(help="GiB of a GPU (of a rank, on the CPU), to check whether it fits.", show_default=False),
     ] = None,
     price: Annotated[float | None, typer.Option(help="Price of one GPU hour.", show_default=False)] = None,
+    pool_models: Annotated[
+        int | None,
+        typer.Option(
+            help="Models of a pool (`lethe pool train`): its cost, a certificate's and a request's proof, in addition.",
+            show_default=False,
+        ),
+    ] = None,
+    pool_share: Annotated[float, typer.Option(help="Share of the samples that each model of the pool lacks.")] = 0.25,
     json_file: Json = None,
 ) -> None:
     """Estimate what unlearning needs before it runs: memory, flops, bytes and time, compared with a retrain."""
@@ -96,6 +104,8 @@ def plan(
         measure=measure,
         capacity=None if gpu_memory is None else round(gpu_memory * 2**30),
         price=price,
+        pool_models=pool_models,
+        pool_share=pool_share,
     )
     print_plan(made)
     write_json_file(json_file, made.to_dict())

@@ -32,6 +32,9 @@ def print_plan(plan: Plan) -> None:
         console.print(
             f"compared with the retrain ({_recipe(setup['retrain'])}): {shares}", soft_wrap=True, highlight=False
         )
+    for name, found in plan.shares.items():
+        if name != "unlearn":
+            console.print(f"{name}: {100 * found['flops']:.2g}% of a retrain", soft_wrap=True, highlight=False)
     sent = plan.communication
     console.print(
         f"each {rank} sends {_size(sent['bytes_per_step'])} a step; {sent['formula']}", soft_wrap=True, highlight=False

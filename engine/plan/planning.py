@@ -15,6 +15,7 @@ from engine.models.spec import ModelSpec
 from engine.plan.cost import Cost, count_cost, count_parameters, on_meta
 from engine.plan.host import measure_host
 from engine.plan.memory import Memory, Run, Zero, count_memory
+from engine.plan.proof import proof_work
 from engine.plan.timing import Measured, measure_rates
 from engine.plan.work import Sizes, Work, communication, phases_of, recipe, retraining_work, seconds_of, unlearning_work
 
@@ -49,6 +50,7 @@ class Plan:
         communication: Bytes that a rank sends in a step, and the formula.
         work: Unlearn and retrain, item by item, with images, steps, flops, and seconds and money if a rate is given.
         share: Unlearning relative to retraining.
+        shares: The same of each item of `work`.
         rate: The rates, and their source.
         capacity: Bytes of a GPU (of a rank, on the CPU), or None.
         fits: Whether the peak is within the capacity; None without a capacity.
@@ -63,6 +65,7 @@ class Plan:
     communication: dict[str, Any]
     work: dict[str, Any]
     share: dict[str, float]
+    shares: dict[str, dict[str, float]]
     rate: dict[str, Any]
     capacity: int | None
     fits: bool | None
@@ -101,6 +104,8 @@ def plan(
     measure: bool = False,
     capacity: int | None = None,
     price: float | None = None,
+    pool_models: int | None = None,
+    pool_share: float = 0.25,
 ) -> Plan:
     """Estimate memory, flops, bytes and time of unlearning, compared with a retrain.
 
@@ -122,6 +127,8 @@ def plan(
         measure: Time real steps on this machine instead.
         capacity: Bytes of a GPU (of a rank, on the CPU).
         price: Price of an hour of a GPU, in any currency.
+        pool_models, pool_share: Models of a pool and the share of the samples that each lacks: its cost, that of a
+            certificate, and that of a request's proof are added.
 
     Raises:
         UserError: The architecture is unknown, or numbers contradict each other.
@@ -169,6 +176,10 @@ def plan(
         "unlearn": unlearning_work(cost, sizes, method, method_config, run),
         "retrain": retraining_work(cost, sizes, chosen["epochs"]),
     }
+    if pool_models is not None:
+        require(pool_models >= 1, "pool_models", pool_models, "at least 1")
+        require(0 < pool_share < 1, "pool_share", pool_share, "between 0 and 1, both left out")
+        work |= proof_work(cost, sizes, work["unlearn"], work["retrain"], pool_models, pool_share)
     measured = measure_rates(spec, method, options or {}, run.batch_size, device) if measure else None
     rate = _rate(throughput, measured)
     tables = {name: _table(items, cost, gpus, rate["rates"], price) for name, items in work.items()}
@@ -199,11 +210,8 @@ def plan(
             cost, gpus, zero, 2 if job.bf16 and not job.by_autocast else 4, run.accumulation_steps
         ),
         work=tables,
-        share={
-            key: tables["unlearn"]["total"][key] / tables["retrain"]["total"][key]
-            for key in ("flops", "seconds")
-            if tables["retrain"]["total"].get(key)
-        },
+        share=_share(tables, "unlearn"),
+        shares={name: _share(tables, name) for name in tables if name != "retrain"},
         rate={key: value for key, value in rate.items() if key != "rates"} | {"images_per_second": rate["rates"]},
         capacity=capacity,
         fits=fits,
@@ -318,6 +326,12 @@ def _estimates(zero: Zero, precision: str, host_results: Mapping[str, Any]) -> d
         + ", 18 bytes a parameter shared out, the whole model built on every rank of a node, host memory x 1.5; no "
         "activations, buckets or teacher",
     }
+
+
+def _share(tables: Mapping[str, Any], name: str) -> dict[str, float]:
+    """Return an item relative to the retrain, by flops and, if there is a rate, by seconds."""
+    mine, whole = tables[name]["total"], tables["retrain"]["total"]
+    return {key: mine[key] / whole[key] for key in ("flops", "seconds") if whole.get(key)}
 
 
 def _rate(throughput: float | None, measured: Measured | None) -> dict[str, Any]:

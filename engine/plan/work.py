@@ -113,9 +113,9 @@ def unlearning_work(cost: Cost, sizes: Sizes, method: str, config: Any, run: Run
             epochs = math.ceil(phase.epochs) - (number == max(stage))  # none after the last of all
             alone = phase.samples == "retain" and phase.paired is None
             evaluations += epochs * (sizes.forget + (sizes.validation if alone else 0))
-    items.append(_forward("looks of stop_when", cost, evaluations))
-    items.append(_forward("watched accuracy", cost, watches * min(WATCHED, sizes.test or used)))
-    items.append(_forward("evaluation of the original and the result", cost, 2 * sizes.evaluated))
+    items.append(forward_work("looks of stop_when", cost, evaluations))
+    items.append(forward_work("watched accuracy", cost, watches * min(WATCHED, sizes.test or used)))
+    items.append(forward_work("evaluation of the original and the result", cost, 2 * sizes.evaluated))
     return [item for item in _merged(items) if item.images or item.steps or item.name.endswith("phase")]
 
 
@@ -123,7 +123,9 @@ def _choosing(cost: Cost, sizes: Sizes, run: RunConfig) -> list[Work]:
     """Return the passes of `retain_choice`."""
     if run.retain_share == 1 or run.retain_choice == "random":
         return []
-    return [_forward("choice of retained samples", cost, sizes.retain + sizes.forget * (run.retain_choice == "near"))]
+    return [
+        forward_work("choice of retained samples", cost, sizes.retain + sizes.forget * (run.retain_choice == "near"))
+    ]
 
 
 def _taken(phase: Phase, sizes: Sizes, retain: int, run: RunConfig, pruned: PrunedPhase | None) -> StepCounts:
@@ -170,7 +172,7 @@ def retraining_work(cost: Cost, sizes: Sizes, epochs: float) -> list[Work]:
     steps = math.ceil(epochs * math.ceil(sizes.retain / sizes.batch))
     return [
         _training("training", cost, epochs * sizes.retain, steps, "retain", cost.backward_flops),
-        _forward("evaluation of the result", cost, sizes.evaluated),
+        forward_work("evaluation of the result", cost, sizes.evaluated),
     ]
 
 
@@ -195,7 +197,7 @@ def _training(name: str, cost: Cost, images: float, steps: int, kind: str, backw
     return Work(name=name, images=images, steps=steps, flops=flops, kind=kind)
 
 
-def _forward(name: str, cost: Cost, images: float) -> Work:
+def forward_work(name: str, cost: Cost, images: float) -> Work:
     return Work(name=name, images=images, steps=0, flops=images * cost.forward_flops, kind="forward")
 
 

@@ -26,6 +26,7 @@ from engine.data.samples import evenly_spaced
 from engine.errors import UserError
 from engine.evaluate.gates import Gates, Proof, Verdict
 from engine.evaluate.membership import auc
+from engine.evaluate.proof_sizes import CONTROLS
 from engine.evaluate.representation import compare_weights
 from engine.evaluate.verdict import Evidence, ModelOutputs, calibrated_margins, chance_error, judge
 from engine.jobs.opening import open_model
@@ -38,8 +39,6 @@ from engine.pool.membership import FEWEST_WITHOUT, digests_of, order_of
 from engine.pool.store import Pool
 from engine.runtime.files import read_npz, write_npz
 
-# Samples that a model is evaluated on, at most: accuracies to half a point.
-MOST_CONTROLS = 2_000
 # Of each kind, for the check of what a model of the pool knows.
 _CHECKED = 500
 # Standard errors by which a model may know its samples better than the other models of the pool know theirs.
@@ -74,7 +73,7 @@ class PoolReferences:
                 f"--models {pool.models + 2}, or train a new pool"
             )
         self.count = max(FEWEST_WITHOUT, int(pool.facts["lacking"]))
-        self.test = answers.readable(evenly_spaced(source.test, MOST_CONTROLS), original)
+        self.test = answers.readable(evenly_spaced(source.test, CONTROLS), original)
         self._check_models()
 
     def model(self, number: int) -> nn.Module:
@@ -214,7 +213,7 @@ def evidence_by_pool(
 ) -> Evidence:
     """Return the evidence on a model whose references are those of a pool."""
     answers, original = references.answers, references.original
-    retain = answers.readable(evenly_spaced(task.retain, MOST_CONTROLS), original)
+    retain = answers.readable(evenly_spaced(task.retain, CONTROLS), original)
     sets = {"forget": task.forget, "test": references.test, "retain": retain}
     forget, test = references.forget(task.forget), references.controls()
     return Evidence(

@@ -22,13 +22,14 @@ from engine.core.result import Progress
 from engine.data import Samples
 from engine.data.samples import evenly_spaced
 from engine.errors import UserError
+from engine.evaluate.proof_sizes import CONTROLS
 from engine.evaluate.representation import compare_weights
 from engine.evaluate.verdict import Evidence, ModelOutputs, calibrated_margins
 from engine.forget_sets.choose import choose_forget_set
 from engine.jobs.task import Task
 from engine.models.predict import Predictions
 from engine.pool.answers import Answers, joined
-from engine.pool.references import MOST_CONTROLS, PoolReferences, as_outputs, changed_share, outputs_of
+from engine.pool.references import PoolReferences, as_outputs, changed_share, outputs_of
 from engine.run.unlearn import unlearn
 from engine.runtime import lock
 from engine.runtime.files import read_npz, write_json, write_npz
@@ -222,7 +223,7 @@ def _retained(references: PoolReferences, forgotten: Sequence[str]) -> Samples:
     """Return the retain samples that accuracy is measured on: in no simulated request."""
     train = references.source.train
     left = np.setdiff1d(np.arange(len(train)), train.ids.positions(forgotten))
-    return references.answers.readable(evenly_spaced(train.subset(left), MOST_CONTROLS), references.original)
+    return references.answers.readable(evenly_spaced(train.subset(left), CONTROLS), references.original)
 
 
 def _run_one(

@@ -17,6 +17,7 @@ from torch import nn
 from engine.data.samples import evenly_spaced
 from engine.evaluate.gates import FAIL, PASS, Gate, Gates, Verdict, decide, undecided
 from engine.evaluate.intervals import Interval
+from engine.evaluate.proof_sizes import RETAINED
 from engine.evaluate.verdict import Evidence, ModelOutputs, accuracy_gates, judge
 from engine.jobs.opening import open_model
 from engine.jobs.task import Task
@@ -28,8 +29,6 @@ from engine.pool.store import Pool
 from engine.requests.run_options import Options
 from engine.requests.store import Store
 
-# Retain samples that the accuracy of a small request's model is measured on, at most.
-_RETAINED = 500
 _WHAT = {"weights": "log10 of the relative change of the weights", "score": "mean log-odds less those of the pool"}
 
 
@@ -124,7 +123,7 @@ class PoolProof:
         assert self.parent is not None
         answers, before = references.answers, open_model(self.store.place(self.parent))
         original, gates = references.original, self.gates
-        retain = answers.readable(evenly_spaced(part.retain, _RETAINED), original)
+        retain = answers.readable(evenly_spaced(part.retain, RETAINED), original)
         forget = answers(model, part.forget)
         evidence = Evidence(
             model=ModelOutputs(

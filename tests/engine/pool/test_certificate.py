@@ -188,7 +188,10 @@ def _outputs(seed: int, memorised: float = 0.0) -> ModelOutputs:
     def noisy(p: Predictions) -> Predictions:
         return Predictions((p.logits + rng.normal(0, 0.2, p.logits.shape)).astype(np.float32), p.labels)
 
-    sets = {name: noisy(drawn(count, 6.0 if name == "retain" else 1.0, number)) for number, (name, count) in enumerate(_COUNTS.items())}
+    sets = {
+        name: noisy(drawn(count, 6.0 if name == "retain" else 1.0, number))
+        for number, (name, count) in enumerate(_COUNTS.items())
+    }
     sets["forget"] = _moved(sets["forget"], memorised)
     return ModelOutputs(sets, {}, {name: sets[name] for name in ("forget", "test")})
 
