@@ -9,7 +9,10 @@ import typer
 
 from bench.kernel_speed.kernels import run_kernels
 from bench.quality.ablation import run_ablation
-from bench.quality.certificates import certificates, pool_agreement
+from bench.quality.certificates import certificates
+from bench.quality.pool_agreement import pool_agreement
+from bench.quality.pool_queue import pool_queue
+from bench.quality.ulira import ulira
 from engine.cli.app import run_app
 from engine.errors import UserError
 
@@ -435,7 +438,7 @@ def unlearn(
     run_unlearn(json, device, quick, only or [], plot)
 
 
-for each in (certificates, pool_agreement):
+for each in (certificates, pool_agreement, pool_queue, ulira):
     app.command()(each)
 
 
@@ -450,24 +453,6 @@ def tables(
 
     if not run_tables(check):
         raise typer.Exit(1)
-
-
-@app.command()
-def ulira(
-    models: Annotated[int, typer.Option(help="K: models with each target, and as many without it.")] = 16,
-    method: Annotated[
-        list[str] | None,
-        typer.Option(help="Repeat for more; `retrain` is the exact one. Default: lethe.", show_default=False),
-    ] = None,
-    cache: Annotated[Path, typer.Option(help="Folder of the trained models.")] = Path("runs/ensemble"),
-    workers: Annotated[int, typer.Option(help="Models trained at once.")] = 1,
-    quick: Annotated[bool, typer.Option("--quick", help="Three pairs of models, three steps each.")] = False,
-    json: Annotated[Path | None, typer.Option("--json", help="Results, with every sample's score.")] = None,
-) -> None:
-    """Run U-LiRA on digits: can unlearned models be told from models that never had the samples? Stages are timed."""
-    from bench.quality.ulira import run_ulira
-
-    run_ulira(models, method or ["lethe"], cache, workers, quick, json)
 
 
 @app.command()

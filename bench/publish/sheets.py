@@ -16,7 +16,13 @@ from bench.kernel_speed.kernel_targets import CONTRAST, MASKING
 from bench.kernel_speed.rollout_peers import FAST_VIT_ROLLOUT, HOOKED, PLAIN
 from bench.publish.results import Report, fitted, kind_of
 from bench.publish.sheet import Sheet, starting
-from bench.publish.verdict_sheets import calibration_table, verdicts_table
+from bench.publish.verdict_sheets import (
+    agreement_table,
+    calibration_table,
+    certificates_table,
+    queue_table,
+    verdicts_table,
+)
 from bench.quality import ablation
 from bench.quality.retrain_summary import OWN, PLACES, over_seeds
 from bench.training_cost.train import BEST_BF16, BEST_FP32, OURS_COMPILED
@@ -412,6 +418,9 @@ TABLES = {
     "summary": Table(files=("leaderboard-yardstick.json",), make=summary_table, on_page=False),
     "verdicts": Table(files=("verdicts.json",), make=verdicts_table),
     "calibration": Table(files=("calibration.json",), make=calibration_table),
+    "certificates": Table(files=("certificates.json",), make=certificates_table),
+    "pool-agreement": Table(files=("pool-agreement.json",), make=agreement_table),
+    "pool-queue": Table(files=("pool-queue.json",), make=queue_table),
     "leaderboard-yardstick": Table(files=("leaderboard-yardstick.json",), make=leaderboard_table),
     "leaderboard-yardstick-alone": Table(files=("leaderboard-yardstick-alone.json",), make=leaderboard_table),
     "leaderboard-yardstick-class": Table(files=("leaderboard-yardstick-class.json",), make=leaderboard_table),

@@ -56,3 +56,40 @@ def calibration_table(report: Report) -> Sheet:
 def counts(statuses: Mapping[str, int] | None) -> str:
     """Return the numbers of STATUSES as text, or a dash."""
     return "-" if statuses is None else " / ".join(str(statuses.get(status, 0)) for status in STATUSES)
+
+
+def certificates_table(report: Report) -> Sheet:
+    """Make a row a procedure: certificates granted, their rate, and what decided against one."""
+    rows = []
+    for name, found in report["procedures"].items():
+        rate, deciding = found["rate"], sorted(found["deciding"].items(), key=lambda each: -each[1])
+        rows.append(
+            [
+                name,
+                f"{found['granted']} of {found['seeds']}",
+                f"{100 * rate['low']:.0f} to {100 * rate['high']:.0f}",
+                f"{sum(found['auc']) / len(found['auc']):.3f}",
+                ", ".join(f"{gate} {count}" for gate, count in deciding[:4]),
+            ]
+        )
+    columns = ["procedure", "certificates", "rate %, 95% interval", "membership AUC, mean", "deciding gates"]
+    return Sheet(columns=columns, rows=rows, marked=starting(rows, "retrain"))
+
+
+def agreement_table(report: Report) -> Sheet:
+    """Make a row a verdict by references, with the verdicts of the same models by the pool."""
+    counts_of = report["counts"]
+    rows = [[status, *(str(counts_of.get(status, {}).get(other, 0)) for other in STATUSES)] for status in STATUSES]
+    return Sheet(columns=["by references", *(f"by the pool: {other}" for other in STATUSES)], rows=rows)
+
+
+def queue_table(report: Report) -> Sheet:
+    """Make a row a run: its request, its state, and the cost of its proof."""
+    rows = []
+    for run in report["runs"]:
+        share = "-" if run["share"] is None else f"{100 * run['share']:.2f}"
+        seconds = "-" if run["proof_seconds"] is None else f"{run['proof_seconds']:.1f}"
+        cells = [run["planted"], run["status"], run["state"], run["kind"], share, seconds]
+        rows.append([str(run["request"]), str(run["samples"]), *cells])
+    cost = ["proof, % of a retrain's images", "proof, s"]
+    return Sheet(columns=["request", "samples", "planted", "verdict", "state", "proof", *cost], rows=rows)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from bench.harness.report import Report
 from engine.attack.ensemble import EnsembleSpec
@@ -21,6 +23,21 @@ from engine.jobs.start import architecture
 from engine.models.spec import spec_of
 
 TARGETS = "random:0.1@0"
+
+
+def ulira(
+    models: Annotated[int, typer.Option(help="K: models with each target, and as many without it.")] = 16,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help="Repeat for more; `retrain` is the exact one. Default: lethe.", show_default=False),
+    ] = None,
+    cache: Annotated[Path, typer.Option(help="Folder of the trained models.")] = Path("runs/ensemble"),
+    workers: Annotated[int, typer.Option(help="Models trained at once.")] = 1,
+    quick: Annotated[bool, typer.Option("--quick", help="Three pairs of models, three steps each.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Results, with every sample's score.")] = None,
+) -> None:
+    """Run U-LiRA on digits: can unlearned models be told from models that never had the samples? Stages are timed."""
+    run_ulira(models, method or ["lethe"], cache, workers, quick, json_file)
 
 
 def run_ulira(

@@ -16,6 +16,7 @@ import functools
 import hashlib
 import json
 import secrets
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ RECIPE = (
     "layer_decay", "mixup", "cutmix", "label_smoothing",
 )  # fmt: skip
 _IMAGES = 16
+# Longest wait for another process that creates the pool.
+_PATIENCE_S = 120.0
 _SAMPLE = np.dtype([("digest", "<u8"), ("label", "<i4")])
 
 
@@ -115,28 +118,41 @@ class Pool:
             key: Key of the draw; None: a random one.
 
         Raises:
-            UserError: The folder holds other files, or a pool of another share, recipe or data.
+            UserError: The number of models or the share is not possible, or the folder holds other files, or a pool of
+                another share, recipe or data.
         """
-        count = lacking_count(models, share) if not (folder / FILE).is_file() else 0
-        with lock.held(folder, _in_use):
-            if (folder / FILE).is_file():
-                return cls.open(folder)._joined(source, models, share, training, key)
-            if others := [each.name for each in folder.iterdir() if each.name != lock.FILE]:
-                raise UserError(f"--out {folder}: holds other files ({others[0]}); name a folder for the pool alone")
-            facts = {
-                "format": FORMAT,
-                "key": key or secrets.token_hex(16),
-                "first": models,
-                "models": models,
-                "share": share,
-                "lacking": count,
-                "data": source.spec,
-                **training,
-                "states": [],
-            }
-            pool = cls(folder, facts)
-            pool._add_state(source.train, range(1, models + 1))
-            return pool
+        ends = time.monotonic() + _PATIENCE_S
+        while True:  # jobs of an array begin at the same time
+            try:
+                with lock.held(folder, _in_use):
+                    if (folder / FILE).is_file():
+                        return cls.open(folder)._joined(source, models, share, training, key)
+                    return cls._made_new(folder, source, models, share, training, key)
+            except lock.InUse:
+                if time.monotonic() > ends:
+                    raise
+                time.sleep(0.2)
+
+    @classmethod
+    def _made_new(
+        cls, folder: Path, source: Source, models: int, share: float, training: Mapping[str, Any], key: str | None
+    ) -> Pool:
+        if others := [each.name for each in folder.iterdir() if each.name != lock.FILE]:
+            raise UserError(f"--out {folder}: holds other files ({others[0]}); name a folder for the pool alone")
+        facts = {
+            "format": FORMAT,
+            "key": key or secrets.token_hex(16),
+            "first": models,
+            "models": models,
+            "share": share,
+            "lacking": lacking_count(models, share),
+            "data": source.spec,
+            **training,
+            "states": [],
+        }
+        pool = cls(folder, facts)
+        pool._add_state(source.train, range(1, models + 1))
+        return pool
 
     @classmethod
     def open(cls, folder: Path) -> Pool:
