@@ -11,7 +11,14 @@ from xml.sax.saxutils import escape
 # From top to bottom: (title of the layer, [(package, what it does), ...]). A package imports only from lower layers.
 LAYERS: list[tuple[str, list[tuple[str, str]]]] = [
     ("command line", [("engine/cli", "one file a command; typer and rich are imported here alone")]),
-    ("use cases", [("engine/requests", "the deletion queue"), ("engine/jobs", "unlearn, train, evaluate, verify")]),
+    (
+        "use cases",
+        [
+            ("engine/requests", "the deletion queue"),
+            ("engine/pool", "references for all requests, certificates"),
+            ("engine/jobs", "unlearn, train, evaluate, verify"),
+        ],
+    ),
     (
         "output",
         [("engine/report", "report.html and the proof page"), ("engine/audit", "record.json and its signature")],

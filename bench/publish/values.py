@@ -19,6 +19,7 @@ from bench.kernel_speed.rollout_peers import FAST_VIT_ROLLOUT, PLAIN
 from bench.publish.results import Report, fitted, measured
 from bench.publish.sheets import MIB, TABLES, Table
 from bench.quality import ablation
+from bench.quality.certificates import IMPOSTORS
 from bench.training_cost.recipes import RECIPES
 from bench.training_cost.train import BEST_BF16
 from engine.errors import UserError
@@ -93,6 +94,26 @@ def _projection(report: Report) -> dict[str, str]:
 def _ulira(report: Report) -> dict[str, str]:
     (found,) = (each for each in report["rows"] if each["method"] == "lethe")
     return {key: f"{found[part]['auc']['value']:.2f}" for key, part in (("lethe", "ulira"), ("before", "untouched"))}
+
+
+def _certificates(report: Report) -> dict[str, str]:
+    found = report["procedures"]
+    _still_true(
+        all(not row["granted"] for name, row in found.items() if name in IMPOSTORS),
+        "certificates.json: an impostor has a certificate",
+    )
+    return {"seeds": str(found["retrain"]["seeds"])}
+
+
+def _agreement(report: Report) -> dict[str, str]:
+    return {"models": str(len(report["models"]))}
+
+
+def _queue(report: Report) -> dict[str, str]:
+    for run in report["runs"]:
+        expected = "open" if run["planted"] else "done"
+        _still_true(run["state"] == expected, f"pool-queue.json: request {run['request']} is {run['state']}")
+    return {"forgotten": str(report["judged"]["samples"]["forget"]), "judged": report["judged"]["status"]}
 
 
 def _equality(report: Report) -> dict[str, str]:
@@ -183,6 +204,9 @@ FIGURES: dict[str, tuple[str, Callable[[Report], dict[str, str]]]] = {
     "training_step": ("train-cpu.json", _training_step),
     "projection": ("retrain-cost.json", _projection),
     "ulira": ("ulira-digits.json", _ulira),
+    "certificates": ("certificates.json", _certificates),
+    "agreement": ("pool-agreement.json", _agreement),
+    "queue": ("pool-queue.json", _queue),
     "equality": ("equality.json", _equality),
     "chaos": ("chaos.json", _chaos),
     "two_hosts": ("two-hosts.json", _two_hosts),

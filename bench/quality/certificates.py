@@ -86,7 +86,7 @@ def run_certificates(
     source = open_source("digits")
     references = PoolReferences(opened, source, original, Answers({"precision": "fp32"}))
     bank = _Bank(folder, original)
-    procedures: dict[str, Run] = {"retrain": bank.run, **_IMPOSTORS, **dict.fromkeys(methods, _by_method)}
+    procedures: dict[str, Run] = {"retrain": bank.run, **IMPOSTORS, **dict.fromkeys(methods, _by_method)}
     rows: dict[str, Any] = {name: [] for name in procedures}
     found: dict[str, Any] = {}
     for seed in range(seeds):
@@ -229,7 +229,7 @@ def _by_method(original: nn.Module, task: Task, method: str, config: Mapping[str
     return run_method(original, task, method, config)
 
 
-_IMPOSTORS: dict[str, Run] = {
+IMPOSTORS: dict[str, Run] = {
     "no-op": _no_op,
     "head only": _head_only,
     "labels flipped": _flipped,

@@ -419,7 +419,9 @@ def _versions_table(rows: list[dict[str, Any]], current: int) -> Any:
 
     from engine.cli.console import coloured
 
-    table = Table("version", "from", "kind", "samples", "verdict", "state", "forgotten", "test", "change", "KL")
+    table = Table(
+        "version", "from", "kind", "samples", "verdict", "proof", "state", "forgotten", "test", "change", "KL"
+    )
     for row in rows:
         verdict, drift = row["verdict"], row["drift"]
         figures = ["-"] * 4
@@ -436,6 +438,7 @@ def _versions_table(rows: list[dict[str, Any]], current: int) -> Any:
             row["kind"],
             str(row["samples"]),
             coloured(verdict) if verdict else "-",
+            row["proof"] or "-",
             "[bold]current[/]" if row["version"] == current else row["state"],
             *figures,
         )

@@ -193,7 +193,14 @@ class _Attempt:
             record_in(place, verdict, record)
             status, reason = verdict.status, reason_of(verdict)
         accepted = status == PASS or (status != FAIL and not options.require_proof)
-        store.finish(run, "accepted" if accepted else "rejected", verdict=status, reason=reason, drift=drift)
+        store.finish(
+            run,
+            "accepted" if accepted else "rejected",
+            verdict=status,
+            reason=reason,
+            drift=drift,
+            batch_alone=verdict is not None and verdict.kind == "certificate",
+        )
         return Finished(
             version=run.number,
             parent=run.parent,

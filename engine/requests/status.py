@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -80,10 +81,20 @@ def _version(store: Store, version: Version, requests: Sequence[Request]) -> dic
         "requests": version.requests,
         "samples": sum(r.count for r in requests if r.number in version.requests),
         "verdict": version.verdict,
+        "proof": _kind(store, version),
         "reason": version.reason,
         "drift": version.drift,
         "folder": str(store.place(version.number)),
     }
+
+
+def _kind(store: Store, version: Version) -> str | None:
+    """Return the kind of proof of a version's verdict, from its verdict.json; None without a verdict."""
+    file = store.place(version.number) / "verdict.json"
+    if version.verdict is None or not file.is_file():
+        return None
+    kind: str | None = json.loads(file.read_text(encoding="utf-8")).get("kind")
+    return kind
 
 
 def _late(requests: Sequence[Request], now: datetime.datetime) -> list[str]:

@@ -209,11 +209,12 @@ class Store:
         verdict: str | None = None,
         reason: str = "",
         drift: Mapping[str, Any] | None = None,
+        batch_alone: bool = False,
     ) -> None:
         """End a run with a version.
 
-        Only an accepted version closes requests, and only with the verdict PASS as done. A PASS covers all samples that
-        were ever forgotten, so it also proves the requests that were unproven until then.
+        Only an accepted version closes requests, and only with the verdict PASS as done. A PASS on all samples that
+        were ever forgotten also proves the requests that were unproven until then.
 
         Args:
             run: The run.
@@ -221,6 +222,7 @@ class Store:
             verdict: Status of the verdict; None if there is none.
             reason: Reason of a status other than PASS.
             drift: Drift of the version.
+            batch_alone: Whether the verdict is on the batch of the run alone (a certificate).
         """
         with transaction(self._database):
             base = self._all("SELECT base FROM versions WHERE number = ?", (run.parent,))[0]["base"]
@@ -234,7 +236,9 @@ class Store:
                 "UPDATE requests SET version = ? WHERE number IN (SELECT request FROM batches WHERE run = ?)",
                 (run.number, run.number),
             )
-            if verdict == "PASS":
+            if verdict == "PASS" and batch_alone:
+                self._database.execute("UPDATE requests SET proven = ? WHERE version = ?", (run.number, run.number))
+            elif verdict == "PASS":
                 self._prove(run.number)
 
     def judge_again(self, number: int, verdict: str, reason: str) -> None:

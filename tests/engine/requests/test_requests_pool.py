@@ -25,6 +25,7 @@ from engine.requests import intake
 from engine.requests.intake import add_request, init_store
 from engine.requests.run_options import Overrides
 from engine.requests.runner import Finished, run_requests
+from engine.requests.status import status
 from engine.requests.store import Store
 from engine.requests.verdicts import judge_again
 
@@ -83,6 +84,20 @@ def test_the_next_request_is_done_as_well(store: Path, pool: Pool, certificate: 
         add_request(store, ids=ids_of(digits, start))
         assert _run(store, pool=pool.folder, certificates=[certificate]).state == "done"
     assert states(store) == {1: "done", 2: "done"}
+
+
+def test_a_certificate_proves_its_own_request_alone(
+    store: Path, pool: Pool, certificate: Path, digits: Source, lethe: Lethe
+) -> None:
+    """An earlier request that is unproven stays so: the verdict was not on its samples."""
+    add_request(store, ids=ids_of(digits, 0))
+    assert _run(store, pool=pool.folder).state == "unproven"
+    add_request(store, ids=ids_of(digits, 6))
+    assert _run(store, pool=pool.folder, certificates=[certificate]).state == "done"
+    assert states(store) == {1: "unproven", 2: "done"}
+    assert [version["proof"] for version in status(store)["versions"]] == [None, "pool", "certificate"]
+    _, out, _ = lethe("request", "status", "--store", store)
+    assert "certificate" in out
 
 
 def test_the_cost_is_that_of_the_images_that_models_saw(
