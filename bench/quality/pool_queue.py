@@ -55,23 +55,9 @@ def pool_queue(
     seed: Annotated[int, typer.Option(help="Seed of the draw of samples.")] = 0,
     settings: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE for every run.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Results.")] = None,
-) -> None:
-    """Run a queue of small requests by the command line, with a no-op planted, and print the proof of each."""
-    run_pool_queue(checkpoint, data, pool, certificate, method, requests, seed, settings or [], json_file)
-
-
-def run_pool_queue(
-    checkpoint: str,
-    data: str,
-    pool: Path,
-    certificates: Sequence[Path],
-    method: str,
-    requests: int,
-    seed: int,
-    settings: Sequence[str],
-    json_file: Path | None,
 ) -> dict[str, Any]:
-    """Print and return the table; arguments as of the command."""
+    """Run a queue of small requests by the command line, with a no-op planted, and print the proof of each."""
+    settings = settings or []
     report, train = Report(), open_source(data).train
     order = np.random.default_rng(seed).permutation(len(train))
     sizes = [SIZES[number % len(SIZES)] for number in range(requests)]
@@ -82,13 +68,13 @@ def run_pool_queue(
         "data": data,
         "method": method,
         "options": parse_assignments(settings),
-        "certificates": [_facts(each) for each in certificates],
+        "certificates": [_facts(each) for each in certificate],
         "runs": [],
     }
     with tempfile.TemporaryDirectory() as folder:
         queue, ids = Path(folder) / "queue", Path(folder) / "ids.txt"
         options = [word for each in settings for word in ("--set", each)]
-        of_pool = ["--pool", str(pool), *(word for each in certificates for word in ("--certificate", str(each)))]
+        of_pool = ["--pool", str(pool), *(word for each in certificate for word in ("--certificate", str(each)))]
         _lethe("init", queue, "--checkpoint", checkpoint, "--data", data, "--method", method, *options, *of_pool)
         for number, part in enumerate(parts, 1):
             ids.write_text("".join(f"{train.ids[int(i)]}\n" for i in part))

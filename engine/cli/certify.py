@@ -76,14 +76,14 @@ def certify(
 
     from engine.cli.console import console, progress_bars
     from engine.cli.verdict_table import print_verdict
-    from engine.config import split_options
+    from engine.config import require, split_options
     from engine.core.method import refuse_unfit
     from engine.data import open_source
     from engine.evaluate.gates import PASS
     from engine.jobs.opening import open_model
     from engine.methods import get_method
     from engine.pool.answers import Answers
-    from engine.pool.certificate import bound, line_of, write_certificate
+    from engine.pool.certificate import MOST_DAYS, bound, line_of, write_certificate
     from engine.pool.certificate import certify as grant
     from engine.pool.references import PoolReferences
     from engine.pool.simulation import KINDS, Procedure, simulate, takes_folder
@@ -94,6 +94,15 @@ def certify(
     options = run_options(settings, on_bad_image)
     if "seed" in options:
         raise UserError("certify: --set seed: every simulated request has a seed of its own; give the first by --seed")
+    require(0 < days <= MOST_DAYS, "days", days, f"above 0, and at most {MOST_DAYS:g}")
+    require(seed >= 0, "seed", seed, "0 or more")
+    require(size >= 1, "size", size, "1 or more")
+    require(
+        requests is None or requests >= SIMULATED_REQUESTS,
+        "requests",
+        requests,
+        f"at least {SIMULATED_REQUESTS}: the range of a further run is estimated from them",
+    )
     split_options(options, get_method(method).Config)
     (given,) = files.sources([checkpoint])
     checkpoint = given or checkpoint

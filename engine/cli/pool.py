@@ -81,13 +81,14 @@ def train(
     """
     from engine.attack.ensemble import what_counts
     from engine.cli.console import console
-    from engine.config import parse_assignments
+    from engine.config import parse_assignments, require
     from engine.data import open_source
     from engine.jobs.references import ReferenceRun, train_references
     from engine.pool.store import Pool, absolute
     from engine.runtime.process_group import ProcessGroup
 
     options = run_options(settings, on_bad_image)
+    require(seed >= 0, "seed", seed, "0 or more")
     set_own("pool train", options, seed=seed, epochs=epochs)
     join_ranks(options)
     start = Start(init, arch, model_arg, weights, sliced=False)

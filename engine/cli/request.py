@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,6 +26,9 @@ from engine.errors import UserError
 
 if TYPE_CHECKING:
     from engine.jobs.opening import Opening
+
+# Characters of a reason in the table; --json has all of it.
+_MOST_REASON = 160
 
 request_app = typer.Typer(
     help="Deletion requests: kept with their deadlines, run as batches, each run a new version of the model that is "
@@ -297,7 +301,8 @@ def run(
     what = {
         "done": f"version {finished.version:04d} is the current one; requests {listed} are done",
         "unproven": f"version {finished.version:04d} is the current one; requests {listed} are unproven, not done; "
-        "lethe request judge --reference RETRAINED judges it again, without another run",
+        "lethe request judge --reference RETRAINED, or --pool POOL --certificate CERTIFICATE, judges it again, without "
+        "another run",
         "open": f"version {finished.version:04d} is rejected; version {finished.parent:04d} stays the current one and "
         f"requests {listed} stay open: run again with another --method or --set",
     }[finished.state]
@@ -314,24 +319,30 @@ def judge(
     reference: Reference = None,
     gates: GatesFile = None,
     pool: PoolFolder = None,
+    certificate: Certificates = None,
     json_file: Json = None,
 ) -> None:
-    """Judge the current version again, in most cases with retrained models. Exit 0: done; 1: FAIL; 3: still unproven.
+    """Judge the current version again, with retrained models, a pool or a certificate. Exit 0: done; 1: FAIL; 3: not.
 
-    PASS makes all unproven requests done, without another run. After a FAIL the version before is the current one and
-    the requests of this one are open again.
+    PASS makes all unproven requests done, without another run (a certificate those of the last run). With --pool all
+    that was forgotten is judged together, even if nothing is unproven. After a FAIL the version before is the current
+    one and the requests of this one are open again.
     """
     from engine.cli.console import console
     from engine.config import parse_assignments, to_dict
+    from engine.requests.run_options import Overrides
     from engine.requests.status import status
     from engine.requests.verdicts import judge_again
 
     found = judge_again(
         store,
-        config=parse_assignments(settings or []),
-        references=reference,
-        gates=gates,
-        pool=pool,
+        given=Overrides(
+            config=parse_assignments(settings or []),
+            references=reference,
+            gates=gates,
+            pool=pool,
+            certificates=certificate,
+        ),
         notify=lambda line: console.print(line, soft_wrap=True),
     )
     warnings = status(store)["warnings"]
@@ -409,7 +420,7 @@ def _requests_table(rows: list[dict[str, Any]]) -> Any:
             f"[bold red]{days} OVERDUE[/]" if row["overdue"] else days,
             str(row["attempts"]),
             escape(row["source"]),
-            escape(row["reason"]),
+            escape(textwrap.shorten(row["reason"], _MOST_REASON, placeholder=" ...")),
         )
     return table
 

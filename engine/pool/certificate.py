@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 from scipy.stats import t
 
-import engine
 from engine._version import __version__
 from engine.attack.ensemble import what_counts
 from engine.audit.record_format import canonical
@@ -30,15 +29,14 @@ from engine.errors import UserError
 from engine.evaluate.gates import PASS, Gates, Verdict
 from engine.evaluate.intervals import Interval, proportion
 from engine.evaluate.verdict import Evidence, ModelOutputs, judge
-from engine.models.checkpoint import weights_sha256
 from engine.models.predict import Predictions
 from engine.pool.references import PoolReferences
 from engine.pool.simulation import Procedure, Simulated, kind_of
-from engine.pool.store import Pool
+from engine.pool.store import Pool, model_identity
 from engine.runtime.files import write_json
 
 FILE, FORMAT = "certificate.json", 1
-DAYS = 180.0
+DAYS, MOST_DAYS = 180.0, 3650.0
 # Share of the samples that may be forgotten, since the model that was certified, before a certificate ends.
 MAX_DRIFT = 0.1
 # Sizes of requests that a certificate covers, relative to the simulated size.
@@ -49,7 +47,7 @@ MOST_NO_OP = 0.05
 _LIKE = 0.998
 _DRAWS = 100
 # Parts of the code that decide what a run does to a model.
-_CODE = ("core", "methods", "models", "run")
+_CODE = ("core", "data", "methods", "models", "run", "runtime")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,12 +88,16 @@ class Certificate:
             )
         return ""
 
-    def like(self, figures: Mapping[str, float]) -> dict[str, tuple[float, Interval]]:
-        """Return each figure of a run, and the interval in which a further certified run would have it (99.8%)."""
+    def like(self, figures: Mapping[str, float], size: int) -> dict[str, tuple[float, Interval]]:
+        """Return each figure of a run, and the interval in which a further certified run would have it (99.8%).
+
+        Of a request that is smaller than the simulated ones, the mean over its samples varies more.
+        """
         found = {}
         for name, value in figures.items():
             known = np.array(self.content["figures"][name])
             half = float(t.ppf((1 + _LIKE) / 2, len(known) - 1)) * known.std(ddof=1) * (1 + 1 / len(known)) ** 0.5
+            half *= max(1.0, self.content["requests"]["size"] / size) ** 0.5 if name == "score" else 1.0
             found[name] = (value, Interval(float(known.mean()), float(known.mean() - half), float(known.mean() + half)))
         return found
 
@@ -190,7 +192,7 @@ def bound(references: PoolReferences, method: str, config: Mapping[str, Any]) ->
         "method": method,
         "options": json.loads(json.dumps(what_counts(config, method))),
         "code": code_sha256(),
-        "original": weights_sha256(references.original),
+        "original": model_identity(references.original),
         "pool": references.pool.identity,
     }
 
@@ -205,7 +207,7 @@ def covered_run(
 
 def code_sha256() -> str:
     """Return the SHA-256 of the source files that decide what a run does to a model."""
-    root, digest = Path(engine.__file__).parent, hashlib.sha256()
+    root, digest = Path(__file__).parents[1], hashlib.sha256()
     for path in sorted(path for part in _CODE for path in (root / part).rglob("*.py")):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()

@@ -41,6 +41,16 @@ def lacking_count(models: int, share: float) -> int:
     return round(count)
 
 
+# Bytes of a key of BLAKE2b, at most.
+_LONGEST_KEY = 64
+
+
+def check_key(key: str) -> None:
+    """Raise UserError if a key cannot be used."""
+    if not 1 <= len(key.encode()) <= _LONGEST_KEY:
+        raise UserError(f"--key: has {len(key.encode())} bytes; expected 1 to {_LONGEST_KEY}")
+
+
 def digests_of(ids: Iterable[str], key: str) -> np.ndarray:
     """Return the keyed hash of each id, uint64 [n] (BLAKE2b)."""
     found = [hashlib.blake2b(one.encode(), key=key.encode(), digest_size=8).digest() for one in ids]

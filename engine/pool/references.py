@@ -31,12 +31,12 @@ from engine.evaluate.representation import compare_weights
 from engine.evaluate.verdict import Evidence, ModelOutputs, calibrated_margins, chance_error, judge
 from engine.jobs.opening import open_model
 from engine.jobs.task import Task
-from engine.models.checkpoint import weights_sha256
 from engine.models.checkpoint_source import CheckpointSource
 from engine.models.predict import Predictions
+from engine.models.preprocessing import preprocessing_of
 from engine.pool.answers import Answers
 from engine.pool.membership import FEWEST_WITHOUT, digests_of, order_of
-from engine.pool.store import Pool
+from engine.pool.store import Pool, model_identity
 from engine.runtime.files import read_npz, write_npz
 
 # Of each kind, for the check of what a model of the pool knows.
@@ -109,7 +109,7 @@ class PoolReferences:
 
     def original_controls(self) -> Predictions:
         """Return the original's predictions for the test samples; kept in the pool's folder."""
-        facts = (weights_sha256(self.original), self.test.fingerprint(), self.answers.precision)
+        facts = (model_identity(self.original), self.test.fingerprint(), self.answers.precision)
         path = self._kept("original", facts)
         kept = read_npz(path)
         if kept is not None:
@@ -156,7 +156,7 @@ class PoolReferences:
 
     def _check_models(self) -> None:
         """Check size and knowledge of each model, once for each original."""
-        path = self._kept("checked", (self.pool.identity, weights_sha256(self.original)))
+        path = self._kept("checked", (self.pool.identity, model_identity(self.original), self.answers.precision))
         if read_npz(path) is not None:
             return
         size = sum(p.numel() for p in self.original.parameters())
@@ -169,6 +169,11 @@ class PoolReferences:
                     f"pool {self.pool.folder}: model {number} has {mine:,} parameters, the original {size:,}; a pool "
                     "has the architecture of the original"
                 )
+            if (used := preprocessing_of(model)) != preprocessing_of(self.original):
+                raise UserError(
+                    f"pool {self.pool.folder}: model {number} has the preprocessing {used.line()}, the original "
+                    f"{preprocessing_of(self.original).line()}; a pool has that of the original"
+                )
             found.append(self._knowledge(number, model))
         check_knowledge(self.pool.folder, found)
         write_npz(path, {"knowledge": np.array(found)})
@@ -180,7 +185,12 @@ class PoolReferences:
         that it was trained on: above 0.5. If it was trained on both, it fits both alike.
         """
         unseen = self.pool.unseen(self.source.train.ids)[:, number - 1]
-        sets = [evenly_spaced(self.source.train.subset(np.flatnonzero(rows)), _CHECKED) for rows in (unseen, ~unseen)]
+        sets = [
+            self.answers.readable(
+                evenly_spaced(self.source.train.subset(np.flatnonzero(rows)), _CHECKED), self.original
+            )
+            for rows in (unseen, ~unseen)
+        ]
         lacked, seen = (
             calibrated_margins(self.answers(self.original, samples), [self.answers(model, samples)]) for samples in sets
         )

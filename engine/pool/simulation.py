@@ -212,7 +212,7 @@ def simulate(
         one = _kept(path, sets)
         if one is None:
             one = _run_one(original, task, sets, procedure, number, run, answers, forget[number])
-            _keep(path, one)
+            _keep(path, one, sets)
         found.append(one)
         if progress:
             progress("requests", number + 1, len(tasks), {"seconds": one.seconds})
@@ -315,7 +315,7 @@ def _divided(samples: int, parts: int) -> np.ndarray:
 # --- the file of a request --------------------------------------------------------------------------------------------
 
 
-def _keep(path: Path, one: Simulated) -> None:
+def _keep(path: Path, one: Simulated, sets: Mapping[str, Samples]) -> None:
     facts = {"changed": one.changed, "figures": one.figures, "seconds": one.seconds, "images": one.images}
     write_npz(
         path,
@@ -324,14 +324,19 @@ def _keep(path: Path, one: Simulated) -> None:
             **{f"moved {name}": p.logits for name, p in one.outputs.shifted.items()},
             "repeated": one.repeated.logits,
             "facts": np.array(json.dumps(facts)),
+            "samples": np.array(_samples_of(sets)),
         },
     )
 
 
+def _samples_of(sets: Mapping[str, Samples]) -> str:
+    return " ".join(f"{name} {sets[name].fingerprint()}" for name in _SETS)
+
+
 def _kept(path: Path, sets: Mapping[str, Samples]) -> Simulated | None:
     stored = read_npz(path)
-    if stored is None:
-        return None
+    if stored is None or str(stored.get("samples")) != _samples_of(sets):
+        return None  # of other samples: the data has changed since
     facts = json.loads(str(stored["facts"]))
     plain = {name: Predictions(stored[f"plain {name}"], sets[name].labels) for name in _SETS}
     moved = {name: Predictions(stored[f"moved {name}"], sets[name].labels) for name in _MOVED}

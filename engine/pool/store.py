@@ -11,6 +11,7 @@ so a pool is to be guarded, and in the end deleted, as the training data is.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -22,15 +23,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from engine.audit.run_record import origin
 from engine.config import read_yaml
 from engine.data import Samples, Source
-from engine.data.samples import image_digest
+from engine.data.samples import BadImageError, image_digest
 from engine.errors import UserError
 from engine.jobs.opening import current, open_model
 from engine.jobs.task import Task
-from engine.pool.membership import FEWEST_WITHOUT, digests_of, lacking, lacking_count
+from engine.models.checkpoint import weights_sha256
+from engine.models.preprocessing import preprocessing_of
+from engine.models.spec import spec_of
+from engine.pool.membership import FEWEST_WITHOUT, check_key, digests_of, lacking, lacking_count
 from engine.run.folder import is_finished
 from engine.runtime import lock
 from engine.runtime.files import replacing, write_json
@@ -121,6 +126,8 @@ class Pool:
             UserError: The number of models or the share is not possible, or the folder holds other files, or a pool of
                 another share, recipe or data.
         """
+        if key is not None:
+            check_key(key)
         ends = time.monotonic() + _PATIENCE_S
         while True:  # jobs of an array begin at the same time
             try:
@@ -206,8 +213,7 @@ class Pool:
         trained_on = {
             str(number): train.subset(np.flatnonzero(~lacked[:, number - 1])).fingerprint() for number in models
         }
-        lowest = np.argsort(digests)[:_IMAGES]
-        images = {str(digests[i]): image_digest(train.subset([int(i)])) for i in lowest}
+        images = self._images(train, digests)
         table = np.empty(len(digests), dtype=_SAMPLE)
         table["digest"], table["label"] = digests, train.labels
         number = len(self.states) + 1
@@ -224,6 +230,14 @@ class Pool:
         )
         self.facts["states"] = [dataclasses.asdict(state) for state in self.states]
         write_json(self.folder / FILE, {**self.facts, "sha256": self._checksum()})
+
+    def _images(self, train: Samples, digests: np.ndarray) -> dict[str, str]:
+        """Return digests of the pixels of the readable samples with the lowest hashes."""
+        found = {}
+        for index in np.argsort(digests)[:_IMAGES]:
+            with contextlib.suppress(BadImageError):
+                found[str(digests[index])] = image_digest(train.subset([int(index)]))
+        return found
 
     def _checksum(self) -> str:
         facts = {key: value for key, value in self.facts.items() if key != "sha256"}
@@ -335,11 +349,13 @@ class Pool:
                 f"pool {self.folder}: {len(differing)} samples have another label in {source.spec} than when the pool "
                 f"was trained, such as {name!r}; give the data that it was trained on, or make a new pool"
             )
-        place = {str(digest): index for index, digest in enumerate(digests)}
-        for digest, expected in self.states[-1].images.items():
-            if digest in place and image_digest(train.subset([place[digest]])) != expected:
+        expected = self.states[-1].images
+        now = np.flatnonzero(np.isin(digests, np.array([int(each) for each in expected], dtype=np.uint64)))
+        for digest, found in self._images(train.subset(now), digests[now]).items():
+            if found != expected[digest]:
+                name = train.ids[int(now[digests[now] == np.uint64(digest)][0])]
                 raise UserError(
-                    f"pool {self.folder}: {train.ids[place[digest]]!r} is another image in {source.spec} than when the "
+                    f"pool {self.folder}: {name!r} is another image in {source.spec} than when the "
                     "pool was trained; give the data that it was trained on, or make a new pool"
                 )
         known = np.unique(np.concatenate([self._table(n)["digest"] for n in range(1, len(self.states) + 1)]))
@@ -363,15 +379,24 @@ class Pool:
         file = original / "config.yaml"
         if not file.is_file():
             return
-        made, recipe = read_yaml(file), read_yaml(self.place(1) / "config.yaml")  # with `auto` resolved
+        made = read_yaml(file)
         if made.get("method") != "retrain":
             return
-        for name in RECIPE:
-            if name in made and made[name] != recipe.get(name):
-                raise UserError(
-                    f"pool {self.folder}: its models were trained with {name}={recipe.get(name)}, the original with "
-                    f"{made[name]}; a pool has the recipe of the original"
-                )
+        for number in range(1, self.models + 1):
+            recipe = read_yaml(self.place(number) / "config.yaml")  # with `auto` resolved
+            for name in RECIPE:
+                if name in made and made[name] != recipe.get(name):
+                    raise UserError(
+                        f"pool {self.folder}: its models were trained with {name}={recipe.get(name)}, the original "
+                        f"with {made[name]}; a pool has the recipe of the original"
+                    )
+
+
+def model_identity(model: nn.Module) -> str:
+    """Return the SHA-256 of a model: weights, architecture, and the preprocessing of its images."""
+    spec = spec_of(model)
+    facts = [weights_sha256(model), spec.architecture, spec.model_args, preprocessing_of(model).to_dict()]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def absolute(checkpoint: str | None) -> str | None:

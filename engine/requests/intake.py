@@ -82,10 +82,13 @@ def init_store(
     refuse_unfit(get_method(method), model)
     if gates is not None:
         Gates.read(gates)
+    if pool is not None and references:
+        raise UserError("--pool and --reference are both given; the verdict takes one of them")
     check_given(pool, certificates)
     if pool is not None:
         opened = Pool.open(pool)
         opened.check(opened.in_order(source))
+        opened.check_recipe(CheckpointSource.parse(checkpoint).folder)
     for reference in references:
         current().compare(f"--reference {reference}", current().model(reference), model)
     save_checkpoint(model, place_of(folder, 0))

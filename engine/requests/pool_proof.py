@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import json
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +26,7 @@ from engine.jobs.task import Task
 from engine.pool.answers import Answers
 from engine.pool.certificate import Certificate, covered_run, open_certificate
 from engine.pool.references import PoolReferences, changed_share, evidence_by_pool, with_cost
-from engine.pool.simulation import figures_of
+from engine.pool.simulation import figures_of, kind_of
 from engine.pool.store import Pool
 from engine.requests.run_options import Options
 from engine.requests.store import Store
@@ -105,16 +107,30 @@ class PoolProof:
         """Version of the full retrain that the run descends from; without a run, version 0."""
         return next(version.base for version in self.store.versions() if version.number == (self.parent or 0))
 
+    def warning(self, part: Task) -> str:
+        """Return why no certificate covers a run that has not begun; empty if one does, or none is needed."""
+        if len(part.forget) >= self.gates.minimum_samples:
+            return ""
+        pool, answers = Pool.open(Path(self.options.pool or "")), Answers(self.options.config)
+        certificates = [open_certificate(Path(each), pool) for each in self.options.certificates]
+        references = PoolReferences(pool, part.source, open_model(self.store.place(self._base)), answers)
+        chosen, reasons = self._covering(certificates, references, part)
+        return "" if chosen else self._uncovered(part, reasons).reason
+
     def _uncovered(self, part: Task, reasons: Sequence[str]) -> Gate:
-        settings = " ".join(f"--set {key}={value}" for key, value in self.options.config.items())
-        remedy = (
-            f"lethe certify --checkpoint {self.store.place(self._base)} --data '{part.source.spec}' --pool "
-            f"{self.options.pool} --method {self.options.method} {settings}{' ' if settings else ''}--size "
-            f"{len(part.forget)} --out CERTIFICATE"
-        )
-        why = "; ".join(reasons) or "no certificate was given"
+        words = ["lethe", "certify", "--checkpoint", str(self.store.place(self._base).resolve())]
+        words += ["--data", part.source.spec, "--pool", str(self.options.pool), "--method", self.options.method]
+        for key, value in self.options.config.items():
+            if key != "seed":  # every simulated request has its own
+                words += ["--set", f"{key}={json.dumps(value) if isinstance(value, dict) else value}"]
+        words += ["--kind", kind_of(part.forget.labels), "--size", str(len(part.forget)), "--out", "CERTIFICATE"]
+        judge_again = f"lethe request judge --store {self.store.folder} --pool {self.options.pool}"
         return undecided(
-            "certificate", "Does a certificate cover the run?", "one that is valid", f"{why}. To get one: {remedy}"
+            "certificate",
+            "Does a certificate cover the run?",
+            "one that is valid",
+            f"{'; '.join(reasons) or 'no certificate was given'}. To get one: {shlex.join(words)}, then {judge_again} "
+            "--certificate CERTIFICATE",
         )
 
     def _by_certificate(
@@ -146,7 +162,7 @@ class PoolProof:
                 f"{certificate.path}: {low} to {high} samples, until {certificate.content['expires'][:10]}",
             )
         ]
-        for name, (value, allowed) in certificate.like(figures).items():
+        for name, (value, allowed) in certificate.like(figures, len(part.forget)).items():
             found.append(
                 decide(
                     f"like: {name}",

@@ -36,6 +36,8 @@ class Options:
     def check(self) -> None:
         """Raise UserError if the method does not exist, an option is wrong, or pool or certificate are not valid."""
         split_options(self.config, get_method(self.method).Config)
+        if self.pool and self.references:
+            raise UserError("references and a pool are both given; leave --pool out, or give --no-reference")
         check_given(Path(self.pool) if self.pool else None, [Path(each) for each in self.certificates])
 
 

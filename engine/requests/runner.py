@@ -37,6 +37,7 @@ from engine.methods import get_method
 from engine.requests.drift import measure_drift
 from engine.requests.entries import Run
 from engine.requests.lineage import open_lineage, open_ordered_data, refuse_launcher
+from engine.requests.pool_proof import PoolProof
 from engine.requests.run_options import Options, Overrides
 from engine.requests.store import Store, locked
 from engine.requests.verdicts import Record, Verify, judge_version, reason_of, record_in
@@ -180,6 +181,10 @@ class _Attempt:
         store, run, batch, earlier = self.store, self.run, self.batch, self.earlier
         task = Task.of_ids(self.source, batch, spec=f"requests {self.listed}", excluded=earlier)
         options = Options(**run.options)
+        if options.pool:
+            proof = PoolProof(store=store, options=options, parent=run.parent, place=store.place(run.number))
+            if why := proof.warning(task):
+                notify(f"this run will be unproven, no certificate covers it: {why}")
         metrics = _unlearn(store, run, task, options, progress)
         place = store.place(run.number)
         drift = measure_drift(store, run, self.source.test, len(batch) + len(earlier), options)

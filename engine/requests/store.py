@@ -109,6 +109,11 @@ class Store:
         row = dict(rows[0])
         return Run(**{**row, "options": json.loads(row["options"]), "requests": self._batch(row["number"])})
 
+    def run_of(self, version: Version) -> Run:
+        """Return the run that made a version."""
+        (row,) = self._all("SELECT * FROM runs WHERE number = ?", (version.number,))
+        return Run(**{**dict(row), "options": json.loads(row["options"]), "requests": version.requests})
+
     def forgotten(self, version: int | None = None) -> list[str]:
         """Return the ids that were forgotten, by all versions or by those up to `version`; sorted."""
         newest = version if version is not None else self.next_number()
@@ -236,16 +241,14 @@ class Store:
                 "UPDATE requests SET version = ? WHERE number IN (SELECT request FROM batches WHERE run = ?)",
                 (run.number, run.number),
             )
-            if verdict == "PASS" and batch_alone:
-                self._database.execute("UPDATE requests SET proven = ? WHERE version = ?", (run.number, run.number))
-            elif verdict == "PASS":
-                self._prove(run.number)
+            if verdict == "PASS":
+                self._prove(run.number, batch_alone)
 
-    def judge_again(self, number: int, verdict: str, reason: str) -> None:
-        """Store a later verdict on the current version, of which nothing was proven yet.
+    def judge_again(self, number: int, verdict: str, reason: str, batch_alone: bool = False) -> None:
+        """Store a later verdict on the current version.
 
         PASS proves all that is unproven. FAIL rejects the version, so that the version before it is the current one
-        again, and opens its requests.
+        again, and opens its requests, those that a certificate proved among them. `batch_alone` as of `finish`.
         """
         with transaction(self._database):
             self._database.execute(
@@ -253,12 +256,14 @@ class Store:
                 (verdict, reason, "rejected" if verdict == "FAIL" else "accepted", number),
             )
             if verdict == "FAIL":
-                self._database.execute("UPDATE requests SET version = NULL WHERE version = ?", (number,))
+                self._database.execute("UPDATE requests SET version = NULL, proven = NULL WHERE version = ?", (number,))
             elif verdict == "PASS":
-                self._prove(number)
+                self._prove(number, batch_alone)
 
-    def _prove(self, number: int) -> None:
-        self._database.execute("UPDATE requests SET proven = ? WHERE version IS NOT NULL AND proven IS NULL", (number,))
+    def _prove(self, number: int, batch_alone: bool) -> None:
+        which = "version = ?" if batch_alone else "version IS NOT NULL"
+        values = (number, number) if batch_alone else (number,)
+        self._database.execute(f"UPDATE requests SET proven = ? WHERE {which} AND proven IS NULL", values)
 
     def add_rebase(self, number: int, reason: str) -> None:
         """Add a full retrain as the current version, and as the base of later versions."""

@@ -35,7 +35,7 @@ Record = Callable[[Path, Verdict], None]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Judged:
-    """Result of a later verdict on a version; `requests`: state now of those that were unproven, by number."""
+    """Result of a later verdict on a version; `requests`: state now of those that were unproven, or that changed."""
 
     version: int
     status: str
@@ -47,15 +47,12 @@ class Judged:
 def judge_again(
     folder: Path,
     *,
-    config: Mapping[str, Any] | None = None,
-    references: Sequence[str] | None = None,
-    gates: Path | None = None,
-    pool: Path | None = None,
+    given: Overrides | None = None,
     verify: Verify | None = None,
     record: Record | None = None,
     notify: Callable[[str], None] = lambda line: None,
 ) -> Judged | None:
-    """Judge the current version with other evidence, such as retrained models; None if nothing is unproven.
+    """Judge the current version with other evidence, such as retrained models; None if nothing is to be judged.
 
     PASS: all unproven requests are done. INSUFFICIENT EVIDENCE: they stay unproven. FAIL: the version is rejected, the
     version before it is the current one, and the requests of the rejected version are open again; those of earlier
@@ -63,32 +60,39 @@ def judge_again(
 
     Args:
         folder: Folder of the store.
-        config, references, gates, pool: As of `Overrides`.
+        given: Options of the verdict in place of the store's. With a pool among them all that was forgotten is judged,
+            even if nothing is unproven.
         verify, record, notify: As of `engine.requests.runner.run_requests`.
 
     Raises:
         UserError: A run has not ended, another process runs this store, the data changed, or a reference is refused.
     """
+    given = given or Overrides()
     refuse_launcher("judge")
     with open_lineage(folder) as store:
         refuse_unfinished(store)
         unproven = [request.number for request in store.requests() if request.state == "unproven"]
-        if not unproven:
+        version, ids = store.current(), store.forgotten()
+        if not unproven and not (given.pool and ids):
             return None
-        source, version, ids = open_ordered_data(store), store.current(), store.forgotten()
-        options = Overrides(config=config, references=references, gates=gates, pool=pool).of_store(store)
+        source = open_ordered_data(store)
+        options, parent = given.of_store(store), None
+        if options.pool and version.kind == "unlearned" and unproven == sorted(version.requests):
+            # A certificate may cover that run, which had its own method and options.
+            options, parent = given.of_unfinished(store.run_of(version)), version.parent
         options.check()
         whole = Task.of_ids(source, ids, spec=f"all requests up to version {version.number}")
-        batch = store.ids_of(unproven)
+        batch = store.ids_of(unproven or version.requests)
         earlier = sorted({*ids} - {*batch})
         part = Task.of_ids(source, batch, spec="the unproven requests", excluded=earlier) if earlier else None
         notify(f"judging version {version.number:04d} on the {len(ids)} samples forgotten so far")
         place = store.place(version.number)
-        verdict = judge_version(store, verify, whole, part, place, options)
+        verdict = judge_version(store, verify, whole, part, place, options, parent)
         if version.kind == "unlearned":  # a full retrain was copied without its record
             record_in(place, verdict, record)
-        store.judge_again(version.number, verdict.status, reason_of(verdict))
-        states = {request.number: request.state for request in store.requests() if request.number in unproven}
+        before = {request.number: request.state for request in store.requests()}
+        store.judge_again(version.number, verdict.status, reason_of(verdict), verdict.kind == "certificate")
+        states = {r.number: r.state for r in store.requests() if r.number in unproven or r.state != before[r.number]}
     return Judged(
         version=version.number,
         status=verdict.status,

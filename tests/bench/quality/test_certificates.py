@@ -15,7 +15,7 @@ from bench.quality import certificates, pool_agreement, pool_queue
 from engine.jobs.task import Task
 from engine.pool.store import Pool
 
-SHORT = {**certificates.RECIPE, "max_steps": 40}
+SHORT = {**certificates.RECIPE, "epochs": 3}
 
 
 @pytest.fixture(scope="module")
@@ -114,8 +114,8 @@ def test_a_queue_by_the_command_line(folder: Path, tmp_path: Path, monkeypatch: 
     path = write_certificate(tmp_path, content, pool)
     monkeypatch.setattr(pool_queue, "PLANTED", {2: "no-op"})
     settings = [f"{key}={value}" for key, value in options.items()]
-    found = pool_queue.run_pool_queue(
-        str(checkpoint), "digits", pool.folder, [path], "finetune", 2, 0, [*settings], tmp_path / "q.json"
+    found = pool_queue.pool_queue(
+        str(checkpoint), "digits", pool.folder, [path], "finetune", 2, settings=settings, json_file=tmp_path / "q.json"
     )
     rows = [(row["request"], row["samples"], row["planted"], row["status"], row["state"]) for row in found["runs"]]
     assert rows == [(1, 1, "", "PASS", "done"), (2, 5, "no-op", "FAIL", "open"), (2, 5, "", "PASS", "done")]

@@ -79,6 +79,8 @@ def test_one_member_alone(original: Path, lethe: Lethe, tmp_path: Path) -> None:
         (["--models", 3], "expected 4 to 64"),
         (["--set", "seed=1"], "give it by --seed 1"),
         (["--set", "no_such=1"], "no_such"),
+        (["--seed", -5], "0 or more"),
+        (["--key", "k" * 70], "expected 1 to 64"),
     ],
 )
 def test_wrong_options_train_nothing(
@@ -114,7 +116,7 @@ def test_a_procedure_that_shows_nothing_is_not_certified(
     """An untrained original memorised nothing."""
     words = [
         *("certify", "--checkpoint", original, "--data", "digits", "--pool", pool, "--method", "finetune"),
-        *("--size", 50, "--requests", 2, "--set", "max_steps=2", "--set", "batch_size=32", "--set", "precision=fp32"),
+        *("--size", 20, "--requests", 8, "--set", "max_steps=2", "--set", "batch_size=32", "--set", "precision=fp32"),
         *("--out", tmp_path / "c", "--json", tmp_path / "c.json"),
     ]
     code, out, err = lethe(*words)
@@ -134,8 +136,12 @@ def test_a_procedure_that_shows_nothing_is_not_certified(
     [
         (["--kind", "all"], "expected one of random, class, near-duplicates"),
         (["--set", "seed=1"], "give the first by --seed"),
-        (["--size", 0], "certify: "),
-        (["--size", 500, "--requests", 2], "take at most half of them"),
+        (["--size", 0], "1 or more"),
+        (["--size", 500, "--requests", 8], "take at most half of them"),
+        (["--requests", 2], "at least 8"),
+        (["--days", "1e9"], "at most 3650"),
+        (["--days", "nan"], "at most 3650"),
+        (["--seed", -1], "0 or more"),
         (["--pool", "none"], "holds no pool"),
         (["--method", "none"], "none"),
     ],

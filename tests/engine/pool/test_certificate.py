@@ -52,6 +52,7 @@ CONTENT: dict[str, Any] = {
     "kind": "random",
     "sizes": [10, 40],
     "max_drift": 0.1,
+    "requests": {"size": 20, "count": 4, "seed": 0},
     "figures": {"weights": [-0.5, -0.6, -0.55, -0.52], "score": [1.0, 0.5, 0.8, 0.9]},
 }
 
@@ -99,7 +100,7 @@ def test_it_expires_and_has_to_be_granted() -> None:
 
 
 def test_a_run_is_compared_with_the_certified_ones() -> None:
-    found = Certificate(Path("x"), CONTENT).like({"weights": -0.54, "score": 9.0})
+    found = Certificate(Path("x"), CONTENT).like({"weights": -0.54, "score": 9.0}, 40)
     value, allowed = found["weights"]
     assert allowed.low < value < allowed.high
     value, allowed = found["score"]
@@ -107,8 +108,19 @@ def test_a_run_is_compared_with_the_certified_ones() -> None:
     assert allowed.value == pytest.approx(0.8)
     # A further run: t(0.999, 3 degrees of freedom) = 10.21, sd 0.2160, times sqrt(1 + 1/4).
     assert allowed.high - 0.8 == pytest.approx(10.2145 * 0.216025 * 1.118034, rel=1e-4)
-    value, allowed = Certificate(Path("x"), CONTENT).like({"weights": -9.0})["weights"]
+    value, allowed = Certificate(Path("x"), CONTENT).like({"weights": -9.0}, 20)["weights"]
     assert value < allowed.low  # nothing was changed
+
+
+def test_of_fewer_samples_the_mean_varies_more() -> None:
+    certificate, figures = Certificate(Path("x"), CONTENT), {"weights": -0.5, "score": 0.8}
+    ranges = {size: certificate.like(figures, size) for size in (5, 20, 40)}
+    half = {
+        size: {name: each[1].high - each[1].value for name, each in found.items()} for size, found in ranges.items()
+    }
+    assert half[5]["score"] == pytest.approx(2 * half[20]["score"])
+    assert half[40] == half[20]
+    assert half[5]["weights"] == half[20]["weights"]
 
 
 def test_a_certificate_is_read_back(pool: Pool, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,21 @@ def test_a_stopped_call_is_continued(references: PoolReferences, tmp_path: Path)
     _, whole = simulate(references, PROCEDURE, tmp_path / "whole", run=goes_on)
     for name, p in evidence.model.predictions.items():
         np.testing.assert_allclose(p.logits, whole.model.predictions[name].logits, rtol=1e-4, atol=1e-5)
+
+
+def test_outputs_of_other_samples_are_not_taken(pool: Pool, digits: Source, tmp_path: Path) -> None:
+    """The data changed between two calls, so that the draw is another."""
+
+    def unlike(original: nn.Module, task: Task, method: str, config: Mapping[str, Any]) -> tuple[nn.Module, int]:
+        return tiny_vit(70), 0
+
+    simulate(PoolReferences(pool, digits, tiny_vit(3), Answers({"precision": "fp32"})), PROCEDURE, tmp_path, run=unlike)
+    fewer = dataclasses.replace(digits, train=digits.train.subset(np.arange(3, 240)))
+    references = PoolReferences(pool, fewer, tiny_vit(3), Answers({"precision": "fp32"}))
+    _, again = simulate(references, PROCEDURE, tmp_path, run=unlike)
+    _, fresh = simulate(references, PROCEDURE, tmp_path / "fresh", run=unlike)
+    for name, p in fresh.model.predictions.items():
+        np.testing.assert_allclose(again.model.predictions[name].logits, p.logits, rtol=1e-4, atol=1e-5)
 
 
 def test_a_folder_holds_one_procedure(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +11,19 @@ import numpy as np
 import pytest
 from command_line import Lethe
 from digit_pool import make_pool
-from digit_requests import QUICK, Judge, ids_of, record, states
+from digit_requests import QUICK, ids_of, record, states
 from toys import tiny_vit
 
 from engine.data import Source
 from engine.errors import UserError
+from engine.evaluate.gates import Gate, Verdict
 from engine.jobs.opening import open_model
 from engine.models.checkpoint import save_checkpoint
 from engine.pool.answers import Answers
 from engine.pool.certificate import bound, write_certificate
 from engine.pool.references import PoolReferences
-from engine.pool.store import Pool
-from engine.requests import intake
+from engine.pool.store import Pool, model_identity
+from engine.requests import intake, verdicts
 from engine.requests.intake import add_request, init_store
 from engine.requests.run_options import Overrides
 from engine.requests.runner import Finished, run_requests
@@ -49,6 +51,7 @@ def certificate(pool: Pool, store: Path, digits: Source, tmp_path: Path) -> Path
         "kind": "random",
         "sizes": [3, 12],
         "max_drift": 0.1,
+        "requests": {"size": 6, "count": 5, "seed": 0},
         "figures": {"weights": [-3.8, -3.85, -3.9, -3.85, -3.8], "score": [-2.0, 0.0, 2.0, 1.0, -1.0]},
     }
     return write_certificate(tmp_path, content, pool)
@@ -119,9 +122,9 @@ def test_without_a_certificate_it_is_unproven_and_the_command_is_named(store: Pa
     assert finished.verdict is not None
     assert (finished.state, finished.verdict["kind"]) == ("unproven", "pool")
     assert "no certificate was given" in finished.reason
-    assert f"lethe certify --checkpoint {store}/versions/0000 --data 'digits' --pool {pool.folder}" in finished.reason
+    assert f"lethe certify --checkpoint {store}/versions/0000 --data digits --pool {pool.folder}" in finished.reason
     assert "--method finetune --set max_steps=2" in finished.reason
-    assert "--size 6" in finished.reason
+    assert "--kind random --size 6 --out CERTIFICATE" in finished.reason
 
 
 def test_a_request_of_another_size_is_not_covered(store: Path, pool: Pool, certificate: Path, digits: Source) -> None:
@@ -187,14 +190,73 @@ def test_a_certificate_without_a_pool_is_refused(store: Path, certificate: Path,
         _run(store, certificates=[certificate])
 
 
-def test_references_of_ones_own_come_before_the_pool(store: Path, pool: Pool, digits: Source, tmp_path: Path) -> None:
-    judge = Judge()
+def test_references_and_a_pool_are_refused(store: Path, pool: Pool, digits: Source, tmp_path: Path) -> None:
     add_request(store, ids=ids_of(digits, 0))
     reference = save_checkpoint(tiny_vit(9), tmp_path / "reference")
-    given = Overrides(pool=pool.folder, references=[str(reference)])
-    finished = run_requests(store, given=given, verify=judge, record=record)
-    assert finished is not None
-    assert judge.asked
+    with pytest.raises(UserError, match="references and a pool are both given"):
+        _run(store, pool=pool.folder, references=[str(reference)])
+    with Store.open(store) as opened:
+        assert opened.unfinished() is None
+
+
+def test_a_certificate_proves_a_run_that_is_over(store: Path, pool: Pool, certificate: Path, digits: Source) -> None:
+    """What an unproven request's reason names as the remedy."""
+    lines: list[str] = []
+    add_request(store, ids=ids_of(digits, 0))
+    run_requests(store, given=Overrides(pool=pool.folder), record=record, notify=lines.append)
+    assert any("will be unproven, no certificate covers it: no certificate was given" in each for each in lines)
+    assert states(store) == {1: "unproven"}
+    judged = judge_again(store, given=Overrides(pool=pool.folder, certificates=[certificate]), record=record)
+    assert judged is not None
+    assert (judged.status, judged.verdict["kind"], judged.requests) == ("PASS", "certificate", {1: "done"})
+
+
+def test_a_certificate_does_not_prove_the_runs_before(
+    store: Path, pool: Pool, certificate: Path, digits: Source
+) -> None:
+    for start in (0, 6):
+        add_request(store, ids=ids_of(digits, start))
+        _run(store, pool=pool.folder)
+    judged = judge_again(store, given=Overrides(pool=pool.folder, certificates=[certificate]), record=record)
+    assert judged is not None
+    assert judged.verdict["kind"] == "pool"
+    assert states(store) == {1: "unproven", 2: "unproven"}
+
+
+def test_all_that_was_forgotten_is_judged_though_it_is_done(
+    store: Path, pool: Pool, certificate: Path, digits: Source
+) -> None:
+    add_request(store, ids=ids_of(digits, 0))
+    _run(store, pool=pool.folder, certificates=[certificate])
+    assert judge_again(store, record=record) is None  # nothing is unproven
+    judged = judge_again(store, given=Overrides(pool=pool.folder), record=record)
+    assert judged is not None
+    assert judged.verdict["kind"] == "pool"
+    assert states(store) == {1: "done"}
+
+
+def test_a_later_fail_opens_what_a_certificate_proved(
+    store: Path, pool: Pool, certificate: Path, digits: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_request(store, ids=ids_of(digits, 0))
+    _run(store, pool=pool.folder, certificates=[certificate])
+    failed = Verdict([Gate("membership", "?", "FAIL", None, "limit", "planted")], 2, {"forget": 1, "test": 1})
+    monkeypatch.setattr(verdicts, "judge_version", lambda *anything: failed)
+    judged = judge_again(store, given=Overrides(pool=pool.folder), record=record)
+    assert judged is not None
+    assert judged.requests == {1: "open"}
+    assert states(store) == {1: "open"}
+
+
+def test_another_preprocessing_is_another_model(pool: Pool, digits: Source, checkpoint: Path, tmp_path: Path) -> None:
+    """The same weights, fed with other images."""
+    other = Path(shutil.copytree(checkpoint, tmp_path / "other"))
+    config = json.loads((other / "config.json").read_text())
+    config["pretrained_cfg"] = {**config.get("pretrained_cfg", {}), "mean": [0.45], "std": [0.6]}
+    (other / "config.json").write_text(json.dumps(config))
+    assert model_identity(open_model(other)) != model_identity(open_model(checkpoint))
+    with pytest.raises(UserError, match="a pool has that of the original"):
+        PoolReferences(pool, digits, open_model(other), Answers(QUICK))
 
 
 def test_the_store_keeps_pool_and_certificates(
@@ -219,7 +281,7 @@ def test_the_store_keeps_pool_and_certificates(
 def test_a_later_verdict_by_the_pool_is_on_all_samples(store: Path, pool: Pool, digits: Source) -> None:
     add_request(store, ids=ids_of(digits, 0))
     _run(store, pool=pool.folder)
-    judged = judge_again(store, pool=pool.folder, record=record)
+    judged = judge_again(store, given=Overrides(pool=pool.folder), record=record)
     assert judged is not None
     assert judged.verdict["kind"] == "pool"
     assert judged.verdict["samples"]["forget"] == 6
