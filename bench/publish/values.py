@@ -110,10 +110,16 @@ def _agreement(report: Report) -> dict[str, str]:
 
 
 def _queue(report: Report) -> dict[str, str]:
-    for run in report["runs"]:
-        expected = "open" if run["planted"] else "done"
-        _still_true(run["state"] == expected, f"pool-queue.json: request {run['request']} is {run['state']}")
-    return {"forgotten": str(report["judged"]["samples"]["forget"]), "judged": report["judged"]["status"]}
+    planted, honest = ([run for run in report["runs"] if bool(run["planted"]) is which] for which in (True, False))
+    _still_true(all(run["state"] == "open" for run in planted), "pool-queue.json: a planted run was accepted")
+    shares = [run["share"] for run in honest if run["kind"] == "certificate"]
+    return {
+        "requests": str(len(honest)),
+        "done": str(sum(run["state"] == "done" for run in honest)),
+        "most": f"{100 * max(shares):.1f}",
+        "forgotten": str(report["judged"]["samples"]["forget"]),
+        "judged": report["judged"]["status"],
+    }
 
 
 def _equality(report: Report) -> dict[str, str]:

@@ -117,7 +117,7 @@ def _run(queue: Path, json_file: Path, planted: str) -> dict[str, Any]:
         "status": run["status"],
         "state": run["state"],
         "kind": verdict.get("kind", "none"),
-        "reason": run["reason"],
+        "reason": ", ".join(verdict["decided_by"]) if verdict else run["reason"],
         "images": proof.get("images"),
         "share": proof["images"] / proof["retrain"] if proof else None,
         "proof_seconds": proof.get("seconds"),
