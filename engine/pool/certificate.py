@@ -45,6 +45,9 @@ SIZES = (0.5, 2.0)
 MOST_NO_OP = 0.05
 # Probability of the intervals for the figures of a run.
 _LIKE = 0.998
+# Added to the range of the change of the weights, log10: a factor of two. A version that was made from an unlearned
+# model changes less than one that was made from the original.
+_MOVED = 0.301
 _DRAWS = 100
 # Parts of the code that decide what a run does to a model.
 _CODE = ("core", "data", "methods", "models", "run", "runtime")
@@ -91,13 +94,17 @@ class Certificate:
     def like(self, figures: Mapping[str, float], size: int) -> dict[str, tuple[float, Interval]]:
         """Return each figure of a run, and the interval in which a further certified run would have it (99.8%).
 
-        Of a request that is smaller than the simulated ones, the mean over its samples varies more.
+        Of a request that is smaller than the simulated ones, the mean over its samples varies more. The change of the
+        weights may be outside by a factor of two.
         """
         found = {}
         for name, value in figures.items():
             known = np.array(self.content["figures"][name])
             half = float(t.ppf((1 + _LIKE) / 2, len(known) - 1)) * known.std(ddof=1) * (1 + 1 / len(known)) ** 0.5
-            half *= max(1.0, self.content["requests"]["size"] / size) ** 0.5 if name == "score" else 1.0
+            if name == "score":
+                half *= max(1.0, self.content["requests"]["size"] / size) ** 0.5
+            else:
+                half += _MOVED
             found[name] = (value, Interval(float(known.mean()), float(known.mean() - half), float(known.mean() + half)))
         return found
 

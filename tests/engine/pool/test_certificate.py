@@ -110,6 +110,9 @@ def test_a_run_is_compared_with_the_certified_ones() -> None:
     assert allowed.high - 0.8 == pytest.approx(10.2145 * 0.216025 * 1.118034, rel=1e-4)
     value, allowed = Certificate(Path("x"), CONTENT).like({"weights": -9.0}, 20)["weights"]
     assert value < allowed.low  # nothing was changed
+    # The range of a further run, and a factor of two on either side.
+    spread = 10.2145 * np.std([-0.5, -0.6, -0.55, -0.52], ddof=1) * 1.25**0.5
+    assert allowed.value - allowed.low == pytest.approx(spread + np.log10(2), abs=1e-3)
 
 
 def test_of_fewer_samples_the_mean_varies_more() -> None:
