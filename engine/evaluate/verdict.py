@@ -68,6 +68,7 @@ class Evidence:
         partial: Whether the references were trained on a part of the retained samples (`engine.pool`). Their accuracy
             is lower than a retrained model's: test and retain accuracy are compared with the original's, and the
             difference on test samples is subtracted from that on forget samples. There is no relearning attack.
+        expected_test: float64 [test samples], with `partial`: share of all models of the pool that are right.
     """
 
     model: ModelOutputs
@@ -76,6 +77,7 @@ class Evidence:
     repeated: Predictions
     changed: float | None
     partial: bool = False
+    expected_test: np.ndarray | None = None
 
 
 def judge(evidence: Evidence, gates: Gates) -> Verdict:
@@ -158,7 +160,7 @@ def _forget_accuracy(subject: ModelOutputs, evidence: Evidence, gates: Gates, ab
         return []
     limits = (gates.forget_points, gates.forget_points_few)
     change, most = _accuracy_change(
-        subject, evidence.references, "forget", limits, gates.level, less="test" if evidence.partial else None
+        subject, evidence.references, "forget", limits, gates.level, less=evidence.expected_test
     )
     relative = ", relative to that on test samples" if evidence.partial else ""
     return [
@@ -180,35 +182,26 @@ def _accuracy_change(
     name: str,
     limits: Limits,
     level: float,
-    less: str | None = None,
+    less: np.ndarray | None = None,
 ) -> tuple[Interval, float]:
     """Return accuracy minus the mean of the others', in points, with its interval, and the limit of its size.
 
     Samples are resampled for all models together.
 
     Args:
-        less: Another set, whose difference is subtracted; None: no other.
+        less: Expected correctness on test samples, from which the difference is subtracted; None: nothing is.
     """
-    change, drawn, accuracies = _changes(model, others, name)
-    expected = float(accuracies.mean()) / 100
-    if less is not None:
-        change, drawn, accuracies = (
-            mine - theirs
-            for mine, theirs in zip((change, drawn, accuracies), _changes(model, others, less, seed=1), strict=True)
-        )
-    found = percentiles(float(change), drawn, level)
-    error = (found.high - found.low) / (2 * float(norm.ppf((1 + level) / 2)))
-    varies = variation(error, _left_out(accuracies), prior_points(name, expected))
-    return varies.widen(found, level), _limit(varies, limits, level)
-
-
-def _changes(
-    model: ModelOutputs, others: Sequence[ModelOutputs], name: str, seed: int = 0
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return accuracy minus the mean of the others' in points, resamples of it [draws], and the others' accuracies."""
     mine, theirs = model.predictions[name].correct, np.stack([each.predictions[name].correct for each in others])
     change = 100 * (mine - theirs.mean(0))
-    return change.mean(), bootstrap_means(change[:, None], seed=seed)[:, 0], 100 * theirs.mean(1)
+    value, drawn = change.mean(), bootstrap_means(change[:, None])[:, 0]
+    if less is not None:
+        apart = 100 * (model.predictions["test"].correct - less)
+        value, drawn = value - apart.mean(), drawn - bootstrap_means(apart[:, None], seed=1)[:, 0]
+    found = percentiles(float(value), drawn, level)
+    error = (found.high - found.low) / (2 * float(norm.ppf((1 + level) / 2)))
+    accuracies = 100 * theirs.mean(1)
+    varies = variation(error, _left_out(accuracies), prior_points(name, float(theirs.mean())))
+    return varies.widen(found, level), _limit(varies, limits, level)
 
 
 def _left_out(values: np.ndarray) -> list[float]:

@@ -230,6 +230,7 @@ def no_op_rate(evidence: Evidence, gates: Gates, requests: int, draws: int = _DR
     forget, test = len(evidence.model.predictions["forget"]), len(evidence.model.predictions["test"])
     rows = np.split(np.arange(forget), requests)
     for _ in range(draws):
+        expected = evidence.expected_test
         chosen = np.concatenate([rows[int(i)] for i in rng.integers(0, requests, requests)])
         places = {"forget": chosen, "test": rng.integers(0, test, test)}
         original = _drawn(evidence.original, places)
@@ -240,6 +241,7 @@ def no_op_rate(evidence: Evidence, gates: Gates, requests: int, draws: int = _DR
             repeated=original.predictions["forget"],
             changed=1.0,
             partial=True,
+            expected_test=None if expected is None else expected[places["test"]],
         )
         passed += judge(again, gates).status == PASS
     return proportion(passed, draws)

@@ -107,6 +107,16 @@ class PoolReferences:
         kinds = ("plain", "moved")
         return [{kind: Predictions(kept[f"{n} {kind}"], self.test.labels) for kind in kinds} for n in range(self.count)]
 
+    def expected_test(self) -> np.ndarray:
+        """Return the share of all models that are right for each test sample, float64 [n]; kept in the folder."""
+        path = self._kept("expected", (self.pool.identity, self.test.fingerprint(), self.answers.precision))
+        kept = read_npz(path)
+        if kept is None:
+            models = (self.model(number) for number in range(1, self.pool.models + 1))
+            kept = {"share": np.mean([self.answers(model, self.test).correct for model in models], axis=0)}
+            write_npz(path, kept)
+        return kept["share"]
+
     def original_controls(self) -> Predictions:
         """Return the original's predictions for the test samples; kept in the pool's folder."""
         facts = (model_identity(self.original), self.test.fingerprint(), self.answers.precision)
@@ -233,6 +243,7 @@ def evidence_by_pool(
         repeated=answers(model, task.forget),
         changed=changed_share(model, original),
         partial=True,
+        expected_test=references.expected_test(),
     )
 
 

@@ -304,6 +304,7 @@ def joint_evidence(
         repeated=joined([one.repeated for one in found]),
         changed=min(changes) if changes else None,
         partial=True,
+        expected_test=references.expected_test(),
     )
 
 

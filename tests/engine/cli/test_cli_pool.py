@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 from command_line import Lethe
+from digit_pool import make_pool
 from toys import tiny_vit
 
+from engine.data import open_source
 from engine.models.checkpoint import save_checkpoint
 
 QUICK = [
@@ -25,26 +27,26 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pool(tmp_path_factory: pytest.TempPathFactory, original: Path) -> Path:
-    """Two processes share the work."""
-    folder = tmp_path_factory.mktemp("pool") / "pool"
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pool(tmp_path_factory.mktemp("pool") / "pool", open_source("digits")).folder
+
+
+@pytest.mark.slow
+def test_two_processes_train_every_model_once(original: Path, lethe: Lethe, tmp_path: Path) -> None:
+    folder = tmp_path / "pool"
     words = [*map(str, QUICK), "--arch", str(original), "--out", str(folder)]
     command = [sys.executable, "-m", "engine", "pool", "train", *words]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     ends = [(process.communicate()[1], process.returncode) for process in both]
     assert [code for _, code in ends] == [0, 0], ends
-    return folder
-
-
-def test_every_model_is_trained_once(pool: Path, original: Path, lethe: Lethe) -> None:
-    times = {path: path.stat().st_mtime for path in pool.glob("model_*/model.safetensors")}
+    times = {path: path.stat().st_mtime for path in folder.glob("model_*/model.safetensors")}
     assert len(times) == 4
-    code, out, _ = lethe("pool", "train", *QUICK, "--arch", original, "--out", pool, "--json", pool.parent / "t.json")
+    code, out, _ = lethe("pool", "train", *QUICK, "--arch", original, "--out", folder, "--json", tmp_path / "t.json")
     assert code == 0
     assert out.count("finished before") == 4
     assert "pool in" in out
     assert {path: path.stat().st_mtime for path in times} == times
-    found = json.loads((pool.parent / "t.json").read_text())
+    found = json.loads((tmp_path / "t.json").read_text())
     assert [row["status"] for row in found["models"]] == ["finished before"] * 4
     assert found["unfinished"] == []
 

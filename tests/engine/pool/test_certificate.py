@@ -211,7 +211,7 @@ def _outputs(seed: int, memorised: float = 0.0) -> ModelOutputs:
     return ModelOutputs(sets, {}, {name: sets[name] for name in ("forget", "test")})
 
 
-_COUNTS = {"forget": 300, "test": 600, "retain": 600}
+_COUNTS = {"forget": 300, "test": 400, "retain": 400}
 
 
 def _evidence(memorised: float, original: float) -> Evidence:
@@ -223,6 +223,7 @@ def _evidence(memorised: float, original: float) -> Evidence:
         repeated=model.predictions["forget"],
         changed=0.9,
         partial=True,
+        expected_test=np.mean([_outputs(seed).predictions["test"].correct for seed in (3, 4, 5)], axis=0),
     )
 
 

@@ -12,6 +12,8 @@ from toys import tiny_vit
 
 from engine.data import Source
 from engine.errors import UserError
+from engine.evaluate.gates import Gates
+from engine.evaluate.verdict import accuracy_gates
 from engine.jobs.task import Task
 from engine.pool.answers import Answers
 from engine.pool.references import PoolReferences, check_knowledge, evidence_by_pool, judge_by_pool
@@ -103,6 +105,24 @@ def test_evidence_has_the_outputs_of_each_set(pool: Pool, digits: Source) -> Non
     np.testing.assert_array_equal(found.model.predictions["forget"].logits, found.repeated.logits)
     expected = Answers({"precision": "fp32"})(model, task.forget).logits
     np.testing.assert_allclose(found.model.predictions["forget"].logits, expected, rtol=1e-5)
+
+
+def test_accuracy_on_test_samples_is_expected_from_all_models(pool: Pool, digits: Source) -> None:
+    references, answers = _references(pool, digits), Answers({"precision": "fp32"})
+    right = np.stack([answers(references.model(n), digits.test).correct for n in range(1, 5)])
+    np.testing.assert_allclose(references.expected_test(), right.mean(0))
+    seen = references.answers.images
+    np.testing.assert_allclose(references.expected_test(), right.mean(0))
+    assert references.answers.images == seen
+    # A model that is right where they are, on average, and as often as they are on the forget samples: no difference.
+    task = Task.of_ids(digits, list(digits.train.ids[:120]), spec="x")
+    evidence = evidence_by_pool(references, task, tiny_vit(4))
+    (gate,) = [gate for gate in accuracy_gates(evidence, Gates.read()) if gate.name == "forget accuracy"]
+    forget = evidence.model.predictions["forget"].correct
+    theirs = np.mean([each.predictions["forget"].correct for each in evidence.references], axis=0)
+    apart = evidence.model.predictions["test"].correct.mean() - right.mean()
+    assert gate.value is not None
+    assert gate.value.value == pytest.approx(100 * ((forget - theirs).mean() - apart))
 
 
 def test_the_cost_of_a_verdict_is_counted(pool: Pool, digits: Source, tmp_path: Path) -> None:
