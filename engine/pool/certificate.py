@@ -28,7 +28,7 @@ from engine.audit.signature import checker, signer
 from engine.errors import UserError
 from engine.evaluate.gates import PASS, Gates, Verdict
 from engine.evaluate.intervals import Interval, proportion
-from engine.evaluate.verdict import Evidence, ModelOutputs, judge
+from engine.evaluate.verdict import Evidence, ModelOutputs, calibrated_margins, judge
 from engine.models.predict import Predictions
 from engine.pool.references import PoolReferences
 from engine.pool.simulation import Procedure, Simulated, kind_of
@@ -94,12 +94,13 @@ class Certificate:
     def like(self, figures: Mapping[str, float], size: int) -> dict[str, tuple[float, Interval]]:
         """Return each figure of a run, and the interval in which a further certified run would have it (99.8%).
 
-        Of a request that is smaller than the simulated ones, the mean over its samples varies more. The change of the
-        weights may be outside by a factor of two.
+        `figures`: as of `figures_of`, the score less that on test samples (`test_score`), since a model that was
+        unlearned several times may be surer on all samples. Of a request that is smaller than the simulated ones, the
+        mean over its samples varies more. The change of the weights may be outside by a factor of two.
         """
         found = {}
         for name, value in figures.items():
-            known = np.array(self.content["figures"][name])
+            known = np.array(self.content["figures"][name]) - (self.content["test_score"] if name == "score" else 0.0)
             half = float(t.ppf((1 + _LIKE) / 2, len(known) - 1)) * known.std(ddof=1) * (1 + 1 / len(known)) ** 0.5
             if name == "score":
                 half *= max(1.0, self.content["requests"]["size"] / size) ** 0.5
@@ -182,6 +183,7 @@ def certify(
         "requests": {"size": procedure.size, "count": procedure.count, "seed": procedure.seed},
         "verdict": verdict.to_dict(),
         "no_op": None if no_op is None else no_op.to_dict(),
+        "test_score": test_score(evidence.model, evidence.references),
         "figures": {name: [one.figures[name] for one in found] for name in names},
         "cost": {
             "seconds": sum(one.seconds for one in found),
@@ -191,6 +193,12 @@ def certify(
         "version": __version__,
     }
     return content, verdict
+
+
+def test_score(model: ModelOutputs, references: Sequence[ModelOutputs]) -> float:
+    """Return the mean log-odds of the true class on the test samples, less that of the references."""
+    others = [each.predictions["test"] for each in references]
+    return float(calibrated_margins(model.predictions["test"], others).mean())
 
 
 def bound(references: PoolReferences, method: str, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,14 +24,17 @@ from engine.evaluate.verdict import Evidence, ModelOutputs, accuracy_gates, judg
 from engine.jobs.opening import open_model
 from engine.jobs.task import Task
 from engine.pool.answers import Answers
-from engine.pool.certificate import Certificate, covered_run, open_certificate
+from engine.pool.certificate import Certificate, covered_run, open_certificate, test_score
 from engine.pool.references import PoolReferences, changed_share, evidence_by_pool, with_cost
 from engine.pool.simulation import figures_of, kind_of
 from engine.pool.store import Pool
 from engine.requests.run_options import Options
 from engine.requests.store import Store
 
-_WHAT = {"weights": "log10 of the relative change of the weights", "score": "mean log-odds less those of the pool"}
+_WHAT = {
+    "weights": "log10 of the relative change of the weights",
+    "score": "mean log-odds less those of the pool, relative to test samples",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,6 +154,8 @@ class PoolProof:
             changed=changed_share(model, before),
         )
         figures = figures_of(model, before, forget, references.forget(part.forget, moved=False))
+        controls = [ModelOutputs({"test": each["plain"]}, {}) for each in references.controls()]
+        figures["score"] -= test_score(evidence.model, controls)
         low, high = certificate.sizes
         found = [
             Gate(

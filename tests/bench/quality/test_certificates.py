@@ -109,6 +109,7 @@ def test_a_queue_by_the_command_line(folder: Path, tmp_path: Path, monkeypatch: 
         "requests": {"size": 5, "count": 3, "seed": 0},
         "no_op": None,
         "cost": {},
+        "test_score": 0.1,
         "figures": {"weights": [-2.0, -1.0, -1.5], "score": [-1.0, 0.0, 1.0]},
     }
     path = write_certificate(tmp_path, content, pool)

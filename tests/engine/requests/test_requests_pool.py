@@ -52,6 +52,7 @@ def certificate(pool: Pool, store: Path, digits: Source, tmp_path: Path) -> Path
         "sizes": [3, 12],
         "max_drift": 0.1,
         "requests": {"size": 6, "count": 5, "seed": 0},
+        "test_score": 0.1,
         "figures": {"weights": [-3.8, -3.85, -3.9, -3.85, -3.8], "score": [-2.0, 0.0, 2.0, 1.0, -1.0]},
     }
     return write_certificate(tmp_path, content, pool)
