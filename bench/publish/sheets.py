@@ -20,7 +20,6 @@ from bench.publish.verdict_sheets import (
     agreement_table,
     calibration_table,
     certificates_table,
-    queue_table,
     verdicts_table,
 )
 from bench.quality import ablation
@@ -420,7 +419,6 @@ TABLES = {
     "calibration": Table(files=("calibration.json",), make=calibration_table),
     "certificates": Table(files=("certificates.json",), make=certificates_table),
     "pool-agreement": Table(files=("pool-agreement.json",), make=agreement_table),
-    "pool-queue": Table(files=("pool-queue.json",), make=queue_table),
     "leaderboard-yardstick": Table(files=("leaderboard-yardstick.json",), make=leaderboard_table),
     "leaderboard-yardstick-alone": Table(files=("leaderboard-yardstick-alone.json",), make=leaderboard_table),
     "leaderboard-yardstick-class": Table(files=("leaderboard-yardstick-class.json",), make=leaderboard_table),

@@ -106,7 +106,13 @@ def _certificates(report: Report) -> dict[str, str]:
 
 
 def _agreement(report: Report) -> dict[str, str]:
-    return {"models": str(len(report["models"]))}
+    impostors = [row for name, row in report["models"].items() if "retrained" not in name]
+    passed = {by: sum(row[by] == "PASS" for row in impostors) for by in ("pool", "references")}
+    return {
+        "models": str(len(report["models"])),
+        "impostors": f"{passed['pool']} of {len(impostors)}",
+        "by_references": str(passed["references"]),
+    }
 
 
 def _queue(report: Report) -> dict[str, str]:
@@ -212,7 +218,6 @@ FIGURES: dict[str, tuple[str, Callable[[Report], dict[str, str]]]] = {
     "ulira": ("ulira-digits.json", _ulira),
     "certificates": ("certificates.json", _certificates),
     "agreement": ("pool-agreement.json", _agreement),
-    "queue": ("pool-queue.json", _queue),
     "equality": ("equality.json", _equality),
     "chaos": ("chaos.json", _chaos),
     "two_hosts": ("two-hosts.json", _two_hosts),

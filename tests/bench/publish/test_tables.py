@@ -171,7 +171,8 @@ USED = sorted(
 COUNTS = {
     "yardstick.references", "yardstick.place", "yardstick.lethe_place", "yardstick.methods", "yardstick_alone.seeds",
     "yardstick_alone.least", "yardstick_alone.most", "yardstick_alone.whole", "chaos.runs", "chaos.before",
-    "chaos.after", "mutation.planted", "compiled.kernels", "timm_models.tried",
+    "chaos.after", "mutation.planted", "compiled.kernels", "timm_models.tried", "agreement.models",
+    "agreement.impostors", "agreement.by_references",
 }  # fmt: skip
 
 
