@@ -51,7 +51,6 @@ TITLES = {
     "calibration": "How often retrained models and impostors pass",
     "certificates": "Certificates of procedures",
     "pool-agreement": "Verdicts by a pool and by references",
-    "pool-queue": "A queue of small requests",
     "ulira-digits": "U-LiRA on digits",
 }
 # Keys of the head of a section, and keys that only serve to continue a file.

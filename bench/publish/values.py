@@ -115,19 +115,6 @@ def _agreement(report: Report) -> dict[str, str]:
     }
 
 
-def _queue(report: Report) -> dict[str, str]:
-    planted, honest = ([run for run in report["runs"] if bool(run["planted"]) is which] for which in (True, False))
-    _still_true(all(run["state"] == "open" for run in planted), "pool-queue.json: a planted run was accepted")
-    shares = [run["share"] for run in honest if run["kind"] == "certificate"]
-    return {
-        "requests": str(len(honest)),
-        "done": str(sum(run["state"] == "done" for run in honest)),
-        "most": f"{100 * max(shares):.1f}",
-        "forgotten": str(report["judged"]["samples"]["forget"]),
-        "judged": report["judged"]["status"],
-    }
-
-
 def _equality(report: Report) -> dict[str, str]:
     (steps,) = {row["steps"] for row in report["rows"]}
     bf16 = [row for row in report["rows"] if row["precision"] == "bf16" and row["case"] != "one process"]

@@ -1,7 +1,8 @@
 """The proof of a run without retrained models of its own: by a pool, or by a certificate of the procedure.
 
 A batch of enough samples is judged by the pool, and so is everything that the lineage forgot. A small batch shows
-nothing by itself: it passes if a certificate covers it and the run is like those that the certificate was made from.
+nothing by itself, and would be hidden among all that was forgotten: it passes only if a certificate covers it and the
+run is like those that the certificate was made from.
 """
 
 from __future__ import annotations
@@ -70,20 +71,20 @@ class PoolProof:
         )
         certificates = [open_certificate(Path(each), pool) for each in self.options.certificates]
         references = PoolReferences(pool, whole.source, open_model(self.store.place(self._base)), answers)
-        uncovered: list[Gate] = []
-        if len(part.forget) < gates.minimum_samples and self.parent is not None:
-            chosen, reasons = self._covering(certificates, references, part)
+        small: list[Gate] = []
+        if len(part.forget) < gates.minimum_samples:
+            chosen, reasons = self._covering(certificates, references, part) if self.parent is not None else (None, [])
             if chosen is not None:
                 found = self._by_certificate(chosen, references, part, model)
                 return with_cost(found, references, "certificate", chosen.path, began)
-            uncovered = [self._uncovered(part, reasons)]
+            # Among many other samples a few that were not forgotten would not be noticed: no PASS for them.
+            small = [self._uncovered(part, reasons)]
         found = judge(evidence_by_pool(references, part, model), gates)
         if found.status != FAIL and batch is not None:
             if self._base:  # version 0 was trained on all of them
                 references = PoolReferences(pool, whole.source, open_model(self.store.place(0)), answers)
             found = judge(evidence_by_pool(references, whole, model), gates)
-        if found.status != PASS:
-            found = dataclasses.replace(found, gates=[*found.gates, *uncovered])
+        found = dataclasses.replace(found, gates=[*found.gates, *small])
         return with_cost(found, references, "pool", pool.folder, began)
 
     @property

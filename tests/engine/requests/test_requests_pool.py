@@ -23,7 +23,7 @@ from engine.pool.answers import Answers
 from engine.pool.certificate import bound, write_certificate
 from engine.pool.references import PoolReferences
 from engine.pool.store import Pool, model_identity
-from engine.requests import intake, verdicts
+from engine.requests import intake, pool_proof, verdicts
 from engine.requests.intake import add_request, init_store
 from engine.requests.run_options import Overrides
 from engine.requests.runner import Finished, run_requests
@@ -277,6 +277,23 @@ def test_the_store_keeps_pool_and_certificates(
     assert _run(tmp_path / "kept").state == "done"
     with pytest.raises(UserError, match="give the pool that it was made with"):
         init_store(tmp_path / "other", str(checkpoint), "digits", certificates=[certificate])
+
+
+@pytest.mark.parametrize(("last", "state"), [(6, "unproven"), (110, "done")])
+def test_a_pass_on_all_samples_does_not_close_a_small_request(
+    store: Path, pool: Pool, digits: Source, monkeypatch: pytest.MonkeyPatch, last: int, state: str
+) -> None:
+    """A few samples that were not forgotten would not be noticed among many others."""
+    passed = Verdict([Gate("membership", "?", "PASS", None, "limit", "planted")], 2, {"forget": 1, "test": 1})
+    monkeypatch.setattr(pool_proof, "judge", lambda evidence, gates: passed)
+    add_request(store, ids=ids_of(digits, 0, 105))
+    assert _run(store, pool=pool.folder).state == "done"
+    add_request(store, ids=ids_of(digits, 110, last))
+    finished = _run(store, pool=pool.folder)
+    assert finished.state == state
+    judged = judge_again(store, given=Overrides(pool=pool.folder), record=record)
+    assert judged is not None
+    assert states(store) == {1: "done", 2: state}
 
 
 def test_a_later_verdict_by_the_pool_is_on_all_samples(store: Path, pool: Pool, digits: Source) -> None:
