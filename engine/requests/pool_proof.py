@@ -64,11 +64,8 @@ class PoolProof:
             UserError: The pool or a certificate is not valid.
         """
         began, gates, part = time.perf_counter(), self.gates, batch or whole
-        pool, answers, model = (
-            Pool.open(Path(self.options.pool or "")),
-            Answers(self.options.config),
-            open_model(self.place),
-        )
+        pool, answers = Pool.open(Path(self.options.pool or "")), Answers(self.options.config)
+        model = open_model(self.place)
         certificates = [open_certificate(Path(each), pool) for each in self.options.certificates]
         references = PoolReferences(pool, whole.source, open_model(self.store.place(self._base)), answers)
         small: list[Gate] = []
@@ -95,8 +92,8 @@ class PoolProof:
         self, certificates: Sequence[Certificate], references: PoolReferences, part: Task
     ) -> tuple[Certificate | None, list[str]]:
         """Return the first certificate that covers the run, or why each does not."""
-        forgotten = len(self.store.forgotten()) - len(self.store.forgotten(self._base))
-        drift = (forgotten + len(part.forget)) / self.store.settings["train"]
+        forgotten = {*self.store.forgotten(), *part.forget.ids}  # of a run that is over, its own are among them
+        drift = (len(forgotten) - len(self.store.forgotten(self._base))) / self.store.settings["train"]
         run = covered_run(references, self.options.method, self.options.config, part.forget.labels, drift)
         now, reasons = datetime.datetime.now(datetime.timezone.utc), []
         for each in certificates:
