@@ -95,7 +95,7 @@ def test_a_queue_by_the_command_line(folder: Path, tmp_path: Path, monkeypatch: 
     from engine.pool.references import PoolReferences
 
     _, pool = certificates.models_of(folder, None)
-    checkpoint, options = folder / "original", {"max_steps": 2, "precision": "fp32", "batch_size": 50}
+    checkpoint, options = folder / "original", {"max_steps": 2, "precision": "fp32", "batch_size": 50, "lr": 1e-5}
     references = PoolReferences(pool, open_source("digits"), open_model(checkpoint), Answers(options))
     content = {
         "format": 1,
@@ -110,7 +110,7 @@ def test_a_queue_by_the_command_line(folder: Path, tmp_path: Path, monkeypatch: 
         "no_op": None,
         "cost": {},
         "test_score": 0.1,
-        "figures": {"weights": [-2.0, -1.0, -1.5], "score": [-1.0, 0.0, 1.0]},
+        "figures": {"weights": [-4.0, -3.0, -3.5], "score": [-1.0, 0.0, 1.0]},
     }
     path = write_certificate(tmp_path, content, pool)
     monkeypatch.setattr(pool_queue, "PLANTED", {2: "no-op"})

@@ -112,7 +112,7 @@ def test_every_status_has_words_and_an_unknown_one_is_no_pass(status: str, words
     assert "What decided" not in page.text
     assert 'class="bar"' not in source
     assert "Bars: the dark line" not in page.text
-    assert "Note: no retrained model was given" in page.text
+    assert "Kind of proof: none, no retrained model was given" in page.text
     assert "retrained without" not in section_of(source, "Verdict")
 
 
