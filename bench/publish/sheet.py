@@ -5,6 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 
+from rich.table import Table
+
+from engine.cli.console import console
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sheet:
@@ -28,3 +32,11 @@ def _line(cells: Iterable[str]) -> str:
 def starting(rows: Sequence[Sequence[str]], text: str) -> frozenset[int]:
     """Return the numbers of the rows whose name starts with a text."""
     return frozenset(number for number, row in enumerate(rows) if row[0].startswith(text))
+
+
+def print_sheet(sheet: Sheet) -> None:
+    """Print a table on the terminal."""
+    table = Table(*sheet.columns, header_style="bold")
+    for row in sheet.rows:
+        table.add_row(*row)
+    console.print(table)

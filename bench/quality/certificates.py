@@ -14,7 +14,7 @@ independent of each other: their rate has the uncertainty of the bank's models a
 
 The JSON, below the heading of `bench.harness.report`:
 
-    {"requests", "size", "pool": {"models", "share", "retrains": its cost},
+    {"requests", "size", "pool": {"models", "share"},
      "procedures": {NAME: {"granted": seeds, "seeds", "rate": {value, low, high}, "verdicts": {STATUS: seeds},
         "deciding": {GATE: seeds}, "auc": [membership of each seed], "no_op": [rate], "reasons": [why not]}}}
 """
@@ -29,16 +29,18 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich.table import Table
 from torch import nn
 
 from bench.harness.report import Report
+from bench.publish.sheet import print_sheet
+from bench.publish.verdict_sheets import certificates_table
 from bench.quality.impostors import flipped, nudged
 from bench.quality.retrain_cost import DIGITS
 from bench.quality.verdict_matrix import with_new_head
 from engine.attack.ensemble import what_counts
 from engine.cli.console import console
-from engine.data import open_source
+from engine.cli.demo import MODEL_ARGS
+from engine.data import Source, open_source
 from engine.evaluate.intervals import proportion
 from engine.jobs.start import architecture
 from engine.jobs.task import Task
@@ -47,7 +49,7 @@ from engine.models.checkpoint import load_checkpoint
 from engine.pool.answers import Answers
 from engine.pool.certificate import certify
 from engine.pool.references import PoolReferences
-from engine.pool.simulation import Procedure, Run, simulate
+from engine.pool.simulation import Procedure, Run, run_method, simulate
 from engine.pool.store import Pool
 from engine.run.folder import is_finished
 from engine.run.unlearn import unlearn
@@ -57,7 +59,6 @@ REQUESTS, SIZE = 8, 50
 BLOCKS = 24
 _MODELS, _SHARE = 8, 0.25
 _SEED = 5_000  # of the pool and the bank, so that no model has the seed of another benchmark's
-_REFERENCES = 4
 
 Folder = Annotated[Path, typer.Option(help="Where models are kept.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Results.")]
@@ -86,7 +87,7 @@ def run_certificates(
     source = open_source("digits")
     references = PoolReferences(opened, source, original, Answers({"precision": "fp32"}))
     bank = _Bank(folder, original)
-    procedures: dict[str, Run] = {"retrain": bank.run, **IMPOSTORS, **dict.fromkeys(methods, _by_method)}
+    procedures: dict[str, Run] = {"retrain": bank.run, **IMPOSTORS, **dict.fromkeys(methods, run_method)}
     rows: dict[str, Any] = {name: [] for name in procedures}
     found: dict[str, Any] = {}
     for seed in range(seeds):
@@ -113,7 +114,7 @@ def run_certificates(
             "procedures": {name: _summary(each) for name, each in rows.items()},
         }
         report.write(found, json_file)
-    _print(found)
+    print_sheet(certificates_table(found))
     return report.write(found, json_file)
 
 
@@ -131,29 +132,12 @@ def _summary(rows: Sequence[tuple[Mapping[str, Any], Any, float]]) -> dict[str, 
     }
 
 
-def _print(found: Mapping[str, Any]) -> None:
-    table = Table("procedure", "granted", "95% interval", "deciding", "membership AUC", header_style="bold")
-    for name, row in found["procedures"].items():
-        rate = row["rate"]
-        table.add_row(
-            name,
-            f"{row['granted']} of {row['seeds']}",
-            f"{100 * rate['low']:.0f} to {100 * rate['high']:.0f}%",
-            ", ".join(f"{gate} {count}" for gate, count in row["deciding"].items()) or "-",
-            f"{np.mean(row['auc']):.3f}",
-        )
-    console.print(table)
-
-
 def models_of(folder: Path, pool: Path | None) -> tuple[nn.Module, Pool]:
     """Return the original and the pool, trained where they are missing."""
     source = open_source("digits")
-    from engine.cli.demo import MODEL_ARGS
-
     fresh = functools.partial(architecture, "vit_tiny_patch16_224", MODEL_ARGS, source)
     place = folder / "original"
-    if not is_finished(place):
-        train_job(source, fresh(), place, config={**RECIPE, "seed": _SEED}, resume=_begun(place), progress=False)
+    _trained(place, source, fresh(), None, _SEED)
     facts = {
         "start": {"arch": str(place.resolve()), "init": None, "model_args": {}},
         "recipe": {**what_counts(RECIPE, "retrain"), "seed": _SEED},
@@ -165,14 +149,15 @@ def models_of(folder: Path, pool: Path | None) -> tuple[nn.Module, Pool]:
     )
     for number in opened.unfinished():
         console.print(f"model {number} of the pool")
-        config = {**RECIPE, "seed": opened.seed(number)}
-        task, place = opened.task(source, number), opened.place(number)
-        train_job(source, fresh(), place, task=task, config=config, resume=_begun(place), progress=False)
-    return load_checkpoint(folder / "original"), opened
+        _trained(opened.place(number), source, fresh(), opened.task(source, number), opened.seed(number))
+    return load_checkpoint(place), opened
 
 
-def _begun(folder: Path) -> bool:
-    return (folder / "config.yaml").is_file()
+def _trained(place: Path, source: Source, model: nn.Module, task: Task | None, seed: int) -> None:
+    """Train a model by the recipe, if its run folder does not hold the finished run."""
+    if not is_finished(place):
+        config, begun = {**RECIPE, "seed": seed}, (place / "config.yaml").is_file()
+        train_job(source, model, place, task=task, config=config, resume=begun, progress=False)
 
 
 class _Bank:
@@ -199,10 +184,7 @@ class _Bank:
             console.print(f"retrained model {number} of {BLOCKS}")
             ids = [self.source.train.ids[int(i)] for i in self.blocks[number]]
             without = Task.of_ids(self.source, ids, spec=f"block {number}")
-            options = {**RECIPE, "seed": _SEED + 100 + number}
-            train_job(
-                self.source, self.original, place, task=without, config=options, resume=_begun(place), progress=False
-            )
+            _trained(place, self.source, self.original, without, _SEED + 100 + number)
         return load_checkpoint(place), 0
 
 
@@ -221,12 +203,6 @@ def _flipped(original: nn.Module, task: Task, method: str, config: Mapping[str, 
 def _early(original: nn.Module, task: Task, method: str, config: Mapping[str, Any]) -> tuple[nn.Module, int]:
     options = {**config, "retain_epochs": 0.5}
     return unlearn(original, task.forget, task.retain, method="finetune", config=options, progress=False).model, 0
-
-
-def _by_method(original: nn.Module, task: Task, method: str, config: Mapping[str, Any]) -> tuple[nn.Module, int]:
-    from engine.pool.simulation import run_method
-
-    return run_method(original, task, method, config)
 
 
 IMPOSTORS: dict[str, Run] = {

@@ -24,9 +24,10 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich.table import Table
 
 from bench.harness.report import Report
+from bench.publish.sheet import print_sheet
+from bench.publish.verdict_sheets import queue_table
 from engine.cli.console import console
 from engine.config import parse_assignments
 from engine.data import open_source
@@ -88,7 +89,9 @@ def pool_queue(
         judged = json.loads(ids.read_text())["judged"]
         verdict = None if judged is None else judged["verdict"]
         found["judged"] = verdict and {key: verdict[key] for key in ("status", "kind", "samples", "decided_by")}
-    _print(found)
+    print_sheet(queue_table(found))
+    console.print(dict(collections.Counter(row["state"] for row in found["runs"])))
+    console.print(f"all that was forgotten, by the pool: {found['judged']}")
     return report.write(found, json_file)
 
 
@@ -123,15 +126,3 @@ def _run(queue: Path, json_file: Path, planted: str) -> dict[str, Any]:
         "proof_seconds": proof.get("seconds"),
         "unlearn_seconds": run["metrics"]["seconds"]["unlearn"],
     }
-
-
-def _print(found: dict[str, Any]) -> None:
-    table = Table("request", "samples", "planted", "verdict", "state", "kind", "of a retrain", "s", header_style="bold")
-    for row in found["runs"]:
-        share = "-" if row["share"] is None else f"{100 * row['share']:.2f}%"
-        seconds = "-" if row["proof_seconds"] is None else f"{row['proof_seconds']:.1f}"
-        cells = (row["planted"] or "-", row["status"], row["state"], row["kind"], share, seconds)
-        table.add_row(str(row["request"]), str(row["samples"]), *cells)
-    console.print(table)
-    console.print(dict(collections.Counter(row["state"] for row in found["runs"])))
-    console.print(f"all that was forgotten, by the pool: {found['judged']}")

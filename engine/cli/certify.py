@@ -29,11 +29,6 @@ from engine.evaluate.proof_sizes import SIMULATED_REQUESTS, SIMULATED_SAMPLES, s
 if TYPE_CHECKING:
     from engine.jobs.opening import Opening
 
-PoolFolder = Annotated[
-    Path | None,
-    typer.Option("--pool", help="Folder of a pool of reference models (`lethe pool train`).", show_default=False),
-]
-
 
 @takes_groups
 @takes_data
@@ -118,7 +113,7 @@ def certify(
         seed=seed,
     )
     opened = Pool.open(pool)
-    opened.check_recipe(Path(checkpoint))
+    opened.check_recipe(checkpoint)
     references = PoolReferences(opened, source, original, Answers(options))
     console.print(
         f"{procedure.count} simulated requests of {size} samples ({kind}) of {source.spec}, each forgotten by {method}",

@@ -96,6 +96,14 @@ def _each_reference(given: list[str] | None) -> list[str] | None:
     return None if given is None else each_reference(given)
 
 
+PoolFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--pool",
+        help="Folder of a pool of reference models (`lethe pool train`), in place of --reference.",
+        show_default=False,
+    ),
+]
 Reference = Annotated[
     list[str] | None,
     typer.Option(
@@ -300,6 +308,18 @@ def join_ranks(options: dict[str, Any]) -> None:
 
     run = build(RunConfig, {key: options[key] for key in ("device", "timeout") if key in options})
     init_process_group(run.device, run.timeout)
+
+
+def write_ids(path: Path, ids: Sequence[str]) -> None:
+    """Write ids, one a line.
+
+    Raises:
+        UserError: The file cannot be written.
+    """
+    try:
+        path.write_text("".join(f"{each}\n" for each in ids), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--ids {path}: cannot be written ({error.strerror})") from None
 
 
 def write_json_file(path: Path | None, values: Any) -> None:

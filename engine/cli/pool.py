@@ -21,6 +21,7 @@ from engine.cli.options import (
     run_options,
     takes_data,
     takes_groups,
+    write_ids,
     write_json_file,
 )
 from engine.cli.train_start import Start, Training, set_own
@@ -84,7 +85,8 @@ def train(
     from engine.config import parse_assignments, require
     from engine.data import open_source
     from engine.jobs.references import ReferenceRun, train_references
-    from engine.pool.store import Pool, absolute
+    from engine.models.checkpoint_source import absolute_checkpoint
+    from engine.pool.store import Pool
     from engine.runtime.process_group import ProcessGroup
 
     options = run_options(settings, on_bad_image)
@@ -97,7 +99,11 @@ def train(
     model, _ = start.model(source, None, options)
     ordered, _, _ = opening.prepare_training(source, None, model)
     facts = {
-        "start": {"arch": absolute(arch), "init": absolute(init), "model_args": parse_assignments(model_arg or [])},
+        "start": {
+            "arch": arch and absolute_checkpoint(arch),
+            "init": init and absolute_checkpoint(init),
+            "model_args": parse_assignments(model_arg or []),
+        },
         "recipe": {**what_counts(options, "retrain"), "seed": seed},
     }
     ProcessGroup.current().on_main(
@@ -164,11 +170,7 @@ def status(
         soft_wrap=True,
     )
     if ids is not None:
-        short = [source.train.ids[int(i)] for i in opened.short(source.train.ids)]
-        try:
-            ids.write_text("".join(f"{each}\n" for each in short), encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--ids {ids}: cannot be written ({error.strerror})") from None
+        write_ids(ids, [source.train.ids[int(i)] for i in opened.short(source.train.ids)])
     if found.out_of_date:
         console.print(
             "[bold red]out of date:[/] add models by lethe pool train "

@@ -8,17 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from engine.cli.certify import PoolFolder
 from engine.cli.opening import takes_models
 from engine.cli.options import (
     Checkpoint,
     Data,
     Json,
+    PoolFolder,
     Reference,
     Settings,
     WeightFileOptions,
     takes_data,
     takes_groups,
+    write_ids,
     write_json_file,
 )
 from engine.cli.verify import EXIT
@@ -189,10 +190,7 @@ def list_requests(
     else:
         console.print("no requests" if everything else "no open requests")
     if ids is not None:
-        try:
-            ids.write_text("".join(f"{each}\n" for each in listed), encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--ids {ids}: cannot be written ({error.strerror})") from None
+        write_ids(ids, listed)
         console.print(f"{len(listed)} ids in {ids}", soft_wrap=True)
     write_json_file(json_file, {"requests": rows})
 

@@ -13,6 +13,7 @@ from engine.cli.options import (
     Data,
     Forget,
     OnBadImage,
+    PoolFolder,
     Reference,
     Settings,
     Sign,
@@ -44,13 +45,7 @@ def verify(
     forget: Forget,
     original: Annotated[str, typer.Option(help="The model before unlearning.", show_default=False)],
     reference: Reference = None,
-    pool: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder of a pool of reference models (`lethe pool train`), in place of --reference.",
-            show_default=False,
-        ),
-    ] = None,
+    pool: PoolFolder = None,
     *,
     files: WeightFileOptions,
     gates: Annotated[

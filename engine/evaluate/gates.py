@@ -167,9 +167,12 @@ class Proof:
     retrain: float = 0.0
     seconds: float = 0.0
 
-    def line(self) -> str:
+    def cost(self) -> str:
         share = f", {100 * self.images / self.retrain:.2g}% of a retrain" if self.retrain else ""
-        return f"proof: {self.kind} {self.source}; {self.images:,} images through models{share}, {self.seconds:.1f} s"
+        return f"{self.images:,} images through models{share}"
+
+    def line(self) -> str:
+        return f"proof: {self.kind} {self.source}; {self.cost()}, {self.seconds:.1f} s"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -118,7 +118,7 @@ class Verifier:
             original=self.original,
             references=self.references,
             repeated=self.evaluator.predictions(model, "forget"),
-            changed=_changed(model, self.before),
+            changed=changed_share(model, self.before),
         )
 
     def judge(self, evidence: Evidence) -> Verdict:
@@ -347,7 +347,8 @@ def _accuracy(outputs: ModelOutputs) -> float:
     return 100 * outputs.predictions["test"].accuracy
 
 
-def _changed(model: nn.Module, original: nn.Module) -> float | None:
+def changed_share(model: nn.Module, original: nn.Module) -> float | None:
+    """Return the share of the weights, outside the head, that differ; None for another architecture."""
     if [(key, value.shape) for key, value in model.state_dict().items()] != [
         (key, value.shape) for key, value in original.state_dict().items()
     ]:

@@ -72,3 +72,11 @@ class CheckpointSource:
         """Return whether a config.json in timm's or Hugging Face's layout defines the model."""
         path = Path(self.place)
         return self.is_named or (path.is_dir() and (path / "config.json").is_file())
+
+
+def absolute_checkpoint(checkpoint: str) -> str:
+    """Return a checkpoint with its absolute path; names of timm and of the hub are returned unchanged."""
+    source = CheckpointSource.parse(checkpoint)
+    if not Path(source.place).exists():
+        return checkpoint
+    return str(dataclasses.replace(source, place=str(Path(source.place).resolve())))

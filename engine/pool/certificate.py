@@ -169,7 +169,6 @@ def certify(
     elif no_op is not None and powerless:
         reason = f"a procedure that changes nothing could pass, in up to {100 * no_op.high:.0f}% of cases"
     now = datetime.datetime.now(datetime.timezone.utc).replace(microsecond=0)
-    names = found[0].figures
     content = {
         "format": FORMAT,
         "granted": verdict.status == PASS and not powerless,
@@ -183,8 +182,8 @@ def certify(
         "requests": {"size": procedure.size, "count": procedure.count, "seed": procedure.seed},
         "verdict": verdict.to_dict(),
         "no_op": None if no_op is None else no_op.to_dict(),
-        "test_score": test_score(evidence.model, evidence.references),
-        "figures": {name: [one.figures[name] for one in found] for name in names},
+        "test_score": score_on_test(evidence.model, evidence.references),
+        "figures": {name: [one.figures[name] for one in found] for name in found[0].figures},
         "cost": {
             "seconds": sum(one.seconds for one in found),
             "training_images": sum(one.images for one in found),
@@ -195,7 +194,7 @@ def certify(
     return content, verdict
 
 
-def test_score(model: ModelOutputs, references: Sequence[ModelOutputs]) -> float:
+def score_on_test(model: ModelOutputs, references: Sequence[ModelOutputs]) -> float:
     """Return the mean log-odds of the true class on the test samples, less that of the references."""
     others = [each.predictions["test"] for each in references]
     return float(calibrated_margins(model.predictions["test"], others).mean())
@@ -238,18 +237,17 @@ def no_op_rate(evidence: Evidence, gates: Gates, requests: int, draws: int = _DR
     forget, test = len(evidence.model.predictions["forget"]), len(evidence.model.predictions["test"])
     rows = np.split(np.arange(forget), requests)
     for _ in range(draws):
-        expected = evidence.expected_test
         chosen = np.concatenate([rows[int(i)] for i in rng.integers(0, requests, requests)])
         places = {"forget": chosen, "test": rng.integers(0, test, test)}
         original = _drawn(evidence.original, places)
-        again = Evidence(
+        again = dataclasses.replace(
+            evidence,
             model=original,
             original=original,
             references=[_drawn(each, places) for each in evidence.references],
             repeated=original.predictions["forget"],
             changed=1.0,
-            partial=True,
-            expected_test=None if expected is None else expected[places["test"]],
+            expected_test=None if evidence.expected_test is None else evidence.expected_test[places["test"]],
         )
         passed += judge(again, gates).status == PASS
     return proportion(passed, draws)

@@ -27,11 +27,10 @@ from engine.errors import UserError
 from engine.evaluate.gates import Gates, Proof, Verdict
 from engine.evaluate.membership import auc
 from engine.evaluate.proof_sizes import CONTROLS
-from engine.evaluate.representation import compare_weights
 from engine.evaluate.verdict import Evidence, ModelOutputs, calibrated_margins, chance_error, judge
 from engine.jobs.opening import open_model
 from engine.jobs.task import Task
-from engine.models.checkpoint_source import CheckpointSource
+from engine.jobs.verify import changed_share
 from engine.models.predict import Predictions
 from engine.models.preprocessing import preprocessing_of
 from engine.pool.answers import Answers
@@ -137,7 +136,8 @@ class PoolReferences:
     ) -> list[dict[str, Predictions]]:
         """Return R references, each with the predictions of the first models that were not trained on a sample."""
         order = order_of(digests_of(samples.ids, self.pool.facts["key"]), self.pool.models)
-        rank = np.cumsum(np.take_along_axis(unseen, order, axis=1), axis=1) * np.take_along_axis(unseen, order, axis=1)
+        lacks = np.take_along_axis(unseen, order, axis=1)
+        rank = np.cumsum(lacks, axis=1) * lacks
         # Where fewer models than R lack a sample, its last one stands for the others.
         wanted = np.minimum(np.arange(1, self.count + 1)[None], unseen.sum(1)[:, None])
         chosen = np.stack(
@@ -146,7 +146,6 @@ class PoolReferences:
                 for j in range(self.count)
             ]
         )
-        classes = None
         found: list[dict[str, np.ndarray]] = [{} for _ in range(self.count)]
         for number in range(self.pool.models):
             rows = np.flatnonzero((chosen == number).any(0))
@@ -155,9 +154,8 @@ class PoolReferences:
             model, part = self.model(number + 1), samples.subset(rows)
             for kind in kinds:
                 logits = self.answers(model, part, moved=kind == "moved").logits
-                classes = logits.shape[1]
                 for j in range(self.count):
-                    into = found[j].setdefault(kind, np.empty((len(samples), classes), dtype=np.float32))
+                    into = found[j].setdefault(kind, np.empty((len(samples), logits.shape[1]), dtype=np.float32))
                     mine = chosen[j, rows] == number
                     into[rows[mine]] = logits[mine]
         return [{kind: Predictions(values, samples.labels) for kind, values in each.items()} for each in found]
@@ -169,6 +167,7 @@ class PoolReferences:
         path = self._kept("checked", (self.pool.identity, model_identity(self.original), self.answers.precision))
         if read_npz(path) is not None:
             return
+        unseen = self.pool.unseen(self.source.train.ids)
         size = sum(p.numel() for p in self.original.parameters())
         found = []
         for number in range(1, self.pool.models + 1):
@@ -184,21 +183,23 @@ class PoolReferences:
                     f"pool {self.pool.folder}: model {number} has the preprocessing {used.line()}, the original "
                     f"{preprocessing_of(self.original).line()}; a pool has that of the original"
                 )
-            found.append(self._knowledge(number, model))
+            found.append(self._knowledge(model, unseen[:, number - 1]))
         check_knowledge(self.pool.folder, found)
         write_npz(path, {"knowledge": np.array(found)})
 
-    def _knowledge(self, number: int, model: nn.Module) -> tuple[float, float]:
+    def _knowledge(self, model: nn.Module, unseen: np.ndarray) -> tuple[float, float]:
         """Return (AUC, its standard error by chance) of how much worse a model fits the samples that it lacks.
 
         The original was trained on all samples. Compared with it, a model fits those that it lacks less than those
         that it was trained on: above 0.5. If it was trained on both, it fits both alike.
+
+        Args:
+            model: A model of the pool.
+            unseen: bool [training samples], those that it lacks.
         """
-        unseen = self.pool.unseen(self.source.train.ids)[:, number - 1]
+        train = self.source.train
         sets = [
-            self.answers.readable(
-                evenly_spaced(self.source.train.subset(np.flatnonzero(rows)), _CHECKED), self.original
-            )
+            self.answers.readable(evenly_spaced(train.subset(np.flatnonzero(rows)), _CHECKED), self.original)
             for rows in (unseen, ~unseen)
         ]
         lacked, seen = (
@@ -228,9 +229,7 @@ def check_knowledge(folder: Path, found: Sequence[tuple[float, float]]) -> None:
             )
 
 
-def evidence_by_pool(
-    references: PoolReferences, task: Task, model: nn.Module, controls: Mapping[str, Any] | None = None
-) -> Evidence:
+def evidence_by_pool(references: PoolReferences, task: Task, model: nn.Module) -> Evidence:
     """Return the evidence on a model whose references are those of a pool."""
     answers, original = references.answers, references.original
     retain = answers.readable(evenly_spaced(task.retain, CONTROLS), original)
@@ -259,13 +258,6 @@ def as_outputs(forget: Mapping[str, Predictions], test: Mapping[str, Predictions
     )
 
 
-def changed_share(model: nn.Module, original: nn.Module) -> float | None:
-    try:
-        return float(compare_weights(model, original)["changed"])
-    except UserError:
-        return None
-
-
 def judge_by_pool(
     pool: Path,
     task: Task,
@@ -286,7 +278,7 @@ def judge_by_pool(
     """
     began, limits, model = time.perf_counter(), Gates.read(gates), open_model(checkpoint)
     opened, before = Pool.open(pool), open_model(original)
-    opened.check_recipe(CheckpointSource.parse(str(original)).folder)
+    opened.check_recipe(str(original))
     task = task.readable(before, config)
     references = PoolReferences(opened, task.source, before, Answers(config))
     return with_cost(judge(evidence_by_pool(references, task, model), limits), references, "pool", opened.folder, began)

@@ -27,9 +27,10 @@ from engine.evaluate.representation import compare_weights
 from engine.evaluate.verdict import Evidence, ModelOutputs, calibrated_margins
 from engine.forget_sets.choose import choose_forget_set
 from engine.jobs.task import Task
+from engine.jobs.verify import changed_share
 from engine.models.predict import Predictions
 from engine.pool.answers import Answers, joined
-from engine.pool.references import PoolReferences, as_outputs, changed_share, outputs_of
+from engine.pool.references import PoolReferences, as_outputs, outputs_of
 from engine.run.unlearn import unlearn
 from engine.runtime import lock
 from engine.runtime.files import read_npz, write_json, write_npz

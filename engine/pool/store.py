@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from engine.audit.record import recorded
 from engine.audit.run_record import origin
 from engine.config import read_yaml
 from engine.data import Samples, Source
@@ -33,6 +34,7 @@ from engine.errors import UserError
 from engine.jobs.opening import current, open_model
 from engine.jobs.task import Task
 from engine.models.checkpoint import weights_sha256
+from engine.models.checkpoint_source import CheckpointSource
 from engine.models.preprocessing import preprocessing_of
 from engine.models.spec import spec_of
 from engine.pool.membership import FEWEST_WITHOUT, check_key, digests_of, lacking, lacking_count
@@ -209,7 +211,7 @@ class Pool:
 
     def _add_state(self, train: Samples, models: Sequence[int]) -> None:
         digests = digests_of(train.ids, self.facts["key"])
-        lacked = lacking(digests, self.facts["lacking"], self.facts["first"], self.facts["models"])
+        lacked = self._drawn(digests)
         trained_on = {
             str(number): train.subset(np.flatnonzero(~lacked[:, number - 1])).fingerprint() for number in models
         }
@@ -275,12 +277,15 @@ class Pool:
 
     def lacking(self, ids: Sequence[str]) -> np.ndarray:
         """Return which models the draw leaves without each sample, bool [n, models]."""
-        digests = digests_of(ids, self.facts["key"])
+        return self._drawn(digests_of(ids, self.facts["key"]))
+
+    def _drawn(self, digests: np.ndarray) -> np.ndarray:
         return lacking(digests, self.facts["lacking"], self.facts["first"], self.models)
 
     def unseen(self, ids: Sequence[str]) -> np.ndarray:
         """Return which models were not trained on each sample, bool [n, models]: by the draw, or as it came later."""
-        digests, found = digests_of(ids, self.facts["key"]), self.lacking(ids)
+        digests = digests_of(ids, self.facts["key"])
+        found = self._drawn(digests)
         for number, state in enumerate(self.states, 1):
             later = ~np.isin(digests, self._table(number)["digest"])
             for model in state.models:
@@ -308,8 +313,6 @@ class Pool:
 
     def _made(self, number: int) -> Any:
         """Return the recorded hash of the weights of a model, after its record and its files were checked."""
-        from engine.audit.record import recorded
-
         folder = self.place(number)
         found = origin(folder)
         if found is None or found.source != "record.json":
@@ -370,13 +373,13 @@ class Pool:
         """Return the positions of samples that too few models lack to be judged."""
         return np.flatnonzero(self.unseen(ids).sum(1) < FEWEST_WITHOUT)
 
-    def check_recipe(self, original: Path) -> None:
+    def check_recipe(self, original: str) -> None:
         """Check that an original with a run folder was trained by the recipe of the pool.
 
         Raises:
             UserError: An option that changes what a model learns differs.
         """
-        file = original / "config.yaml"
+        file = CheckpointSource.parse(original).folder / "config.yaml"
         if not file.is_file():
             return
         made = read_yaml(file)
@@ -397,11 +400,6 @@ def model_identity(model: nn.Module) -> str:
     spec = spec_of(model)
     facts = [weights_sha256(model), spec.architecture, spec.model_args, preprocessing_of(model).to_dict()]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def absolute(checkpoint: str | None) -> str | None:
-    """Return a checkpoint with its absolute path, so that the same one is recognised from another folder."""
-    return str(Path(checkpoint).resolve()) if checkpoint and Path(checkpoint).exists() else checkpoint
 
 
 def _difference(before: Any, now: Any) -> str:

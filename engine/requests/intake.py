@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from engine.jobs.opening import open_model as load_checkpoint
 from engine.jobs.task import Task
 from engine.methods import get_method
 from engine.models.checkpoint import save_checkpoint
-from engine.models.checkpoint_source import CheckpointSource
+from engine.models.checkpoint_source import absolute_checkpoint
 from engine.models.info import model_info
 from engine.models.slice_stages import copy_stages
 from engine.pool.certificate import check_given
@@ -88,7 +87,7 @@ def init_store(
     if pool is not None:
         opened = Pool.open(pool)
         opened.check(opened.in_order(source))
-        opened.check_recipe(CheckpointSource.parse(checkpoint).folder)
+        opened.check_recipe(checkpoint)
     for reference in references:
         current().compare(f"--reference {reference}", current().model(reference), model)
     save_checkpoint(model, place_of(folder, 0))
@@ -189,14 +188,5 @@ def load_fitting(checkpoint: str, source: Source, config: Mapping[str, Any] | No
 
 
 def absolute(checkpoints: Sequence[str]) -> list[str]:
-    """Return checkpoints with absolute paths, since a run may be resumed from another directory.
-
-    Names of timm and of the hub are returned unchanged.
-    """
-    sources = [CheckpointSource.parse(name) for name in checkpoints]
-    return [
-        str(dataclasses.replace(source, place=str(Path(source.place).resolve())))
-        if Path(source.place).exists()
-        else name
-        for source, name in zip(sources, checkpoints, strict=True)
-    ]
+    """Return checkpoints with absolute paths, since a run may be resumed from another directory."""
+    return [absolute_checkpoint(name) for name in checkpoints]

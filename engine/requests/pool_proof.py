@@ -24,9 +24,10 @@ from engine.evaluate.proof_sizes import RETAINED
 from engine.evaluate.verdict import Evidence, ModelOutputs, accuracy_gates, judge
 from engine.jobs.opening import open_model
 from engine.jobs.task import Task
+from engine.jobs.verify import changed_share
 from engine.pool.answers import Answers
-from engine.pool.certificate import Certificate, covered_run, open_certificate, test_score
-from engine.pool.references import PoolReferences, changed_share, evidence_by_pool, with_cost
+from engine.pool.certificate import Certificate, covered_run, open_certificate, score_on_test
+from engine.pool.references import PoolReferences, evidence_by_pool, with_cost
 from engine.pool.simulation import figures_of, kind_of
 from engine.pool.store import Pool
 from engine.requests.run_options import Options
@@ -64,10 +65,8 @@ class PoolProof:
             UserError: The pool or a certificate is not valid.
         """
         began, gates, part = time.perf_counter(), self.gates, batch or whole
-        pool, answers = Pool.open(Path(self.options.pool or "")), Answers(self.options.config)
-        model = open_model(self.place)
-        certificates = [open_certificate(Path(each), pool) for each in self.options.certificates]
-        references = PoolReferences(pool, whole.source, open_model(self.store.place(self._base)), answers)
+        references, certificates, model = *self._opened(whole), open_model(self.place)
+        pool = references.pool
         small: list[Gate] = []
         if len(part.forget) < gates.minimum_samples:
             chosen, reasons = self._covering(certificates, references, part) if self.parent is not None else (None, [])
@@ -79,7 +78,7 @@ class PoolProof:
         found = judge(evidence_by_pool(references, part, model), gates)
         if found.status != FAIL and batch is not None:
             if self._base:  # version 0 was trained on all of them
-                references = PoolReferences(pool, whole.source, open_model(self.store.place(0)), answers)
+                references = PoolReferences(pool, whole.source, open_model(self.store.place(0)), references.answers)
             found = judge(evidence_by_pool(references, whole, model), gates)
         found = dataclasses.replace(found, gates=[*found.gates, *small])
         return with_cost(found, references, "pool", pool.folder, began)
@@ -87,6 +86,13 @@ class PoolProof:
     @property
     def gates(self) -> Gates:
         return Gates.read(Path(self.options.gates) if self.options.gates else None)
+
+    def _opened(self, task: Task) -> tuple[PoolReferences, list[Certificate]]:
+        """Return the references of the pool for the model at the root of the lineage, and the certificates."""
+        pool = Pool.open(Path(self.options.pool or ""))
+        certificates = [open_certificate(Path(each), pool) for each in self.options.certificates]
+        original = open_model(self.store.place(self._base))
+        return PoolReferences(pool, task.source, original, Answers(self.options.config)), certificates
 
     def _covering(
         self, certificates: Sequence[Certificate], references: PoolReferences, part: Task
@@ -112,9 +118,7 @@ class PoolProof:
         """Return why no certificate covers a run that has not begun; empty if one does, or none is needed."""
         if len(part.forget) >= self.gates.minimum_samples:
             return ""
-        pool, answers = Pool.open(Path(self.options.pool or "")), Answers(self.options.config)
-        certificates = [open_certificate(Path(each), pool) for each in self.options.certificates]
-        references = PoolReferences(pool, part.source, open_model(self.store.place(self._base)), answers)
+        references, certificates = self._opened(part)
         chosen, reasons = self._covering(certificates, references, part)
         return "" if chosen else self._uncovered(part, reasons).reason
 
@@ -153,7 +157,7 @@ class PoolProof:
         )
         figures = figures_of(model, before, forget, references.forget(part.forget, moved=False))
         controls = [ModelOutputs({"test": each["plain"]}, {}) for each in references.controls()]
-        figures["score"] -= test_score(evidence.model, controls)
+        figures["score"] -= score_on_test(evidence.model, controls)
         low, high = certificate.sizes
         found = [
             Gate(

@@ -18,6 +18,19 @@ TRAINING = {
     "start": {"arch": "tiny", "init": None, "model_args": {}},
     "recipe": {**what_counts(OPTIONS, "retrain"), "seed": 0},
 }
+# Content of a certificate, without what it is bound to.
+CERTIFICATE: dict[str, Any] = {
+    "format": 1,
+    "granted": True,
+    "reason": "",
+    "created": "2026-05-01T00:00:00+00:00",
+    "expires": "2999-01-01T00:00:00+00:00",
+    "kind": "random",
+    "max_drift": 0.1,
+    "test_score": 0.1,
+    "no_op": None,
+    "cost": {},
+}
 
 
 def make_pool(folder: Path, digits: Source, models: int = 4, share: float = 0.5, train: bool = True) -> Pool:

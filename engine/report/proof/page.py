@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.evaluate.gates import WORTH
+from engine.evaluate.gates import WORTH, Proof
 from engine.report.page import count, duration, flat, render_template, unreadable, usable, write_page
 from engine.report.proof.answers import agreement_section, attacks_section, sections
 from engine.report.proof.glossary import sentence
@@ -169,9 +169,8 @@ def _verdict(verdict: Mapping[str, Any], used: Used) -> dict[str, Any]:
 
 def _kind_of_proof(verdict: Mapping[str, Any]) -> dict[str, Any]:
     kind = verdict.get("kind") or ("references" if verdict.get("references") else "none")
-    facts = verdict.get("proof") or {}
-    share = f", {100 * facts['images'] / facts['retrain']:.2g}% of a retrain" if facts.get("retrain") else ""
-    cost = f"It took {facts['images']:,} images through models{share}." if facts else ""
+    facts = verdict.get("proof")
+    cost = f"It took {Proof(**facts).cost()}." if facts else ""
     return {"proof": kind, "proof_title": _PROOFS[kind], "worth": WORTH[kind], "cost": cost}
 
 

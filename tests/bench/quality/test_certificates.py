@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from digit_pool import CERTIFICATE
 
 from bench.publish.verdict_sheets import agreement_table, certificates_table, queue_table
 from bench.quality import certificates, pool_agreement, pool_queue
@@ -98,18 +99,10 @@ def test_a_queue_by_the_command_line(folder: Path, tmp_path: Path, monkeypatch: 
     checkpoint, options = folder / "original", {"max_steps": 2, "precision": "fp32", "batch_size": 50, "lr": 1e-5}
     references = PoolReferences(pool, open_source("digits"), open_model(checkpoint), Answers(options))
     content = {
-        "format": 1,
-        "granted": True,
-        "reason": "",
-        "expires": "2999-01-01T00:00:00+00:00",
+        **CERTIFICATE,
         **bound(references, "finetune", options),
-        "kind": "random",
         "sizes": [1, 10],
-        "max_drift": 0.1,
         "requests": {"size": 5, "count": 3, "seed": 0},
-        "no_op": None,
-        "cost": {},
-        "test_score": 0.1,
         "figures": {"weights": [-4.0, -3.0, -3.5], "score": [-1.0, 0.0, 1.0]},
     }
     path = write_certificate(tmp_path, content, pool)

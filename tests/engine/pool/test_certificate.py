@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from digit_pool import make_pool
+from digit_pool import CERTIFICATE, make_pool
 from drawn_predictions import drawn
 from records import make_keys
 from toys import tiny_vit
@@ -39,21 +39,15 @@ from engine.pool.store import Pool
 NOW = datetime.datetime(2026, 6, 1, tzinfo=datetime.timezone.utc)
 RUN = Covered(method="lethe", options={"lr": 0.1}, code="c", original="o", pool="p", kind="random", size=20, drift=0.02)
 CONTENT: dict[str, Any] = {
-    "format": 1,
-    "granted": True,
-    "reason": "",
-    "created": "2026-05-01T00:00:00+00:00",
+    **CERTIFICATE,
     "expires": "2026-10-01T00:00:00+00:00",
     "method": "lethe",
     "options": {"lr": 0.1},
     "code": "c",
     "original": "o",
     "pool": "p",
-    "kind": "random",
     "sizes": [10, 40],
-    "max_drift": 0.1,
     "requests": {"size": 20, "count": 4, "seed": 0},
-    "test_score": 0.1,
     "figures": {"weights": [-0.5, -0.6, -0.55, -0.52], "score": [1.0, 0.5, 0.8, 0.9]},
 }
 

@@ -179,10 +179,10 @@ def test_other_files_in_the_folder_are_refused(tmp_path: Path, digits: Source) -
 
 def test_the_recipe_of_the_original_is_compared(folder: Path, tmp_path: Path) -> None:
     pool, original = Pool.open(folder), tmp_path / "original"
-    pool.check_recipe(original)  # made elsewhere
+    pool.check_recipe(str(original))  # made elsewhere
     original.mkdir()
     shutil.copy(folder / "model_2" / "config.yaml", original)  # another seed and other samples
-    pool.check_recipe(original)
+    pool.check_recipe(str(original))
     (original / "config.yaml").write_text("method: retrain\nepochs: 90.0\n")
     with pytest.raises(UserError, match=r"with epochs=1.0, the original with 90.0"):
-        pool.check_recipe(original)
+        pool.check_recipe(str(original))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from command_line import Lethe
-from digit_pool import make_pool
+from digit_pool import CERTIFICATE, make_pool
 from digit_requests import QUICK, ids_of, record, states
 from toys import tiny_vit
 
@@ -42,17 +42,10 @@ def certificate(pool: Pool, store: Path, digits: Source, tmp_path: Path) -> Path
     """A certificate for the store's procedure, as if such runs had been measured."""
     references = PoolReferences(pool, digits, open_model(store / "versions" / "0000"), Answers(QUICK))
     content = {
-        "format": 1,
-        "granted": True,
-        "reason": "",
-        "created": "2026-01-01T00:00:00+00:00",
-        "expires": "2999-01-01T00:00:00+00:00",
+        **CERTIFICATE,
         **bound(references, "finetune", QUICK),
-        "kind": "random",
         "sizes": [3, 12],
-        "max_drift": 0.1,
         "requests": {"size": 6, "count": 5, "seed": 0},
-        "test_score": 0.1,
         "figures": {"weights": [-3.8, -3.85, -3.9, -3.85, -3.8], "score": [-2.0, 0.0, 2.0, 1.0, -1.0]},
     }
     return write_certificate(tmp_path, content, pool)
