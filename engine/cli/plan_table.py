@@ -34,7 +34,9 @@ def print_plan(plan: Plan) -> None:
         )
     for name, found in plan.shares.items():
         if name != "unlearn":
-            console.print(f"{name}: {100 * found['flops']:.2g}% of a retrain", soft_wrap=True, highlight=False)
+            percent = 100 * found["flops"]
+            shown = f"{percent:,.0f}" if percent >= 10 else f"{percent:.2g}"
+            console.print(f"{name}: {shown}% of a retrain", soft_wrap=True, highlight=False)
     sent = plan.communication
     console.print(
         f"each {rank} sends {_size(sent['bytes_per_step'])} a step; {sent['formula']}", soft_wrap=True, highlight=False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from command_line import Lethe
 
 from engine.errors import UserError
 from engine.plan import plan
@@ -60,3 +61,14 @@ def test_without_a_pool_nothing_is_added() -> None:
 def test_wrong_sizes_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(UserError, match="pool_"):
         _plan(**wrong)
+
+
+def test_the_share_of_a_retrain_is_printed_in_digits(lethe: Lethe) -> None:
+    """Red before: 6e+02%."""
+    words = [word for key, value in ARCH.items() for word in ("--model-arg", f"{key}={value}")]
+    code, out, _ = lethe(
+        *("plan", "--arch", "vit_tiny_patch16_224", *words, "--images", 10_000, "--forget-share", 0.002),
+        *("--batch-size", 10, "--device", "cpu", "--precision", "fp32", "--pool-models", 8),
+    )
+    assert code == 0
+    assert "pool of 8 models, once: 597% of a retrain" in out  # six trainings; a retrain is evaluated too
