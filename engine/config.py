@@ -104,6 +104,8 @@ class RunConfig:
             accuracy near chance is a warning. `lethe unlearn` checks retain samples too (--expect-accuracy).
         collapse_drop: Points of accuracy on the watched samples (validation, or the retain set if there is none) that
             a forget phase may lose. Beyond that it is stopped and its last good weights are restored. 100: never.
+        evaluation_samples: Retained samples, and test samples, that the evaluation of the original and of the result in
+            metrics.json and report.html takes, at equal distances; null: 50,000 retained samples, and all test samples.
         kernels: Implementation of the hot path.
     """
 
@@ -135,6 +137,7 @@ class RunConfig:
     grad_clip: float = 1.0
     expect_accuracy: float | None = None
     collapse_drop: float = 35.0
+    evaluation_samples: int | None = None
     kernels: KernelConfig = KernelConfig()
 
     def __post_init__(self) -> None:
@@ -145,6 +148,12 @@ class RunConfig:
             "checkpoint_every",
             self.checkpoint_every,
             "at least 1, or null",
+        )
+        require(
+            self.evaluation_samples is None or self.evaluation_samples >= 10,
+            "evaluation_samples",
+            self.evaluation_samples,
+            "at least 10, or null",
         )
         require(self.timeout > 0, "timeout", self.timeout, "above 0 seconds")
         require(self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "at least 1, or null")

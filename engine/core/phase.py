@@ -18,6 +18,7 @@ class Phase:
         schedule: "constant", or "one_cycle": warm-up over 15% of the steps, then a cosine to zero.
         augment: Augment as the run's option `augment` says; False: not at all.
         guarded: The phase may destroy the model, so the collapse guard measures the watched accuracy during it.
+        share: Size of a batch of `samples` relative to the run's batch size.
         paired: Set of which each step takes a second batch, for `Method.paired_loss`. Passes over it are not counted.
         paired_share: Size of that batch relative to the run's batch size.
         augment_paired: Whether that batch is augmented; None: as `augment`.
@@ -34,6 +35,7 @@ class Phase:
     schedule: Literal["constant", "one_cycle"] = "one_cycle"
     augment: bool = True
     guarded: bool = False
+    share: float = 1.0
     paired: Literal["forget", "retain"] | None = None
     paired_share: float = 1.0
     augment_paired: bool | None = None
@@ -44,6 +46,10 @@ class Phase:
     def retained(self, count: int) -> int:
         """Return how many of `count` retain samples are among `samples`."""
         return 0 if self.samples == "forget" else max(1, round(self.retain_part * count))
+
+    def size(self, batch_size: int) -> int:
+        """Return the size of a batch of `samples`."""
+        return max(1, round(self.share * batch_size))
 
     def paired_size(self, batch_size: int, grown: float = 1.0) -> int:
         """Return the size of a paired batch; grown: factor by which it is larger than `paired_share` asks for."""

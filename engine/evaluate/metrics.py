@@ -61,10 +61,12 @@ class Evaluation:
 class Evaluator:
     """Evaluates models on the same forget, retain and test set.
 
-    Each model runs once over each set; of more than 50,000 retain samples, over 50,000.
+    Each model runs once over each set.
 
     Args:
         forget, retain, test: The sets. The test set must hold neither training nor validation samples.
+        most: Retain samples, and test samples, that are evaluated, at equal distances; None: 50,000 retain samples, and
+            all test samples.
         batch_size: Samples of a batch.
         precision, device, workers, decode, on_bad_image, max_bad_share: As in `engine.RunConfig`.
 
@@ -78,6 +80,7 @@ class Evaluator:
         retain: Samples,
         test: Samples,
         *,
+        most: int | None = None,
         batch_size: int = 250,
         precision: Literal["auto", "fp32", "bf16"] = "auto",
         device: str = "auto",
@@ -86,7 +89,11 @@ class Evaluator:
         on_bad_image: str = "raise",
         max_bad_share: float = 0.01,
     ) -> None:
-        self.sets = {"forget": forget, "retain": evenly_spaced(retain, MOST_RETAINED), "test": test}
+        self.sets = {
+            "forget": forget,
+            "retain": evenly_spaced(retain, most or MOST_RETAINED),
+            "test": evenly_spaced(test, most or len(test)),
+        }
         for name, samples in self.sets.items():
             if not len(samples):
                 raise UserError(f"evaluate: the {name} set has no samples")

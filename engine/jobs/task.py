@@ -100,9 +100,10 @@ class Task:
             retain=relabelled(self.retain, mapping, names),
         )
 
-    def evaluator(self, config: Mapping[str, Any] | None = None) -> Evaluator:
+    def evaluator(self, config: Mapping[str, Any] | None = None, most: int | None = None) -> Evaluator:
+        """Return the evaluator of the task's sets, with options by name; `most`: as of `Evaluator`."""
         options = {key: value for key, value in (config or {}).items() if key in EVALUATION_OPTIONS}
-        return Evaluator(self.forget, self.retain, self.source.test, **options)
+        return Evaluator(self.forget, self.retain, self.source.test, most=most, **options)
 
     def without(self, ids: Collection[str]) -> Task:
         """Return the task without forget samples whose images cannot be read; `unreadable` counts them."""

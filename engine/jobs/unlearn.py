@@ -129,7 +129,7 @@ class Evidence:
         """Measure a result on all ranks; the main rank writes."""
         began = time.perf_counter()
         measured = self.task.without(result.bad_images)
-        evaluator = measured.evaluator(result.config)
+        evaluator = measured.evaluator(result.config, result.config["evaluation_samples"])
         evaluations = {"original": evaluator(self.original), "unlearned": evaluator(result.model)}
         retrained = {f"retrained {i}": evaluator(model) for i, model in enumerate(self.references, 1)}
         seconds = {**result.seconds, "evaluate": time.perf_counter() - began}

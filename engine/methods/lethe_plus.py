@@ -6,19 +6,28 @@ the repair undoes most of the forget phase (docs/lab/2026-11-21.md). So the targ
 phase. With f_o the frozen original:
 
     p(x) = mean over small shifts T of softmax f_o(T x)
-    q(x) = p(x), with the log-odds of its true class y set to a quantile of f_o's log-odds on held-out samples of class
-           y: the quantile of the rank that x has by the log-odds of p among the forget samples of class y
-    L    = CE(f(x_r), y_r) + w KL(q_s(x_f) || f(x_f))       retain x_r and forget x_f in every step
+    q(x) = p(x), with the log-odds of its true class y set to a quantile of f_o's log-odds on held-out samples: the
+           quantile of the rank that x has, by the log-odds of p, among retain samples
+    L    = R(x_r) + w KL(q_s(x_f) || f(x_f))       retain x_r and forget x_f in every step
+
+R is CE(f(x_r), y_r), or KL(f_o(x_r) || f(x_r)) if the steps take less than one pass over the retain set. The gradient
+of the latter is 0 at the start, so it adds no noise. The cross-entropy of the few samples that are then taken costs the
+others two points of accuracy (docs/lab/2026-11-30.md).
+
+Both distributions are taken relative to the mean of the class, so that all classes share them: some hundred samples are
+enough, drawn once. Ranks among retain samples are those of what the model was trained on, so a request of a single
+sample has one, and a request of easy samples stays easy.
 
 q_s is q with s added to the log-odds of y. s starts at 0 and follows the remaining memorisation. After every step
 
-    s <- s - c / (all steps) mean over its forget samples of l(f(x)) - l(q(x))
+    s <- s - c / max(all steps, 160) mean over its forget samples of l(f(x)) - l(q(x))
     l: log-odds of y, clipped to [-5, 5]: differences between confident predictions do not matter, and would dominate
        if all samples are easy
 
 A target is never reached exactly, least for the most memorised samples. s lowers the target until the mean log-odds on
 the forget set are those of held-out samples. It starts after a tenth of the steps: before that, the difference is due
-to targets that are not yet learned, and following it would lower the target too far.
+to targets that are not yet learned, and following it would lower the target too far. For the same reason it is slow in
+short runs.
 
 Why p: memorisation of an image depends on its exact pixels, so shifted copies (1/16 and 1/8 of the side, edges
 mirrored) estimate the prediction without it. Why q: a mean over views is underconfident, while a model that was not
@@ -27,14 +36,18 @@ gives the class probability 0, as a model trained without it would.
 
 Retain images are not augmented: they preserve the predictions for the images themselves. Forget images are augmented,
 so that all views of the training are forgotten.
+
+The cost follows the request: `retain_ratio` retain samples are taken for each forget sample, at most `epochs` passes
+over the retain set, and no step takes a forget sample twice.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -43,16 +56,25 @@ from engine.config import positive_or_null, require
 from engine.core.method import Context, Method, register
 from engine.core.phase import ExtraPasses, Phase, StepCounts, paired_phase
 from engine.core.search_space import Range, rate, tunable
-from engine.data import Batch
+from engine.data import Batch, Samples
+from engine.methods.common.distillation import divergence
 from engine.models.losses import cross_entropy
 from engine.models.vit import outputs
 
-# Peak learning rate times the width of the model; see docs/lab/2026-11-21-lethe-plus.md.
-LR_PER_WIDTH = 0.0768
+# Peak learning rate times the width of the model, and passes over the forget set.
+LR_PER_WIDTH, _FORGET_PASSES = 0.0384, 7.5
+# The same for a small request, whose steps take less than one pass over the retain set.
+FEW_LR_PER_WIDTH, _FEW_FORGET_PASSES = 0.0192, 11.0
 # Share of the steps after which s is updated.
 _WARMUP_FRACTION = 0.1
+# Steps of a run, at least, over which s is corrected by c times the mean difference.
+_CORRECTED_STEPS = 160
 # Log-odds beyond which a prediction counts as confident: 99.3%.
 _LOG_ODDS_CLIP = 5.0
+# Retain samples, and held-out samples, whose log-odds the targets are made from.
+_RANKED, _HELD_OUT = 150, 500
+# Weight of the mean over all classes in that of one class, in samples.
+_SHRINKAGE = 10.0
 # Smallest mean probability, so that the log-odds of a class with probability 0 in every view can be raised.
 _MIN_PROB = 1e-9
 
@@ -62,29 +84,36 @@ class LethePlusConfig:
     """Options of LetheViT+.
 
     Attributes:
-        epochs: Passes over the retain set, at least. More steps are taken if a step would otherwise hold more forget
-            samples than retain samples.
-        forget_passes: Passes over the forget set in the same steps.
-        lr: Peak learning rate; null: 0.0768 / width.
+        epochs: Passes over the retain set, at most; more if a step would otherwise hold more forget samples than
+            retain samples.
+        forget_passes: Passes over the forget set in the same steps; null: 7.5, and 11 for a small request, whose steps
+            take less than one pass over the retain set.
+        retain_ratio: Retain samples for each forget sample of the steps, as far as `epochs` allows.
+        lr: Peak learning rate; null: 0.0384 / width, and half of it for a small request.
         forget_weight: w.
         correction: c; 0: s stays 0.
         views: p is the mean over shifted images; false: the original's prediction for the image itself.
         calibrate: q has the log-odds of held-out samples; false: those of p.
+        retain_loss: labels (cross-entropy) | original (divergence from the original's outputs) | auto: original for a
+            small request.
         augment_retain: Augment retain images by the run's option `augment`.
     """
 
     epochs: float = tunable(2.25, Range(0.75, 6, step=0.75))
-    forget_passes: float = tunable(11.0, Range(3, 18))
+    forget_passes: float | None = tunable(None, Range(3, 18))
+    retain_ratio: float = 2.0
     lr: float | None = tunable(None, rate(LR_PER_WIDTH))
     forget_weight: float = tunable(1.0, Range(0.5, 8.0, log=True))
     correction: float = 8.5
     views: bool = True
     calibrate: bool = True
+    retain_loss: Literal["auto", "labels", "original"] = "auto"
     augment_retain: bool = False
 
     def __post_init__(self) -> None:
         require(self.epochs > 0, "epochs", self.epochs, "above 0")
-        require(self.forget_passes > 0, "forget_passes", self.forget_passes, "above 0")
+        positive_or_null(self, "forget_passes")
+        require(self.retain_ratio >= 1, "retain_ratio", self.retain_ratio, "1 or more")
         positive_or_null(self, "lr")
         require(self.forget_weight > 0, "forget_weight", self.forget_weight, "above 0")
         require(self.correction >= 0, "correction", self.correction, "0 or more")
@@ -102,40 +131,70 @@ class LethePlus(Method):
         self._differences = self.shift.new_zeros(2)  # of this step, on this rank: sum and number of the differences
 
     def phases(self) -> list[Phase]:
-        config = self.config
-        # Forget samples that are taken for each retain sample.
-        ratio = config.forget_passes * len(self.context.forget) / len(self.context.retain)
-        epochs = max(config.epochs, ratio)
+        config, run = self.config, self.context.run
+        forget, retain = len(self.context.forget), len(self.context.retain)
+        few = self._forget_passes(True) * forget * config.retain_ratio < retain
+        passes = self._forget_passes(few)
+        wanted = max(config.retain_ratio * passes * forget, 0 if few else retain)
+        retain_visits = max(passes * forget, min(config.epochs * retain, wanted))
+        batch = run.batch_size * run.accumulation_steps * self.context.world.size
+        steps = max(retain_visits / batch, passes)
         return [
             paired_phase(
-                epochs,
-                self.learning_rate(config.lr, LR_PER_WIDTH),
+                retain_visits / retain,
+                self.learning_rate(config.lr, FEW_LR_PER_WIDTH if few else LR_PER_WIDTH),
                 augment=config.augment_retain,
-                paired_share=ratio / epochs,
+                share=retain_visits / (steps * batch),
+                paired_share=passes * forget / (steps * batch),
                 augment_paired=True,
             )
         ]
 
+    def _forget_passes(self, few: bool) -> float:
+        if self.config.forget_passes is None:
+            return _FEW_FORGET_PASSES if few else _FORGET_PASSES
+        return float(self.config.forget_passes)
+
     def passes(self, phases: list[Phase], number: int, taken: StepCounts) -> list[ExtraPasses]:
         config = self.config
         views = len(offsets(*taken.image)) if config.views else 1
-        targets = len(self.context.forget) * views + (taken.held_out if config.calibrate else 0)
-        return [ExtraPasses(name="teacher outputs", images=targets)]
+        ranked = min(_RANKED, len(self.context.retain)) if config.calibrate else 0
+        held_out = min(_HELD_OUT, taken.held_out) if config.calibrate else 0
+        images = (len(self.context.forget) + ranked) * views + held_out
+        images += taken.images if self._replays(phases[number]) else 0
+        return [ExtraPasses(name="teacher outputs", images=images)]
 
     def prepare(self, phase: Phase) -> None:
         context, config = self.context, self.config
         labels = torch.from_numpy(context.forget.labels)
-        loader = context.loader(context.forget, "none")
-        (logits,) = loader.rows(self._views_mean if config.views else self._original_logits)
+        logits = self._estimated(context.forget)
         known = torch.zeros(context.num_classes, dtype=torch.bool)
         known[torch.from_numpy(context.retain.labels).unique()] = True
         if config.calibrate:
-            held_out = self.held_out("whose log-odds the targets get")
-            held_out_logits, true = context.loader(held_out, "none").rows(
-                lambda batch: (*self._original_logits(batch), batch.labels)
+            ranked = self._drawn(context.retain, _RANKED)
+            of_ranked = torch.from_numpy(ranked.labels)
+            held_out = self._drawn(self.held_out("whose log-odds the targets get"), _HELD_OUT)
+            held_out_odds, of_held_out = context.loader(held_out, "none").rows(self._original_log_odds)
+            wanted = quantiles_of(
+                (log_odds(logits, labels), labels),
+                before=(log_odds(self._estimated(ranked), of_ranked), of_ranked),
+                after=(held_out_odds, of_held_out),
             )
-            logits = with_log_odds_of(logits, labels, log_odds(held_out_logits, true), true)
+            logits = with_log_odds(logits, labels, wanted)
         self.targets = logits.masked_fill(~known, -torch.inf).softmax(1)
+
+    def _drawn(self, samples: Samples, most: int) -> Samples:
+        """Return `most` of the samples, drawn by the run's seed; all if there are no more."""
+        if len(samples) <= most:
+            return samples
+        chosen = np.random.default_rng([self.context.run.seed, len(samples)]).permutation(len(samples))[:most]
+        return samples.subset(np.sort(chosen))
+
+    def _estimated(self, samples: Samples) -> Tensor:
+        """Return the log-probabilities of p, or the original's logits without `views`: [n, C], on the CPU."""
+        views = self._views_mean if self.config.views else self._original_logits
+        (logits,) = self.context.loader(samples, "none").rows(views)
+        return logits
 
     def cache_state(self, phase: Phase) -> dict[str, Tensor]:
         return {"targets": self.targets}
@@ -144,7 +203,18 @@ class LethePlus(Method):
         self.targets = prepared["targets"]
 
     def loss(self, model: nn.Module, batch: Batch, phase: Phase) -> dict[str, Tensor]:
-        return {"retain_ce": cross_entropy(model, batch)}
+        if not self._replays(phase):
+            return {"retain_ce": cross_entropy(model, batch)}
+        (original,) = self._original_logits(batch)
+        return {"retain_kl": divergence(outputs(model, batch.images), original).mean()}
+
+    def needs_original(self, phase: Phase, prepared: bool) -> bool:
+        return not prepared or self._replays(phase)
+
+    def _replays(self, phase: Phase) -> bool:
+        """Return whether R is the divergence from the original's outputs."""
+        wanted = self.config.retain_loss
+        return phase.epochs < 1 if wanted == "auto" else wanted == "original"
 
     def paired_loss(self, model: nn.Module, batch: Batch, phase: Phase) -> dict[str, Tensor]:
         logits = outputs(model, batch.images).float()
@@ -158,13 +228,13 @@ class LethePlus(Method):
             )
             self._differences += torch.stack([((predicted - wanted) * known).sum(), known.sum()])
         aim = target.log().scatter_add(1, true, self.shift.to(target).expand_as(true)).softmax(1)
-        divergence = F.kl_div(logits.log_softmax(1), aim, reduction="none").sum(1)
-        return {"forget_kl": self.config.forget_weight * divergence.mean()}
+        distances = F.kl_div(logits.log_softmax(1), aim, reduction="none").sum(1)
+        return {"forget_kl": self.config.forget_weight * distances.mean()}
 
     def after_step(self, model: nn.Module, phase: Phase) -> None:
         if self.step + 1 > _WARMUP_FRACTION * self.total_steps:
             difference, count = self.context.world.sum(self._differences)
-            rate = self.config.correction / self.total_steps
+            rate = self.config.correction / max(self.total_steps, _CORRECTED_STEPS)
             self.shift = self.shift - rate * difference / count.clamp_min(1)
         self._differences = torch.zeros_like(self._differences)
 
@@ -179,6 +249,10 @@ class LethePlus(Method):
         """Return the original's logits [B, C], float32."""
         with self.context.autocast():
             return (outputs(self.context.original, batch.images).float(),)
+
+    def _original_log_odds(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the original's log-odds [B], and the labels [B]."""
+        return log_odds(self._original_logits(batch)[0], batch.labels), batch.labels
 
     def _views_mean(self, batch: Batch) -> tuple[Tensor]:
         """Return the log of the mean probability [B, C] over shifted views."""
@@ -227,26 +301,58 @@ def log_odds(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.double().gather(1, labels[:, None])[:, 0] - others.logsumexp(1)
 
 
-def with_log_odds_of(logits: Tensor, labels: Tensor, odds: Tensor, classes: Tensor) -> Tensor:
-    """Return logits [n, C] whose true classes have another distribution of log-odds, in the same order of samples.
+def with_log_odds(logits: Tensor, labels: Tensor, wanted: Tensor) -> Tensor:
+    """Return logits [n, C] whose true classes `labels` [n] have the log-odds `wanted` [n]; others stay as they are."""
+    true = labels[:, None]
+    others = logits.double().scatter(1, true, -torch.inf).logsumexp(1)
+    return logits.scatter(1, true, (others + wanted)[:, None].to(logits.dtype))
 
-    In each class, the sample of rank i of m gets the quantile (i + 1/2) / m of the `odds` of that class, or of all
-    `odds` if there are none of the class. Logits of other classes stay as they are.
+
+def quantiles_of(samples: tuple[Tensor, Tensor], before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]) -> Tensor:
+    """Map log-odds from one distribution to another by their quantiles, relative to the mean of the class.
+
+    With m the mean of a class, shrunk towards that of all as by `_SHRINKAGE` samples of it, a sample with log-odds u of
+    class y has the rank r of u - m_before(y) among those of `before`, (number below + 1/2) / (number + 1), and gets
+    m_after(y) + the quantile r of u' - m_after(y') of `after`.
 
     Args:
-        logits: Logits [n, C].
-        labels: True classes [n].
-        odds: Log-odds [h] to take over.
-        classes: Their classes [h].
+        samples: Log-odds [n] to map, and classes [n].
+        before: Log-odds [a] and classes [a] of the distribution that the samples are from.
+        after: Those [b] of the distribution that they get.
+
+    Returns:
+        Log-odds [n], float64.
     """
-    own = log_odds(logits, labels)
-    changed = logits.clone()
-    for label in labels.unique():
-        members = torch.where(labels == label)[0]
-        target = odds[classes == label] if (classes == label).any() else odds
-        ranks = own[members].argsort().argsort()
-        wanted = torch.quantile(target, (ranks.double() + 0.5) / len(members))
-        others = logits[members].double()
-        others[:, label] = -torch.inf
-        changed[members, label] = (others.logsumexp(1) + wanted).to(logits.dtype)
-    return changed
+    (odds, labels), (old, new) = samples, (_Centred.of(*before), _Centred.of(*after))
+    below = torch.searchsorted(old.residuals, odds.double() - old.means(labels))
+    ranks = (below.double() + 0.5) / (len(old.residuals) + 1)
+    return new.means(labels) + torch.quantile(new.residuals, ranks)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Centred:
+    """Log-odds less the means of their classes.
+
+    Attributes:
+        residuals: [n], float64, ascending.
+        overall: Mean of all log-odds.
+        by_class: Shrunk mean of each class that occurs.
+    """
+
+    residuals: Tensor
+    overall: float
+    by_class: dict[int, float]
+
+    @classmethod
+    def of(cls, odds: Tensor, labels: Tensor) -> _Centred:
+        odds = odds.double()
+        overall, by_class = float(odds.mean()), {}
+        for label in labels.unique():
+            mine = odds[labels == label]
+            by_class[int(label)] = (float(mine.sum()) + _SHRINKAGE * overall) / (len(mine) + _SHRINKAGE)
+        centres = torch.tensor([by_class[int(label)] for label in labels], dtype=torch.float64)
+        return cls((odds - centres).sort().values, overall, by_class)
+
+    def means(self, labels: Tensor) -> Tensor:
+        """Return the mean of the class of each label [n]; that of all for a class that does not occur."""
+        return torch.tensor([self.by_class.get(int(label), self.overall) for label in labels], dtype=torch.float64)

@@ -92,6 +92,7 @@ _HOW = (
     "kernels",
     "collapse_drop",
     "max_bad_share",
+    "evaluation_samples",
 )
 
 

@@ -20,10 +20,9 @@ from engine.evaluate.metrics import MOST_RETAINED
 from engine.methods import Method, Phase, get_method
 from engine.plan.cost import Cost
 from engine.plan.memory import Zero
-from engine.run.collapse_guard import CHECKS
+from engine.run.collapse_guard import checks, watched_count
 from engine.run.early_stopping import last_stage
 from engine.run.seta import PrunedPhase, pruned_phases
-from engine.run.setup import WATCHED
 
 # Epochs of recipes for ViTs on ImageNet, with their source.
 RECIPES = {
@@ -76,10 +75,9 @@ class Sizes:
         """Number of samples that the original was not trained on."""
         return round(self.test / 5) if self.held_out is None else self.held_out
 
-    @property
-    def evaluated(self) -> int:
-        """Number of samples in an evaluation."""
-        return self.forget + min(self.retain, MOST_RETAINED) + self.test
+    def evaluated(self, most: int | None = None) -> int:
+        """Return the number of samples in an evaluation; `most`: `RunConfig.evaluation_samples`."""
+        return self.forget + min(self.retain, most or MOST_RETAINED) + min(self.test, most or self.test)
 
 
 def unlearning_work(cost: Cost, sizes: Sizes, method: str, config: Any, run: RunConfig) -> list[Work]:
@@ -94,7 +92,7 @@ def unlearning_work(cost: Cost, sizes: Sizes, method: str, config: Any, run: Run
         run: Options of the run.
     """
     used = sizes.retain if run.retain_share == 1 else max(1, round(run.retain_share * sizes.retain))
-    made = planned(method, config, sizes.forget, used, run)
+    made = planned(method, config, sizes.forget, used, run, sizes.ranks)
     phases = made.phases()
     pruned = pruned_phases(run, phases, sizes.forget, used)
     stage = last_stage(phases) if run.stop_when != "never" else set()
@@ -108,14 +106,16 @@ def unlearning_work(cost: Cost, sizes: Sizes, method: str, config: Any, run: Run
             items.append(Work(name=each.name, images=each.images, steps=0, flops=flops, kind=each.kind))
         images = taken.images + taken.paired
         items.append(_training(f"{phase.name} phase", cost, images, taken.steps, phase.name, cost.updating))
-        watches += max(1, min(CHECKS, taken.steps)) if phase.guarded else 0
+        watches += checks(taken.steps) if phase.guarded else 0
         if number in stage:
             epochs = math.ceil(phase.epochs) - (number == max(stage))  # none after the last of all
             alone = phase.samples == "retain" and phase.paired is None
             evaluations += epochs * (sizes.forget + (sizes.validation if alone else 0))
+    watched = watched_count(phases, sizes.forget, used)
     items.append(forward_work("looks of stop_when", cost, evaluations))
-    items.append(forward_work("watched accuracy", cost, watches * min(WATCHED, sizes.test or used)))
-    items.append(forward_work("evaluation of the original and the result", cost, 2 * sizes.evaluated))
+    items.append(forward_work("watched accuracy", cost, watches * min(watched, sizes.test or used)))
+    evaluated = 2 * sizes.evaluated(run.evaluation_samples)
+    items.append(forward_work("evaluation of the original and the result", cost, evaluated))
     return [item for item in _merged(items) if item.images or item.steps or item.name.endswith("phase")]
 
 
@@ -131,12 +131,12 @@ def _choosing(cost: Cost, sizes: Sizes, run: RunConfig) -> list[Work]:
 def _taken(phase: Phase, sizes: Sizes, retain: int, run: RunConfig, pruned: PrunedPhase | None) -> StepCounts:
     """Return the images of the steps of a phase, by the rules of `engine.run.trainer`."""
     whole = phase.retained(retain) + (0 if phase.samples == "retain" else sizes.forget)
-    epochs = Epochs(pruned.counts if pruned else (whole,), sizes.batch)
+    processes = sizes.ranks * run.accumulation_steps
+    epochs = Epochs(pruned.counts if pruned else (whole,), phase.size(sizes.batch // processes) * processes)
     steps = epochs.steps(phase.epochs)
     steps = min(steps, run.max_steps) if run.max_steps else steps
     paired = None
     if phase.paired is not None:
-        processes = sizes.ranks * run.accumulation_steps
         size = phase.paired_size(sizes.batch // processes, pruned.grown if pruned else 1.0) * processes
         paired = Epochs(({"forget": sizes.forget, "retain": retain}[phase.paired],), size)
     if not phase.turns:
@@ -172,7 +172,7 @@ def retraining_work(cost: Cost, sizes: Sizes, epochs: float) -> list[Work]:
     steps = math.ceil(epochs * math.ceil(sizes.retain / sizes.batch))
     return [
         _training("training", cost, epochs * sizes.retain, steps, "retain", cost.backward_flops),
-        forward_work("evaluation of the result", cost, sizes.evaluated),
+        forward_work("evaluation of the result", cost, sizes.evaluated()),
     ]
 
 
@@ -181,12 +181,16 @@ def phases_of(method: str, config: Any) -> list[Phase]:
     return planned(method, config, 1, 9, RunConfig()).phases()
 
 
-def planned(method: str, config: Any, forget: int, retain: int, run: RunConfig) -> Method:
+def planned(method: str, config: Any, forget: int, retain: int, run: RunConfig, ranks: int = 1) -> Method:
     """Return a method for so many samples, of which only phases and passes are available."""
     method_class = get_method(method)
     made = method_class.__new__(method_class)
     context: Any = types.SimpleNamespace(
-        info=types.SimpleNamespace(width=1), forget=range(forget), retain=range(retain), run=run
+        info=types.SimpleNamespace(width=1),
+        forget=range(forget),
+        retain=range(retain),
+        run=run,
+        world=types.SimpleNamespace(size=ranks),
     )
     Method.__init__(made, config, context)
     return made

@@ -43,6 +43,10 @@ from engine.requests.store import Store, locked
 from engine.requests.verdicts import Record, Verify, judge_version, reason_of, record_in
 from engine.run.folder import is_finished
 
+# Retained samples, and test samples, of a run's evaluation; as many as the run forgets, if those are more. The verdict,
+# by which a run is accepted, has samples of its own.
+_EVALUATED = 1_000
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Finished:
@@ -231,13 +235,14 @@ def _unlearn(store: Store, run: Run, task: Task, options: Options, progress: Pro
         shutil.rmtree(place / "resume", ignore_errors=True)  # of a process killed during the deletion
         metrics: dict[str, Any] = json.loads((place / "metrics.json").read_text(encoding="utf-8"))
         return metrics
+    evaluated = {"evaluation_samples": max(_EVALUATED, len(task.forget))}
     try:
         outcome = run_job(
             task,
             str(store.place(run.parent).resolve()),
             place,
             method=options.method,
-            config=options.config,
+            config=evaluated | options.config,
             references=options.references,
             resume=(place / "config.yaml").is_file() and not ended,
             overwrite=ended,

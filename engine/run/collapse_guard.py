@@ -4,21 +4,43 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
 
+from engine.core.phase import Phase
 from engine.run.train_engine import TrainEngine
 
 logger = logging.getLogger(__name__)
 
-# Measurements during a guarded phase, at equal distances over its steps.
-CHECKS = 8
+# Measurements during a guarded phase, at equal distances over its steps: one for every 8 steps, 8 at most.
+_CHECKS, _STEPS_BETWEEN = 8, 8
+# Samples of a measurement: one for every 4 samples that the steps take, within these. Of 200, the standard error of a
+# difference is 5 points at most, where a collapse is 35.
+_FEWEST_WATCHED, _MOST_WATCHED = 200, 500
+
+
+def checks(total: int) -> int:
+    """Return the number of measurements during a guarded phase of `total` steps."""
+    return max(1, min(_CHECKS, math.ceil(total / _STEPS_BETWEEN)))
+
+
+def watched_count(phases: Sequence[Phase], forget: int, retain: int) -> int:
+    """Return the number of samples, at most, whose accuracy is measured in a run with these phases.
+
+    Args:
+        phases: Phases of the run.
+        forget, retain: Number of samples of the forget set and of the retain set.
+    """
+    taken = sum(
+        phase.epochs * (phase.retained(retain) + (0 if phase.samples == "retain" else forget)) for phase in phases
+    )
+    return int(min(_MOST_WATCHED, max(_FEWEST_WATCHED, taken / 4)))
 
 
 class CollapseGuard:
-    """Measures the watched accuracy `CHECKS` times in a phase and keeps the weights of the last good measurement.
+    """Measures the watched accuracy at some steps of a phase and keeps the weights of the last good measurement.
 
     Args:
         phase: Name of the phase.
@@ -45,7 +67,8 @@ class CollapseGuard:
     ) -> None:
         self.phase, self.train_engine, self.watch, self.before = phase, train_engine, watch, before
         self.limit, self.record, self.is_main = limit, record, is_main
-        self.steps = {math.ceil(total * (i + 1) / CHECKS) for i in range(CHECKS)}
+        number = checks(total)
+        self.steps = {math.ceil(total * (i + 1) / number) for i in range(number)}
         self.good_step, self.good = 0, train_engine.weights()
 
     def state(self) -> dict[str, Any]:

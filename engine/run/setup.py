@@ -32,6 +32,7 @@ from engine.models.trainable import refuse_sharding, restrict
 from engine.models.vit import checkpoint_blocks, describe
 from engine.models.xformers_attention import resolve_attention
 from engine.run import folder as runfolder
+from engine.run.collapse_guard import watched_count
 from engine.run.early_stopping import HeldOutStop, check_stop
 from engine.run.retain_subset import choose_retained
 from engine.run.seta import check_pruning, pruned_phases
@@ -52,9 +53,6 @@ from engine.runtime.process_group import ProcessGroup, init_process_group
 from lethe_kernels import resolve_backend
 
 logger = logging.getLogger(__name__)
-
-# Samples that each measurement of the watched accuracy takes.
-WATCHED = 500
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -178,6 +176,7 @@ class Run:
             run.augment if phase.augment else "none",
             seed=run.seed * 1009 + number,
             micro=run.accumulation_steps,
+            batch_size=phase.size(run.batch_size),
             **part,
         )
 
@@ -259,7 +258,7 @@ def set_up(original: nn.Module, forget: Samples, retain: Samples, options: RunOp
         folder=folder,
         progress=options.progress,
         after_phase=options.after_phase,
-        watched_samples=evenly_spaced(watched, WATCHED, "watched"),
+        watched_samples=evenly_spaced(watched, watched_count(phases, len(forget), len(retain)), "watched"),
         loader=environment.loader,
         release=release,
         spec=spec,

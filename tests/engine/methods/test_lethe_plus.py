@@ -17,7 +17,7 @@ from toys import few, tiny_vit
 from engine.data import Samples, open_source
 from engine.data.samples import concatenate
 from engine.errors import UserError
-from engine.methods.lethe_plus import log_odds, shifts, with_log_odds_of
+from engine.methods.lethe_plus import log_odds, quantiles_of, shifts, with_log_odds
 from engine.models.checkpoint import weights_sha256
 from engine.models.vit import outputs
 from engine.run.unlearn import unlearn
@@ -61,20 +61,49 @@ def test_log_odds_are_those_of_the_probability() -> None:
     torch.testing.assert_close(log_odds(logits, labels), (p / (1 - p)).log())
 
 
-def test_true_classes_take_the_quantiles_of_others_in_their_own_order() -> None:
-    """By hand: two samples of class 0 get the quartiles of {-2, 0, 2, 4}; class 1 has none of its own and takes all."""
-    logits = torch.tensor([[3.0, 0.0, 1.0], [1.0, 0.5, 0.0], [0.0, 2.0, 1.0]])
-    labels, odds, classes = (
-        torch.tensor([0, 0, 1]),
-        torch.tensor([4.0, -2.0, 2.0, 0.0, 9.0]),
-        torch.tensor([0, 0, 0, 0, 2]),
-    )
-    changed = with_log_odds_of(logits, labels, odds.double(), classes)
-    found = log_odds(changed, labels)
-    torch.testing.assert_close(found, torch.tensor([2.5, -0.5, 2.0], dtype=torch.float64))
+def test_log_odds_are_set_and_other_logits_stay() -> None:
+    logits = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    labels, wanted = torch.tensor([2, 0, 2]), torch.tensor([1.5, -4.0, 0.0], dtype=torch.float64)
+    changed = with_log_odds(logits, labels, wanted)
+    torch.testing.assert_close(log_odds(changed, labels), wanted, atol=1e-6, rtol=1e-6)
     for row, label in enumerate(labels.tolist()):
-        others = [c for c in range(3) if c != label]
+        others = [c for c in range(4) if c != label]
         assert torch.equal(changed[row, others], logits[row, others])
+
+
+def test_log_odds_are_mapped_by_quantiles_around_class_means() -> None:
+    """By hand, a mean counting as 10 samples of each class.
+
+    Before: class 0 has {2, 4}, class 1 {6}, all 4; means (6 + 40) / 12 = 23/6 and 46/11; residuals -1.83, 0.17, 1.82.
+    After: class 0 has {-1, 1}, class 1 {3}, all 1; means 10/12 and 13/11; residuals -1.83, 0.17, 1.82 as well.
+    """
+    before = (torch.tensor([4.0, 2.0, 6.0]), torch.tensor([0, 0, 1]))
+    after = (torch.tensor([1.0, -1.0, 3.0]), torch.tensor([0, 0, 1]))
+    low, middle, high = -1 - 10 / 12, 1 - 10 / 12, 3 - 13 / 11
+    mapped = quantiles_of((torch.tensor([9.0, 3.0, 0.0, 9.0]), torch.tensor([0, 1, 1, 2])), before, after)
+    # Ranks (3.5, 1.5, 0.5, 3.5) / 4 among three; of n values, quantile q is at position q (n - 1).
+    expected = [
+        10 / 12 + middle + 0.75 * (high - middle),
+        13 / 11 + low + 0.75 * (middle - low),
+        13 / 11 + low + 0.25 * (middle - low),
+        1 + middle + 0.75 * (high - middle),  # a class that has no samples: the mean of all
+    ]
+    torch.testing.assert_close(mapped, torch.tensor(expected, dtype=torch.float64))
+
+
+def test_targets_of_a_request_of_one_sample_follow_its_own_odds(train: Samples) -> None:
+    """Red before: a single sample had the median of held-out samples whatever its own log-odds."""
+    method = made(train)
+    context = method.context
+    found = []
+    for position in range(len(context.forget)):
+        method.context = dataclasses.replace(context, forget=context.forget.subset([position]))
+        method.prepare(method.phases()[0])
+        found.append(method.targets[0])
+    method.context = context
+    method.prepare(method.phases()[0])
+    torch.testing.assert_close(torch.stack(found), method.targets)
+    assert len({round(float(row.max()), 5) for row in found}) > 10
 
 
 def test_targets_are_the_mean_of_views_at_held_out_odds(train: Samples) -> None:
@@ -82,13 +111,21 @@ def test_targets_are_the_mean_of_views_at_held_out_odds(train: Samples) -> None:
     method = made(train)
     method.prepare(method.phases()[0])
     original, context = method.context.original, method.context
-    with torch.no_grad():
-        rows = list(context.loader(context.forget, "none").ordered())
+
+    def estimated(samples: Samples) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = list(context.loader(samples, "none").ordered())
         images, labels = torch.cat([b.images for b in rows]), torch.cat([b.labels for b in rows])
-        mean = torch.stack([original(view).softmax(1) for view in shifts(images)]).mean(0)
-        held = list(context.loader(context.held_out, "none").ordered())
+        with torch.no_grad():
+            return torch.stack([original(view).softmax(1) for view in shifts(images)]).mean(0).log(), labels
+
+    (mean, labels), (kept, of_kept) = estimated(context.forget), estimated(context.retain)
+    held = list(context.loader(context.held_out, "none").ordered())
+    with torch.no_grad():
         said, true = torch.cat([original(b.images) for b in held]), torch.cat([b.labels for b in held])
-    expected = with_log_odds_of(mean.log(), labels, log_odds(said, true), true).softmax(1)
+    wanted = quantiles_of(
+        (log_odds(mean, labels), labels), (log_odds(kept, of_kept), of_kept), (log_odds(said, true), true)
+    )
+    expected = with_log_odds(mean, labels, wanted).softmax(1)
     torch.testing.assert_close(method.targets, expected, atol=1e-6, rtol=1e-4)
     torch.testing.assert_close(method.targets.sum(1), torch.ones(20))
 
@@ -153,7 +190,7 @@ def test_the_aim_follows_what_is_left_of_the_memory(train: Samples) -> None:
         method.paired_loss(student, dataclasses.replace(forget, weight=0.0), phase)
         method.after_step(student, phase)
         if step >= 2:  # a tenth of the steps is over
-            s -= 100.0 / 20 * float((odds(said) - odds(q)).mean())
+            s -= 100.0 / 160 * float((odds(said) - odds(q)).mean())
         assert float(method.shift) == pytest.approx(s, rel=1e-5)
     assert abs(s) > 0.1
     other = made(train, correction=100.0)
@@ -166,12 +203,49 @@ def test_the_aim_follows_what_is_left_of_the_memory(train: Samples) -> None:
     assert float(still.shift) == 0
 
 
-def test_steps_hold_as_many_forget_samples_as_their_passes_need(train: Samples) -> None:
-    """20 forget and 40 retained samples: 1 pass of the former is half a pass of the latter."""
-    (phase,) = make("lethe_plus", train, epochs=4.0, forget_passes=2.0).phases()
-    assert (phase.epochs, phase.paired_share) == (4.0, 0.25)
-    (phase,) = make("lethe_plus", train, epochs=1.0, forget_passes=6.0).phases()
-    assert (phase.epochs, phase.paired_share) == (3.0, 1.0)
+def test_steps_hold_as_many_samples_as_the_passes_need(train: Samples) -> None:
+    """20 forget and 40 retained samples, in batches of 100 and of 10."""
+    phase = phase_of(train, epochs=9.0, forget_passes=2.0, retain_ratio=1.5, batch_size=100)  # 40 visits, and 60
+    assert (phase.epochs, phase.share, phase.paired_share) == (1.5, 0.3, 0.2), "no step has a forget sample twice"
+    phase = phase_of(train, epochs=9.0, forget_passes=2.0, retain_ratio=1.5, batch_size=10)
+    assert (phase.epochs, phase.share, phase.paired_share) == (1.5, 1.0, pytest.approx(2 / 3)), "6 steps"
+    phase = phase_of(train, epochs=1.25, forget_passes=2.0, retain_ratio=1.5, batch_size=10)
+    assert (phase.epochs, phase.share, phase.paired_share) == (1.25, 1.0, 0.8), "epochs are the most"
+    phase = phase_of(train, epochs=1.0, forget_passes=6.0, batch_size=10)
+    assert (phase.epochs, phase.share, phase.paired_share) == (3.0, 1.0, 1.0), "as many retained as forget samples"
+
+
+def phase_of(train: Samples, **options: Any) -> Any:
+    (phase,) = make("lethe_plus", train, **options).phases()
+    return phase
+
+
+def test_the_cost_follows_the_request(train: Samples) -> None:
+    forget, retain, held_out = few(train, 2), train.subset(range(20, 80)), train.subset(range(80, 110))
+    config = {"precision": "fp32", "forget_passes": 4.0, "retain_ratio": 2.0}
+    result = unlearn(tiny_vit(), forget, retain, method="lethe_plus", validation=held_out, config=config)
+    steps = [row for row in result.history if "forget_kl" in row]
+    assert len(steps) == 4
+    assert result.samples_seen == {"forget": 4 * (2 + 4)}
+    assert {"retain_kl"} == {key for row in steps for key in row if key.startswith("retain")}
+
+
+def test_outputs_for_few_retained_samples_are_those_of_the_original(train: Samples) -> None:
+    """Less than a pass over the retain set: their divergence from the original's outputs, from the equation."""
+    method = made(train, forget_passes=1.0, retain_ratio=1.0)
+    phase = method.phases()[0]
+    assert phase.epochs == 0.5
+    student, retain = tiny_vit(seed=5), batch_of(method, "retain")
+    with torch.no_grad():
+        p = method.context.original(retain.images).double().softmax(1)
+    q = student(retain.images).double().softmax(1)
+    expected = (p * (p / q).log()).sum(1).mean()
+    torch.testing.assert_close(method.loss(student, retain, phase)["retain_kl"].double(), expected)
+    assert method.needs_original(phase, prepared=True)
+    labels = made(train, forget_passes=1.0, retain_ratio=1.0, retain_loss="labels")
+    assert list(labels.loss(student, retain, phase)) == ["retain_ce"]
+    assert not labels.needs_original(phase, prepared=True)
+    assert list(made(train, retain_loss="original").loss(student, retain, phase)) == ["retain_kl"]
 
 
 def wrong(start: int, count: int) -> Samples:
