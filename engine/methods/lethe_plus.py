@@ -6,28 +6,28 @@ the repair undoes most of the forget phase (docs/lab/2026-11-21.md). So the targ
 phase. With f_o the frozen original:
 
     p(x) = mean over small shifts T of softmax f_o(T x)
-    q(x) = p(x), with the log-odds of its true class y set to a quantile of f_o's log-odds on held-out samples: the
-           quantile of the rank that x has, by the log-odds of p, among retain samples
-    L    = R(x_r) + w KL(q_s(x_f) || f(x_f))       retain x_r and forget x_f in every step
+    q(x) = p(x), with the log-odds of its true class y set to a quantile of f_o's log-odds on held-out samples of class
+           y: the quantile of the rank that x has by the log-odds of p among the forget samples of class y
+    L    = R(x_r) + w KL(q_s(x_f) || f(x_f))        retain x_r and forget x_f in every step; R = CE(f(x_r), y_r)
 
-R is CE(f(x_r), y_r), or KL(f_o(x_r) || f(x_r)) if the steps take less than one pass over the retain set. The gradient
-of the latter is 0 at the start, so it adds no noise. The cross-entropy of the few samples that are then taken costs the
-others two points of accuracy (docs/lab/2026-11-30.md).
+A small request takes less than one pass over the retain set: `retain_ratio` retain samples for each forget sample, and
+no forget sample twice in a step, so that its cost follows its size. It differs in two ways.
 
-Both distributions are taken relative to the mean of the class, so that all classes share them: some hundred samples are
-enough, drawn once. Ranks among retain samples are those of what the model was trained on, so a request of a single
-sample has one, and a request of easy samples stays easy.
+    q(x)   ranks are those among 150 retain samples, which the model was trained on too, so that a request of a single
+           sample has one; both distributions are taken relative to the mean of the class, which all classes share
+    R(x_r) KL(f_o(x_r) || f(x_r)): at the start its gradient is 0, so it adds no noise. The cross-entropy of the few
+           samples that are taken costs the others two points of accuracy (docs/lab/2026-11-30.md)
 
 q_s is q with s added to the log-odds of y. s starts at 0 and follows the remaining memorisation. After every step
 
-    s <- s - c / max(all steps, 160) mean over its forget samples of l(f(x)) - l(q(x))
+    s <- s - c / (all steps) mean over its forget samples of l(f(x)) - l(q(x))
     l: log-odds of y, clipped to [-5, 5]: differences between confident predictions do not matter, and would dominate
        if all samples are easy
 
 A target is never reached exactly, least for the most memorised samples. s lowers the target until the mean log-odds on
 the forget set are those of held-out samples. It starts after a tenth of the steps: before that, the difference is due
-to targets that are not yet learned, and following it would lower the target too far. For the same reason it is slow in
-short runs.
+to targets that are not yet learned, and following it would lower the target too far. For the same reason a small
+request counts at least 160 steps in it.
 
 Why p: memorisation of an image depends on its exact pixels, so shifted copies (1/16 and 1/8 of the side, edges
 mirrored) estimate the prediction without it. Why q: a mean over views is underconfident, while a model that was not
@@ -36,16 +36,13 @@ gives the class probability 0, as a model trained without it would.
 
 Retain images are not augmented: they preserve the predictions for the images themselves. Forget images are augmented,
 so that all views of the training are forgotten.
-
-The cost follows the request: `retain_ratio` retain samples are taken for each forget sample, at most `epochs` passes
-over the retain set, and no step takes a forget sample twice.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,17 +58,16 @@ from engine.methods.common.distillation import divergence
 from engine.models.losses import cross_entropy
 from engine.models.vit import outputs
 
-# Peak learning rate times the width of the model, and passes over the forget set.
-LR_PER_WIDTH, _FORGET_PASSES = 0.0384, 7.5
-# The same for a small request, whose steps take less than one pass over the retain set.
-FEW_LR_PER_WIDTH, _FEW_FORGET_PASSES = 0.0192, 11.0
+# Peak learning rate times the width of the model; see docs/lab/2026-11-21-lethe-plus.md, and for small requests
+# docs/lab/2026-11-30.md.
+LR_PER_WIDTH, SMALL_LR_PER_WIDTH = 0.0768, 0.0192
 # Share of the steps after which s is updated.
 _WARMUP_FRACTION = 0.1
-# Steps of a run, at least, over which s is corrected by c times the mean difference.
+# Steps that a small request counts at least in the correction of s.
 _CORRECTED_STEPS = 160
 # Log-odds beyond which a prediction counts as confident: 99.3%.
 _LOG_ODDS_CLIP = 5.0
-# Retain samples, and held-out samples, whose log-odds the targets are made from.
+# Retain samples, and held-out samples, whose log-odds the targets of a small request are made from.
 _RANKED, _HELD_OUT = 150, 500
 # Weight of the mean over all classes in that of one class, in samples.
 _SHRINKAGE = 10.0
@@ -84,36 +80,38 @@ class LethePlusConfig:
     """Options of LetheViT+.
 
     Attributes:
-        epochs: Passes over the retain set, at most; more if a step would otherwise hold more forget samples than
-            retain samples.
-        forget_passes: Passes over the forget set in the same steps; null: 7.5, and 11 for a small request, whose steps
-            take less than one pass over the retain set.
-        retain_ratio: Retain samples for each forget sample of the steps, as far as `epochs` allows.
-        lr: Peak learning rate; null: 0.0384 / width, and half of it for a small request.
+        epochs: Passes over the retain set, at least. More steps are taken if a step would otherwise hold more forget
+            samples than retain samples. A small request takes fewer, see `retain_ratio`.
+        forget_passes: Passes over the forget set in the same steps.
+        retain_ratio: Retain samples for each forget sample of the steps, if these are less than one pass over the
+            retain set: the request is then a small one. null: no request is.
+        lr: Peak learning rate; null: 0.0768 / width, and a quarter of it for a small request.
         forget_weight: w.
         correction: c; 0: s stays 0.
         views: p is the mean over shifted images; false: the original's prediction for the image itself.
         calibrate: q has the log-odds of held-out samples; false: those of p.
-        retain_loss: labels (cross-entropy) | original (divergence from the original's outputs) | auto: original for a
-            small request.
         augment_retain: Augment retain images by the run's option `augment`.
     """
 
     epochs: float = tunable(2.25, Range(0.75, 6, step=0.75))
-    forget_passes: float | None = tunable(None, Range(3, 18))
-    retain_ratio: float = 2.0
+    forget_passes: float = tunable(11.0, Range(3, 18))
+    retain_ratio: float | None = 2.0
     lr: float | None = tunable(None, rate(LR_PER_WIDTH))
     forget_weight: float = tunable(1.0, Range(0.5, 8.0, log=True))
     correction: float = 8.5
     views: bool = True
     calibrate: bool = True
-    retain_loss: Literal["auto", "labels", "original"] = "auto"
     augment_retain: bool = False
 
     def __post_init__(self) -> None:
         require(self.epochs > 0, "epochs", self.epochs, "above 0")
-        positive_or_null(self, "forget_passes")
-        require(self.retain_ratio >= 1, "retain_ratio", self.retain_ratio, "1 or more")
+        require(self.forget_passes > 0, "forget_passes", self.forget_passes, "above 0")
+        require(
+            self.retain_ratio is None or self.retain_ratio >= 1,
+            "retain_ratio",
+            self.retain_ratio,
+            "1 or more, or null",
+        )
         positive_or_null(self, "lr")
         require(self.forget_weight > 0, "forget_weight", self.forget_weight, "above 0")
         require(self.correction >= 0, "correction", self.correction, "0 or more")
@@ -132,36 +130,46 @@ class LethePlus(Method):
 
     def phases(self) -> list[Phase]:
         config, run = self.config, self.context.run
-        forget, retain = len(self.context.forget), len(self.context.retain)
-        few = self._forget_passes(True) * forget * config.retain_ratio < retain
-        passes = self._forget_passes(few)
-        wanted = max(config.retain_ratio * passes * forget, 0 if few else retain)
-        retain_visits = max(passes * forget, min(config.epochs * retain, wanted))
-        batch = run.batch_size * run.accumulation_steps * self.context.world.size
-        steps = max(retain_visits / batch, passes)
+        if self.small:
+            batch = run.batch_size * run.accumulation_steps * self.context.world.size
+            visits = config.forget_passes * len(self.context.forget)
+            steps = max(config.retain_ratio * visits / batch, config.forget_passes)
+            epochs, paired_share = config.retain_ratio * visits / len(self.context.retain), visits / (steps * batch)
+            share = config.retain_ratio * paired_share
+        else:
+            # Forget samples that are taken for each retain sample.
+            ratio = config.forget_passes * len(self.context.forget) / len(self.context.retain)
+            epochs = max(config.epochs, ratio)
+            share, paired_share = 1.0, ratio / epochs
         return [
             paired_phase(
-                retain_visits / retain,
-                self.learning_rate(config.lr, FEW_LR_PER_WIDTH if few else LR_PER_WIDTH),
+                epochs,
+                self.learning_rate(config.lr, SMALL_LR_PER_WIDTH if self.small else LR_PER_WIDTH),
                 augment=config.augment_retain,
-                share=retain_visits / (steps * batch),
-                paired_share=passes * forget / (steps * batch),
+                share=share,
+                paired_share=paired_share,
                 augment_paired=True,
             )
         ]
 
-    def _forget_passes(self, few: bool) -> float:
-        if self.config.forget_passes is None:
-            return _FEW_FORGET_PASSES if few else _FORGET_PASSES
-        return float(self.config.forget_passes)
+    @property
+    def small(self) -> bool:
+        """Whether the request is small: its steps take less than one pass over the retain set."""
+        config = self.config
+        if config.retain_ratio is None:
+            return False
+        visits = config.retain_ratio * config.forget_passes * len(self.context.forget)
+        return bool(visits < min(1.0, config.epochs) * len(self.context.retain))
 
     def passes(self, phases: list[Phase], number: int, taken: StepCounts) -> list[ExtraPasses]:
         config = self.config
         views = len(offsets(*taken.image)) if config.views else 1
-        ranked = min(_RANKED, len(self.context.retain)) if config.calibrate else 0
-        held_out = min(_HELD_OUT, taken.held_out) if config.calibrate else 0
-        images = (len(self.context.forget) + ranked) * views + held_out
-        images += taken.images if self._replays(phases[number]) else 0
+        images = len(self.context.forget) * views
+        if config.calibrate and self.small:
+            images += min(_RANKED, len(self.context.retain)) * views + min(_HELD_OUT, taken.held_out)
+        elif config.calibrate:
+            images += taken.held_out
+        images += taken.images if self.small else 0
         return [ExtraPasses(name="teacher outputs", images=images)]
 
     def prepare(self, phase: Phase) -> None:
@@ -171,15 +179,15 @@ class LethePlus(Method):
         known = torch.zeros(context.num_classes, dtype=torch.bool)
         known[torch.from_numpy(context.retain.labels).unique()] = True
         if config.calibrate:
-            ranked = self._drawn(context.retain, _RANKED)
-            of_ranked = torch.from_numpy(ranked.labels)
-            held_out = self._drawn(self.held_out("whose log-odds the targets get"), _HELD_OUT)
-            held_out_odds, of_held_out = context.loader(held_out, "none").rows(self._original_log_odds)
-            wanted = quantiles_of(
-                (log_odds(logits, labels), labels),
-                before=(log_odds(self._estimated(ranked), of_ranked), of_ranked),
-                after=(held_out_odds, of_held_out),
-            )
+            held_out = self.held_out("whose log-odds the targets get")
+            held_out = self._drawn(held_out, _HELD_OUT) if self.small else held_out
+            after = context.loader(held_out, "none").rows(self._original_log_odds)
+            if self.small:
+                ranked = self._drawn(context.retain, _RANKED)
+                before = self._estimated(ranked), torch.from_numpy(ranked.labels)
+                wanted = quantiles_of((log_odds(logits, labels), labels), (log_odds(*before), before[1]), after)
+            else:
+                wanted = quantiles_in_order(log_odds(logits, labels), labels, *after)
             logits = with_log_odds(logits, labels, wanted)
         self.targets = logits.masked_fill(~known, -torch.inf).softmax(1)
 
@@ -203,18 +211,13 @@ class LethePlus(Method):
         self.targets = prepared["targets"]
 
     def loss(self, model: nn.Module, batch: Batch, phase: Phase) -> dict[str, Tensor]:
-        if not self._replays(phase):
+        if not self.small:
             return {"retain_ce": cross_entropy(model, batch)}
         (original,) = self._original_logits(batch)
         return {"retain_kl": divergence(outputs(model, batch.images), original).mean()}
 
     def needs_original(self, phase: Phase, prepared: bool) -> bool:
-        return not prepared or self._replays(phase)
-
-    def _replays(self, phase: Phase) -> bool:
-        """Return whether R is the divergence from the original's outputs."""
-        wanted = self.config.retain_loss
-        return phase.epochs < 1 if wanted == "auto" else wanted == "original"
+        return not prepared or self.small
 
     def paired_loss(self, model: nn.Module, batch: Batch, phase: Phase) -> dict[str, Tensor]:
         logits = outputs(model, batch.images).float()
@@ -234,7 +237,8 @@ class LethePlus(Method):
     def after_step(self, model: nn.Module, phase: Phase) -> None:
         if self.step + 1 > _WARMUP_FRACTION * self.total_steps:
             difference, count = self.context.world.sum(self._differences)
-            rate = self.config.correction / max(self.total_steps, _CORRECTED_STEPS)
+            steps = max(self.total_steps, _CORRECTED_STEPS) if self.small else self.total_steps
+            rate = self.config.correction / steps
             self.shift = self.shift - rate * difference / count.clamp_min(1)
         self._differences = torch.zeros_like(self._differences)
 
@@ -308,7 +312,29 @@ def with_log_odds(logits: Tensor, labels: Tensor, wanted: Tensor) -> Tensor:
     return logits.scatter(1, true, (others + wanted)[:, None].to(logits.dtype))
 
 
-def quantiles_of(samples: tuple[Tensor, Tensor], before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]) -> Tensor:
+def quantiles_in_order(odds: Tensor, labels: Tensor, others: Tensor, of_others: Tensor) -> Tensor:
+    """Return the quantiles of other log-odds that samples have by their order within their class.
+
+    In each class, the sample of rank i of m gets the quantile (i + 1/2) / m of the log-odds of that class, or of all if
+    there are none of the class.
+
+    Args:
+        odds, labels: Log-odds [n], and classes [n].
+        others, of_others: Log-odds [h] to take the quantiles of, and their classes [h].
+
+    Returns:
+        Log-odds [n], float64.
+    """
+    wanted, others = torch.empty(len(odds), dtype=torch.float64), others.double()
+    for label in labels.unique():
+        members = torch.where(labels == label)[0]
+        target = others[of_others == label] if (of_others == label).any() else others
+        ranks = odds[members].argsort().argsort()
+        wanted[members] = torch.quantile(target, (ranks.double() + 0.5) / len(members))
+    return wanted
+
+
+def quantiles_of(samples: tuple[Tensor, Tensor], before: tuple[Tensor, Tensor], after: Sequence[Tensor]) -> Tensor:
     """Map log-odds from one distribution to another by their quantiles, relative to the mean of the class.
 
     With m the mean of a class, shrunk towards that of all as by `_SHRINKAGE` samples of it, a sample with log-odds u of

@@ -159,9 +159,7 @@ def test_forget_samples_among_them_are_always_taken(train: Samples) -> None:
 
 def test_as_much_beside_in_fewer_steps(train: Samples) -> None:
     plain = {"views": False, "calibrate": False}
-    result = run(
-        train, "lethe_plus", epochs=4, forget_passes=4, retain_ratio=2.5, batch_size=5, **plain, seta={"window": 0.4}
-    )
+    result = run(train, "lethe_plus", epochs=4, forget_passes=4, batch_size=5, **plain, seta={"window": 0.4})
     assert sum("lr" in row for row in result.history) == 9 + 4 + 4 + 9
     # Two beside five retained ones make four passes in 40 steps; in 26 steps it takes three, with an epoch's last two.
     paired = result.samples_seen["forget"] - (45 + 18 + 18 + 45)
