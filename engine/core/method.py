@@ -139,7 +139,8 @@ class Method:
     def passes(self, phases: list[Phase], number: int, taken: StepCounts) -> list[ExtraPasses]:
         """Return an upper bound on what phase `number` computes in addition to its steps, for `lethe plan`.
 
-        Only `config`, `context.run` and the lengths of `context.forget` and `context.retain` are available.
+        Only `config`, `context.run`, `context.world.size` and the lengths of `context.forget` and `context.retain` are
+        available.
         """
         return []
 

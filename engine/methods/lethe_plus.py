@@ -129,18 +129,15 @@ class LethePlus(Method):
         self._differences = self.shift.new_zeros(2)  # of this step, on this rank: sum and number of the differences
 
     def phases(self) -> list[Phase]:
-        config, run = self.config, self.context.run
+        config, run, retain = self.config, self.context.run, len(self.context.retain)
+        visits = config.forget_passes * len(self.context.forget)
+        epochs, share = max(config.epochs, visits / retain), 1.0
+        paired_share = visits / retain / epochs
         if self.small:
             batch = run.batch_size * run.accumulation_steps * self.context.world.size
-            visits = config.forget_passes * len(self.context.forget)
             steps = max(config.retain_ratio * visits / batch, config.forget_passes)
-            epochs, paired_share = config.retain_ratio * visits / len(self.context.retain), visits / (steps * batch)
+            epochs, paired_share = config.retain_ratio * visits / retain, visits / (steps * batch)
             share = config.retain_ratio * paired_share
-        else:
-            # Forget samples that are taken for each retain sample.
-            ratio = config.forget_passes * len(self.context.forget) / len(self.context.retain)
-            epochs = max(config.epochs, ratio)
-            share, paired_share = 1.0, ratio / epochs
         return [
             paired_phase(
                 epochs,
@@ -158,8 +155,8 @@ class LethePlus(Method):
         config = self.config
         if config.retain_ratio is None:
             return False
-        visits = config.retain_ratio * config.forget_passes * len(self.context.forget)
-        return bool(visits < min(1.0, config.epochs) * len(self.context.retain))
+        retain_visits = config.retain_ratio * config.forget_passes * len(self.context.forget)
+        return bool(retain_visits < min(1.0, config.epochs) * len(self.context.retain))
 
     def passes(self, phases: list[Phase], number: int, taken: StepCounts) -> list[ExtraPasses]:
         config = self.config

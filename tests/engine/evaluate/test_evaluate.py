@@ -118,6 +118,13 @@ def test_evaluator_on_real_models(train: Samples) -> None:
     assert "higher = better forgotten" in result.numbers["mia"]["direction"]["efficacy"]
 
 
+def test_an_evaluation_takes_no_more_than_it_is_given(train: Samples) -> None:
+    forget, retain, test = few(train, 5), train.subset(range(20, 60)), train.subset(range(60, 90))
+    found = Evaluator(forget, retain, test, most=10, precision="fp32")
+    assert {name: len(samples) for name, samples in found.sets.items()} == {"forget": 5, "retain": 10, "test": 10}
+    assert list(found.sets["test"].ids)[::9] == [test.ids[0], test.ids[29]], "at equal distances"
+
+
 def test_evaluator_errors(train: Samples) -> None:
     forget, retain = few(train, 10), train.subset(range(10, 30))
     with pytest.raises(UserError, match="the test set has no samples"):

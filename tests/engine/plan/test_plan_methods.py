@@ -53,13 +53,14 @@ DATA = open_source("digits").train
 
 
 @pytest.mark.parametrize(
-    ("method", "pruning"),
-    [(name, "none") for name in list_methods() if name not in ("retrain", "s3t")]
-    + [(name, "seta") for name in ("bad_teacher", "lethe_plus", "scrub", "sfron")],
+    ("method", "pruning", "given"),
+    [(name, "none", {}) for name in list_methods() if name not in ("retrain", "s3t")]
+    + [(name, "seta", {}) for name in ("bad_teacher", "lethe_plus", "scrub", "sfron")]
+    + [("lethe_plus", "none", {"forget_passes": 1, "retain_ratio": 2.0})],  # a small request
 )
-def test_steps_samples_and_teachers_are_those_of_a_run(method: str, pruning: str) -> None:
+def test_steps_samples_and_teachers_are_those_of_a_run(method: str, pruning: str, given: dict[str, Any]) -> None:
     fields = {field.name for field in dataclasses.fields(get_method(method).Config)}
-    options = SHORT.get(method, {"epochs": 1.5} if "epochs" in fields else {})
+    options = {**SHORT.get(method, {"epochs": 1.5} if "epochs" in fields else {}), **given}
     run = {
         "batch_size": 8,
         "accumulation_steps": 2,
