@@ -83,7 +83,7 @@ def measure_rates(spec: ModelSpec, method: str, options: Mapping[str, Any], batc
     for phase in ("forget", "retain"):
         key = f"{phase}_phase"
         if key in seconds[0]:
-            rates[phase] = batch_size * (_STEPS[1] - _STEPS[0]) / max(seconds[1][key] - seconds[0][key], 1e-9)
+            rates[phase] = batch_size * _steps_a_second(seconds[0][key], seconds[1][key])
     if method == "lethe" and seconds[1]["prepare"] > 0:
         rates["teacher"] = len(forget) / seconds[1]["prepare"]
     rates["forward"] = _forward_rate(model.to(target), batch_size, info.in_chans, info.input_size, run)
@@ -96,6 +96,14 @@ def measure_rates(spec: ModelSpec, method: str, options: Mapping[str, Any], batc
         f"measured here on {where}: {_STEPS[1] - _STEPS[0]} steps a phase at batch {batch_size} by one process, random "
         "images already decoded; communication between ranks is not in it",
     )
+
+
+def _steps_a_second(few: float, many: float) -> float:
+    """Return the rate of the steps by which two runs of these seconds differ.
+
+    If the longer one took less, the other was disturbed; its own steps then count with its start.
+    """
+    return (_STEPS[1] - _STEPS[0]) / (many - few) if many > few else _STEPS[1] / max(many, 1e-9)
 
 
 class _Random(Dataset[Any]):
