@@ -1,8 +1,8 @@
 """The proof of a run without retrained models of its own: by a pool, or by a certificate of the procedure.
 
-A batch of enough samples is judged by the pool, and so is everything that the lineage forgot. A small batch shows
-nothing by itself, and would be hidden among all that was forgotten: it passes only if a certificate covers it and the
-run is like those that the certificate was made from.
+A small batch shows nothing by itself: it passes if a certificate covers it and the run is like those that the
+certificate was made from. Otherwise the pool judges all samples that no verdict has proven, once they are enough, and
+all that the lineage forgot. Fewer would be hidden among those: they get no PASS.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import datetime
 import json
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch import nn
@@ -39,6 +39,18 @@ _WHAT = {
 }
 
 
+def joined(alone: Verdict, whole: Callable[[], Verdict]) -> Verdict:
+    """Return the verdict of two: on the samples that no verdict has proven, and on all that were forgotten.
+
+    A FAIL of either counts, and a PASS needs both: among many samples those few that were not forgotten would not be
+    noticed.
+    """
+    if alone.status == FAIL:
+        return alone
+    found = whole()
+    return found if found.status == FAIL or alone.status == PASS else alone
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PoolProof:
     """Judges a version of a store by a pool.
@@ -54,33 +66,39 @@ class PoolProof:
     parent: int | None
     place: Path
 
-    def judge(self, whole: Task, batch: Task | None) -> Verdict:
+    def judge(self, whole: Task, unproven: Task | None, batch: Task | None) -> Verdict:
         """Return the verdict.
 
         Args:
-            whole: All samples that were forgotten, the batch included.
-            batch: Samples of the run; None: they are all.
+            whole: All samples that were forgotten.
+            unproven: Those that no verdict has proven; None: they are all.
+            batch: Samples of the run; None: the version is not that of a run.
 
         Raises:
             UserError: The pool or a certificate is not valid.
         """
-        began, gates, part = time.perf_counter(), self.gates, batch or whole
+        began, gates, part, reasons = time.perf_counter(), self.gates, unproven or whole, list[str]()
         references, certificates, model = *self._opened(whole), open_model(self.place)
         pool = references.pool
-        small: list[Gate] = []
-        if len(part.forget) < gates.minimum_samples:
-            chosen, reasons = self._covering(certificates, references, part) if self.parent is not None else (None, [])
+        if batch is not None and len(batch.forget) < gates.minimum_samples:
+            chosen, reasons = self._covering(certificates, references, batch)
             if chosen is not None:
-                found = self._by_certificate(chosen, references, part, model)
+                found = self._by_certificate(chosen, references, batch, model)
                 return with_cost(found, references, "certificate", chosen.path, began)
+
+        def judged(task: Task) -> Verdict:
+            against = references
+            if task is whole and unproven is not None and self._base:  # version 0 was trained on all of them
+                original = open_model(self.store.place(0))
+                against = PoolReferences(pool, whole.source, original, references.answers)
+            return judge(evidence_by_pool(against, task, model), gates)
+
+        if len(part.forget) < gates.minimum_samples:
             # Among many other samples a few that were not forgotten would not be noticed: no PASS for them.
-            small = [self._uncovered(part, reasons)]
-        found = judge(evidence_by_pool(references, part, model), gates)
-        if found.status != FAIL and batch is not None:
-            if self._base:  # version 0 was trained on all of them
-                references = PoolReferences(pool, whole.source, open_model(self.store.place(0)), references.answers)
-            found = judge(evidence_by_pool(references, whole, model), gates)
-        found = dataclasses.replace(found, gates=[*found.gates, *small])
+            found = judged(whole)
+            found = dataclasses.replace(found, gates=[*found.gates, self._uncovered(batch or part, reasons)])
+        else:
+            found = judged(part) if unproven is None else joined(judged(part), lambda: judged(whole))
         return with_cost(found, references, "pool", pool.folder, began)
 
     @property
@@ -114,13 +132,18 @@ class PoolProof:
         """Version of the full retrain that the run descends from; without a run, version 0."""
         return next(version.base for version in self.store.versions() if version.number == (self.parent or 0))
 
-    def warning(self, part: Task) -> str:
-        """Return why no certificate covers a run that has not begun; empty if one does, or none is needed."""
-        if len(part.forget) >= self.gates.minimum_samples:
+    def warning(self, batch: Task, unproven: int) -> str:
+        """Return why no certificate covers a run that has not begun; empty if one does, or none is needed.
+
+        Args:
+            batch: Samples of the run.
+            unproven: Number of samples that no verdict will have proven before that on the run, its own included.
+        """
+        if unproven >= self.gates.minimum_samples:
             return ""
-        references, certificates = self._opened(part)
-        chosen, reasons = self._covering(certificates, references, part)
-        return "" if chosen else self._uncovered(part, reasons).reason
+        references, certificates = self._opened(batch)
+        chosen, reasons = self._covering(certificates, references, batch)
+        return "" if chosen else self._uncovered(batch, reasons).reason
 
     def _uncovered(self, part: Task, reasons: Sequence[str]) -> Gate:
         words = ["lethe", "certify", "--checkpoint", str(self.store.place(self._base).resolve())]

@@ -6,8 +6,9 @@ One run processes the open requests as one batch, the nearest deadline first:
     retain   the training samples less the batch and less all that earlier versions forgot, so that no forgotten sample
              is ever trained on again
     verdict  on all samples ever forgotten in the lineage, the batch included, against version 0, which was trained on
-             all of them: the return of an earlier sample is detected. A batch that is large enough is also judged
-             alone, and its FAIL counts: among many earlier samples it could be hidden
+             all of them: the return of an earlier sample is detected. The samples that no verdict has proven, the batch
+             included, are judged alone as well, and have to pass: among many others they could be hidden. If they are
+             too few for a verdict the requests stay unproven, unless a certificate covers the batch
 
 PASS: the version is accepted and its requests are done. FAIL: the version is kept as rejected, the version before it
 stays the current one, and the requests stay open. INSUFFICIENT EVIDENCE: the version is accepted, and the requests are
@@ -40,7 +41,7 @@ from engine.requests.lineage import open_lineage, open_ordered_data, refuse_laun
 from engine.requests.pool_proof import PoolProof
 from engine.requests.run_options import Options, Overrides
 from engine.requests.store import Store, locked
-from engine.requests.verdicts import Record, Verify, judge_version, reason_of, record_in
+from engine.requests.verdicts import Record, Verify, judge_version, part_of, reason_of, record_in
 from engine.run.folder import is_finished
 
 # Retained samples, and test samples, of a run's evaluation; as many as the run forgets, if those are more. The verdict,
@@ -184,20 +185,22 @@ class _Attempt:
         """Unlearn, measure the drift, judge, and store the version; arguments as of `run_requests`."""
         store, run, batch, earlier = self.store, self.run, self.batch, self.earlier
         task = Task.of_ids(self.source, batch, spec=f"requests {self.listed}", excluded=earlier)
-        options = Options(**run.options)
+        options, forgotten = Options(**run.options), [*earlier, *batch]
+        unproven = [*store.ids_of([r.number for r in store.requests() if r.state == "unproven"]), *batch]
         if options.pool:
             proof = PoolProof(store=store, options=options, parent=run.parent, place=store.place(run.number))
-            if why := proof.warning(task):
+            if why := proof.warning(task, len(unproven)):
                 notify(f"this run will be unproven, no certificate covers it: {why}")
         metrics = _unlearn(store, run, task, options, progress)
         place = store.place(run.number)
-        drift = measure_drift(store, run, self.source.test, len(batch) + len(earlier), options)
-        whole = Task.of_ids(self.source, [*earlier, *batch], spec=f"all requests up to version {run.number}")
+        drift = measure_drift(store, run, self.source.test, len(forgotten), options)
+        whole = Task.of_ids(self.source, forgotten, spec=f"all requests up to version {run.number}")
         verdict = None
         status, reason = FAIL, why_unusable(store, run, metrics)
         if not reason:
             notify(f"judging version {run.number:04d} on the {len(whole.forget)} samples forgotten so far")
-            verdict = judge_version(store, verify, whole, task if earlier else None, place, options, parent=run.parent)
+            part = part_of(self.source, forgotten, unproven, spec="the unproven requests")
+            verdict = judge_version(store, verify, whole, part, place, options, run.parent, task)
             # If the process is killed before `finish`, the verdict is repeated and recorded twice, which is harmless.
             record_in(place, verdict, record)
             status, reason = verdict.status, reason_of(verdict)

@@ -7,10 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from engine.evaluate.gates import FAIL, Gates, Verdict
+from engine.data import Source
+from engine.evaluate.gates import Gates, Verdict, undecided
 from engine.jobs.task import Task
+from engine.methods import get_method
 from engine.requests.lineage import open_lineage, open_ordered_data, refuse_launcher, refuse_unfinished
-from engine.requests.pool_proof import PoolProof
+from engine.requests.pool_proof import PoolProof, joined
 from engine.requests.run_options import Options, Overrides
 from engine.requests.store import Store
 
@@ -82,12 +84,11 @@ def judge_again(
             options, parent = given.of_unfinished(store.run_of(version)), version.parent
         options.check()
         whole = Task.of_ids(source, ids, spec=f"all requests up to version {version.number}")
-        batch = store.ids_of(unproven or version.requests)
-        earlier = sorted({*ids} - {*batch})
-        part = Task.of_ids(source, batch, spec="the unproven requests", excluded=earlier) if earlier else None
+        part = part_of(source, ids, store.ids_of(unproven or version.requests), spec="the unproven requests")
         notify(f"judging version {version.number:04d} on the {len(ids)} samples forgotten so far")
         place = store.place(version.number)
-        verdict = judge_version(store, verify, whole, part, place, options, parent)
+        batch = None if parent is None else part or whole
+        verdict = judge_version(store, verify, whole, part, place, options, parent, batch)
         if version.kind == "unlearned":  # a full retrain was copied without its record
             record_in(place, verdict, record)
         before = {request.number: request.state for request in store.requests()}
@@ -102,41 +103,58 @@ def judge_again(
     )
 
 
+def part_of(source: Source, forgotten: Sequence[str], part: Sequence[str], spec: str) -> Task | None:
+    """Return the task of a part of the forgotten samples, with the others excluded; None: it is all of them."""
+    others = sorted({*forgotten} - {*part})
+    return Task.of_ids(source, part, spec=spec, excluded=others) if others else None
+
+
 def judge_version(
     store: Store,
     verify: Verify | None,
     whole: Task,
-    batch: Task | None,
+    unproven: Task | None,
     place: Path,
     options: Options,
     parent: int | None = None,
+    batch: Task | None = None,
 ) -> Verdict:
-    """Return the verdict on all forgotten samples, or that on the batch alone if it fails.
+    """Return the verdict on all forgotten samples and on those that no verdict has proven; a PASS needs both.
 
     Args:
         store: The store; the original is its version 0.
         verify: Function that judges; None: `engine.jobs.verify.verify_job`.
-        whole: All samples that were forgotten, the batch included.
-        batch: Samples of the batch, judged alone too if they are enough; None: the batch is all.
+        whole: All samples that were forgotten.
+        unproven: Those that no verdict has proven; too few for a verdict get no PASS, unless the method is exact. None:
+            they are all.
         place: Folder of the version.
         options: Options of the run.
-        parent: Version that the run unlearned, so that a certificate may cover it; None: all is judged by outputs.
+        parent, batch: Version that a run unlearned, and its samples, so that a certificate may cover it; None: all is
+            judged by outputs.
     """
     from engine.jobs.verify import verify_job
 
     if options.pool and not options.references:
-        return PoolProof(store=store, options=options, parent=parent, place=place).judge(whole, batch)
+        return PoolProof(store=store, options=options, parent=parent, place=place).judge(whole, unproven, batch)
     gates = Path(options.gates) if options.gates else None
 
     def judged(task: Task) -> Verdict:
         call = verify or verify_job
         return call(task, place, store.place(0), options.references, gates=gates, config=options.config)
 
-    if batch is not None and len(batch.forget) >= Gates.read(gates).minimum_samples:
-        alone = judged(batch)
-        if alone.status == FAIL:
-            return alone
-    return judged(whole)
+    if unproven is None or get_method(options.method).exact:  # of slices that were never trained on the samples
+        return judged(whole)
+    least = Gates.read(gates).minimum_samples
+    if len(unproven.forget) >= least:
+        return joined(judged(unproven), lambda: judged(whole))
+    found = judged(whole)
+    reason = (
+        f"the {len(unproven.forget)} samples that no verdict has proven, if not forgotten at all, would not be noticed "
+        f"among {len(whole.forget)}: with {least} of them unproven lethe request judge decides; for fewer give --pool "
+        "POOL --certificate CERTIFICATE in place of references"
+    )
+    name, question = "unproven samples", "Are there enough samples that no verdict has proven?"
+    return dataclasses.replace(found, gates=[*found.gates, undecided(name, question, f"{least} or more", reason)])
 
 
 def record_in(place: Path, verdict: Verdict, record: Record | None = None) -> None:

@@ -42,7 +42,8 @@ def test_commands_from_request_to_version(
 ) -> None:
     import engine.jobs.verify
 
-    said = ["INSUFFICIENT EVIDENCE", "FAIL", "PASS", "PASS"]
+    undecided = "INSUFFICIENT EVIDENCE"
+    said = [undecided, "FAIL", "PASS", "PASS"]
     recorded = []
     monkeypatch.setattr(engine.jobs.verify, "verify_job", lambda *a, **k: verdict(said.pop(0)))
     monkeypatch.setattr(
@@ -81,11 +82,13 @@ def test_commands_from_request_to_version(
     assert json.loads((tmp_path / "r.json").read_text())["run"] is None
 
     lethe("add", *(text for n in range(10, 20) for text in ("--id", f"train/{n}")))
-    assert lethe("run").exit_code == 0
+    result = lethe("run")
+    assert result.exit_code == 3, result.output
+    assert "the 10 samples that no verdict has proven, if not forgotten at all, would not be noticed" in result.output
     result = lethe("status", "--json", tmp_path / "s.json")
     found = json.loads((tmp_path / "s.json").read_text())
-    assert found["requests"] == {"open": 0, "unproven": 0, "done": 3, "overdue": 0}
-    assert [v["verdict"] for v in found["versions"]] == [None, "INSUFFICIENT EVIDENCE", "FAIL", "PASS", "PASS"]
+    assert found["requests"] == {"open": 0, "unproven": 1, "done": 2, "overdue": 0}
+    assert [v["verdict"] for v in found["versions"]] == [None, undecided, "FAIL", "PASS", undecided]
     assert found["versions"][3]["drift"]["test_kl"] == 0.02
     assert found["current"]["version"] == 4
     assert "warning: 32.5% of the training samples were forgotten" in result.output
@@ -95,7 +98,8 @@ def test_commands_from_request_to_version(
     result = lethe("list", "--all", "--ids", tmp_path / "ids.txt", "--json", tmp_path / "l.json")
     assert "13 ids in" in result.output
     assert sorted((tmp_path / "ids.txt").read_text().split()) == sorted(f"train/{n}" for n in (1, 2, 3, *range(10, 20)))
-    assert [row["state"] for row in json.loads((tmp_path / "l.json").read_text())["requests"]] == ["done"] * 3
+    listed = json.loads((tmp_path / "l.json").read_text())["requests"]
+    assert [row["state"] for row in listed] == ["done", "done", "unproven"]
 
 
 def test_judging_again_with_more_evidence(

@@ -1,4 +1,4 @@
-"""Which version a store takes: collapse, no change, a batch judged alone, an exact method; drift and rebase."""
+"""Which version a store takes: collapse, no change, samples judged alone, an exact method; drift and rebase."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from digit_requests import Judge, die, die_at, ids_of, killed, run
+from digit_requests import Judge, die, die_at, ids_of, killed, record, run, states
 from toys import tiny_vit
 
 from engine.config import read_yaml
@@ -23,6 +23,7 @@ from engine.requests.runner import abandon_run
 from engine.requests.status import status
 from engine.requests.store import Store
 from engine.requests.times import RequestTimes
+from engine.requests.verdicts import judge_again
 from engine.run.unlearn import train
 from engine.runtime.files import write_json
 
@@ -134,20 +135,27 @@ def test_drift_by_hand() -> None:
 
 
 @pytest.mark.slow
-def test_a_batch_that_fails_alone_cannot_hide_among_earlier_samples(store: Path, digits: Source) -> None:
+def test_samples_cannot_hide_among_those_that_are_proven(store: Path, digits: Source) -> None:
+    def sizes(judge: Judge) -> list[int]:
+        return [len(task.forget) for task, *_ in judge.asked]
+
     add_request(store, ids=ids_of(digits, 0, 20))
     first = Judge()
     assert run(store, judge=first).state == "done"
-    assert len(first.asked) == 1  # the batch is all that was forgotten
-    add_request(store, ids=ids_of(digits, 20, 99))
+    assert sizes(first) == [20]  # the batch is all that was forgotten
+    add_request(store, ids=ids_of(digits, 20, 60))
     small = Judge()
-    assert run(store, judge=small).state == "done"
-    assert [len(task.forget) for task, *_ in small.asked] == [119]  # too few to be judged alone
-    add_request(store, ids=ids_of(digits, 120, 100))
+    assert run(store, judge=small).state == "unproven"  # too few to be judged alone
+    assert sizes(small) == [80]
+    add_request(store, ids=ids_of(digits, 80, 40))
     failing = Judge("FAIL")
     assert run(store, judge=failing).state == "open"
-    assert [len(task.forget) for task, *_ in failing.asked] == [100]
+    assert sizes(failing) == [100]
     undecided = Judge("INSUFFICIENT EVIDENCE", "PASS")
-    assert run(store, judge=undecided).state == "done"
+    assert run(store, judge=undecided).state == "unproven"
     asked = [(len(task.forget), len(task.retain), checkpoint, root) for task, checkpoint, root, _ in undecided.asked]
-    assert asked == [(100, 21, "0004", "0000"), (219, 21, "0004", "0000")]
+    assert asked == [(100, 120, "0004", "0000"), (120, 120, "0004", "0000")]
+    judged = Judge()
+    judge_again(store, verify=judged, record=record)
+    assert sizes(judged) == [100, 120]
+    assert states(store) == {1: "done", 2: "done", 3: "done"}
