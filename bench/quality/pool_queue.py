@@ -1,6 +1,6 @@
 """A queue of small requests, one run each by the command line, whose proof is a pool or a certificate.
 
-Sizes turn (1, 5, 20, 50). In the tenth run a method that changes nothing is planted, and in the fifteenth one whose
+Their sizes are given, and taken in turn. In the tenth run a method that changes nothing is planted, and in the fifteenth one whose
 change is too small to matter: both must be refused. They are run again as they are, so that every request is decided.
 
 The JSON, below the heading of `bench.harness.report`:
@@ -33,7 +33,7 @@ from engine.config import parse_assignments
 from engine.data import open_source
 from engine.errors import UserError
 
-SIZES = (1, 5, 20, 50)
+SIZES = "1,5,20,50"
 PLANTED = {10: "no-op", 15: "nudged"}
 # Replaces the learning rate of every phase, and leaves all options as they are.
 _PLANT = """
@@ -53,15 +53,16 @@ def pool_queue(
     certificate: Annotated[list[Path], typer.Option(help="Certificate of `lethe certify`.", show_default=False)],
     method: Annotated[str, typer.Option(help="Method of the runs.")] = "lethe",
     requests: Annotated[int, typer.Option(help="Number of requests.")] = 20,
+    samples: Annotated[str, typer.Option(help="Samples of the requests, in turn.")] = SIZES,
     seed: Annotated[int, typer.Option(help="Seed of the draw of samples.")] = 0,
     settings: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE for every run.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Results.")] = None,
 ) -> dict[str, Any]:
     """Run a queue of small requests by the command line, with a no-op planted, and print the proof of each."""
-    settings = settings or []
+    settings, turns = settings or [], sizes_of(samples)
     report, train = Report(), open_source(data).train
     order = np.random.default_rng(seed).permutation(len(train))
-    sizes = [SIZES[number % len(SIZES)] for number in range(requests)]
+    sizes = [turns[number % len(turns)] for number in range(requests)]
     if sum(sizes) > len(train) // 2:
         raise UserError(f"pool-queue: {sum(sizes)} samples of {len(train)}; give fewer --requests")
     parts = np.split(order[: sum(sizes)], np.cumsum(sizes)[:-1])
@@ -93,6 +94,17 @@ def pool_queue(
     console.print(dict(collections.Counter(row["state"] for row in found["runs"])))
     console.print(f"all that was forgotten, by the pool: {found['judged']}")
     return report.write(found, json_file)
+
+
+def sizes_of(text: str) -> list[int]:
+    """Return the sizes of requests, such as "1,5,20".
+
+    Raises:
+        UserError: One is not a number above 0.
+    """
+    if not all(each.strip().isdecimal() and int(each) for each in text.split(",")):
+        raise UserError(f"--samples {text}: expected numbers above 0 with commas between, such as {SIZES}")
+    return [int(each) for each in text.split(",")]
 
 
 def _facts(certificate: Path) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def progress_bars() -> Iterator[Report]:
         yield report
 
 
-def print_metrics(metrics: Mapping[str, Any], name: str = "unlearned") -> None:
+def print_metrics(metrics: Mapping[str, Any], name: str = "unlearned", judged: bool = False) -> None:
     """Print the table original / unlearned / retrained of one metrics.json."""
     table = Table(header_style="bold")
     table.add_column("model", no_wrap=True)
@@ -86,7 +86,7 @@ def print_metrics(metrics: Mapping[str, Any], name: str = "unlearned") -> None:
             soft_wrap=True,
         )
         _print_gap_to_mean(metrics.get("gap_to_mean", {}))
-    else:
+    elif not judged:
         console.print(
             "[dim]No retrained model was given (--reference DIR): the numbers above have nothing to be "
             "compared with.[/dim]",

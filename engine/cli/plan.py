@@ -11,7 +11,9 @@ from engine.cli.options import Json, MethodName, Settings, write_json_file
 
 
 def plan(
-    arch: Annotated[str, typer.Option(help="timm architecture, such as vit_large_patch16_224.", show_default=False)],
+    arch: Annotated[
+        str, typer.Option(help="timm architecture, such as vit_large_patch16_224; or a checkpoint.", show_default=False)
+    ],
     images: Annotated[int, typer.Option(help="Training images.", show_default=False)],
     forget_share: Annotated[float, typer.Option(help="Share of them to forget, between 0 and 1.")] = 0.1,
     test_images: Annotated[int, typer.Option(help="Test images of the evaluation.")] = 50_000,
@@ -34,7 +36,9 @@ def plan(
     ] = False,
     attention: Annotated[str, typer.Option(help="auto, sdpa, eager or xformers.")] = "auto",
     teacher: Annotated[str, typer.Option(help="The original: replicated on every rank, or sharded.")] = "replicated",
-    num_classes: Annotated[int, typer.Option(help="Classes of the head.")] = 1000,
+    num_classes: Annotated[
+        int | None, typer.Option(help="Classes of the head.", show_default="1000; of a checkpoint, its own")
+    ] = None,
     model_arg: Annotated[
         list[str] | None,
         typer.Option(metavar="KEY=VALUE", help="Argument of timm.create_model; repeat for more.", show_default=False),
@@ -72,6 +76,9 @@ def plan(
     """Estimate what unlearning needs before it runs: memory, flops, bytes and time, compared with a retrain."""
     from engine.cli.plan_table import print_plan
     from engine.config import parse_assignments
+    from engine.jobs.start import is_checkpoint
+    from engine.models.checkpoint import load_checkpoint
+    from engine.models.spec import spec_of
     from engine.plan import plan as make_plan
     from engine.run.zero import read_deepspeed
 
@@ -85,7 +92,7 @@ def plan(
         **parse_assignments(settings or []),
     }
     made = make_plan(
-        arch,
+        spec_of(load_checkpoint(arch)) if is_checkpoint(arch) else arch,
         images=images,
         forget_share=forget_share,
         test_images=test_images,

@@ -58,6 +58,14 @@ Certificates = Annotated[
         show_default=False,
     ),
 ]
+PublicKey = Annotated[
+    Path | None,
+    typer.Option(
+        "--public-key",
+        help="PEM file of the Ed25519 public key of whoever must have signed each certificate.",
+        show_default=False,
+    ),
+]
 MaxShare = Annotated[
     float | None,
     typer.Option(
@@ -84,6 +92,7 @@ def init(
     max_share: MaxShare = None,
     pool: PoolFolder = None,
     certificate: Certificates = None,
+    public_key: PublicKey = None,
     opening: Opening,
 ) -> None:
     """Create a store. Version 0 is a copy of the checkpoint, so that the lineage stays complete if that is deleted."""
@@ -104,6 +113,7 @@ def init(
         max_share=MAX_SHARE if max_share is None else max_share,
         pool=pool,
         certificates=certificate or [],
+        public_key=public_key,
     )
     console.print(f"store in {store}; version 0000 is a copy of {checkpoint}", soft_wrap=True)
 
@@ -245,6 +255,7 @@ def run(
     gates: GatesFile = None,
     pool: PoolFolder = None,
     certificate: Certificates = None,
+    public_key: PublicKey = None,
     require_proof: Annotated[
         bool, typer.Option("--require-proof", help="Treat INSUFFICIENT EVIDENCE as a FAIL.")
     ] = False,
@@ -283,6 +294,7 @@ def run(
                 require_proof=require_proof,
                 pool=pool,
                 certificates=certificate,
+                public_key=public_key,
             ),
             progress=progress,
             notify=lambda line: console.print(line, soft_wrap=True),
@@ -292,7 +304,7 @@ def run(
         console.print("no open requests: nothing to do")
         write_json_file(json_file, {"run": None, "warnings": warnings})
         return
-    print_metrics(finished.metrics, name=f"version {finished.version:04d}")
+    print_metrics(finished.metrics, name=f"version {finished.version:04d}", judged=finished.verdict is not None)
     _print_status(finished.status, finished.reason)
     _print_proof(finished.verdict)
     listed = ", ".join(map(str, finished.requests))
@@ -318,6 +330,7 @@ def judge(
     gates: GatesFile = None,
     pool: PoolFolder = None,
     certificate: Certificates = None,
+    public_key: PublicKey = None,
     json_file: Json = None,
 ) -> None:
     """Judge the current version again, with retrained models, a pool or a certificate. Exit 0: done; 1: FAIL; 3: not.
@@ -340,6 +353,7 @@ def judge(
             gates=gates,
             pool=pool,
             certificates=certificate,
+            public_key=public_key,
         ),
         notify=lambda line: console.print(line, soft_wrap=True),
     )

@@ -38,7 +38,7 @@ def architecture(name: str, model_args: Mapping[str, Any], source: Source) -> nn
     Raises:
         UserError: `model_args` are given for a checkpoint.
     """
-    if Path(name).is_dir() or Path(CheckpointSource.parse(name).place).is_file():
+    if is_checkpoint(name):
         _refuse_model_args(name, model_args)
         return load_checkpoint(name)
     return ModelSpec(
@@ -141,6 +141,11 @@ def _check_base(checkpoint: str, made: Origin, task: Task) -> None:
         raise UserError(f"{name} it was trained on all samples of {task.source.spec}; {remedy}")
     if made.data == task.source.spec and not (made.is_training and made.samples_sha256 == task.retain.fingerprint()):
         raise UserError(f"{name} it was made from samples of {task.source.spec} that are to be left out; {remedy}")
+
+
+def is_checkpoint(name: str) -> bool:
+    """Return whether a name is that of a checkpoint on the disk, not of a timm architecture."""
+    return Path(name).is_dir() or Path(CheckpointSource.parse(name).place).is_file()
 
 
 def _refuse_model_args(checkpoint: str, model_args: Mapping[str, Any]) -> None:

@@ -20,6 +20,8 @@ from engine.plan.timing import Measured, measure_rates
 from engine.plan.work import Sizes, Work, communication, phases_of, recipe, retraining_work, seconds_of, unlearning_work
 
 GIB = 2**30
+# Classes of an architecture, if no number is given: those of ImageNet.
+_CLASSES = 1000
 
 NOT_COUNTED = (
     "time: starting processes, reading the checkpoint and the data index, decoding where it is slower than the model, "
@@ -84,7 +86,7 @@ class Plan:
 
 
 def plan(
-    architecture: str,
+    architecture: str | ModelSpec,
     *,
     images: int,
     forget_share: float,
@@ -96,7 +98,7 @@ def plan(
     device: Literal["cpu", "cuda"] = "cuda",
     method: str = "lethe",
     options: Mapping[str, Any] | None = None,
-    num_classes: int = 1000,
+    num_classes: int | None = None,
     model_args: Mapping[str, Any] | None = None,
     retrain_recipe: str = "deit",
     retrain_epochs: float | None = None,
@@ -112,7 +114,8 @@ def plan(
     Needs neither data nor weights nor a GPU; takes a few seconds for ViT-L.
 
     Args:
-        architecture, num_classes, model_args: The model, as in timm.
+        architecture, num_classes, model_args: The model, as in timm (num_classes: None: 1,000); or the spec of a
+            checkpoint alone (`engine.models.spec.spec_of`).
         images: Training images.
         forget_share: Share of them that is forgotten.
         test_images: Test images.
@@ -137,12 +140,10 @@ def plan(
     run, method_config = split_options(options or {}, get_method(method).Config)
     forget = round(images * forget_share)
     require(device in ("cpu", "cuda"), "device", device, "cpu or cuda")
-    _check_sizes(images, forget_share, forget, test_images, gpus, run)
+    _check_sizes(images, forget_share, forget, test_images, gpus)
     _check_rates(throughput, measure, price, capacity)
     _check_run(get_method(method), run, gpus, zero.stage)
-    spec = ModelSpec(
-        architecture=architecture, num_classes=num_classes, model_args=dict(model_args or {}), pretrained_cfg={}
-    )
+    spec = _spec(architecture, num_classes, model_args)
     refuse_unfit(get_method(method), on_meta(spec))
     precision = "fp32" if run.precision == "auto" and device == "cpu" else run.precision.replace("auto", "bf16")
     attention = {"cuda": "sdpa", "cpu": "eager"}[device] if run.attention == "auto" else run.attention
@@ -186,7 +187,7 @@ def plan(
     fits = None if capacity is None else memory.total("device") <= capacity
     return Plan(
         setup={
-            "architecture": architecture,
+            "architecture": spec.architecture,
             "method": method,
             "images": images,
             "forget": forget,
@@ -226,6 +227,21 @@ def plan(
     )
 
 
+def _spec(architecture: str | ModelSpec, num_classes: int | None, model_args: Mapping[str, Any] | None) -> ModelSpec:
+    """Return the model of a plan; arguments as of `plan`."""
+    if isinstance(architecture, str):
+        classes = _CLASSES if num_classes is None else num_classes
+        return ModelSpec(
+            architecture=architecture, num_classes=classes, model_args=dict(model_args or {}), pretrained_cfg={}
+        )
+    if model_args or num_classes not in (None, architecture.num_classes):
+        raise UserError(
+            f"num_classes and model_args: the checkpoint, a {architecture.architecture} with "
+            f"{architecture.num_classes} classes, defines the model; leave them out"
+        )
+    return architecture
+
+
 def _zero(stage: int | None, offload: bool, deepspeed: Mapping[str, Any] | None) -> Zero:
     zero = Zero.read(deepspeed) if deepspeed else Zero(stage=stage or 0, overlap_comm=stage == 3)
     if deepspeed and stage is not None and stage != zero.stage:
@@ -241,7 +257,7 @@ def _zero(stage: int | None, offload: bool, deepspeed: Mapping[str, Any] | None)
     return zero
 
 
-def _check_sizes(images: int, share: float, forget: int, test_images: int, gpus: int, run: RunConfig) -> None:
+def _check_sizes(images: int, share: float, forget: int, test_images: int, gpus: int) -> None:
     require(images >= 2, "images", images, "at least 2 training images")
     require(0 < share < 1, "forget_share", share, "between 0 and 1, both left out")
     require(
@@ -250,15 +266,6 @@ def _check_sizes(images: int, share: float, forget: int, test_images: int, gpus:
     require(test_images >= 0, "test_images", test_images, "0 or more")
     require(gpus >= 1, "gpus", gpus, "at least 1")
     require(gpus <= forget, "gpus", gpus, f"no more than the {forget} images to forget, so that every rank has one")
-    step = run.batch_size * run.accumulation_steps * gpus
-    smaller = min(forget, images - forget)
-    require(
-        step <= smaller,
-        "batch_size",
-        run.batch_size,
-        f"a step (batch_size x accumulation_steps x gpus = {step}) of no more images than the smaller set has "
-        f"({smaller})",
-    )
 
 
 def _check_rates(throughput: float | None, measure: bool, price: float | None, capacity: int | None) -> None:

@@ -306,12 +306,18 @@ def open_certificate(given: Path, pool: Pool, public_key: Path | None = None) ->
     return Certificate(path, content)
 
 
-def check_given(folder: Path | None, certificates: Sequence[Path]) -> None:
+def check_given(folder: Path | None, certificates: Sequence[Path], public_key: Path | None = None) -> None:
     """Check that a pool is complete and that certificates belong to it, before any work.
 
+    Args:
+        folder: Folder of the pool; None: there is none.
+        certificates, public_key: As of `open_certificate`.
+
     Raises:
-        UserError: It is not, one does not, or there is no pool.
+        UserError: It is not, one does not, a signature is not valid, or there is no pool.
     """
+    if public_key is not None:
+        checker(public_key)
     if folder is None:
         if certificates:
             raise UserError(f"--certificate {certificates[0]}: give the pool that it was made with: --pool")
@@ -319,7 +325,7 @@ def check_given(folder: Path | None, certificates: Sequence[Path]) -> None:
     pool = Pool.open(folder)
     pool.check_complete()
     for each in certificates:
-        open_certificate(each, pool)
+        open_certificate(each, pool, public_key)
 
 
 def _hmac(content: Mapping[str, Any], pool: Pool) -> str:

@@ -31,6 +31,7 @@ from engine.requests.times import RequestTimes
 
 MAX_SHARE = 0.2
 _GATES = "gates.yaml"
+_KEY = "public_key.pem"
 
 
 def init_store(
@@ -45,6 +46,7 @@ def init_store(
     max_share: float = MAX_SHARE,
     pool: Path | None = None,
     certificates: Sequence[Path] = (),
+    public_key: Path | None = None,
 ) -> None:
     """Create a store of deletion requests. Version 0 is a copy of the checkpoint.
 
@@ -60,6 +62,7 @@ def init_store(
         max_share: Share (0, 1] of the training samples, forgotten since the last full retrain, above which `status`
             warns.
         pool, certificates: As of `engine.requests.run_options.Overrides`.
+        public_key: The same; copied into the store.
 
     Raises:
         UserError: The folder is a store already or holds other files, an option is out of range, or the checkpoint fits
@@ -69,7 +72,9 @@ def init_store(
         raise UserError(f"{folder} is a store of requests already; name another folder with --store")
     # Files that a killed init left are overwritten; any other file is refused.
     foreign = [
-        path.name for path in folder.glob("*") if not path.name.startswith(("requests.sqlite", "versions", _GATES))
+        path.name
+        for path in folder.glob("*")
+        if not path.name.startswith(("requests.sqlite", "versions", _GATES, _KEY))
     ]
     if foreign:
         raise UserError(f"{folder} holds files that are not a store's ({foreign[0]}); name another folder with --store")
@@ -83,7 +88,7 @@ def init_store(
         Gates.read(gates)
     if pool is not None and references:
         raise UserError("--pool and --reference are both given; the verdict takes one of them")
-    check_given(pool, certificates)
+    check_given(pool, certificates, public_key)
     if pool is not None:
         opened = Pool.open(pool)
         opened.check(opened.in_order(source))
@@ -92,8 +97,10 @@ def init_store(
         current().compare(f"--reference {reference}", current().model(reference), model)
     save_checkpoint(model, place_of(folder, 0))
     copy_stages(model, place_of(folder, 0))
-    if gates is not None:
-        shutil.copyfile(gates, folder / _GATES)  # a later edit of the file must not change the limits
+    # A later edit of the files must not change the limits, or who has to sign.
+    for given, name in ((gates, _GATES), (public_key, _KEY)):
+        if given is not None:
+            shutil.copyfile(given, folder / name)
     settings = {
         "data": data,
         "train": len(source.train),
@@ -106,6 +113,7 @@ def init_store(
         "max_share": max_share,
         "pool": str(pool.resolve()) if pool else None,
         "certificates": [str(each.resolve()) for each in certificates],
+        "public_key": _KEY if public_key else None,
         "opening": current().to_dict(),
     }
     with Store.create(folder, settings):

@@ -108,7 +108,8 @@ class PoolProof:
     def _opened(self, task: Task) -> tuple[PoolReferences, list[Certificate]]:
         """Return the references of the pool for the model at the root of the lineage, and the certificates."""
         pool = Pool.open(Path(self.options.pool or ""))
-        certificates = [open_certificate(Path(each), pool) for each in self.options.certificates]
+        key = Path(self.options.public_key) if self.options.public_key else None
+        certificates = [open_certificate(Path(each), pool, key) for each in self.options.certificates]
         original = open_model(self.store.place(self._base))
         return PoolReferences(pool, task.source, original, Answers(self.options.config)), certificates
 

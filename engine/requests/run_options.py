@@ -22,7 +22,7 @@ class Options:
 
     Attributes:
         method, config: As of `engine.unlearn`.
-        references, gates, require_proof, pool, certificates: As of `Overrides`, for the verdict.
+        references, gates, require_proof, pool, certificates, public_key: As of `Overrides`, for the verdict.
     """
 
     method: str
@@ -32,13 +32,15 @@ class Options:
     require_proof: bool = False
     pool: str | None = None
     certificates: list[str] = dataclasses.field(default_factory=list)
+    public_key: str | None = None
 
     def check(self) -> None:
         """Raise UserError if the method does not exist, an option is wrong, or pool or certificate are not valid."""
         split_options(self.config, get_method(self.method).Config)
         if self.pool and self.references:
             raise UserError("references and a pool are both given; leave --pool out, or give --no-reference")
-        check_given(Path(self.pool) if self.pool else None, [Path(each) for each in self.certificates])
+        pool, key = (Path(each) if each else None for each in (self.pool, self.public_key))
+        check_given(pool, [Path(each) for each in self.certificates], key)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,6 +55,7 @@ class Overrides:
         require_proof: Treat INSUFFICIENT EVIDENCE as a FAIL.
         pool: Folder of a pool, for a verdict without references.
         certificates: Certificates of the procedure, for small requests.
+        public_key: PEM file of the Ed25519 key that must have signed every certificate.
     """
 
     method: str | None = None
@@ -62,26 +65,31 @@ class Overrides:
     require_proof: bool = False
     pool: Path | None = None
     certificates: Sequence[Path] | None = None
+    public_key: Path | None = None
 
-    def _of_pool(self, pool: str | None, certificates: Sequence[str]) -> dict[str, Any]:
+    def _of_pool(self, pool: str | None, certificates: Sequence[str], public_key: str | None) -> dict[str, Any]:
         """Return the options of the pool: those given, else these."""
         given = None if self.certificates is None else [str(each.resolve()) for each in self.certificates]
         return {
             "pool": str(self.pool.resolve()) if self.pool else pool,
             "certificates": list(certificates) if given is None else given,
+            "public_key": str(self.public_key.resolve()) if self.public_key else public_key,
         }
 
     def of_store(self, store: Store) -> Options:
         """Return the store's settings, replaced by what was given in their place."""
         settings = store.settings
-        own_gates = str((store.folder / settings["gates"]).resolve()) if settings["gates"] else None
+        own_gates, own_key = (
+            str((store.folder / name).resolve()) if name else None
+            for name in (settings["gates"], settings.get("public_key"))
+        )
         return Options(
             method=self.method or settings["method"],
             config={**settings["config"], **(self.config or {})},
             references=settings["references"] if self.references is None else absolute(self.references),
             gates=str(self.gates.resolve()) if self.gates else own_gates,
             require_proof=self.require_proof,
-            **self._of_pool(settings.get("pool"), settings.get("certificates", [])),
+            **self._of_pool(settings.get("pool"), settings.get("certificates", []), own_key),
         )
 
     def of_unfinished(self, run: Run) -> Options:
@@ -101,5 +109,5 @@ class Overrides:
             references=options.references if self.references is None else absolute(self.references),
             gates=str(self.gates.resolve()) if self.gates else options.gates,
             require_proof=options.require_proof or self.require_proof,
-            **self._of_pool(options.pool, options.certificates),
+            **self._of_pool(options.pool, options.certificates, options.public_key),
         )

@@ -17,6 +17,7 @@ from engine.jobs.task import Task
 from engine.pool.store import Pool
 
 SHORT = {**certificates.RECIPE, "epochs": 3}
+from engine.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +119,13 @@ def test_a_queue_by_the_command_line(folder: Path, tmp_path: Path, monkeypatch: 
     assert found["runs"][0]["kind"] == found["runs"][2]["kind"] == "certificate"
     assert "UNCHANGED" in found["runs"][1]["reason"]
     assert queue_table(found).rows[1][:5] == ["2", "5", "no-op", "FAIL", "open"]
+
+
+def test_sizes_of_a_queue() -> None:
+    assert pool_queue.sizes_of("1, 5,20") == [1, 5, 20]
+    for wrong in ("", "1,,5", "0,5", "-1", "many"):
+        with pytest.raises(UserError, match="--samples"):
+            pool_queue.sizes_of(wrong)
 
 
 def test_table_of_certificates() -> None:

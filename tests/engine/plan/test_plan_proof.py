@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 from command_line import Lethe
+from toys import tiny_vit
 
 from engine.errors import UserError
+from engine.models.checkpoint import save_checkpoint
 from engine.plan import plan
 
 ARCH = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 
 
 def _plan(**options: object) -> dict[str, object]:
+    given = {"forget_share": 0.002, "options": {"batch_size": 10}, **options}
     made = plan(
         "vit_tiny_patch16_224",
         images=10_000,
-        forget_share=0.002,
         test_images=5_000,
         device="cpu",
         model_args=ARCH,
         num_classes=10,
         retrain_epochs=30.0,
-        options={"batch_size": 10},
-        **options,  # type: ignore[arg-type]
+        **given,  # type: ignore[arg-type]
     )
     return made.to_dict()
 
@@ -72,3 +76,25 @@ def test_the_share_of_a_retrain_is_printed_in_digits(lethe: Lethe) -> None:
     )
     assert code == 0
     assert "pool of 8 models, once: 597% of a retrain" in out  # six trainings; a retrain is evaluated too
+
+
+def test_a_checkpoint_gives_its_architecture(lethe: Lethe, tmp_path: Path) -> None:
+    """Red before: a folder was refused as an unknown architecture."""
+    save_checkpoint(tiny_vit(), tmp_path / "model")
+    words = ("--images", 2_000, "--device", "cpu", "--precision", "fp32", "--json", tmp_path / "plan.json")
+    code, _, err = lethe("plan", "--arch", tmp_path / "model", *words)
+    assert code == 0, err
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert found["setup"]["architecture"] == "vit_tiny_patch16_224"
+    assert found["cost"]["parameters"] == sum(p.numel() for p in tiny_vit().parameters())
+    for more in (("--num-classes", 7), ("--model-arg", "depth=3")):
+        code, _, err = lethe("plan", "--arch", tmp_path / "model", *words, *more)
+        assert code == 2
+        assert "defines the model; leave them out" in err
+
+
+def test_a_step_may_hold_more_images_than_are_forgotten(lethe: Lethe) -> None:
+    """As in a run. Red before: refused, so that a request of ten needed a smaller batch."""
+    unlearn = _plan(forget_share=0.001, options={"batch_size": 64})["work"]["unlearn"]  # type: ignore[index]
+    items = {item["name"]: item for item in unlearn["items"]}
+    assert (items["forget phase"]["steps"], items["forget phase"]["images"]) == (2, 20)  # two passes over ten

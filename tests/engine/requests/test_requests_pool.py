@@ -12,6 +12,7 @@ import pytest
 from command_line import Lethe
 from digit_pool import CERTIFICATE, make_pool
 from digit_requests import QUICK, ids_of, record, states
+from records import make_keys
 from toys import tiny_vit
 
 from engine.data import Source
@@ -176,6 +177,29 @@ def test_an_edited_certificate_is_refused_before_any_work(
     assert not (store / "versions" / "0001").exists()
     with Store.open(store) as opened:
         assert opened.unfinished() is None
+
+
+def test_only_signed_certificates_are_accepted_with_a_key(
+    store: Path, pool: Pool, certificate: Path, digits: Source, checkpoint: Path, tmp_path: Path
+) -> None:
+    """Red before: `lethe request run` did not check signatures."""
+    pytest.importorskip("cryptography")
+    make_keys(tmp_path)
+    private, public = tmp_path / "mine.pem", tmp_path / "mine.pub"
+    add_request(store, ids=ids_of(digits, 0))
+    with pytest.raises(UserError, match="has no signature that"):
+        _run(store, pool=pool.folder, certificates=[certificate], public_key=public)
+    content = json.loads(certificate.read_text())["content"]
+    signed = write_certificate(certificate.parent, content, pool, private)
+    given: dict[str, Any] = {"pool": pool.folder, "certificates": [signed], "public_key": public}
+    assert _run(store, **given).state == "done"
+    # The store keeps a copy of the key: whoever edits the file does not change who has to sign.
+    init_store(tmp_path / "kept", str(checkpoint), "digits", method="finetune", config=QUICK, **given)
+    public.unlink()
+    write_certificate(certificate.parent, content, pool)
+    add_request(tmp_path / "kept", ids=ids_of(digits, 0))
+    with pytest.raises(UserError, match="has no signature that"):
+        _run(tmp_path / "kept")
 
 
 def test_a_certificate_without_a_pool_is_refused(store: Path, certificate: Path, digits: Source) -> None:
