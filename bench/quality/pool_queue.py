@@ -1,7 +1,8 @@
 """A queue of small requests, one run each by the command line, whose proof is a pool or a certificate.
 
-Their sizes are given, and taken in turn. In the tenth run a method that changes nothing is planted, and in the fifteenth one whose
-change is too small to matter: both must be refused. They are run again as they are, so that every request is decided.
+Their sizes are given, and taken in turn. In the tenth run a method that changes nothing is planted, and in the
+fifteenth one whose change is too small to matter: both must be refused. They are run again as they are, so that every
+request is decided.
 
 The JSON, below the heading of `bench.harness.report`:
 

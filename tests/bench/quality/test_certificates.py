@@ -13,11 +13,11 @@ from digit_pool import CERTIFICATE
 
 from bench.publish.verdict_sheets import agreement_table, certificates_table, queue_table
 from bench.quality import certificates, pool_agreement, pool_queue
+from engine.errors import UserError
 from engine.jobs.task import Task
 from engine.pool.store import Pool
 
 SHORT = {**certificates.RECIPE, "epochs": 3}
-from engine.errors import UserError
 
 
 @pytest.fixture(scope="module")
