@@ -32,6 +32,7 @@ from engine.cli.options import (
     Reference,
     RunFolderOptions,
     Settings,
+    VerdictOptions,
     WeightFileOptions,
     Weights,
     check_free,
@@ -46,7 +47,7 @@ from engine.cli.pool import pool_app
 from engine.cli.request import request_app
 from engine.cli.train_start import Start, Training, set_own
 from engine.cli.tune import tune
-from engine.cli.verify import verify
+from engine.cli.verify import judge_run, verify
 from engine.cli.verify_record import verify_record
 from engine.errors import EXIT_CODES, BadResult, UserError
 
@@ -225,12 +226,14 @@ def unlearn(
     *,
     files: WeightFileOptions,
     run: RunFolderOptions,
+    verdict: VerdictOptions,
     json_file: Json = None,
     opening: Opening,
 ) -> None:
     """Make a trained model forget samples; write the new checkpoint, metrics.json, record.json and report.html.
 
-    The original is never changed. Test samples are evaluated only after the model is final.
+    The original is never changed. Test samples are evaluated only after the model is final. With --verify the exit code
+    is that of the verdict: PASS 0, FAIL 1, INSUFFICIENT EVIDENCE 3.
     """
     check_free(out)
     from engine.audit.run_record import RecordOptions
@@ -245,6 +248,7 @@ def unlearn(
     join_ranks(options)
     sources = files.sources([checkpoint, *(reference or [])])
     source, references = sources[0] or checkpoint, [each for each in sources[1:] if each]
+    verdict.check(source, references)
     task = Task.open(data, forget)
     if task.request.duplicates:
         console.print(f"{task.request.duplicates} ids were named more than once and merged")
@@ -264,7 +268,7 @@ def unlearn(
             deepspeed=run.deepspeed,
             record=RecordOptions(key=run.sign, request=check.entry() if check else {}),
         )
-    print_metrics(outcome.metrics)
+    print_metrics(outcome.metrics, judged=verdict.verify)
     print_seconds(outcome.metrics["seconds"])
     console.print(f"checkpoint and report.html in {out}")
     write_json_file(json_file, outcome.metrics)
@@ -273,6 +277,8 @@ def unlearn(
             "COLLAPSED: accuracy on the watched samples fell by more than 10 points; do not use this model. "
             + get_method(method).after_collapse
         )
+    if verdict.verify:
+        judge_run(out, task, source, references, verdict.pool, config=options, sign=run.sign)
 
 
 @app.command()

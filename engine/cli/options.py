@@ -178,7 +178,41 @@ class RunFolderOptions:
     overwrite: Overwrite = False
 
 
-_GROUPS = (WeightFileOptions, RunFolderOptions)
+@dataclasses.dataclass(frozen=True)
+class VerdictOptions:
+    """Options of `lethe unlearn` for a verdict in the same command."""
+
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Judge the result, as lethe verify --record does: exit 0, 1 or 3."),
+    ] = False
+    pool: PoolFolder = None
+
+    def check(self, checkpoint: str, references: Sequence[str]) -> None:
+        """Check before the work that the verdict can be computed.
+
+        Raises:
+            UserError: The options contradict each other, the pool is not complete or of another recipe, or the command
+                runs under a launcher.
+        """
+        from engine.pool.store import Pool
+        from engine.runtime.process_group import launched
+
+        if not self.verify:
+            if self.pool is not None:
+                raise UserError(f"unlearn: --pool {self.pool}: the pool is for the verdict; give --verify too")
+            return
+        if self.pool is not None and references:
+            raise UserError("unlearn: give --pool or --reference, not both")
+        if launched():
+            raise UserError("unlearn: --verify is one process; leave it out, and run lethe verify --record afterwards")
+        if self.pool is not None:
+            pool = Pool.open(self.pool)
+            pool.check_complete()
+            pool.check_recipe(checkpoint)
+
+
+_GROUPS = (WeightFileOptions, RunFolderOptions, VerdictOptions)
 
 
 def _can_be_written(path: Path | None) -> Path | None:

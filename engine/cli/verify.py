@@ -26,7 +26,10 @@ from engine.cli.options import (
 from engine.errors import ExitCode, UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from engine.jobs.opening import Opening
+    from engine.jobs.task import Task
 
 # For scripts and queues; 2 is wrong use, as in every command.
 EXIT = {
@@ -126,6 +129,42 @@ def verify(
     if record:
         record_verdict(run_folder, verdict, sign)
         console.print(f"verdict.json and record.json in {run_folder}")
+    raise typer.Exit(EXIT[verdict.status])
+
+
+def judge_run(
+    folder: Path,
+    task: Task,
+    original: str,
+    references: Sequence[str],
+    pool: Path | None,
+    *,
+    config: Mapping[str, Any],
+    sign: Path | None,
+) -> None:
+    """Print and record the verdict on a run that has just ended, and exit with its code.
+
+    Args:
+        folder: Its run folder.
+        task: Its data and request.
+        original: The model before unlearning.
+        references, pool: Reference models, or a pool; without either the verdict says so.
+        config: Options of the run.
+        sign: Key that signs the record; None: no signature.
+    """
+    from engine.cli.console import console
+    from engine.cli.verdict_table import print_verdict
+    from engine.jobs.verify import record_verdict, verify_job
+    from engine.pool.references import judge_by_pool
+
+    console.print("judging the result", highlight=False)
+    if pool is not None:
+        verdict = judge_by_pool(pool, task, folder, original, config=config)
+    else:
+        verdict = verify_job(task, folder, original, references, config=config)
+    print_verdict(verdict)
+    record_verdict(folder, verdict, sign)
+    console.print(f"verdict.json and record.json in {folder}")
     raise typer.Exit(EXIT[verdict.status])
 
 

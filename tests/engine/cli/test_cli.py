@@ -62,6 +62,35 @@ def test_unlearn_fills_the_run_folder(lethe: Lethe, checkpoint: Path, tmp_path: 
     assert recorded(tmp_path / "run", "weights") == weights
 
 
+def test_a_verdict_in_the_same_command(lethe: Lethe, checkpoint: Path, tmp_path: Path) -> None:
+    """It is that of lethe verify, and so is the exit code."""
+    args = unlearn_args(checkpoint, tmp_path / "run")
+    code, out, err = lethe(*args, "--verify")
+    assert code == 3, err
+    assert "INSUFFICIENT EVIDENCE" in out
+    assert "have nothing to be compared with" not in out  # the verdict says it
+    kept = json.loads((tmp_path / "run" / "verdict.json").read_text())
+    given = ("--data", "digits", "--forget", FORGET, "--original", checkpoint, ACCEPT, "--set", "precision=fp32")
+    lethe("verify", "--checkpoint", tmp_path / "run", *given, "--json", tmp_path / "v.json")
+    again = json.loads((tmp_path / "v.json").read_text())
+    assert [(gate["name"], gate["status"]) for gate in kept["gates"]] == [
+        (gate["name"], gate["status"]) for gate in again["gates"]
+    ]
+    assert verify_record(tmp_path / "run") == []
+
+
+def test_what_a_verdict_needs_is_checked_before_the_run(lethe: Lethe, checkpoint: Path, tmp_path: Path) -> None:
+    args = unlearn_args(checkpoint, tmp_path / "run")
+    for extra, words in (
+        (("--pool", tmp_path), "give --verify too"),
+        (("--verify", "--pool", tmp_path, "--reference", checkpoint), "give --pool or --reference, not both"),
+        (("--verify", "--pool", tmp_path / "none"), "none"),
+    ):
+        code, _, err = lethe(*args, *extra)
+        assert (code, words in err) == (2, True), err
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_evaluate_agrees_with_unlearn(lethe: Lethe, checkpoint: Path, tmp_path: Path) -> None:
     assert lethe(*unlearn_args(checkpoint, tmp_path / "run"))[0] == 0
