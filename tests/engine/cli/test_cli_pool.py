@@ -52,21 +52,9 @@ def test_two_processes_train_every_model_once(original: Path, lethe: Lethe, tmp_
 
 
 def test_a_verdict_by_a_pool_in_the_same_command(original: Path, pool: Path, lethe: Lethe, tmp_path: Path) -> None:
-    code, _, err = lethe(
-        *("unlearn", "--checkpoint", original, "--data", "digits", "--forget", "random:0.1@0"),
-        *(
-            "--out",
-            tmp_path / "run",
-            "--set",
-            "max_steps=2",
-            "--set",
-            "precision=fp32",
-            "--accept-accuracy",
-            "--verify",
-            "--pool",
-            pool,
-        ),
-    )
+    words = ("--data", "digits", "--forget", "random:0.1@0", "--set", "max_steps=2", "--set", "precision=fp32")
+    words = (*words, "--out", tmp_path / "run", "--accept-accuracy", "--verify", "--pool", pool)
+    code, _, err = lethe("unlearn", "--checkpoint", original, *words)
     assert code in (1, 3), err
     assert json.loads((tmp_path / "run" / "verdict.json").read_text())["kind"] == "pool"
 
