@@ -26,7 +26,7 @@ from engine.attack.ensemble import what_counts
 from engine.audit.record_format import canonical
 from engine.audit.signature import checker, signer
 from engine.errors import UserError
-from engine.evaluate.gates import PASS, Gates, Verdict
+from engine.evaluate.gates import INSUFFICIENT, PASS, Gates, Verdict
 from engine.evaluate.intervals import Interval, proportion
 from engine.evaluate.verdict import Evidence, ModelOutputs, calibrated_margins, judge
 from engine.models.predict import Predictions
@@ -166,6 +166,8 @@ def certify(
     reason = ""
     if verdict.status != PASS:
         reason = f"the verdict on the simulated requests is {verdict.status} ({', '.join(verdict.decided_by)})"
+        if verdict.status == INSUFFICIENT:
+            reason += f"; --requests {2 * procedure.count} would narrow its intervals"
     elif no_op is not None and powerless:
         reason = f"a procedure that changes nothing could pass, in up to {100 * no_op.high:.0f}% of cases"
     now = datetime.datetime.now(datetime.timezone.utc).replace(microsecond=0)

@@ -41,11 +41,11 @@ def test_a_pool_costs_its_share_of_retrains() -> None:
 
 def test_a_certificate_costs_its_requests_and_their_verdict() -> None:
     work = _plan(pool_models=8)["work"]
-    found = work["certificate, 10 requests"]  # type: ignore[index]
+    found = work["certificate, 20 requests"]  # type: ignore[index]
     items = {item["name"]: item for item in found["items"]}
     unlearn = {item["name"]: item for item in work["unlearn"]["items"]}  # type: ignore[index]
-    assert items["retain phase"]["images"] == 10 * unlearn["retain phase"]["images"]
-    assert items["its verdict"]["images"] == 10 * 20 * 9 + 8 * 2_000 + 2 * 2_000
+    assert items["retain phase"]["images"] == 20 * unlearn["retain phase"]["images"]
+    assert items["its verdict"]["images"] == 20 * 20 * 9 + 8 * 2_000 + 2 * 2_000
     assert "evaluation of the original and the result" not in items
 
 
