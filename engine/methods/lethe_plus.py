@@ -60,7 +60,7 @@ from engine.models.vit import outputs
 
 # Peak learning rate times the width of the model; see docs/lab/2026-11-21-lethe-plus.md, and for small requests
 # docs/lab/2026-11-30.md.
-LR_PER_WIDTH, SMALL_LR_PER_WIDTH = 0.0768, 0.0192
+LR_PER_WIDTH, SMALL_LR_PER_WIDTH = 0.0768, 0.01024
 # Share of the steps after which s is updated.
 _WARMUP_FRACTION = 0.1
 # Steps that a small request counts at least in the correction of s.
@@ -85,7 +85,7 @@ class LethePlusConfig:
         forget_passes: Passes over the forget set in the same steps.
         retain_ratio: Retain samples for each forget sample of the steps, if these are less than one pass over the
             retain set: the request is then a small one. null: no request is.
-        lr: Peak learning rate; null: 0.0768 / width, and a quarter of it for a small request.
+        lr: Peak learning rate; null: 0.0768 / width, and for a small request 0.01024 / width.
         forget_weight: w.
         correction: c; 0: s stays 0.
         views: p is the mean over shifted images; false: the original's prediction for the image itself.

@@ -234,7 +234,7 @@ def test_a_small_request_takes_retained_samples_by_its_size(train: Samples) -> N
     assert (phase.epochs, phase.share, phase.paired_share) == wanted, "no step has a forget sample twice"
     phase = phase_of(train, batch_size=10, **small)
     assert (phase.epochs, phase.share, phase.paired_share) == pytest.approx((37.5 / 40, 1.0, 0.8))
-    assert phase_of(train, **small).lr == phase_of(train).lr / 4
+    assert phase_of(train, **small).lr == pytest.approx(phase_of(train).lr / 7.5)
 
 
 def phase_of(train: Samples, **options: Any) -> Any:
