@@ -148,7 +148,7 @@ def judge_run(
         folder: Its run folder.
         task: Its data and request.
         original: The model before unlearning.
-        references, pool: Reference models, or a pool; without either the verdict says so.
+        references, pool: Reference models, or a pool; without either the verdict is by held-out data alone.
         config: Options of the run.
         sign: Key that signs the record; None: no signature.
     """
