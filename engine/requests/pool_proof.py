@@ -39,15 +39,29 @@ _WHAT = {
 }
 
 
-def joined(alone: Verdict, whole: Callable[[], Verdict]) -> Verdict:
-    """Return the verdict of two: on the samples that no verdict has proven, and on all that were forgotten.
+def judge_unproven(
+    judged: Callable[[Task], Verdict], whole: Task, unproven: Task | None, too_few: Gate | None
+) -> Verdict:
+    """Return the verdict on all samples that were forgotten and on those that no verdict has proven.
 
     A FAIL of either counts, and a PASS needs both: among many samples those few that were not forgotten would not be
     noticed.
+
+    Args:
+        judged: Judges a task.
+        whole: All samples that were forgotten.
+        unproven: Those that no verdict has proven; None: they are all.
+        too_few: The undecided gate of too few unproven samples; None: they are enough.
     """
+    if too_few is not None:
+        found = judged(whole)
+        return dataclasses.replace(found, gates=[*found.gates, too_few])
+    if unproven is None:
+        return judged(whole)
+    alone = judged(unproven)
     if alone.status == FAIL:
         return alone
-    found = whole()
+    found = judged(whole)
     return found if found.status == FAIL or alone.status == PASS else alone
 
 
@@ -93,12 +107,8 @@ class PoolProof:
                 against = PoolReferences(pool, whole.source, original, references.answers)
             return judge(evidence_by_pool(against, task, model), gates)
 
-        if len(part.forget) < gates.minimum_samples:
-            # Among many other samples a few that were not forgotten would not be noticed: no PASS for them.
-            found = judged(whole)
-            found = dataclasses.replace(found, gates=[*found.gates, self._uncovered(batch or part, reasons)])
-        else:
-            found = judged(part) if unproven is None else joined(judged(part), lambda: judged(whole))
+        few = len(part.forget) < gates.minimum_samples
+        found = judge_unproven(judged, whole, unproven, self._uncovered(batch or part, reasons) if few else None)
         return with_cost(found, references, "pool", pool.folder, began)
 
     @property

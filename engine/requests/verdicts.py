@@ -12,7 +12,7 @@ from engine.evaluate.gates import Gates, Verdict, undecided
 from engine.jobs.task import Task
 from engine.methods import get_method
 from engine.requests.lineage import open_lineage, open_ordered_data, refuse_launcher, refuse_unfinished
-from engine.requests.pool_proof import PoolProof, joined
+from engine.requests.pool_proof import PoolProof, judge_unproven
 from engine.requests.run_options import Options, Overrides
 from engine.requests.store import Store
 
@@ -142,19 +142,18 @@ def judge_version(
         call = verify or verify_job
         return call(task, place, store.place(0), options.references, gates=gates, config=options.config)
 
-    if unproven is None or get_method(options.method).exact:  # of slices that were never trained on the samples
-        return judged(whole)
-    least = Gates.read(gates).minimum_samples
-    if len(unproven.forget) >= least:
-        return joined(judged(unproven), lambda: judged(whole))
-    found = judged(whole)
-    reason = (
-        f"the {len(unproven.forget)} samples that no verdict has proven, if not forgotten at all, would not be noticed "
-        f"among {len(whole.forget)}: with {least} of them unproven lethe request judge decides; for fewer give --pool "
-        "POOL --certificate CERTIFICATE in place of references"
-    )
-    name, question = "unproven samples", "Are there enough samples that no verdict has proven?"
-    return dataclasses.replace(found, gates=[*found.gates, undecided(name, question, f"{least} or more", reason)])
+    if get_method(options.method).exact:  # the model was never trained on any of them
+        unproven = None
+    least, too_few = Gates.read(gates).minimum_samples, None
+    if unproven is not None and len(unproven.forget) < least:
+        reason = (
+            f"the {len(unproven.forget)} samples that no verdict has proven, if not forgotten at all, would not be "
+            f"noticed among {len(whole.forget)}: with {least} of them unproven lethe request judge decides; for fewer "
+            "give --pool POOL --certificate CERTIFICATE in place of references"
+        )
+        question = "Are there enough samples that no verdict has proven?"
+        too_few = undecided("unproven samples", question, f"{least} or more", reason)
+    return judge_unproven(judged, whole, unproven, too_few)
 
 
 def record_in(place: Path, verdict: Verdict, record: Record | None = None) -> None:
