@@ -11,12 +11,17 @@ phase. With f_o the frozen original:
     L    = R(x_r) + w KL(q_s(x_f) || f(x_f))        retain x_r and forget x_f in every step; R = CE(f(x_r), y_r)
 
 A small request takes less than one pass over the retain set: `retain_ratio` retain samples for each forget sample, and
-no forget sample twice in a step, so that its cost follows its size. It differs in two ways.
+no forget sample twice in a step, so that its cost follows its size. It differs in three ways.
 
     q(x)   ranks are those among 150 retain samples, which the model was trained on too, so that a request of a single
            sample has one; both distributions are taken relative to the mean of the class, which all classes share
     R(x_r) KL(f_o(x_r) || f(x_r)): at the start its gradient is 0, so it adds no noise. The cross-entropy of the few
            samples that are taken costs the others two points of accuracy (docs/lab/2026-11-30.md)
+    L      R(x_r) + 2 w (KL(q_s(x_f) || f(x_f)) + KL(q_T(x_f) || f(T x_f))), with one small shift T in each step
+
+q_T(x) is softmax f_o(T x), with the log-odds of y mapped from those of the 150 retain samples under such shifts to
+those of held-out samples under them. A model may have memorised the pixels of an image and know nothing of a shifted
+copy. Without this term few steps on x lower the predictions for copies as well, below those for held-out images.
 
 q_s is q with s added to the log-odds of y. s starts at 0 and follows the remaining memorisation. After every step
 
@@ -41,7 +46,8 @@ so that all views of the training are forgotten.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -55,12 +61,15 @@ from engine.core.phase import ExtraPasses, Phase, StepCounts, paired_phase
 from engine.core.search_space import Range, rate, tunable
 from engine.data import Batch, Samples
 from engine.methods.common.distillation import divergence
+from engine.methods.common.log_odds import log_odds, quantiles_in_order, quantiles_of, with_log_odds
 from engine.models.losses import cross_entropy
 from engine.models.vit import outputs
 
 # Peak learning rate times the width of the model; see docs/lab/2026-11-21-lethe-plus.md, and for small requests
-# docs/lab/2026-11-30.md.
-LR_PER_WIDTH, SMALL_LR_PER_WIDTH = 0.0768, 0.01024
+# docs/lab/2026-11-30.md: that for one forget sample, and the power of their number that it grows with.
+LR_PER_WIDTH, SMALL_LR_PER_WIDTH, _LR_POWER = 0.0768, 0.0019, 0.45
+# Factor on the weights of the forget losses of a small request, and the shifts, the smallest ones, that it trains on.
+_SMALL_WEIGHT, _TRAINED_SHIFTS = 2.0, 4
 # Share of the steps after which s is updated.
 _WARMUP_FRACTION = 0.1
 # Steps that a small request counts at least in the correction of s.
@@ -69,8 +78,6 @@ _CORRECTED_STEPS = 160
 _LOG_ODDS_CLIP = 5.0
 # Retain samples, and held-out samples, whose log-odds the targets of a small request are made from.
 _RANKED, _HELD_OUT = 150, 500
-# Weight of the mean over all classes in that of one class, in samples.
-_SHRINKAGE = 10.0
 # Smallest mean probability, so that the log-odds of a class with probability 0 in every view can be raised.
 _MIN_PROB = 1e-9
 
@@ -83,9 +90,11 @@ class LethePlusConfig:
         epochs: Passes over the retain set, at least. More steps are taken if a step would otherwise hold more forget
             samples than retain samples. A small request takes fewer, see `retain_ratio`.
         forget_passes: Passes over the forget set in the same steps.
+        small_forget_passes: The same of a small request.
         retain_ratio: Retain samples for each forget sample of the steps, if these are less than one pass over the
             retain set: the request is then a small one. null: no request is.
-        lr: Peak learning rate; null: 0.0768 / width, and for a small request 0.01024 / width.
+        lr: Peak learning rate; null: 0.0768 / width, and for a small request of n samples 0.0019 n^0.45 / width, up to
+            the former.
         forget_weight: w.
         correction: c; 0: s stays 0.
         views: p is the mean over shifted images; false: the original's prediction for the image itself.
@@ -95,7 +104,8 @@ class LethePlusConfig:
 
     epochs: float = tunable(2.25, Range(0.75, 6, step=0.75))
     forget_passes: float = tunable(11.0, Range(3, 18))
-    retain_ratio: float | None = 2.0
+    small_forget_passes: float = 22.0
+    retain_ratio: float | None = 4.0
     lr: float | None = tunable(None, rate(LR_PER_WIDTH))
     forget_weight: float = tunable(1.0, Range(0.5, 8.0, log=True))
     correction: float = 8.5
@@ -106,6 +116,7 @@ class LethePlusConfig:
     def __post_init__(self) -> None:
         require(self.epochs > 0, "epochs", self.epochs, "above 0")
         require(self.forget_passes > 0, "forget_passes", self.forget_passes, "above 0")
+        require(self.small_forget_passes > 0, "small_forget_passes", self.small_forget_passes, "above 0")
         require(
             self.retain_ratio is None or self.retain_ratio >= 1,
             "retain_ratio",
@@ -129,19 +140,22 @@ class LethePlus(Method):
         self._differences = self.shift.new_zeros(2)  # of this step, on this rank: sum and number of the differences
 
     def phases(self) -> list[Phase]:
-        config, run, retain = self.config, self.context.run, len(self.context.retain)
-        visits = config.forget_passes * len(self.context.forget)
-        epochs, share = max(config.epochs, visits / retain), 1.0
-        paired_share = visits / retain / epochs
+        config, run = self.config, self.context.run
+        forget, retain = len(self.context.forget), len(self.context.retain)
         if self.small:
+            passes, ratio = config.small_forget_passes, config.retain_ratio
             batch = run.batch_size * run.accumulation_steps * self.context.world.size
-            steps = max(config.retain_ratio * visits / batch, config.forget_passes)
-            epochs, paired_share = config.retain_ratio * visits / retain, visits / (steps * batch)
-            share = config.retain_ratio * paired_share
+            steps = max(ratio * passes * forget / batch, passes)
+            epochs, paired_share = ratio * passes * forget / retain, passes * forget / (steps * batch)
+            share, lr = ratio * paired_share, min(LR_PER_WIDTH, SMALL_LR_PER_WIDTH * forget**_LR_POWER)
+        else:
+            visits = config.forget_passes * forget
+            epochs, share, lr = max(config.epochs, visits / retain), 1.0, LR_PER_WIDTH
+            paired_share = visits / retain / epochs
         return [
             paired_phase(
                 epochs,
-                self.learning_rate(config.lr, SMALL_LR_PER_WIDTH if self.small else LR_PER_WIDTH),
+                self.learning_rate(config.lr, lr),
                 augment=config.augment_retain,
                 share=share,
                 paired_share=paired_share,
@@ -155,7 +169,7 @@ class LethePlus(Method):
         config = self.config
         if config.retain_ratio is None:
             return False
-        retain_visits = config.retain_ratio * config.forget_passes * len(self.context.forget)
+        retain_visits = config.retain_ratio * config.small_forget_passes * len(self.context.forget)
         return bool(retain_visits < min(1.0, config.epochs) * len(self.context.retain))
 
     def passes(self, phases: list[Phase], number: int, taken: StepCounts) -> list[ExtraPasses]:
@@ -163,16 +177,20 @@ class LethePlus(Method):
         views = len(offsets(*taken.image)) if config.views else 1
         images = len(self.context.forget) * views
         if config.calibrate and self.small:
-            images += min(_RANKED, len(self.context.retain)) * views + min(_HELD_OUT, taken.held_out)
+            held_out = min(_HELD_OUT, taken.held_out) * (1 + config.views)
+            images += min(_RANKED, len(self.context.retain)) * views + held_out
         elif config.calibrate:
             images += taken.held_out
         images += taken.images if self.small else 0
-        return [ExtraPasses(name="teacher outputs", images=images)]
+        found = [ExtraPasses(name="teacher outputs", images=images)]
+        if self.small and config.views:
+            found.append(ExtraPasses(name="shifted images", images=taken.paired, backward=1, kind="training"))
+        return found
 
     def prepare(self, phase: Phase) -> None:
         context, config = self.context, self.config
         labels = torch.from_numpy(context.forget.labels)
-        logits = self._estimated(context.forget)
+        logits, shifted = self._estimated(context.forget)
         known = torch.zeros(context.num_classes, dtype=torch.bool)
         known[torch.from_numpy(context.retain.labels).unique()] = True
         if config.calibrate:
@@ -181,12 +199,46 @@ class LethePlus(Method):
             after = context.loader(held_out, "none").rows(self._original_log_odds)
             if self.small:
                 ranked = self._drawn(context.retain, _RANKED)
-                before = self._estimated(ranked), torch.from_numpy(ranked.labels)
-                wanted = quantiles_of((log_odds(logits, labels), labels), (log_odds(*before), before[1]), after)
+                before, shifted_before = self._estimated(ranked)
+                of_before = torch.from_numpy(ranked.labels)
+                odds = log_odds(before, of_before)
+                wanted = quantiles_of((log_odds(logits, labels), labels), (odds, of_before), after)
+                shifted = self._as_held_out(shifted, labels, shifted_before, of_before, held_out)
             else:
                 wanted = quantiles_in_order(log_odds(logits, labels), labels, *after)
             logits = with_log_odds(logits, labels, wanted)
         self.targets = logits.masked_fill(~known, -torch.inf).softmax(1)
+        self.shifted_targets = shifted.masked_fill(~known, -torch.inf).softmax(2)
+
+    def _as_held_out(
+        self, shifted: Tensor, labels: Tensor, before: Tensor, of_before: Tensor, held_out: Samples
+    ) -> Tensor:
+        """Return the logits [n, V, C] of V shifted views with the log-odds that held-out samples have under them.
+
+        Args:
+            shifted, labels: Logits [n, V, C] to map, and classes [n].
+            before, of_before: Those [a, V, C] and [a] of samples that the model was trained on too.
+            held_out: Samples that it was not trained on; each is shifted in one of the V ways.
+        """
+        views = shifted.shape[1]
+        if not views:
+            return shifted
+        after = []
+        for view in range(min(views, len(held_out))):
+            part = held_out.subset(np.arange(view, len(held_out), views))
+
+            def rows(batch: Batch, view: int = view) -> tuple[Tensor, Tensor]:
+                return self._original_log_odds(dataclasses.replace(batch, images=one_shift(batch.images, view)))
+
+            after.append(self.context.loader(part, "none").rows(rows))
+        flat, classes = shifted.flatten(0, 1), labels.repeat_interleave(views)
+        old, of_old = before.flatten(0, 1), of_before.repeat_interleave(views)
+        wanted = quantiles_of(
+            (log_odds(flat, classes), classes),
+            (log_odds(old, of_old), of_old),
+            [torch.cat(each) for each in zip(*after, strict=True)],
+        )
+        return with_log_odds(flat, classes, wanted).view_as(shifted)
 
     def _drawn(self, samples: Samples, most: int) -> Samples:
         """Return `most` of the samples, drawn by the run's seed; all if there are no more."""
@@ -195,17 +247,17 @@ class LethePlus(Method):
         chosen = np.random.default_rng([self.context.run.seed, len(samples)]).permutation(len(samples))[:most]
         return samples.subset(np.sort(chosen))
 
-    def _estimated(self, samples: Samples) -> Tensor:
-        """Return the log-probabilities of p, or the original's logits without `views`: [n, C], on the CPU."""
-        views = self._views_mean if self.config.views else self._original_logits
-        (logits,) = self.context.loader(samples, "none").rows(views)
-        return logits
+    def _estimated(self, samples: Samples) -> tuple[Tensor, Tensor]:
+        """Return log-probabilities of p [n, C], or the original's logits without `views`, and those of the shifted
+        images [n, V, C] that a small request trains on, V = 0 for others. On the CPU."""
+        mean, shifted = self.context.loader(samples, "none").rows(self._views)
+        return mean, shifted
 
     def cache_state(self, phase: Phase) -> dict[str, Tensor]:
-        return {"targets": self.targets}
+        return {"targets": self.targets, "shifted targets": self.shifted_targets}
 
     def load_cache_state(self, phase: Phase, prepared: dict[str, Tensor]) -> None:
-        self.targets = prepared["targets"]
+        self.targets, self.shifted_targets = prepared["targets"], prepared["shifted targets"]
 
     def loss(self, model: nn.Module, batch: Batch, phase: Phase) -> dict[str, Tensor]:
         if not self.small:
@@ -228,8 +280,15 @@ class LethePlus(Method):
             )
             self._differences += torch.stack([((predicted - wanted) * known).sum(), known.sum()])
         aim = target.log().scatter_add(1, true, self.shift.to(target).expand_as(true)).softmax(1)
-        distances = F.kl_div(logits.log_softmax(1), aim, reduction="none").sum(1)
-        return {"forget_kl": self.config.forget_weight * distances.mean()}
+        weight = self.config.forget_weight * (_SMALL_WEIGHT if self.small else 1.0)
+        terms = {"forget_kl": weight * _divergence(logits, aim)}
+        views = self.shifted_targets.shape[1]
+        if views:
+            view = self.step % views
+            logits = outputs(model, one_shift(batch.images, view)).float()
+            aim = self.shifted_targets[batch.index, view].to(logits.device)
+            terms["shifted_kl"] = weight * _divergence(logits, aim)
+        return terms
 
     def after_step(self, model: nn.Module, phase: Phase) -> None:
         if self.step + 1 > _WARMUP_FRACTION * self.total_steps:
@@ -255,13 +314,27 @@ class LethePlus(Method):
         """Return the original's log-odds [B], and the labels [B]."""
         return log_odds(self._original_logits(batch)[0], batch.labels), batch.labels
 
-    def _views_mean(self, batch: Batch) -> tuple[Tensor]:
-        """Return the log of the mean probability [B, C] over shifted views."""
-        predicted = [
-            self._original_logits(dataclasses.replace(batch, images=shifted))[0].softmax(1)
-            for shifted in shifts(batch.images)
+    def _views(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the log of the mean probability [B, C] over shifted views, and the logits of the first [B, V, C]."""
+        if not self.config.views:
+            (logits,) = self._original_logits(batch)
+            return logits, logits[:, None][:, :0]
+        views = [
+            self._original_logits(dataclasses.replace(batch, images=shifted))[0] for shifted in shifts(batch.images)
         ]
-        return (torch.stack(predicted).mean(0).clamp_min(_MIN_PROB).log(),)
+        logits = torch.stack(views, 1)
+        kept = _TRAINED_SHIFTS if self.small else 0
+        return logits.softmax(2).mean(1).clamp_min(_MIN_PROB).log(), logits[:, :kept]
+
+
+def _divergence(logits: Tensor, target: Tensor) -> Tensor:
+    """Return the mean KL divergence from probabilities [B, C] to those of logits [B, C]."""
+    return F.kl_div(logits.log_softmax(1), target, reduction="none").sum(1).mean()
+
+
+def one_shift(images: Tensor, view: int) -> Tensor:
+    """Return the copies of images [B, C, H, W] that `shifts` yields as number `view`."""
+    return next(itertools.islice(shifts(images), view, None))
 
 
 def shifts(images: Tensor) -> Iterator[Tensor]:
@@ -294,88 +367,3 @@ def _shift_in_pixels(share: float, side: int, most: int) -> int:
     """Return a shift in whole pixels: 0 for a share of 0, else at least one pixel and at most `most`."""
     count = min(most, max(1, round(abs(share) * side))) if share else 0
     return count if share > 0 else -count
-
-
-def log_odds(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the log-odds [n], float64, of classes `labels` [n] by logits [n, C]: z_y - logsumexp of the others."""
-    others = logits.double().scatter(1, labels[:, None], -torch.inf)
-    return logits.double().gather(1, labels[:, None])[:, 0] - others.logsumexp(1)
-
-
-def with_log_odds(logits: Tensor, labels: Tensor, wanted: Tensor) -> Tensor:
-    """Return logits [n, C] whose true classes `labels` [n] have the log-odds `wanted` [n]; others stay as they are."""
-    true = labels[:, None]
-    others = logits.double().scatter(1, true, -torch.inf).logsumexp(1)
-    return logits.scatter(1, true, (others + wanted)[:, None].to(logits.dtype))
-
-
-def quantiles_in_order(odds: Tensor, labels: Tensor, others: Tensor, of_others: Tensor) -> Tensor:
-    """Return the quantiles of other log-odds that samples have by their order within their class.
-
-    In each class, the sample of rank i of m gets the quantile (i + 1/2) / m of the log-odds of that class, or of all if
-    there are none of the class.
-
-    Args:
-        odds, labels: Log-odds [n], and classes [n].
-        others, of_others: Log-odds [h] to take the quantiles of, and their classes [h].
-
-    Returns:
-        Log-odds [n], float64.
-    """
-    wanted, others = torch.empty(len(odds), dtype=torch.float64), others.double()
-    for label in labels.unique():
-        members = torch.where(labels == label)[0]
-        target = others[of_others == label] if (of_others == label).any() else others
-        ranks = odds[members].argsort().argsort()
-        wanted[members] = torch.quantile(target, (ranks.double() + 0.5) / len(members))
-    return wanted
-
-
-def quantiles_of(samples: tuple[Tensor, Tensor], before: tuple[Tensor, Tensor], after: Sequence[Tensor]) -> Tensor:
-    """Map log-odds from one distribution to another by their quantiles, relative to the mean of the class.
-
-    With m the mean of a class, shrunk towards that of all as by `_SHRINKAGE` samples of it, a sample with log-odds u of
-    class y has the rank r of u - m_before(y) among those of `before`, (number below + 1/2) / (number + 1), and gets
-    m_after(y) + the quantile r of u' - m_after(y') of `after`.
-
-    Args:
-        samples: Log-odds [n] to map, and classes [n].
-        before: Log-odds [a] and classes [a] of the distribution that the samples are from.
-        after: Those [b] of the distribution that they get.
-
-    Returns:
-        Log-odds [n], float64.
-    """
-    (odds, labels), (old, new) = samples, (_Centred.of(*before), _Centred.of(*after))
-    below = torch.searchsorted(old.residuals, odds.double() - old.means(labels))
-    ranks = (below.double() + 0.5) / (len(old.residuals) + 1)
-    return new.means(labels) + torch.quantile(new.residuals, ranks)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Centred:
-    """Log-odds less the means of their classes.
-
-    Attributes:
-        residuals: [n], float64, ascending.
-        overall: Mean of all log-odds.
-        by_class: Shrunk mean of each class that occurs.
-    """
-
-    residuals: Tensor
-    overall: float
-    by_class: dict[int, float]
-
-    @classmethod
-    def of(cls, odds: Tensor, labels: Tensor) -> _Centred:
-        odds = odds.double()
-        overall, by_class = float(odds.mean()), {}
-        for label in labels.unique():
-            mine = odds[labels == label]
-            by_class[int(label)] = (float(mine.sum()) + _SHRINKAGE * overall) / (len(mine) + _SHRINKAGE)
-        centres = torch.tensor([by_class[int(label)] for label in labels], dtype=torch.float64)
-        return cls((odds - centres).sort().values, overall, by_class)
-
-    def means(self, labels: Tensor) -> Tensor:
-        """Return the mean of the class of each label [n]; that of all for a class that does not occur."""
-        return torch.tensor([self.by_class.get(int(label), self.overall) for label in labels], dtype=torch.float64)

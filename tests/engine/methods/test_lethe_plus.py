@@ -17,7 +17,8 @@ from toys import few, tiny_vit
 from engine.data import Samples, open_source
 from engine.data.samples import concatenate
 from engine.errors import UserError
-from engine.methods.lethe_plus import log_odds, quantiles_in_order, quantiles_of, shifts, with_log_odds
+from engine.methods.common.log_odds import log_odds, quantiles_in_order, quantiles_of, with_log_odds
+from engine.methods.lethe_plus import one_shift, shifts
 from engine.models.checkpoint import weights_sha256
 from engine.models.vit import outputs
 from engine.run.unlearn import unlearn
@@ -98,7 +99,7 @@ def test_true_classes_take_the_quantiles_of_others_in_their_own_order() -> None:
     torch.testing.assert_close(found, torch.tensor([2.5, -0.5, 2.0], dtype=torch.float64))
 
 
-SMALL = {"forget_passes": 1.0, "retain_ratio": 1.0}
+SMALL = {"small_forget_passes": 1.0, "retain_ratio": 1.0}
 
 
 def test_targets_of_a_request_of_one_sample_follow_its_own_odds(train: Samples) -> None:
@@ -219,22 +220,23 @@ def test_the_aim_follows_what_is_left_of_the_memory(train: Samples) -> None:
 
 def test_steps_hold_as_many_samples_as_the_passes_need(train: Samples) -> None:
     """20 forget and 40 retained samples: 1 pass of the former is half a pass of the latter."""
-    phase = phase_of(train, epochs=4.0, forget_passes=2.0, retain_ratio=1.0)
+    phase = phase_of(train, epochs=4.0, forget_passes=2.0, retain_ratio=1.0, small_forget_passes=2.0)
     assert (phase.epochs, phase.share, phase.paired_share) == (4.0, 1.0, 0.25)
     phase = phase_of(train, epochs=1.0, forget_passes=6.0)
     assert (phase.epochs, phase.share, phase.paired_share) == (3.0, 1.0, 1.0)
-    assert phase_of(train, forget_passes=1.0, retain_ratio=None).epochs == 2.25
+    assert phase_of(train, forget_passes=1.0, small_forget_passes=1.0, retain_ratio=None).epochs == 2.25
 
 
 def test_a_small_request_takes_retained_samples_by_its_size(train: Samples) -> None:
     """20 forget and 40 retained samples; with 1.5 passes, or 30 visits, go 37.5 retained ones: less than a pass."""
-    small = {"forget_passes": 1.5, "retain_ratio": 1.25}
+    small = {"small_forget_passes": 1.5, "retain_ratio": 1.25}
     phase = phase_of(train, batch_size=100, **small)
     wanted = pytest.approx((37.5 / 40, 0.25, 0.2))
     assert (phase.epochs, phase.share, phase.paired_share) == wanted, "no step has a forget sample twice"
     phase = phase_of(train, batch_size=10, **small)
     assert (phase.epochs, phase.share, phase.paired_share) == pytest.approx((37.5 / 40, 1.0, 0.8))
-    assert phase_of(train, **small).lr == pytest.approx(phase_of(train).lr / 7.5)
+    assert phase_of(train, **small).lr == pytest.approx(0.0019 * 20**0.45 / 32)
+    assert phase_of(train, **small, lr=0.5).lr == 0.5
 
 
 def phase_of(train: Samples, **options: Any) -> Any:
@@ -244,7 +246,7 @@ def phase_of(train: Samples, **options: Any) -> Any:
 
 def test_the_cost_follows_the_request(train: Samples) -> None:
     forget, retain, held_out = few(train, 2), train.subset(range(20, 80)), train.subset(range(80, 110))
-    config = {"precision": "fp32", "forget_passes": 4.0, "retain_ratio": 2.0}
+    config = {"precision": "fp32", "small_forget_passes": 4.0, "retain_ratio": 2.0}
     result = unlearn(tiny_vit(), forget, retain, method="lethe_plus", validation=held_out, config=config)
     steps = [row for row in result.history if "forget_kl" in row]
     assert len(steps) == 4
@@ -263,6 +265,47 @@ def test_outputs_for_few_retained_samples_are_those_of_the_original(train: Sampl
     torch.testing.assert_close(method.loss(student, retain, phase)["retain_kl"].double(), expected)
     assert method.needs_original(phase, prepared=True)
     assert not made(train).needs_original(phase, prepared=True)
+
+
+def test_shifted_copies_get_the_odds_of_shifted_held_out_images(train: Samples) -> None:
+    """Red before: the step saw the images themselves alone, and predictions for copies fell below held-out ones."""
+    method = made(train, **SMALL, correction=0.0, forget_weight=3.0)
+    phase = method.phases()[0]
+    method.prepare(phase)
+    context = method.context
+
+    def answers(samples: Samples, view: int) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = list(context.loader(samples, "none").ordered())
+        images, labels = torch.cat([b.images for b in rows]), torch.cat([b.labels for b in rows])
+        with torch.no_grad():
+            return context.original(one_shift(images, view)), labels
+
+    def pooled(parts: list[Samples]) -> tuple[torch.Tensor, torch.Tensor]:
+        logits, labels = (torch.cat(each) for each in zip(*(answers(s, k) for k, s in enumerate(parts)), strict=True))
+        return log_odds(logits, labels), labels
+
+    held_out = context.held_out
+    after = pooled([held_out.subset(range(view, len(held_out), 4)) for view in range(4)])
+    before = pooled([context.retain] * 4)
+    student, forget = tiny_vit(seed=5), batch_of(method)
+    for step in (0, 3, 6):
+        logits, labels = answers(context.forget, step % 4)
+        wanted = with_log_odds(logits, labels, quantiles_of((log_odds(logits, labels), labels), before, after))
+        q = wanted.softmax(1)[forget.index]
+        f = student(one_shift(forget.images, step % 4)).softmax(1)
+        method.step = step
+        terms = method.paired_loss(student, forget, phase)
+        torch.testing.assert_close(terms["shifted_kl"], 6.0 * (q * (q / f).log()).sum(1).mean())
+    plain, f = method.targets[forget.index], student(forget.images).softmax(1)
+    torch.testing.assert_close(terms["forget_kl"], 6.0 * (plain * (plain / f).log()).sum(1).mean())
+
+
+@pytest.mark.parametrize("options", [{}, {**SMALL, "views": False}], ids=["large", "without views"])
+def test_shifted_copies_are_trained_in_small_requests_by_views_alone(train: Samples, options: dict[str, Any]) -> None:
+    method = made(train, **options)
+    phase = method.phases()[0]
+    method.prepare(phase)
+    assert set(method.paired_loss(tiny_vit(seed=5), batch_of(method), phase)) == {"forget_kl"}
 
 
 def wrong(start: int, count: int) -> Samples:
