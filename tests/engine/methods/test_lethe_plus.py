@@ -358,9 +358,12 @@ def test_the_correction_takes_away_what_is_left(memorised: tuple[torch.nn.Module
     assert abs(corrected) < 0.5 * without
 
 
-def test_it_needs_held_out_samples_and_resumes_to_the_same_bits(train: Samples, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{"batch_size": 10}, {**SMALL, "batch_size": 5}], ids=["large", "small"])
+def test_it_needs_held_out_samples_and_resumes_to_the_same_bits(
+    train: Samples, tmp_path: Path, options: dict[str, Any]
+) -> None:
     forget, retain, held_out = few(train, 20), train.subset(range(20, 60)), train.subset(range(60, 110))
-    config = {"precision": "fp32", "batch_size": 10, "checkpoint_every": 2}
+    config = {"precision": "fp32", "checkpoint_every": 2, **options}
     with pytest.raises(UserError, match="lethe_plus: needs samples that the model was not trained on"):
         unlearn(tiny_vit(), forget, retain, method="lethe_plus", config=config)
     whole = unlearn(tiny_vit(), forget, retain, method="lethe_plus", validation=held_out, config=config)
@@ -369,7 +372,7 @@ def test_it_needs_held_out_samples_and_resumes_to_the_same_bits(train: Samples, 
         if step > 2:
             raise KeyboardInterrupt
 
-    for options in ({"progress": stop}, {"resume": True}):
+    for given in ({"progress": stop}, {"resume": True}):
         try:
             resumed = unlearn(
                 tiny_vit(),
@@ -379,8 +382,8 @@ def test_it_needs_held_out_samples_and_resumes_to_the_same_bits(train: Samples, 
                 validation=held_out,
                 config=config,
                 output_dir=tmp_path / "run",
-                **options,  # type: ignore[arg-type]
+                **given,  # type: ignore[arg-type]
             )
         except KeyboardInterrupt:
-            assert "progress" in options
+            assert "progress" in given
     assert weights_sha256(resumed.model) == weights_sha256(whole.model)
