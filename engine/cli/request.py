@@ -66,6 +66,9 @@ PublicKey = Annotated[
         show_default=False,
     ),
 ]
+NoReference = Annotated[
+    bool, typer.Option("--no-reference", help="Judge without the references that were given to init.")
+]
 MaxShare = Annotated[
     float | None,
     typer.Option(
@@ -249,9 +252,7 @@ def run(
     ] = None,
     settings: Settings = None,
     reference: Reference = None,
-    no_reference: Annotated[
-        bool, typer.Option("--no-reference", help="Judge without the references that were given to init.")
-    ] = False,
+    no_reference: NoReference = False,
     gates: GatesFile = None,
     pool: PoolFolder = None,
     certificate: Certificates = None,
@@ -280,8 +281,7 @@ def run(
         abandoned = abandon_run(store)
         console.print(f"the run of version {abandoned.number:04d} was dropped; its requests stay open")
         return
-    if no_reference and reference:
-        raise UserError("give --reference or --no-reference, not both")
+    references = _references(reference, no_reference)
     with progress_bars() as progress:
         finished = run_requests(
             store,
@@ -289,7 +289,7 @@ def run(
             given=Overrides(
                 method=method,
                 config=parse_assignments(settings or []),
-                references=[] if no_reference else reference,
+                references=references,
                 gates=gates,
                 require_proof=require_proof,
                 pool=pool,
@@ -327,6 +327,7 @@ def judge(
     store: StoreFolder,
     settings: Settings = None,
     reference: Reference = None,
+    no_reference: NoReference = False,
     gates: GatesFile = None,
     pool: PoolFolder = None,
     certificate: Certificates = None,
@@ -349,7 +350,7 @@ def judge(
         store,
         given=Overrides(
             config=parse_assignments(settings or []),
-            references=reference,
+            references=_references(reference, no_reference),
             gates=gates,
             pool=pool,
             certificates=certificate,
@@ -394,6 +395,13 @@ def rebase(
         else "that none of the forgotten samples was in its training is taken as stated"
     )
     console.print(f"version {number:04d} is a copy of {checkpoint}; {shown}", soft_wrap=True)
+
+
+def _references(given: list[str] | None, none: bool) -> list[str] | None:
+    """Return the references in place of the store's; None: the store's."""
+    if given and none:
+        raise UserError("give --reference or --no-reference, not both")
+    return [] if none else given
 
 
 def _print_status(status: str, reason: str) -> None:

@@ -17,7 +17,7 @@ def print_verdict(verdict: Verdict) -> None:
     console.print(table)
     console.print(
         f"{coloured(verdict.status)} on {verdict.samples['forget']} forget and {verdict.samples['test']} test "
-        f"samples, {verdict.references} references"
+        f"samples, {_compared_with(verdict)}"
         + (f"; decided by {', '.join(verdict.decided_by)}" if verdict.decided_by else ""),
         soft_wrap=True,
     )
@@ -26,3 +26,8 @@ def print_verdict(verdict: Verdict) -> None:
     console.print("[dim]It does not prove:[/dim]")
     for line in DOES_NOT_PROVE:
         console.print(f"[dim]  {line}[/dim]", soft_wrap=True)
+
+
+def _compared_with(verdict: Verdict) -> str:
+    of_pool = verdict.kind in ("pool", "certificate")
+    return f"for each sample {verdict.references} models of the pool" if of_pool else f"{verdict.references} references"

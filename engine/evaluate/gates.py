@@ -35,9 +35,9 @@ WORTH = {
     "retrained model, so what is expected is read from test samples, and there is no relearning attack. It costs no "
     "retrain; own references (lethe train --forget FILE --references 4) cost four.",
     "certificate": "The procedure was shown to forget in simulated requests of this size and kind on this model, and "
-    "this run resembles them. It says how often such requests are forgotten, not that this one was: that, one small "
-    "request cannot show. It costs no retrain; a verdict by the pool needs about 100 forgotten samples (lethe request "
-    "judge), and own references cost four retrains.",
+    "this run resembles them. It says that such requests, many taken together, were forgotten, not that this one was: "
+    "that, one small request cannot show. It costs no retrain; a verdict by the pool needs 100 forgotten samples "
+    "(lethe request judge), and own references cost four retrains.",
     "none": "The samples are compared with held-out data alone: no model shows what a retrain without them would have "
     "answered. A pool (lethe pool train) costs some retrains, once for all requests; own references cost two or more "
     "for this one.",

@@ -14,6 +14,7 @@ import datetime
 import hashlib
 import hmac
 import json
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from engine.evaluate.gates import INSUFFICIENT, PASS, Gates, Verdict
 from engine.evaluate.intervals import Interval, proportion
 from engine.evaluate.verdict import Evidence, ModelOutputs, calibrated_margins, judge
 from engine.models.predict import Predictions
-from engine.pool.references import PoolReferences
+from engine.pool.references import PoolReferences, with_cost
 from engine.pool.simulation import Procedure, Simulated, kind_of
 from engine.pool.store import Pool, model_identity
 from engine.runtime.files import write_json
@@ -160,7 +161,8 @@ def certify(
         days: Days until it expires.
     """
     gates = Gates.read()
-    verdict = judge(evidence, gates)
+    began = time.perf_counter() - sum(one.seconds for one in found)
+    verdict = with_cost(judge(evidence, gates), references, "pool", references.pool.folder, began)
     no_op = no_op_rate(evidence, gates, procedure.count) if verdict.status == PASS else None
     powerless = no_op is not None and no_op.high > MOST_NO_OP
     reason = ""

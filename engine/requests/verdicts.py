@@ -84,7 +84,7 @@ def judge_again(
             options, parent = given.of_unfinished(store.run_of(version)), version.parent
         options.check()
         whole = Task.of_ids(source, ids, spec=f"all requests up to version {version.number}")
-        part = part_of(source, ids, store.ids_of(unproven or version.requests), spec="the unproven requests")
+        part = _to_be_proven(source, ids, store.ids_of(unproven or version.requests), bool(unproven), options)
         notify(f"judging version {version.number:04d} on the {len(ids)} samples forgotten so far")
         place = store.place(version.number)
         batch = None if parent is None else part or whole
@@ -101,6 +101,19 @@ def judge_again(
         requests=states,
         verdict=verdict.to_dict(),
     )
+
+
+def _to_be_proven(
+    source: Source, forgotten: Sequence[str], part: Sequence[str], unproven: bool, options: Options
+) -> Task | None:
+    """Return the task of samples that are judged alone too; None: only all that were forgotten together are judged.
+
+    If no request is unproven, these are the current version's, where they are enough for a verdict.
+    """
+    gates = Gates.read(Path(options.gates) if options.gates else None)
+    if not unproven and len(part) < max(1, gates.minimum_samples):
+        return None
+    return part_of(source, forgotten, part, spec="the unproven requests" if unproven else "the last requests")
 
 
 def part_of(source: Source, forgotten: Sequence[str], part: Sequence[str], spec: str) -> Task | None:

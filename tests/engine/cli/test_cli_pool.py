@@ -54,8 +54,9 @@ def test_two_processes_train_every_model_once(original: Path, lethe: Lethe, tmp_
 def test_a_verdict_by_a_pool_in_the_same_command(original: Path, pool: Path, lethe: Lethe, tmp_path: Path) -> None:
     words = ("--data", "digits", "--forget", "random:0.1@0", "--set", "max_steps=2", "--set", "precision=fp32")
     words = (*words, "--out", tmp_path / "run", "--accept-accuracy", "--verify", "--pool", pool)
-    code, _, err = lethe("unlearn", "--checkpoint", original, *words)
+    code, out, err = lethe("unlearn", "--checkpoint", original, *words)
     assert code in (1, 3), err
+    assert "for each sample 2 models of the pool" in " ".join(out.split()), out
     assert json.loads((tmp_path / "run" / "verdict.json").read_text())["kind"] == "pool"
 
 

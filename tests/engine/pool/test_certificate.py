@@ -239,6 +239,7 @@ def test_it_is_granted_to_a_procedure_that_forgets(pool: Pool, digits: Source) -
     content = _certified(pool, digits, memorised=0.0, original=2.0)
     assert content["granted"], content["reason"]
     assert content["sizes"] == [10, 40]
+    assert (content["verdict"]["kind"], content["verdict"]["proof"]["source"]) == ("pool", str(pool.folder))
     assert content["no_op"]["high"] < 0.05
     assert content["cost"] == {"seconds": 30.0, "training_images": 1500, "images": content["cost"]["images"]}
     days = datetime.datetime.fromisoformat(content["expires"]) - datetime.datetime.fromisoformat(content["created"])

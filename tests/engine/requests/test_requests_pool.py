@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import types
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from engine.pool.references import PoolReferences
 from engine.pool.store import Pool, model_identity
 from engine.requests import intake, pool_proof, verdicts
 from engine.requests.intake import add_request, init_store
+from engine.requests.rebase import rebase
 from engine.requests.run_options import Overrides
 from engine.requests.runner import Finished, run_requests
 from engine.requests.status import status
@@ -251,6 +253,55 @@ def test_all_that_was_forgotten_is_judged_though_it_is_done(
     assert judged is not None
     assert judged.verdict["kind"] == "pool"
     assert states(store) == {1: "done"}
+
+
+def test_what_is_done_needs_no_second_proof_of_its_own(
+    store: Path, pool: Pool, certificate: Path, digits: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Red before: the last request was judged alone, and six samples are too few for that whatever they show."""
+    passed = Verdict([Gate("membership", "?", "PASS", None, "limit", "planted")], 2, {"forget": 1, "test": 1})
+    monkeypatch.setattr(pool_proof, "judge", lambda evidence, gates: passed)
+    add_request(store, ids=ids_of(digits, 0, 105))
+    _run(store, pool=pool.folder)
+    add_request(store, ids=ids_of(digits, 110))
+    chosen = types.SimpleNamespace(path=certificate)  # it does not cover so many of 240 samples
+    monkeypatch.setattr(pool_proof.PoolProof, "_covering", lambda *anything: (chosen, []))
+    monkeypatch.setattr(pool_proof.PoolProof, "_by_certificate", lambda *anything: passed)
+    assert _run(store, pool=pool.folder, certificates=[certificate]).state == "done"
+    judged = judge_again(store, given=Overrides(pool=pool.folder), record=record)
+    assert judged is not None
+    assert judged.status == "PASS"
+
+
+def test_a_full_retrain_can_be_judged_again(
+    store: Path, pool: Pool, certificate: Path, digits: Source, tmp_path: Path
+) -> None:
+    """Red before: refused as a request that names no samples, since no request belongs to a retrain."""
+    add_request(store, ids=ids_of(digits, 0))
+    _run(store, pool=pool.folder, certificates=[certificate])
+    rebase(store, str(save_checkpoint(tiny_vit(9), tmp_path / "retrained")))
+    judged = judge_again(store, given=Overrides(pool=pool.folder), record=record)
+    assert judged is not None
+    assert judged.version == 2
+
+
+def test_a_pool_takes_the_place_of_the_references_of_the_store(
+    checkpoint: Path, pool: Pool, digits: Source, lethe: Lethe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Red before: the error recommended --no-reference, which `judge` did not have."""
+    monkeypatch.setattr(intake, "open_source", {"digits": digits}.__getitem__)
+    place = tmp_path / "kept"
+    reference = str(save_checkpoint(tiny_vit(9), tmp_path / "reference"))
+    init_store(place, str(checkpoint), "digits", method="finetune", config=QUICK, references=[reference])
+    add_request(place, ids=ids_of(digits, 0))
+    gate = Gate("membership", "?", "INSUFFICIENT EVIDENCE", None, "limit", "planted")
+    undecided = Verdict([gate], 2, {"forget": 6, "test": 80})
+    run_requests(place, verify=lambda *anything, **more: undecided, record=record)
+    assert states(place) == {1: "unproven"}
+    code, _, err = lethe("request", "judge", "--store", place, "--pool", pool.folder)
+    assert (code, "give --no-reference" in err) == (2, True)
+    code, out, _ = lethe("request", "judge", "--store", place, "--pool", pool.folder, "--no-reference")
+    assert (code, "proof: pool" in out) == (3, True)
 
 
 def test_a_later_fail_opens_what_a_certificate_proved(
