@@ -29,5 +29,6 @@ def print_verdict(verdict: Verdict) -> None:
 
 
 def _compared_with(verdict: Verdict) -> str:
-    of_pool = verdict.kind in ("pool", "certificate")
-    return f"for each sample {verdict.references} models of the pool" if of_pool else f"{verdict.references} references"
+    if verdict.kind == "pool":
+        return f"for each sample {verdict.references} models of the pool"
+    return f"{verdict.references} references"

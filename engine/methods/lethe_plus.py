@@ -328,7 +328,7 @@ class LethePlus(Method):
 
 
 def _divergence(logits: Tensor, target: Tensor) -> Tensor:
-    """Return the mean KL divergence from probabilities [B, C] to those of logits [B, C]."""
+    """Return the mean KL divergence from probabilities [B, C], which may be 0, to those of logits [B, C]."""
     return F.kl_div(logits.log_softmax(1), target, reduction="none").sum(1).mean()
 
 

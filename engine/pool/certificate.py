@@ -161,7 +161,7 @@ def certify(
         days: Days until it expires.
     """
     gates = Gates.read()
-    began = time.perf_counter() - sum(one.seconds for one in found)
+    began = time.perf_counter() - sum(one.seconds for one in found)  # the runs may be of an earlier call
     verdict = with_cost(judge(evidence, gates), references, "pool", references.pool.folder, began)
     no_op = no_op_rate(evidence, gates, procedure.count) if verdict.status == PASS else None
     powerless = no_op is not None and no_op.high > MOST_NO_OP

@@ -113,7 +113,7 @@ class PoolProof:
 
     @property
     def gates(self) -> Gates:
-        return Gates.read(Path(self.options.gates) if self.options.gates else None)
+        return Gates.read(self.options.gates_file)
 
     def _opened(self, task: Task) -> tuple[PoolReferences, list[Certificate]]:
         """Return the references of the pool for the model at the root of the lineage, and the certificates."""

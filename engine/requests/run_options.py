@@ -34,6 +34,10 @@ class Options:
     certificates: list[str] = dataclasses.field(default_factory=list)
     public_key: str | None = None
 
+    @property
+    def gates_file(self) -> Path | None:
+        return Path(self.gates) if self.gates else None
+
     def check(self) -> None:
         """Raise UserError if the method does not exist, an option is wrong, or pool or certificate are not valid."""
         split_options(self.config, get_method(self.method).Config)

@@ -110,8 +110,7 @@ def _to_be_proven(
 
     If no request is unproven, these are the current version's, where they are enough for a verdict.
     """
-    gates = Gates.read(Path(options.gates) if options.gates else None)
-    if not unproven and len(part) < max(1, gates.minimum_samples):
+    if not unproven and len(part) < max(1, Gates.read(options.gates_file).minimum_samples):
         return None
     return part_of(source, forgotten, part, spec="the unproven requests" if unproven else "the last requests")
 
@@ -149,7 +148,7 @@ def judge_version(
 
     if options.pool and not options.references:
         return PoolProof(store=store, options=options, parent=parent, place=place).judge(whole, unproven, batch)
-    gates = Path(options.gates) if options.gates else None
+    gates = options.gates_file
 
     def judged(task: Task) -> Verdict:
         call = verify or verify_job

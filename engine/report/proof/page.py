@@ -178,7 +178,11 @@ def _basis(verdict: Mapping[str, Any], gates: Sequence[Mapping[str, Any]]) -> st
     samples = verdict.get("samples", {})
     references = int(verdict.get("references", 0))
     sizes = " and ".join(count(int(samples[name]), f"{name} sample") for name in ("forget", "test") if name in samples)
-    paired = f", compared with {count(references, 'model')} retrained without the forget samples" if references else ""
+    if verdict.get("kind") == "pool":
+        models = f"for each sample with {count(references, 'model')} of the pool"
+    else:
+        models = f"with {count(references, 'model')} retrained without the forget samples"
+    paired = f", compared {models}" if references else ""
     basis = f"It is based on {sizes}{paired}. " if sizes else ""
     kinds = [gate["kind"] for gate in gates]
     counted = ", ".join(

@@ -112,6 +112,7 @@ def test_a_verdict_by_the_pool_has_its_page(pool: Path, original: Path, lethe: L
     assert code == 1, err  # untouched
     page = (tmp_path / "p.html").read_text()
     assert "Kind of proof: a pool of reference models" in page
+    assert "compared for each sample with 2 models of the pool" in page
     assert "images through models" in page
     assert json.loads((tmp_path / "p.json").read_text())["kind"] == "pool"
     code, _, err = lethe(

@@ -74,10 +74,10 @@ def distance(first: Path, second: Path) -> float:
     return max(float(d.clamp_min(0) / a[key].norm().clamp_min(1e-12)) for key, d in zip(a, found, strict=True))
 
 
-def check_histories(one: Path, other: Path) -> None:
+def check_histories(one: Path, other: Path, least: int = 9) -> None:
     """The same rows, but for rounding."""
     rows = list(zip(history(one), history(other), strict=True))
-    assert len(rows) > 3
+    assert len(rows) >= least
     for expected, found in rows:
         assert expected.keys() == found.keys()
         for key, value in expected.items():
@@ -88,7 +88,7 @@ def check_equal(folder: Path, name: str) -> None:
     options = EQUAL[name][1]
     one = alone(folder, "lethe" if options is LETHE else name, options)
     assert distance(one, folder / name) < 1e-5
-    check_histories(one, folder / name)
+    check_histories(one, folder / name, least=4 if name == "small" else 9)  # a small request has few steps
     line = json.loads((folder / f"{name}.json").read_text())
     assert len(set(line["weights"])) == 1, "every rank gets the same model"
     assert not (folder / name / "resume").exists()
