@@ -25,6 +25,26 @@ DEBUG = "LETHE_DEBUG"
 
 def run(command: Callable[[], Any], stderr: Console) -> None:
     """Run a command, and end the process with its exit code."""
+    try:
+        _run(command, stderr)
+    except SystemExit as end:
+        if "WORLD_SIZE" in os.environ:  # of a launcher; other commands end without importing torch
+            from engine.runtime.process_group import end_rank, launched
+
+            if launched():
+                end_rank(_code_of(end))
+        raise
+
+
+def _code_of(end: SystemExit) -> int:
+    """Return the exit code of SystemExit, as the interpreter does: 0 for None; another object is printed, and is 1."""
+    if end.code is None or isinstance(end.code, int):
+        return end.code or 0
+    print(end.code, file=sys.stderr)
+    return 1
+
+
+def _run(command: Callable[[], Any], stderr: Console) -> None:
     with _terminated_in_order():
         try:
             command()

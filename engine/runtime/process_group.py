@@ -7,12 +7,16 @@ sent by gloo, those on a GPU by NCCL.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
+import gc
+import logging
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -168,6 +172,7 @@ def init_process_group(device: str = "auto", timeout: float = 1800.0) -> Process
             f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} found no other ranks at "
             f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({_first_line(error)})"
         ) from error
+    atexit.register(leave)
     return ProcessGroup.current()
 
 
@@ -177,9 +182,37 @@ def backends(device: str) -> str:
 
 
 def leave() -> None:
-    """Leave the process group, if there is one."""
+    """Leave the process group, if there is one, and drop what DeepSpeed still refers to of it.
+
+    A group that exists when the interpreter ends can abort the process (`end_rank`).
+    """
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+        for module in (sys.modules.get(name) for name in ("deepspeed.utils.groups", "deepspeed.comm.comm")):
+            for name, value in list(vars(module).items()) if module else ():
+                if isinstance(value, dist.ProcessGroup):
+                    setattr(module, name, None)
+        gc.collect()
+
+
+def end_rank(code: int) -> NoReturn:
+    """End this process, which is one of several ranks, with an exit code and without the interpreter's finalization.
+
+    A thread of gloo that releases a tensor during finalization aborts the process ("terminate called without an active
+    exception", exit code -6, https://github.com/pytorch/pytorch/issues/190489), so a run that succeeded would count as
+    failed. Any object that still refers to a process group, a DeepSpeed engine for example, keeps such threads.
+    Functions of `atexit` are called.
+    """
+    if code == 0:  # after an error another rank may be gone, and NCCL would wait for it
+        leave()
+    else:
+        atexit.unregister(leave)
+    atexit._run_exitfuncs()
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 @contextlib.contextmanager

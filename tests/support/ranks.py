@@ -18,7 +18,7 @@ from engine.data import Samples, open_source
 from engine.models.checkpoint import weights_sha256
 from engine.run.trainer import Trainer
 from engine.run.unlearn import unlearn
-from engine.runtime.process_group import ProcessGroup, leave
+from engine.runtime.process_group import ProcessGroup, end_rank
 
 sys.path.insert(0, str(Path(__file__).parent))
 from toys import few, tiny_vit
@@ -102,7 +102,7 @@ def main(folder: Path, names: list[str]) -> None:
         except Killed:
             Trainer._keep = keep  # type: ignore[method-assign]
         case(f"resumed_{stage}", stage, **LETHE, checkpoint_every=1, resume=True)
-    leave()
+    end_rank(0)
 
 
 if __name__ == "__main__":
