@@ -28,7 +28,8 @@ class Context:
 
     Attributes:
         run: Options of the run, resolved.
-        original: The model before unlearning, frozen, in eval mode.
+        original: The model before unlearning, or that before the first of several requests (`Method.takes_original`).
+            Frozen, in eval mode.
         info: Geometry of the model.
         forget, retain: Forget set and retain set.
         preprocessing: How images are resized and normalised.
@@ -90,6 +91,8 @@ class Method:
         exact: The method never reads forget images, so `lethe tune` has nothing to choose and refuses it.
         is_training: The method trains a model from the start, so a fall of the watched accuracy is not a collapse.
         needs_checkpoint: Name of the training whose checkpoints are the only ones that the method accepts. Empty: any.
+        takes_original: `context.original` may be an earlier version of the model that is changed: the method takes
+            nothing but predictions of it.
         after_collapse: Remedy that is printed for a collapsed result.
         step: Step of the phase that is being taken, from 0; set by the trainer.
         total_steps: Steps of the phase; set by the trainer.
@@ -103,6 +106,7 @@ class Method:
     exact: ClassVar[bool] = False
     is_training: ClassVar[bool] = False
     needs_checkpoint: ClassVar[str] = ""
+    takes_original: ClassVar[bool] = False
     after_collapse: ClassVar[str] = "Lower the rates (--set forget_lr=..., lr=...)"
     step: int = 0
     total_steps: int = 1

@@ -45,6 +45,7 @@ def run_job(
     *,
     method: str = "lethe",
     config: Mapping[str, Any] | None = None,
+    original: str | None = None,
     references: Sequence[str | Path] = (),
     retrain_seconds: float | None = None,
     resume: bool = False,
@@ -59,6 +60,7 @@ def run_job(
         task: The data with the forget request.
         checkpoint: The model before unlearning.
         output_dir: Run folder.
+        original: Checkpoint of the model before earlier requests, as of `engine.unlearn`; None: `checkpoint`.
         method, config, resume, overwrite, progress, deepspeed: As of `engine.unlearn`.
         references: Checkpoints of reference models.
         retrain_seconds: Seconds that a retrain took, for the report.
@@ -70,31 +72,37 @@ def run_job(
     """
     record = record or RecordOptions()
     check_free(output_dir)
-    check_apart(output_dir, [checkpoint, *references])
+    check_apart(output_dir, [checkpoint, *([original] if original else []), *references])
     record.check()
-    original = load_checkpoint(checkpoint)
-    check_references(task, references, {"the original": original}, original_of(checkpoint, original))
+    model = load_checkpoint(checkpoint)
+    check_references(task, references, {"the original": model}, original_of(checkpoint, model))
     evidence = Evidence(
         task=task,
         folder=output_dir,
         method=method,
-        original=original,
+        original=model,
         references=[load_checkpoint(reference) for reference in references],
         retrain_seconds=retrain_seconds,
         record=record,
     )
     result = unlearn(
-        original,
+        model,
         task.forget,
         task.retain,
         method=method,
         config=config,
         validation=task.source.validation,
+        original=load_checkpoint(original) if original else None,
         output_dir=output_dir,
         resume=resume,
         overwrite=overwrite,
         progress=progress,
-        notes={"checkpoint": checkpoint, **import_note(original), **task.notes()},
+        notes={
+            "checkpoint": checkpoint,
+            **({"original": original} if original else {}),
+            **import_note(model),
+            **task.notes(),
+        },
         deepspeed=deepspeed,
         finalize=evidence,
     )

@@ -133,6 +133,7 @@ class LethePlus(Method):
     name = "lethe_plus"
     summary = "distils estimated predictions of a model not trained on the forget set; cross-entropy on the retain set"
     Config = LethePlusConfig
+    takes_original = True
 
     def __init__(self, config: LethePlusConfig, context: Context) -> None:
         super().__init__(config, context)

@@ -31,7 +31,7 @@ def measure_drift(store: Store, run: Run, test: Samples, forgotten: int, options
     Returns:
         `forgotten`, samples since the base, `share` [0, 1] of the base's training samples, and `drift_from`.
     """
-    base = next(version.base for version in store.versions() if version.number == run.parent)
+    base = store.base_of(run.parent)
     before = len(store.forgotten(base))
     since = forgotten - before
     setup, _ = split_options(options.config, get_method(options.method).Config)

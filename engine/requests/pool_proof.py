@@ -141,7 +141,7 @@ class PoolProof:
     @property
     def _base(self) -> int:
         """Version of the full retrain that the run descends from; without a run, version 0."""
-        return next(version.base for version in self.store.versions() if version.number == (self.parent or 0))
+        return self.store.base_of(self.parent or 0)
 
     def warning(self, batch: Task, unproven: int) -> str:
         """Return why no certificate covers a run that has not begun; empty if one does, or none is needed.

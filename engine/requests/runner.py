@@ -5,6 +5,8 @@ One run processes the open requests as one batch, the nearest deadline first:
     forget   the batch
     retain   the training samples less the batch and less all that earlier versions forgot, so that no forgotten sample
              is ever trained on again
+    original version 0, for a method that takes predictions of it (`Method.takes_original`): were it the version before,
+             what each run costs the retained samples would add up (docs/lab/2026-11-30.md). A full retrain replaces it
     verdict  on all samples ever forgotten in the lineage, the batch included, against version 0, which was trained on
              all of them: the return of an earlier sample is detected. The samples that no verdict has proven, the batch
              included, are judged alone as well, and have to pass: among many others they could be hidden. If they are
@@ -239,6 +241,8 @@ def _unlearn(store: Store, run: Run, task: Task, options: Options, progress: Pro
         metrics: dict[str, Any] = json.loads((place / "metrics.json").read_text(encoding="utf-8"))
         return metrics
     evaluated = {"evaluation_samples": max(_EVALUATED, len(task.forget))}
+    base = store.base_of(run.parent)
+    keeps = base != run.parent and get_method(options.method).takes_original
     try:
         outcome = run_job(
             task,
@@ -246,6 +250,7 @@ def _unlearn(store: Store, run: Run, task: Task, options: Options, progress: Pro
             place,
             method=options.method,
             config=evaluated | options.config,
+            original=str(store.place(base).resolve()) if keeps else None,
             references=options.references,
             resume=(place / "config.yaml").is_file() and not ended,
             overwrite=ended,

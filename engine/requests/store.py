@@ -101,6 +101,10 @@ class Store:
     def current(self) -> Version:
         return [version for version in self.versions() if version.state == "accepted"][-1]
 
+    def base_of(self, number: int) -> int:
+        """Return the version of the full retrain that a version descends from; 0 if there is none."""
+        return next(version.base for version in self.versions() if version.number == number)
+
     def unfinished(self) -> Run | None:
         """Return the run that has begun and not ended, if there is one."""
         rows = self._all("SELECT * FROM runs WHERE number NOT IN (SELECT number FROM versions)")

@@ -24,6 +24,7 @@ from engine.data.samples import evenly_spaced
 from engine.errors import UserError
 from engine.methods import Context, Method, Phase, get_method
 from engine.models.attention import attention_backend
+from engine.models.checkpoint import weights_sha256
 from engine.models.info import num_classes_of
 from engine.models.last_block import truncate_last_block
 from engine.models.preprocessing import preprocessing_of
@@ -63,6 +64,7 @@ class RunOptions:
         method: Name of the method.
         config: Options of `RunConfig` and of the method by name.
         validation: Held-out samples; None if there are none.
+        original: The model before earlier requests; None: the one that is unlearned.
         inplace: Change the caller's model.
         output_dir: Run folder; None writes nothing.
         resume: Continue the run in the run folder.
@@ -76,6 +78,7 @@ class RunOptions:
     method: str
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     validation: Samples | Dataset[Any] | None = None
+    original: nn.Module | None = None
     inplace: bool = False
     output_dir: str | os.PathLike[str] | None = None
     resume: bool = False
@@ -202,6 +205,8 @@ def set_up(original: nn.Module, forget: Samples, retain: Samples, options: RunOp
     run, config = split_options(options.config, method.Config)
     run = _resolve(run)
     _check_model(method, original)
+    before = original if options.original is None else options.original
+    _check_original(options.method, method, before, original)
     info = describe(original)
     watched = retain if options.validation is None else from_dataset(options.validation, "validation")
     _check_data(original, forget, retain, watched)
@@ -214,7 +219,8 @@ def set_up(original: nn.Module, forget: Samples, retain: Samples, options: RunOp
         forget = without(forget, unreadable)
     resolved = _to_resolved(environment, config, options, forget, retain, len(unreadable))
     zero, world = environment.zero, environment.world
-    teacher, release = _frozen(original, environment.device, run, zero if world.size > 1 else None, options.inplace)
+    changing = options.inplace and before is original
+    teacher, release = _frozen(before, environment.device, run, zero if world.size > 1 else None, changing)
     run = dataclasses.replace(run, augment=_augmentation(run.augment, environment.loader, retain, forget))  # type: ignore[arg-type]
     resolved["augment"] = run.augment
     everything = retain
@@ -299,6 +305,21 @@ def _check_model(method: type[Method], original: nn.Module) -> None:
         )
 
 
+def _check_original(name: str, method: type[Method], before: nn.Module, model: nn.Module) -> None:
+    """Check the model before earlier requests against the one that is unlearned."""
+    if before is model:
+        return
+    if not method.takes_original:
+        raise UserError(
+            f"original: method {name} takes the model that it changes as the original; leave it out, or use lethe_plus"
+        )
+    refuse_unfit(method, before)
+    mine, theirs = num_classes_of(model), num_classes_of(before)
+    if mine != theirs or preprocessing_of(model) != preprocessing_of(before):
+        what = f"it has {theirs} classes, the model {mine}" if mine != theirs else "it takes images of another kind"
+        raise UserError(f"original: {what}; give the model that the earlier requests were forgotten from")
+
+
 def _environment(
     run: RunConfig, method: type[Method], original: nn.Module, options: RunOptions, forget: Samples, retain: Samples
 ) -> Environment:
@@ -324,6 +345,7 @@ def _to_resolved(
         **dict(options.notes or {}),
         "ranks": environment.world.size,
         **({"deepspeed": environment.zero} if environment.zero else {}),
+        **({"original_sha256": weights_sha256(options.original)} if options.original is not None else {}),
         "samples": {
             "forget": len(forget),
             "retain": len(retain),
@@ -405,7 +427,7 @@ def _frozen(
     is copied, unless the caller's model is the one that is changed.
 
     Args:
-        original: The caller's model.
+        original: The caller's model, or that before earlier requests.
         device: Device of the run.
         run: Options of the run.
         zero: DeepSpeed configuration if there are several ranks, else None.

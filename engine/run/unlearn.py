@@ -32,6 +32,7 @@ def unlearn(
     method: str = "lethe",
     config: Mapping[str, Any] | None = None,
     validation: Samples | Dataset[Any] | None = None,
+    original: nn.Module | str | os.PathLike[str] | None = None,
     output_dir: str | os.PathLike[str] | None = None,
     inplace: bool = False,
     resume: bool = False,
@@ -59,6 +60,9 @@ def unlearn(
         validation: Held-out set: samples that the original was not trained on. The collapse guard measures accuracy on
             it. Without one, it uses retain samples, which the model has memorised: a collapse is still found, a slow
             loss of accuracy is not.
+        original: For a model that earlier requests have changed, the model before the first of them: `lethe_plus`
+            keeps its predictions for the retain samples, so that what each request costs these does not add up. Its
+            accuracy is that before the run, for the collapse guard. None: `model`.
         output_dir: Run folder; None writes nothing.
         inplace: Change the given model.
         resume: Continue the run in the run folder.
@@ -86,7 +90,8 @@ def unlearn(
         >>> result.accuracy(test)
     """
     given = load_checkpoint(model) if isinstance(model, (str, os.PathLike)) else model
-    original = usable(given, inplace)
+    before = load_checkpoint(original) if isinstance(original, (str, os.PathLike)) else original
+    start = usable(given, inplace)
     refuse_overlap(forget, retain)
     forget, retain = from_dataset(forget, "forget"), from_dataset(retain, "retain")
     if not len(forget):
@@ -95,6 +100,7 @@ def unlearn(
         method=method,
         config=config or {},
         validation=validation,
+        original=None if before is None else usable(before, False),
         inplace=inplace,
         output_dir=output_dir,
         resume=resume,
@@ -103,9 +109,9 @@ def unlearn(
         notes=notes,
         deepspeed=deepspeed,
     )
-    result = _set_up_and_run(original, forget, retain, options, progress, finalize)
-    if inplace and result.model is not original:
-        original.load_state_dict(result.model.state_dict())
+    result = _set_up_and_run(start, forget, retain, options, progress, finalize)
+    if inplace and result.model is not start:
+        start.load_state_dict(result.model.state_dict())
     result.model = given if inplace else as_given(result.model, given)
     return result
 

@@ -19,7 +19,7 @@ from engine.data.samples import concatenate
 from engine.errors import UserError
 from engine.methods.common.log_odds import log_odds, quantiles_in_order, quantiles_of, with_log_odds
 from engine.methods.lethe_plus import one_shift, shifts
-from engine.models.checkpoint import weights_sha256
+from engine.models.checkpoint import save_checkpoint, weights_sha256
 from engine.models.vit import outputs
 from engine.run.unlearn import unlearn
 
@@ -387,3 +387,45 @@ def test_it_needs_held_out_samples_and_resumes_to_the_same_bits(
         except KeyboardInterrupt:
             assert "progress" in given
     assert weights_sha256(resumed.model) == weights_sha256(whole.model)
+
+
+def test_a_later_request_keeps_the_predictions_of_the_model_before_the_first(train: Samples, tmp_path: Path) -> None:
+    forget, retain, held_out = few(train, 4), train.subset(range(20, 60)), train.subset(range(60, 110))
+    before = tiny_vit()
+    kept = weights_sha256(before)
+
+    def first_retain_loss(**options: Any) -> float:
+        found: list[float] = []
+        unlearn(
+            tiny_vit(seed=5),
+            forget,
+            retain,
+            method="lethe_plus",
+            validation=held_out,
+            config={"precision": "fp32", "batch_size": 40, **SMALL},
+            progress=lambda phase, step, steps, numbers: found.append(numbers["retain_kl"]),
+            **options,
+        )
+        return found[0]
+
+    assert first_retain_loss() == pytest.approx(0, abs=1e-6), "the predictions of the model itself"
+    expected = first_retain_loss(original=before)
+    assert expected > 1e-3
+    assert first_retain_loss(original=before, inplace=True) == expected
+    assert first_retain_loss(original=save_checkpoint(before, tmp_path / "before")) == expected
+    assert weights_sha256(before) == kept
+
+
+@pytest.mark.parametrize(
+    ("method", "before", "message"),
+    [
+        ("finetune", {}, "original: method finetune takes the model that it changes as the original; leave it out"),
+        ("lethe_plus", {"num_classes": 7}, "original: it has 7 classes, the model 10; give the model that the earlier"),
+        ("lethe_plus", {"img_size": 16}, "original: it takes images of another kind; give the model that the"),
+    ],
+)
+def test_an_original_that_does_not_fit_is_refused(
+    train: Samples, method: str, before: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        unlearn(tiny_vit(), few(train, 4), train.subset(range(20, 60)), method=method, original=tiny_vit(**before))

@@ -17,8 +17,9 @@ from engine.data import Source
 from engine.errors import RunStopped, UserError
 from engine.evaluate.gates import Verdict
 from engine.jobs.task import Task
+from engine.jobs.unlearn import run_job
 from engine.models.checkpoint import load_checkpoint, save_checkpoint, weights_sha256
-from engine.requests import intake
+from engine.requests import intake, runner
 from engine.requests.intake import add_request, init_store
 from engine.requests.rebase import rebase
 from engine.requests.runner import abandon_run, run_requests
@@ -167,6 +168,29 @@ def test_insufficient_evidence_is_unproven_until_a_later_verdict_passes(store: P
     assert run(store).state == "done"
     with Store.open(store) as opened:
         assert [(r.version, r.proven, r.reason) for r in opened.requests()] == [(1, 3, ""), (3, 3, "")]
+
+
+@pytest.mark.parametrize("method", ["lethe_plus", "finetune"])
+def test_later_runs_keep_the_predictions_of_version_0(
+    store: Path, digits: Source, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """Were each run to keep those of the version before it, what each costs the retained samples would add up."""
+    given = []
+
+    def spy(*arguments: Any, **options: Any) -> Any:
+        given.append((Path(arguments[1]).name, options["original"] and Path(options["original"]).name))
+        return run_job(*arguments, **options)
+
+    monkeypatch.setattr(runner, "run_job", spy)
+    options = {"max_steps": 2} if method == "finetune" else {"max_steps": 2, "retain_ratio": 1, "batch_size": 32}
+    for number in range(3):
+        add_request(store, ids=ids_of(digits, 10 * number))
+        run(store, method=method, config=options)
+    later = "0000" if method == "lethe_plus" else None
+    assert given == [("0000", None), ("0001", later), ("0002", later)]
+    recorded = [read_yaml(store / "versions" / f"000{i}" / "config.yaml").get("original_sha256") for i in (1, 2, 3)]
+    expected = weights_sha256(load_checkpoint(store / "versions" / "0000")) if later else None
+    assert recorded == [None, expected, expected]
 
 
 def test_deadlines_decide_the_order_and_limit_the_number(store: Path, digits: Source) -> None:
