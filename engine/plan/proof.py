@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from engine.evaluate.proof_sizes import CONTROLS, RETAINED, simulated_requests
+from engine.evaluate.proof_sizes import CONTROLS, retained_samples, simulated_requests
 from engine.plan.cost import Cost
 from engine.plan.work import Sizes, Work, forward_work
 
@@ -31,7 +31,7 @@ def proof_work(
     forgetting = [item for item in unlearn if "evaluation" not in item.name]
     # The models see each forget sample plain, again and moved; original and two models of the pool plain and moved.
     simulated = requests * sizes.forget * (3 + 2 + 2 * 2) + (2 + 2 + 2 * 2) * test + 2 * retain
-    single = sizes.forget * (1 + 2) + test + 2 * min(sizes.retain, RETAINED)
+    single = sizes.forget * (1 + 2) + test + 2 * min(sizes.retain, retained_samples(3 * retrain[0].images))
     return {
         f"pool of {models} models, once": [_times(item, trained) for item in retrain if "evaluation" not in item.name],
         f"certificate, {requests} requests": [

@@ -75,6 +75,11 @@ class PoolReferences:
         self.test = answers.readable(evenly_spaced(source.test, CONTROLS), original)
         self._check_models()
 
+    @property
+    def retrain(self) -> float:
+        """Forward passes of a retrain by the pool's recipe; a training step counts as three."""
+        return 3.0 * float(self.pool.facts["recipe"]["epochs"]) * len(self.source.train)
+
     def model(self, number: int) -> nn.Module:
         return open_model(self.pool.place(number))
 
@@ -288,12 +293,11 @@ def with_cost(
     verdict: Verdict, references: PoolReferences, kind: Literal["pool", "certificate"], source: Path, began: float
 ) -> Verdict:
     """Return a verdict with its proof; `began`: time.perf_counter() before it."""
-    epochs = float(references.pool.facts["recipe"]["epochs"])
     proof = Proof(
         kind=kind,
         source=str(source),
         images=references.answers.images,
-        retrain=3.0 * epochs * len(references.source.train),
+        retrain=references.retrain,
         seconds=time.perf_counter() - began,
     )
     return dataclasses.replace(verdict, proof=proof)

@@ -20,7 +20,7 @@ from torch import nn
 from engine.data.samples import evenly_spaced
 from engine.evaluate.gates import FAIL, PASS, Gate, Gates, Verdict, decide, undecided
 from engine.evaluate.intervals import Interval
-from engine.evaluate.proof_sizes import RETAINED
+from engine.evaluate.proof_sizes import retained_samples
 from engine.evaluate.verdict import Evidence, ModelOutputs, accuracy_gates, judge
 from engine.jobs.opening import open_model
 from engine.jobs.task import Task
@@ -178,7 +178,7 @@ class PoolProof:
         assert self.parent is not None
         answers, before = references.answers, open_model(self.store.place(self.parent))
         original, gates = references.original, self.gates
-        retain = answers.readable(evenly_spaced(part.retain, RETAINED), original)
+        retain = answers.readable(evenly_spaced(part.retain, retained_samples(references.retrain)), original)
         forget = answers(model, part.forget)
         evidence = Evidence(
             model=ModelOutputs(

@@ -10,6 +10,7 @@ from command_line import Lethe
 from toys import tiny_vit
 
 from engine.errors import UserError
+from engine.evaluate.proof_sizes import retained_samples
 from engine.models.checkpoint import save_checkpoint
 from engine.plan import plan
 
@@ -52,9 +53,14 @@ def test_a_certificate_costs_its_requests_and_their_verdict() -> None:
 def test_the_proof_of_a_request_is_below_a_hundredth_of_a_retrain() -> None:
     found = _plan(pool_models=8)
     proof = found["work"]["proof of a request"]["total"]  # type: ignore[index]
-    assert proof["images"] == 20 * 3 + 2_000 + 2 * 500
+    assert proof["images"] == 20 * 3 + 2_000 + 2 * 1_796, "0.2% of the passes of 30 epochs over 9,980 samples"
     assert found["shares"]["proof of a request"]["flops"] < 0.01  # type: ignore[index]
     assert found["shares"]["unlearn"] == found["share"]  # type: ignore[index]
+
+
+@pytest.mark.parametrize(("passes", "expected"), [(1e3, 500), (4e5, 800), (1e9, 2_000)])
+def test_the_retained_samples_of_a_proof_follow_the_cost_of_a_retrain(passes: float, expected: int) -> None:
+    assert retained_samples(passes) == expected
 
 
 def test_without_a_pool_nothing_is_added() -> None:
