@@ -76,8 +76,9 @@ def train(
     json_file: Json = None,
     opening: Opening,
 ) -> None:
-    """Train the models of a pool by the original's recipe. Finished ones are kept, stopped ones continued.
+    """Train the models of a pool by the original's recipe, which the options give. Finished ones are kept.
 
+    A model that was stopped is continued. Options that differ from those in the run folder of --arch are an error.
     The same command in several shells shares the work; --member K trains one model, for a SLURM array, Ray or a loop.
     """
     from engine.attack.ensemble import what_counts
@@ -86,7 +87,7 @@ def train(
     from engine.data import open_source
     from engine.jobs.references import ReferenceRun, train_references
     from engine.models.checkpoint_source import absolute_checkpoint
-    from engine.pool.store import Pool
+    from engine.pool.store import Pool, check_planned_recipe
     from engine.runtime.process_group import ProcessGroup
 
     options = run_options(settings, on_bad_image)
@@ -97,6 +98,9 @@ def train(
     start.check(options)
     source = open_source(data)
     model, _ = start.model(source, None, options)
+    planned = what_counts(options, "retrain")
+    if arch:
+        check_planned_recipe(arch, planned)
     ordered, _, _ = opening.prepare_training(source, None, model)
     facts = {
         "start": {
@@ -104,7 +108,7 @@ def train(
             "init": init and absolute_checkpoint(init),
             "model_args": parse_assignments(model_arg or []),
         },
-        "recipe": {**what_counts(options, "retrain"), "seed": seed},
+        "recipe": {**planned, "seed": seed},
     }
     ProcessGroup.current().on_main(
         lambda: Pool.create(out, ordered, models=models, share=share, training=facts, key=key)

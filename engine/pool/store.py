@@ -379,12 +379,7 @@ class Pool:
         Raises:
             UserError: An option that changes what a model learns differs.
         """
-        file = CheckpointSource.parse(original).folder / "config.yaml"
-        if not file.is_file():
-            return
-        made = read_yaml(file)
-        if made.get("method") != "retrain":
-            return
+        made = _recipe_of(original)
         for number in range(1, self.models + 1):
             recipe = read_yaml(self.place(number) / "config.yaml")  # with `auto` resolved
             for name in RECIPE:
@@ -393,6 +388,34 @@ class Pool:
                         f"pool {self.folder}: its models were trained with {name}={recipe.get(name)}, the original "
                         f"with {made[name]}; a pool has the recipe of the original"
                     )
+
+
+def check_planned_recipe(original: str, planned: Mapping[str, Any]) -> None:
+    """Check the options of a pool that is to be trained: `Pool.check_recipe` before the work.
+
+    Args:
+        original: Checkpoint of the original.
+        planned: Options, resolved with defaults.
+
+    Raises:
+        UserError: The original has a run folder, and an option differs; the message has the original's.
+    """
+    made = _recipe_of(original)
+    # "auto" is resolved by the data, as it was for the original.
+    names = [n for n in RECIPE if n in made and n != "base" and planned.get(n) not in ("auto", made[n])]
+    if names:
+        words = [f"--epochs {made[n]:g}" if n == "epochs" else f"--set {n}={json.dumps(made[n])}" for n in names]
+        raise UserError(
+            f"pool train: {names[0]} is {planned.get(names[0])}, but the original {original} was trained with "
+            f"{made[names[0]]}; a pool has the recipe of the original: {' '.join(words)}"
+        )
+
+
+def _recipe_of(original: str) -> dict[str, Any]:
+    """Return config.yaml of an original that was trained by `lethe train`; empty for others."""
+    file = CheckpointSource.parse(original).folder / "config.yaml"
+    made = read_yaml(file) if file.is_file() else {}
+    return made if made.get("method") == "retrain" else {}
 
 
 def model_identity(model: nn.Module) -> str:

@@ -73,12 +73,14 @@ class PoolProof:
         store, options: The store, and the options of the run.
         parent: Version that was unlearned; None: the version is not that of a run.
         place: Folder of the version.
+        earlier: Why no certificate proves the runs of earlier versions whose requests are unproven.
     """
 
     store: Store
     options: Options
     parent: int | None
     place: Path
+    earlier: Sequence[str] = ()
 
     def judge(self, whole: Task, unproven: Task | None, batch: Task | None) -> Verdict:
         """Return the verdict.
@@ -91,14 +93,13 @@ class PoolProof:
         Raises:
             UserError: The pool or a certificate is not valid.
         """
-        began, gates, part, reasons = time.perf_counter(), self.gates, unproven or whole, list[str]()
+        began, gates, part, reasons = time.perf_counter(), self.gates, unproven or whole, list(self.earlier)
         references, certificates, model = *self._opened(whole), open_model(self.place)
         pool = references.pool
         if batch is not None and len(batch.forget) < gates.minimum_samples:
-            chosen, reasons = self._covering(certificates, references, batch)
-            if chosen is not None:
-                found = self._by_certificate(chosen, references, batch, model)
-                return with_cost(found, references, "certificate", chosen.path, began)
+            by_certificate, reasons = self._covered(certificates, references, batch, model, began)
+            if by_certificate is not None:
+                return by_certificate
 
         def judged(task: Task) -> Verdict:
             against = references
@@ -110,6 +111,26 @@ class PoolProof:
         few = len(part.forget) < gates.minimum_samples
         found = judge_unproven(judged, whole, unproven, self._uncovered(batch or part, reasons) if few else None)
         return with_cost(found, references, "pool", pool.folder, began)
+
+    def by_certificate(self, batch: Task) -> tuple[Verdict | None, list[str]]:
+        """Return the verdict on the run by a certificate that covers it, or None and why each does not."""
+        began = time.perf_counter()
+        references, certificates = self._opened(batch)
+        return self._covered(certificates, references, batch, open_model(self.place), began)
+
+    def _covered(
+        self,
+        certificates: Sequence[Certificate],
+        references: PoolReferences,
+        batch: Task,
+        model: nn.Module,
+        began: float,
+    ) -> tuple[Verdict | None, list[str]]:
+        chosen, reasons = self._covering(certificates, references, batch)
+        if chosen is None:
+            return None, reasons
+        found = self._by_certificate(chosen, references, batch, model)
+        return with_cost(found, references, "certificate", chosen.path, began), []
 
     @property
     def gates(self) -> Gates:
@@ -164,12 +185,14 @@ class PoolProof:
                 words += ["--set", f"{key}={json.dumps(value) if isinstance(value, dict) else value}"]
         words += ["--kind", kind_of(part.forget.labels), "--size", str(len(part.forget)), "--out", "CERTIFICATE"]
         judge_again = f"lethe request judge --store {self.store.folder} --pool {self.options.pool}"
+        remedy = f"To get one: {shlex.join(words)}, then {judge_again} --certificate CERTIFICATE"
+        if self.earlier:
+            remedy = f"From {self.gates.minimum_samples} unproven samples on {judge_again} decides without one"
         return undecided(
             "certificate",
             "Does a certificate cover the run?",
             "one that is valid",
-            f"{'; '.join(reasons) or 'no certificate was given'}. To get one: {shlex.join(words)}, then {judge_again} "
-            "--certificate CERTIFICATE",
+            f"{'; '.join(reasons) or 'no certificate was given'}. {remedy}",
         )
 
     def _by_certificate(

@@ -264,6 +264,11 @@ class Store:
             elif verdict == "PASS":
                 self._prove(number, batch_alone)
 
+    def prove(self, number: int) -> None:
+        """Store that a certificate proves the requests of a version."""
+        with transaction(self._database):
+            self._prove(number, batch_alone=True)
+
     def _prove(self, number: int, batch_alone: bool) -> None:
         which = "version = ?" if batch_alone else "version IS NOT NULL"
         values = (number, number) if batch_alone else (number,)

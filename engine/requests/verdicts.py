@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from engine.data import Source
-from engine.evaluate.gates import Gates, Verdict, undecided
+from engine.evaluate.gates import PASS, Gates, Verdict, undecided
 from engine.jobs.task import Task
 from engine.methods import get_method
 from engine.requests.lineage import open_lineage, open_ordered_data, refuse_launcher, refuse_unfinished
@@ -56,9 +56,10 @@ def judge_again(
 ) -> Judged | None:
     """Judge the current version with other evidence, such as retrained models; None if nothing is to be judged.
 
-    PASS: all unproven requests are done. INSUFFICIENT EVIDENCE: they stay unproven. FAIL: the version is rejected, the
-    version before it is the current one, and the requests of the rejected version are open again; those of earlier
-    versions stay unproven.
+    Runs of earlier versions whose requests are unproven are judged first, each by its own model, where a certificate
+    covers them. Then PASS: all unproven requests are done. INSUFFICIENT EVIDENCE: they stay unproven. FAIL: the version
+    is rejected, the version before it is the current one, and the requests of the rejected version are open again;
+    those of earlier versions stay as they are.
 
     Args:
         folder: Folder of the store.
@@ -73,27 +74,41 @@ def judge_again(
     refuse_launcher("judge")
     with open_lineage(folder) as store:
         refuse_unfinished(store)
-        unproven = [request.number for request in store.requests() if request.state == "unproven"]
-        version, ids = store.current(), store.forgotten()
+        version, ids, unproven = store.current(), store.forgotten(), _unproven(store)
         if not unproven and not (given.pool and ids):
             return None
         source = open_ordered_data(store)
         options, parent = given.of_store(store), None
+        options.check()
+        earlier = list[str]()
+        if options.pool and options.certificates:
+            proven, earlier = _prove_by_run(store, source, given, record, notify)
+            before, unproven = unproven, _unproven(store)
+            if before and not unproven:
+                return Judged(
+                    version=max(proven),
+                    status=PASS,
+                    reason="",
+                    requests=dict.fromkeys(before, "done"),
+                    verdict=proven[max(proven)].to_dict(),
+                )
         if options.pool and version.kind == "unlearned" and unproven == sorted(version.requests):
             # A certificate may cover that run, which had its own method and options.
             options, parent = given.of_unfinished(store.run_of(version)), version.parent
-        options.check()
+            options.check()
         whole = Task.of_ids(source, ids, spec=f"all requests up to version {version.number}")
         part = _to_be_proven(source, ids, store.ids_of(unproven or version.requests), bool(unproven), options)
         notify(f"judging version {version.number:04d} on the {len(ids)} samples forgotten so far")
         place = store.place(version.number)
         batch = None if parent is None else part or whole
-        verdict = judge_version(store, verify, whole, part, place, options, parent, batch)
+        verdict = judge_version(store, verify, whole, part, place, options, parent, batch, earlier)
         if version.kind == "unlearned":  # a full retrain was copied without its record
             record_in(place, verdict, record)
-        before = {request.number: request.state for request in store.requests()}
+        states_before = {request.number: request.state for request in store.requests()}
         store.judge_again(version.number, verdict.status, reason_of(verdict), verdict.kind == "certificate")
-        states = {r.number: r.state for r in store.requests() if r.number in unproven or r.state != before[r.number]}
+        states = {
+            r.number: r.state for r in store.requests() if r.number in unproven or r.state != states_before[r.number]
+        }
     return Judged(
         version=version.number,
         status=verdict.status,
@@ -101,6 +116,44 @@ def judge_again(
         requests=states,
         verdict=verdict.to_dict(),
     )
+
+
+def _unproven(store: Store) -> list[int]:
+    return [request.number for request in store.requests() if request.state == "unproven"]
+
+
+def _prove_by_run(
+    store: Store, source: Source, given: Overrides, record: Record | None, notify: Callable[[str], None]
+) -> tuple[dict[int, Verdict], list[str]]:
+    """Judge the runs of earlier versions by certificates, and that of the current one if an earlier one is unproven.
+
+    Returns:
+        (verdict by version of those that passed, why requests of the others stay unproven).
+    """
+    proven, found = dict[int, Verdict](), list[str]()
+    forgotten, unproven, current = store.forgotten(), {*_unproven(store)}, store.current().number
+    for version in store.versions():
+        if version.state != "accepted" or not unproven & {*version.requests}:
+            continue
+        if version.number == current and unproven == {*version.requests}:
+            continue  # `judge_again` judges it alone, and a FAIL rejects it
+        place, ids = store.place(version.number), store.ids_of(version.requests)
+        options = given.of_unfinished(store.run_of(version))
+        proof = PoolProof(store=store, options=options, parent=version.parent, place=place)
+        batch = Task.of_ids(
+            source, ids, spec=f"requests of version {version.number}", excluded=sorted({*forgotten} - {*ids})
+        )
+        verdict, reasons = proof.by_certificate(batch)
+        if verdict is not None:
+            record_in(place, verdict, record)
+            reasons = [reason_of(verdict)]
+            if verdict.status == PASS:
+                store.prove(version.number)
+                proven[version.number] = verdict
+                notify(f"version {version.number:04d}: a certificate covers its run, its requests are done")
+                continue
+        found += [f"version {version.number:04d}, whose requests are unproven: {reason}" for reason in reasons]
+    return proven, found
 
 
 def _to_be_proven(
@@ -130,6 +183,7 @@ def judge_version(
     options: Options,
     parent: int | None = None,
     batch: Task | None = None,
+    earlier: Sequence[str] = (),
 ) -> Verdict:
     """Return the verdict on all forgotten samples and on those that no verdict has proven; a PASS needs both.
 
@@ -143,11 +197,13 @@ def judge_version(
         options: Options of the run.
         parent, batch: Version that a run unlearned, and its samples, so that a certificate may cover it; None: all is
             judged by outputs.
+        earlier: As of `PoolProof`.
     """
     from engine.jobs.verify import verify_job
 
     if options.pool and not options.references:
-        return PoolProof(store=store, options=options, parent=parent, place=place).judge(whole, unproven, batch)
+        proof = PoolProof(store=store, options=options, parent=parent, place=place, earlier=earlier)
+        return proof.judge(whole, unproven, batch)
     gates = options.gates_file
 
     def judged(task: Task) -> Verdict:

@@ -103,6 +103,19 @@ def test_wrong_options_train_nothing(
     assert not list((tmp_path / "p").glob("model_*"))
 
 
+def test_a_recipe_that_is_not_the_originals_trains_nothing(pool: Path, lethe: Lethe, tmp_path: Path) -> None:
+    """Such a pool would be refused once it is trained."""
+    words = ("--data", "digits", "--models", 4, "--share", 0.5, "--arch", pool / "model_1", "--out", tmp_path / "p")
+    code, _, err = lethe("pool", "train", *words)
+    assert code == 2
+    assert "epochs is 30.0, but the original" in " ".join(err.split())
+    assert "--epochs 1 --set batch_size=32 --set max_steps=2" in " ".join(err.split())
+    assert not (tmp_path / "p").exists()
+    same = ("--epochs", 1, "--set", "batch_size=32", "--set", "max_steps=2", "--set", "precision=fp32")
+    code, _, err = lethe("pool", "train", *words, *same, "--member", 1)
+    assert code == 0, err
+
+
 def test_a_verdict_by_the_pool_has_its_page(pool: Path, original: Path, lethe: Lethe, tmp_path: Path) -> None:
     code, _, err = lethe(
         *("verify", "--checkpoint", original, "--original", original, "--data", "digits"),

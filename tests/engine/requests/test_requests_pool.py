@@ -231,16 +231,40 @@ def test_a_certificate_proves_a_run_that_is_over(store: Path, pool: Pool, certif
     assert (judged.status, judged.verdict["kind"], judged.requests) == ("PASS", "certificate", {1: "done"})
 
 
-def test_a_certificate_does_not_prove_the_runs_before(
+def test_a_certificate_proves_the_runs_before_each_by_its_own_model(
     store: Path, pool: Pool, certificate: Path, digits: Source
 ) -> None:
-    for start in (0, 6):
+    lines: list[str] = []
+    for start in (0, 6, 12):
         add_request(store, ids=ids_of(digits, start))
+        _run(store, pool=pool.folder, certificates=[certificate] if start == 12 else [])
+    assert states(store) == {1: "unproven", 2: "unproven", 3: "done"}
+    given = Overrides(pool=pool.folder, certificates=[certificate])
+    judged = judge_again(store, given=given, record=record, notify=lines.append)
+    assert judged is not None
+    assert (judged.version, judged.status, judged.verdict["kind"]) == (2, "PASS", "certificate")
+    assert judged.requests == {1: "done", 2: "done"}
+    assert states(store) == dict.fromkeys((1, 2, 3), "done")
+    assert [line.split(":")[0] for line in lines] == ["version 0001", "version 0002"]
+    kept = json.loads((store / "versions" / "0001" / "verdict.json").read_text())
+    assert kept["samples"]["forget"] == 6
+
+
+def test_a_run_before_that_no_certificate_covers_stays_unproven_with_its_reason(
+    store: Path, pool: Pool, certificate: Path, digits: Source
+) -> None:
+    """Before, the reason was that no certificate was given, and the remedy the one that had just been tried."""
+    for start, count in ((0, 2), (6, 6)):
+        add_request(store, ids=ids_of(digits, start, count))
         _run(store, pool=pool.folder)
     judged = judge_again(store, given=Overrides(pool=pool.folder, certificates=[certificate]), record=record)
     assert judged is not None
-    assert judged.verdict["kind"] == "pool"
-    assert states(store) == {1: "unproven", 2: "unproven"}
+    assert states(store) == {1: "unproven", 2: "done"}
+    assert "no certificate was given" not in judged.reason
+    assert "version 0001, whose requests are unproven" in judged.reason
+    assert "for requests of 3 to 12 samples, this one has 2" in judged.reason
+    assert "From 100 unproven samples on lethe request judge" in judged.reason
+    assert "lethe certify" not in judged.reason
 
 
 def test_all_that_was_forgotten_is_judged_though_it_is_done(
