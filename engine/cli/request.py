@@ -306,13 +306,13 @@ def run(
         return
     print_metrics(finished.metrics, name=f"version {finished.version:04d}", judged=finished.verdict is not None)
     _print_status(finished.status, finished.reason)
-    _print_proof(finished.verdict)
+    _print_proof(finished.verdict, store, finished.version)
     listed = ", ".join(map(str, finished.requests))
     what = {
         "done": f"version {finished.version:04d} is the current one; requests {listed} are done",
         "unproven": f"version {finished.version:04d} is the current one; requests {listed} are unproven, not done; "
-        "lethe request judge --reference RETRAINED, or --pool POOL --certificate CERTIFICATE, judges it again, without "
-        "another run",
+        "lethe request judge --pool POOL --certificate CERTIFICATE judges it again, without another run; from 100 "
+        "unproven samples on, so do --pool POOL or --reference RETRAINED",
         "open": f"version {finished.version:04d} is rejected; version {finished.parent:04d} stays the current one and "
         f"requests {listed} stay open: run again with another --method or --set",
     }[finished.state]
@@ -336,9 +336,9 @@ def judge(
 ) -> None:
     """Judge the current version again, with retrained models, a pool or a certificate. Exit 0: done; 1: FAIL; 3: not.
 
-    PASS makes all unproven requests done, without another run (a certificate those of the last run). With --pool all
-    that was forgotten is judged together, even if nothing is unproven. After a FAIL the version before is the current
-    one and the requests of this one are open again.
+    PASS makes all unproven requests done, without another run (a certificate those of the runs that it covers). With
+    --pool all that was forgotten is judged together, even if nothing is unproven. After a FAIL the version before is
+    the current one and the requests of this one are open again.
     """
     from engine.cli.console import console
     from engine.config import parse_assignments, to_dict
@@ -364,7 +364,7 @@ def judge(
         console.print("no unproven requests: nothing to judge")
         return
     _print_status(found.status, found.reason)
-    _print_proof(found.verdict)
+    _print_proof(found.verdict, store, found.version)
     if found.status == "FAIL":
         console.print(f"version {found.version:04d} is rejected; the version before is the current one again")
     for state in ("done", "unproven", "open"):
@@ -412,15 +412,18 @@ def _print_status(status: str, reason: str) -> None:
     console.print(f"{coloured(status)}{escape(f': {reason}') if reason else ''}", soft_wrap=True)
 
 
-def _print_proof(verdict: dict[str, Any] | None) -> None:
+def _print_proof(verdict: dict[str, Any] | None, store: Path, version: int) -> None:
     from engine.cli.console import console
     from engine.evaluate.gates import Proof
+    from engine.requests.store import place_of
+    from engine.requests.verdicts import PAGE
 
     if verdict is None:
         return
     proof = verdict.get("proof")
     console.print(Proof(**proof).line() if proof else f"proof: {verdict['kind']}", soft_wrap=True, highlight=False)
     console.print(f"[dim]{verdict['worth']}[/dim]", soft_wrap=True, highlight=False)
+    console.print(f"the verdict as a page: {place_of(store, version) / PAGE}", soft_wrap=True, highlight=False)
 
 
 def _requests_table(rows: list[dict[str, Any]]) -> Any:

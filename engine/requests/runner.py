@@ -204,7 +204,7 @@ class _Attempt:
             part = part_of(self.source, forgotten, unproven, spec="the unproven requests")
             verdict = judge_version(store, verify, whole, part, place, options, run.parent, task)
             # If the process is killed before `finish`, the verdict is repeated and recorded twice, which is harmless.
-            record_in(place, verdict, record)
+            record_in(store, run.number, verdict, record)
             status, reason = verdict.status, reason_of(verdict)
         accepted = status == PASS or (status != FAIL and not options.require_proof)
         store.finish(

@@ -94,7 +94,7 @@ class Store:
     def versions(self) -> list[Version]:
         rows = self._all("SELECT * FROM versions ORDER BY number")
         return [
-            Version(**{**row, "drift": json.loads(row["drift"]), "requests": self._batch(row["number"])})
+            Version(**{**row, "drift": json.loads(row["drift"]), "requests": self.requests_of(row["number"])})
             for row in map(dict, rows)
         ]
 
@@ -111,7 +111,7 @@ class Store:
         if not rows:
             return None
         row = dict(rows[0])
-        return Run(**{**row, "options": json.loads(row["options"]), "requests": self._batch(row["number"])})
+        return Run(**{**row, "options": json.loads(row["options"]), "requests": self.requests_of(row["number"])})
 
     def run_of(self, version: Version) -> Run:
         """Return the run that made a version."""
@@ -282,7 +282,8 @@ class Store:
                 (number, self.current().number, number, stamp(utc_now()), reason),
             )
 
-    def _batch(self, run: int) -> list[int]:
+    def requests_of(self, run: int) -> list[int]:
+        """Return the numbers of the requests of a run, which is that of the version with its number."""
         return [
             row["request"] for row in self._all("SELECT request FROM batches WHERE run = ? ORDER BY request", (run,))
         ]

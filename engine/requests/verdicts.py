@@ -11,10 +11,15 @@ from engine.data import Source
 from engine.evaluate.gates import PASS, Gates, Verdict, undecided
 from engine.jobs.task import Task
 from engine.methods import get_method
+from engine.report.proof.page import write_proof
 from engine.requests.lineage import open_lineage, open_ordered_data, refuse_launcher, refuse_unfinished
 from engine.requests.pool_proof import PoolProof, judge_unproven
 from engine.requests.run_options import Options, Overrides
 from engine.requests.store import Store
+from engine.runtime.environment import environment
+
+# Page of the newest verdict, in the folder of a version.
+PAGE = "verdict.html"
 
 
 class Verify(Protocol):
@@ -103,7 +108,7 @@ def judge_again(
         batch = None if parent is None else part or whole
         verdict = judge_version(store, verify, whole, part, place, options, parent, batch, earlier)
         if version.kind == "unlearned":  # a full retrain was copied without its record
-            record_in(place, verdict, record)
+            record_in(store, version.number, verdict, record)
         states_before = {request.number: request.state for request in store.requests()}
         store.judge_again(version.number, verdict.status, reason_of(verdict), verdict.kind == "certificate")
         states = {
@@ -145,7 +150,7 @@ def _prove_by_run(
         )
         verdict, reasons = proof.by_certificate(batch)
         if verdict is not None:
-            record_in(place, verdict, record)
+            record_in(store, version.number, verdict, record)
             reasons = [reason_of(verdict)]
             if verdict.status == PASS:
                 store.prove(version.number)
@@ -224,11 +229,24 @@ def judge_version(
     return judge_unproven(judged, whole, unproven, too_few)
 
 
-def record_in(place: Path, verdict: Verdict, record: Record | None = None) -> None:
-    """Record a verdict in the folder of a version, by default by `engine.jobs.verify.record_verdict`."""
+def record_in(store: Store, number: int, verdict: Verdict, record: Record | None = None) -> None:
+    """Record a verdict in the folder of a version, by default by `engine.jobs.verify.record_verdict`, with its page."""
     from engine.jobs.verify import record_verdict
 
-    (record or record_verdict)(place, verdict)
+    (record or record_verdict)(store.place(number), verdict)
+    facts = {
+        "version": number,
+        "requests": store.requests_of(number),
+        "samples": len(store.ids_of(store.requests_of(number))),
+        "data": store.settings["data"],
+        "versions": environment(),
+    }
+    write_proof(
+        store.place(number) / PAGE,
+        {"verdict": verdict.to_dict()},
+        title=f"Proof of forgetting: version {number:04d}",
+        facts=facts,
+    )
 
 
 def reason_of(verdict: Verdict) -> str:

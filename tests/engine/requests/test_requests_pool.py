@@ -77,6 +77,9 @@ def test_a_small_request_is_done_by_a_certificate(store: Path, pool: Pool, certi
     assert finished.verdict["proof"]["source"] == str(certificate)
     kept = json.loads((store / "versions" / "0001" / "verdict.json").read_text())
     assert "simulated requests" in kept["worth"]
+    page = (store / "versions" / "0001" / "verdict.html").read_text()
+    assert "Kind of proof: a certificate of the procedure" in page
+    assert "Does a certificate cover the run?" in page
 
 
 def test_the_next_request_is_done_as_well(store: Path, pool: Pool, certificate: Path, digits: Source) -> None:
@@ -416,4 +419,5 @@ def test_the_command_shows_the_kind_of_proof(
     assert code == 0
     assert "proof: certificate" in out
     assert "of a retrain" in out
+    assert "versions/0001/verdict.html" in out.replace("\n", "")
     assert "simulated requests of this size and kind" in out.replace("\n", " ")
