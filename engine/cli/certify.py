@@ -126,7 +126,9 @@ def certify(
     path = write_certificate(out, content, opened, sign)
     print_verdict(verdict)
     console.print(line_of(content), soft_wrap=True)
-    console.print(f"certificate in {path}", soft_wrap=True)
+    console.print(
+        f"{'certificate' if content['granted'] else 'result, which covers no request,'} in {path}", soft_wrap=True
+    )
     write_json_file(json_file, content)
     powerless = verdict.status == PASS and not content["granted"]
     raise typer.Exit(EXIT["INSUFFICIENT EVIDENCE" if powerless else verdict.status])

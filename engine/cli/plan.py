@@ -45,9 +45,12 @@ def plan(
     ] = None,
     settings: Settings = None,
     retrain_recipe: Annotated[
-        str,
-        typer.Option(help="What retraining is compared with: deit (300 epochs), plain-vit (90) or a name of yours."),
-    ] = "deit",
+        str | None,
+        typer.Option(
+            help="What retraining is compared with: deit (300 epochs), plain-vit (90) or a name of yours.",
+            show_default="deit; of a model of `lethe train`, its own epochs",
+        ),
+    ] = None,
     retrain_epochs: Annotated[
         float | None, typer.Option(help="Epochs of the retrain, in place of the recipe's.", show_default=False)
     ] = None,
@@ -80,6 +83,7 @@ def plan(
     from engine.models.checkpoint import load_checkpoint
     from engine.models.spec import spec_of
     from engine.plan import plan as make_plan
+    from engine.pool.store import recipe_of
     from engine.run.zero import read_deepspeed
 
     options = {
@@ -91,6 +95,9 @@ def plan(
         "teacher": teacher,
         **parse_assignments(settings or []),
     }
+    own = recipe_of(arch).get("epochs") if is_checkpoint(arch) else None
+    if own is not None and retrain_recipe is None and retrain_epochs is None:
+        retrain_recipe, retrain_epochs = f"that of {arch}", float(own)
     made = make_plan(
         spec_of(load_checkpoint(arch)) if is_checkpoint(arch) else arch,
         images=images,
@@ -105,7 +112,7 @@ def plan(
         options=options,
         num_classes=num_classes,
         model_args=parse_assignments(model_arg or []),
-        retrain_recipe=retrain_recipe,
+        retrain_recipe=retrain_recipe or "deit",
         retrain_epochs=retrain_epochs,
         throughput=throughput,
         measure=measure,

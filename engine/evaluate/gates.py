@@ -219,6 +219,10 @@ class Verdict:
         }
 
 
+# Ends the reason of a gate that is undecided.
+MORE = "more samples or references would decide it"
+
+
 def decide(
     name: str, question: str, found: Interval, *, low: float | None, high: float | None, limit: str, shown: str
 ) -> Gate:
@@ -231,7 +235,7 @@ def decide(
         status = FAIL
     else:
         status = INSUFFICIENT
-    doubt = "; more samples or references would decide it" if status == INSUFFICIENT else ""
+    doubt = f"; {MORE}" if status == INSUFFICIENT else ""
     return Gate(name, question, status, found, limit, f"{shown}, {_interval_text(found)}{doubt}", (low, high))
 
 

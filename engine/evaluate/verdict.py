@@ -27,7 +27,7 @@ import numpy as np
 from scipy.stats import norm
 
 from engine.evaluate.agreement import kl, margins
-from engine.evaluate.gates import FAIL, INSUFFICIENT, PASS, Gate, Gates, Verdict, decide, undecided
+from engine.evaluate.gates import FAIL, INSUFFICIENT, MORE, PASS, Gate, Gates, Verdict, decide, undecided
 from engine.evaluate.intervals import Interval, bootstrap_means, percentiles
 from engine.evaluate.membership import auc, auc_interval, tpr_interval
 from engine.evaluate.spread import MISSED, PRIOR_AUC, PRIOR_RATIO, Variation, prior_points, variation
@@ -230,7 +230,7 @@ def _membership(evidence: Evidence, gates: Gates) -> list[Gate]:
     question = "Would the attacks detect anything at all?"
     names = f"{', '.join(gate.name for gate in control[:-1])} or {control[-1].name}"
     limit = f"the untouched original is above a retrained model in {names}, and does not pass it"
-    shown = "; ".join(f"{gate.name}: {gate.reason}" for gate in control)
+    shown = "; ".join(f"{gate.name}: {gate.reason.removesuffix(f'; {MORE}')}" for gate in control)
     expected = _expected(gates)
     if any(_detects(gate, expected[gate.name]) for gate in control):
         return [Gate("power", question, PASS, None, limit, shown), *found]

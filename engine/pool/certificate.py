@@ -169,7 +169,7 @@ def certify(
     if verdict.status != PASS:
         reason = f"the verdict on the simulated requests is {verdict.status} ({', '.join(verdict.decided_by)})"
         if verdict.status == INSUFFICIENT:
-            reason += f"; --requests {2 * procedure.count} would narrow its intervals"
+            reason += f"; --requests {2 * procedure.count} in another --out would narrow its intervals"
     elif no_op is not None and powerless:
         reason = f"a procedure that changes nothing could pass, in up to {100 * no_op.high:.0f}% of cases"
     now = datetime.datetime.now(datetime.timezone.utc).replace(microsecond=0)

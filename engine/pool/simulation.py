@@ -31,6 +31,7 @@ from engine.jobs.verify import changed_share
 from engine.models.predict import Predictions
 from engine.pool.answers import Answers, joined
 from engine.pool.references import PoolReferences, as_outputs, outputs_of
+from engine.pool.store import difference
 from engine.run.unlearn import unlearn
 from engine.runtime import lock
 from engine.runtime.files import read_npz, write_json, write_npz
@@ -147,7 +148,10 @@ def takes_folder(folder: Path, facts: Mapping[str, Any]) -> Iterator[None]:
             before = json.loads(path.read_text(encoding="utf-8"))
             for name in facts:
                 if before.get(name) != json.loads(json.dumps(facts[name])):
-                    raise UserError(f"--out {folder}: holds simulated requests of another {name}; name another folder")
+                    raise UserError(
+                        f"--out {folder}: holds simulated requests that differ in {name} "
+                        f"({difference(before.get(name), facts[name])}); name another folder"
+                    )
         elif others := [each.name for each in folder.iterdir() if each.name != lock.FILE]:
             raise UserError(f"--out {folder}: holds other files ({others[0]}); name a folder for the certificate alone")
         else:

@@ -189,7 +189,7 @@ class Pool:
         asked = {"share": share, **training, **({} if key is None else {"key": key})}
         for name, value in asked.items():
             if self.facts[name] != value:
-                shown = "" if name == "key" else f" ({_difference(self.facts[name], value)})"
+                shown = "" if name == "key" else f" ({difference(self.facts[name], value)})"
                 raise UserError(
                     f"--out {self.folder}: holds a pool of another {name}{shown}; repeat its own options, or name "
                     "another folder"
@@ -379,7 +379,7 @@ class Pool:
         Raises:
             UserError: An option that changes what a model learns differs.
         """
-        made = _recipe_of(original)
+        made = recipe_of(original)
         for number in range(1, self.models + 1):
             recipe = read_yaml(self.place(number) / "config.yaml")  # with `auto` resolved
             for name in RECIPE:
@@ -400,7 +400,7 @@ def check_planned_recipe(original: str, planned: Mapping[str, Any]) -> None:
     Raises:
         UserError: The original has a run folder, and an option differs; the message has the original's.
     """
-    made = _recipe_of(original)
+    made = recipe_of(original)
     # "auto" is resolved by the data, as it was for the original.
     names = [n for n in RECIPE if n in made and n != "base" and planned.get(n) not in ("auto", made[n])]
     if names:
@@ -411,7 +411,7 @@ def check_planned_recipe(original: str, planned: Mapping[str, Any]) -> None:
         )
 
 
-def _recipe_of(original: str) -> dict[str, Any]:
+def recipe_of(original: str) -> dict[str, Any]:
     """Return config.yaml of an original that was trained by `lethe train`; empty for others."""
     file = CheckpointSource.parse(original).folder / "config.yaml"
     made = read_yaml(file) if file.is_file() else {}
@@ -425,7 +425,8 @@ def model_identity(model: nn.Module) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _difference(before: Any, now: Any) -> str:
+def difference(before: Any, now: Any) -> str:
+    """Return what differs between two values, of mappings the first key."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         key = next(key for key in {**before, **now} if before.get(key) != now.get(key))
         return f"{key}: {before.get(key)!r} before, {now.get(key)!r} now"

@@ -153,7 +153,7 @@ def test_a_procedure_that_shows_nothing_is_not_certified(
     assert "power" in content["reason"]
     code, _, err = lethe(*words, "--set", "lr=1e-4")
     assert code == 2
-    assert "holds simulated requests of another options" in err
+    assert "holds simulated requests that differ in options" in err
 
 
 @pytest.mark.parametrize(

@@ -104,3 +104,17 @@ def test_a_step_may_hold_more_images_than_are_forgotten(lethe: Lethe) -> None:
     unlearn = _plan(forget_share=0.001, options={"batch_size": 64})["work"]["unlearn"]  # type: ignore[index]
     items = {item["name"]: item for item in unlearn["items"]}
     assert (items["forget phase"]["steps"], items["forget phase"]["images"]) == (2, 20)  # two passes over ten
+
+
+def test_a_model_of_lethe_train_is_compared_with_its_own_epochs(lethe: Lethe, tmp_path: Path) -> None:
+    """Before, with the 300 epochs of an ImageNet recipe, so that every share was too small."""
+    model = save_checkpoint(tiny_vit(), tmp_path / "model")
+    (model / "config.yaml").write_text("method: retrain\nepochs: 40.0\n")
+    words = ("--images", 2_000, "--device", "cpu", "--precision", "fp32", "--json", tmp_path / "plan.json")
+
+    def epochs(*more: object) -> float:
+        code, _, err = lethe("plan", "--arch", model, *words, *more)
+        assert code == 0, err
+        return float(json.loads((tmp_path / "plan.json").read_text())["setup"]["retrain"]["epochs"])
+
+    assert (epochs(), epochs("--retrain-epochs", 7), epochs("--retrain-recipe", "plain-vit")) == (40, 7, 90)

@@ -165,7 +165,7 @@ def test_a_folder_holds_one_procedure(tmp_path: Path) -> None:
     with takes_folder(tmp_path / "c", {"method": "lethe", "options": {"lr": 0.1}}):
         pass
     with (
-        pytest.raises(UserError, match="of another options"),
+        pytest.raises(UserError, match="that differ in options"),
         takes_folder(tmp_path / "c", {"method": "lethe", "options": {"lr": 0.2}}),
     ):
         pass
