@@ -224,14 +224,6 @@ def unlearn(
     config: ConfigFile = None,
     reference: Reference = None,
     *,
-    original: Annotated[
-        str | None,
-        typer.Option(
-            help="The model before earlier requests, if --checkpoint was changed by them: its predictions are kept "
-            "(lethe_plus).",
-            show_default=False,
-        ),
-    ] = None,
     files: WeightFileOptions,
     run: RunFolderOptions,
     verdict: VerdictOptions,
@@ -254,14 +246,13 @@ def unlearn(
     options = {**(read_yaml(config) if config else {}), **run_options(settings, run.on_bad_image)}
     split_options(options, get_method(method).Config)  # an unknown option is reported before the work
     join_ranks(options)
-    sources = files.sources([checkpoint, original, *(reference or [])])
-    source, before, references = sources[0] or checkpoint, sources[1], [each for each in sources[2:] if each]
+    sources = files.sources([checkpoint, *(reference or [])])
+    source, references = sources[0] or checkpoint, [each for each in sources[1:] if each]
     verdict.check(source, references)
     task = Task.open(data, forget)
     if task.request.duplicates:
         console.print(f"{task.request.duplicates} ids were named more than once and merged")
-    others = {**({"--original": before} if before else {}), **named_references(references)}
-    task, check = opening.prepare(task, source, others, options, method)
+    task, check = opening.prepare(task, source, named_references(references), options, method)
     console.print(f"forgetting {len(task.forget)} of {len(task.source.train)} samples of {data} by {method}")
     with progress_bars() as progress:
         outcome = run_job(
@@ -270,7 +261,6 @@ def unlearn(
             out,
             method=method,
             config=options,
-            original=before,
             references=references,
             resume=run.resume,
             overwrite=run.overwrite,

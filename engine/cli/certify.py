@@ -27,6 +27,7 @@ from engine.errors import UserError
 from engine.evaluate.proof_sizes import SIMULATED_REQUESTS, SIMULATED_SAMPLES, simulated_requests
 
 if TYPE_CHECKING:
+    from engine.audit.run_record import RecordOptions
     from engine.jobs.opening import Opening
 
 
@@ -99,6 +100,7 @@ def certify(
         f"at least {SIMULATED_REQUESTS}: the range of a further run is estimated from them",
     )
     split_options(options, get_method(method).Config)
+    RecordOptions(key=sign).check()
     (given,) = files.sources([checkpoint])
     checkpoint = given or checkpoint
     original = open_model(checkpoint)

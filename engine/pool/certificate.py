@@ -305,7 +305,8 @@ def open_certificate(given: Path, pool: Pool, public_key: Path | None = None) ->
             f"--certificate {path}: was changed since it was written, or belongs to another pool than {pool.folder}; "
             "give the file as lethe certify wrote it"
         )
-    if public_key is not None and not (signature and checker(public_key)(canonical(content), str(signature["value"]))):
+    value = signature.get("value") if isinstance(signature, Mapping) else None
+    if public_key is not None and not (value and checker(public_key)(canonical(content), str(value))):
         raise UserError(f"--certificate {path}: has no signature that {public_key} confirms")
     return Certificate(path, content)
 

@@ -12,6 +12,7 @@ model is read from test samples (`Evidence.partial`).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
@@ -80,6 +81,10 @@ class PoolReferences:
         """Forward passes of a retrain by the pool's recipe; a training step counts as three."""
         return 3.0 * float(self.pool.facts["recipe"]["epochs"]) * len(self.source.train)
 
+    @functools.cached_property
+    def _read_by(self) -> tuple[Any, ...]:
+        return preprocessing_of(self.model(1)).to_dict(), self.answers.run.decode
+
     def model(self, number: int) -> nn.Module:
         return open_model(self.pool.place(number))
 
@@ -133,7 +138,8 @@ class PoolReferences:
         return found
 
     def _kept(self, what: str, facts: tuple[Any, ...]) -> Path:
-        """Return the file of outputs that depend on these facts."""
+        """Return the file of outputs that depend on these facts, and on how images are read for the models."""
+        facts = (*facts, self._read_by)
         return self.pool.folder / "outputs" / f"{what}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.npz"
 
     def _of(

@@ -145,7 +145,10 @@ def takes_folder(folder: Path, facts: Mapping[str, Any]) -> Iterator[None]:
     path = folder / "procedure.json"
     with lock.held(folder):
         if path.is_file():
-            before = json.loads(path.read_text(encoding="utf-8"))
+            try:
+                before = dict(json.loads(path.read_text(encoding="utf-8")))
+            except (ValueError, TypeError):
+                raise UserError(f"--out {folder}: {path.name} cannot be read; name another folder") from None
             for name in facts:
                 if before.get(name) != json.loads(json.dumps(facts[name])):
                     raise UserError(

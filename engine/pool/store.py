@@ -181,6 +181,8 @@ class Pool:
             if facts["sha256"] != pool._checksum():
                 raise UserError(f"{path}: was changed since it was written; restore it, or train the pool again")
             return pool
+        except UserError:
+            raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: is not the file of a pool ({error}); restore it") from None
 

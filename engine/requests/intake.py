@@ -18,7 +18,7 @@ from engine.jobs.opening import current
 from engine.jobs.opening import open_model as load_checkpoint
 from engine.jobs.task import Task
 from engine.methods import get_method
-from engine.models.checkpoint import save_checkpoint
+from engine.models.checkpoint import save_checkpoint, weights_sha256
 from engine.models.checkpoint_source import absolute_checkpoint
 from engine.models.info import model_info
 from engine.models.slice_stages import copy_stages
@@ -76,6 +76,7 @@ def init_store(
         for path in folder.glob("*")
         if not path.name.startswith(("requests.sqlite", "versions", _GATES, _KEY))
     ]
+    foreign += [f"versions/{path.name}" for path in (folder / "versions").glob("*") if path.name != "0000"]
     if foreign:
         raise UserError(f"{folder} holds files that are not a store's ({foreign[0]}); name another folder with --store")
     if not 0 < max_share <= 1:
@@ -105,6 +106,7 @@ def init_store(
         "data": data,
         "train": len(source.train),
         "fingerprint": source.train.fingerprint(),
+        "weights_sha256": weights_sha256(model),
         "checkpoint": checkpoint,
         "method": method,
         "config": dict(config or {}),

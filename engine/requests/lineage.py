@@ -6,10 +6,12 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from engine.audit.record_check import verify_record
 from engine.data import Source
 from engine.errors import UserError
 from engine.jobs.opening import Opening, current
 from engine.jobs.opening import open_model as load_checkpoint
+from engine.models.checkpoint import weights_sha256
 from engine.requests.intake import open_data
 from engine.requests.store import Store, locked
 from engine.runtime.process_group import launched
@@ -36,6 +38,18 @@ def open_ordered_data(store: Store) -> Source:
     """Open the data of a store, with labels in the order of version 0's classes."""
     source = open_data(store)
     return current().in_order_of(source, load_checkpoint(store.place(0))) if source.train.class_names else source
+
+
+def refuse_changed(store: Store, number: int) -> None:
+    """Raise UserError if the files of a version are not as they were written; those of its base likewise."""
+    for each in dict.fromkeys((number, store.base_of(number))):
+        place = store.place(each)
+        remedy = "restore it from a backup; what was made from a changed version is no proof"
+        kept = store.settings.get("weights_sha256") if each == 0 else None
+        if kept is not None and weights_sha256(load_checkpoint(place)) != kept:
+            raise UserError(f"{place}: its weights are not those that lethe request init copied; {remedy}")
+        if (place / "record.json").is_file() and (problems := verify_record(place)):
+            raise UserError(f"{place}: changed since it was written ({problems[0]}); {remedy}")
 
 
 def refuse_unfinished(store: Store) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from engine.config import split_options
 from engine.errors import UserError
+from engine.evaluate.gates import Gates
 from engine.methods import get_method
 from engine.pool.certificate import check_given
 from engine.requests.entries import Run
@@ -43,6 +44,7 @@ class Options:
         split_options(self.config, get_method(self.method).Config)
         if self.pool and self.references:
             raise UserError("references and a pool are both given; leave --pool out, or give --no-reference")
+        Gates.read(self.gates_file)
         pool, key = (Path(each) if each else None for each in (self.pool, self.public_key))
         check_given(pool, [Path(each) for each in self.certificates], key)
 

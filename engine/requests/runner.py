@@ -27,7 +27,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from engine.config import to_dict
+from engine.config import read_yaml, to_dict
 from engine.core.result import Progress
 from engine.data import Source
 from engine.errors import RunStopped, UserError
@@ -39,7 +39,7 @@ from engine.jobs.unlearn import run_job
 from engine.methods import get_method
 from engine.requests.drift import measure_drift
 from engine.requests.entries import Run
-from engine.requests.lineage import open_lineage, open_ordered_data, refuse_launcher
+from engine.requests.lineage import open_lineage, open_ordered_data, refuse_changed, refuse_launcher
 from engine.requests.pool_proof import PoolProof
 from engine.requests.run_options import Options, Overrides
 from engine.requests.store import Store, locked
@@ -107,6 +107,7 @@ def run_requests(
     if given.gates is not None:
         Gates.read(given.gates)
     with open_lineage(folder) as store:
+        refuse_changed(store, store.current().number)
         source = open_ordered_data(store)
         run = store.unfinished()
         if run is None:
@@ -236,7 +237,7 @@ def _unlearn(store: Store, run: Run, task: Task, options: Options, progress: Pro
     # A run ends by writing the evidence, the report last, and then by deleting its resume folder. A model without a
     # report comes from a rebase that was killed before it was stored: it is overwritten.
     ended = is_finished(place)
-    if ended and (place / "report.html").is_file():
+    if ended and (place / "report.html").is_file() and _made(place, task, options.method):
         shutil.rmtree(place / "resume", ignore_errors=True)  # of a process killed during the deletion
         metrics: dict[str, Any] = json.loads((place / "metrics.json").read_text(encoding="utf-8"))
         return metrics
@@ -266,6 +267,15 @@ def _unlearn(store: Store, run: Run, task: Task, options: Options, progress: Pro
             "options, drop this one first by lethe request run --abandon"
         ) from error
     return outcome.metrics
+
+
+def _made(place: Path, task: Task, method: str) -> bool:
+    """Return whether a finished run is that of this task: an older database may lie next to newer versions."""
+    config = read_yaml(place / "config.yaml") or {}
+    samples = config.get("samples", {})
+    forgotten = samples.get("forget", 0) + samples.get("forget_unreadable", 0)
+    same = samples.get("retain_sha256") == task.retain.fingerprint() and forgotten == len(task.forget)
+    return bool(same and config.get("method", method) == method)
 
 
 def why_unusable(store: Store, run: Run, metrics: Mapping[str, Any]) -> str:

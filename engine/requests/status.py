@@ -93,7 +93,10 @@ def _kind(store: Store, version: Version) -> str | None:
     file = store.place(version.number) / "verdict.json"
     if version.verdict is None or not file.is_file():
         return None
-    kind: str | None = json.loads(file.read_text(encoding="utf-8")).get("kind")
+    try:
+        kind: str | None = json.loads(file.read_text(encoding="utf-8")).get("kind")
+    except (ValueError, AttributeError):
+        return "unreadable"
     return kind
 
 

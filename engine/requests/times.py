@@ -8,6 +8,9 @@ import datetime
 from engine.errors import UserError
 
 DAYS = 30  # from receipt to the deadline, if neither a deadline nor a number of days is given
+_MOST_DAYS = 36_500
+# Others are mistyped, and times have to sort as text.
+_FIRST_YEAR, _LAST_YEAR = 1970, 9000
 
 
 def moment(text: str, *, end_of_day: bool = False) -> datetime.datetime:
@@ -28,7 +31,13 @@ def moment(text: str, *, end_of_day: bool = False) -> datetime.datetime:
         ) from None
     if end_of_day and len(text.strip()) <= len("2026-05-25"):
         found = found.replace(hour=23, minute=59, second=59)
-    return found.replace(tzinfo=found.tzinfo or datetime.timezone.utc).astimezone(datetime.timezone.utc)
+    try:
+        found = found.replace(tzinfo=found.tzinfo or datetime.timezone.utc).astimezone(datetime.timezone.utc)
+    except OverflowError:
+        found = datetime.datetime.min.replace(tzinfo=datetime.timezone.utc)
+    if not _FIRST_YEAR <= found.year < _LAST_YEAR:
+        raise UserError(f"{text!r}: expected a year from {_FIRST_YEAR} to {_LAST_YEAR - 1}")
+    return found
 
 
 def stamp(time: datetime.datetime) -> str:
@@ -72,7 +81,10 @@ class RequestTimes:
         if self.deadline:
             deadline = moment(self.deadline, end_of_day=True)
         else:
-            deadline = received + datetime.timedelta(days=DAYS if self.days is None else self.days)
+            days = DAYS if self.days is None else self.days
+            if not abs(days) <= _MOST_DAYS:  # not a number is neither
+                raise UserError(f"--days {days:g}: expected a number of days, at most {_MOST_DAYS}")
+            deadline = received + datetime.timedelta(days=days)
         if deadline < received:
             raise UserError(
                 f"the deadline {deadline:%Y-%m-%d %H:%M} lies before the receipt {received:%Y-%m-%d %H:%M} (UTC)"

@@ -12,7 +12,7 @@ from engine.evaluate.gates import PASS, Gates, Verdict, undecided
 from engine.jobs.task import Task
 from engine.methods import get_method
 from engine.report.proof.page import write_proof
-from engine.requests.lineage import open_lineage, open_ordered_data, refuse_launcher, refuse_unfinished
+from engine.requests.lineage import open_lineage, open_ordered_data, refuse_changed, refuse_launcher, refuse_unfinished
 from engine.requests.pool_proof import PoolProof, judge_unproven
 from engine.requests.run_options import Options, Overrides
 from engine.requests.store import Store
@@ -82,6 +82,7 @@ def judge_again(
         version, ids, unproven = store.current(), store.forgotten(), _unproven(store)
         if not unproven and not (given.pool and ids):
             return None
+        refuse_changed(store, version.number)
         source = open_ordered_data(store)
         options, parent = given.of_store(store), None
         options.check()

@@ -7,9 +7,12 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from engine.core.phase import Phase
+from engine.core.plausibility import is_far_below
+from engine.errors import UserError
 from engine.run.train_engine import TrainEngine
 
 logger = logging.getLogger(__name__)
@@ -37,6 +40,24 @@ def watched_count(phases: Sequence[Phase], forget: int, retain: int) -> int:
         phase.epochs * (phase.retained(retain) + (0 if phase.samples == "retain" else forget)) for phase in phases
     )
     return int(min(_MOST_WATCHED, max(_FEWEST_WATCHED, taken / 4)))
+
+
+def accuracy_before(labels: np.ndarray, original: float, model: float) -> float:
+    """Return the accuracy that a run is measured from if the original is the model before earlier requests.
+
+    Args:
+        labels: Labels of the watched samples.
+        original, model: Accuracy [0, 1] of that model, and of the one that is unlearned, on them.
+
+    Raises:
+        UserError: The former is far below: it is another model.
+    """
+    if is_far_below(np.arange(len(labels)) < round(original * len(labels)), model):
+        raise UserError(
+            f"original: its accuracy on {len(labels)} watched samples is {100 * original:.1f}%, that of the model "
+            f"{100 * model:.1f}%; give the model that the earlier requests were forgotten from"
+        )
+    return max(original, model)
 
 
 class CollapseGuard:

@@ -205,7 +205,8 @@ def set_up(original: nn.Module, forget: Samples, retain: Samples, options: RunOp
     run, config = split_options(options.config, method.Config)
     run = _resolve(run)
     _check_model(method, original)
-    before = original if options.original is None else options.original
+    later = options.original is not None and not _shares_weights(options.original, original)
+    before = original if options.original is None or not later else options.original
     _check_original(options.method, method, before, original)
     info = describe(original)
     watched = retain if options.validation is None else from_dataset(options.validation, "validation")
@@ -219,7 +220,7 @@ def set_up(original: nn.Module, forget: Samples, retain: Samples, options: RunOp
         forget = without(forget, unreadable)
     resolved = _to_resolved(environment, config, options, forget, retain, len(unreadable))
     zero, world = environment.zero, environment.world
-    changing = options.inplace and before is original
+    changing = options.inplace and not later
     teacher, release = _frozen(before, environment.device, run, zero if world.size > 1 else None, changing)
     run = dataclasses.replace(run, augment=_augmentation(run.augment, environment.loader, retain, forget))  # type: ignore[arg-type]
     resolved["augment"] = run.augment
@@ -270,6 +271,7 @@ def set_up(original: nn.Module, forget: Samples, retain: Samples, options: RunOp
         spec=spec,
         pruned=pruned,
         early_stopping=stop,
+        later=later,
     )
     trainer.bad_images.update(unreadable)
     return Run(
@@ -303,6 +305,11 @@ def _check_model(method: type[Method], original: nn.Module) -> None:
             "every weight of the model is frozen (requires_grad=False), so nothing of it could be changed; call "
             "model.requires_grad_(True) first"
         )
+
+
+def _shares_weights(model: nn.Module, other: nn.Module) -> bool:
+    """Return whether two modules hold the same tensors, such as a model and its wrapper."""
+    return bool({p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in other.parameters()})
 
 
 def _check_original(name: str, method: type[Method], before: nn.Module, model: nn.Module) -> None:

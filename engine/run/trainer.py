@@ -27,7 +27,7 @@ from engine.models.checkpoint import save_checkpoint
 from engine.models.predict import predict
 from engine.models.spec import ModelSpec
 from engine.models.trainable import merge, merge_state
-from engine.run.collapse_guard import CollapseGuard
+from engine.run.collapse_guard import CollapseGuard, accuracy_before
 from engine.run.early_stopping import HeldOutStop
 from engine.run.folder import RunFolder, save_result
 from engine.run.phase_run import PhaseRun, Row, schedule
@@ -62,6 +62,7 @@ class Trainer:
         spec: How the model is built; None if nothing is written.
         pruned: Phases under `retain_pruning`, by their position.
         early_stopping: The rule of `stop_when`; None if there is none.
+        later: The original is the model before earlier requests, not the one that is changed.
     """
 
     train_engine: TrainEngine
@@ -76,6 +77,7 @@ class Trainer:
     spec: ModelSpec | None
     pruned: dict[int, PrunedPhase] = dataclasses.field(default_factory=dict)
     early_stopping: HeldOutStop | None = None
+    later: bool = False
 
     def __post_init__(self) -> None:
         self.world = self.method.context.world
@@ -106,6 +108,9 @@ class Trainer:
         if loaded is None:
             self.watched["before"] = self.watch(self.method.context.original)
             self._check_accuracy()
+            if self.later:
+                labels, now = self.watch_loader.samples.labels, self.watch(self.model)
+                self.watched["before"] = accuracy_before(labels, self.watched["before"], now)
             if self.early_stopping:
                 began = time.perf_counter()
                 self.early_stopping.prepare()

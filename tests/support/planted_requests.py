@@ -56,7 +56,9 @@ def unlearned(task: Task, checkpoint: str, place: Path, **options: Any) -> Outco
     """Stands for `run_job`: the files that say that it ended."""
     place.mkdir(parents=True, exist_ok=True)
     write_json(place / "metrics.json", {**METRICS, "collapsed": False})
-    for name in ("config.yaml", "model.safetensors", "report.html"):
+    samples = {"forget": len(task.forget), "retain_sha256": task.retain.fingerprint()}
+    write_json(place / "config.yaml", {"samples": samples})
+    for name in ("model.safetensors", "report.html"):
         (place / name).touch()
     return Outcome(None, {**METRICS, "collapsed": False})  # type: ignore[arg-type]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from pathlib import Path
@@ -21,6 +22,8 @@ from engine.methods.common.log_odds import log_odds, quantiles_in_order, quantil
 from engine.methods.lethe_plus import one_shift, shifts
 from engine.models.checkpoint import save_checkpoint, weights_sha256
 from engine.models.vit import outputs
+from engine.run.collapse_guard import accuracy_before
+from engine.run.unlearn import train as train_model
 from engine.run.unlearn import unlearn
 
 
@@ -429,3 +432,38 @@ def test_an_original_that_does_not_fit_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=message):
         unlearn(tiny_vit(), few(train, 4), train.subset(range(20, 60)), method=method, original=tiny_vit(**before))
+
+
+def test_an_original_that_shares_the_weights_is_the_model_itself(train: Samples) -> None:
+    """Else it changed with the model that is trained in place, and held nothing back."""
+    model = tiny_vit(seed=5)
+    result = unlearn(
+        model,
+        few(train, 4),
+        train.subset(range(20, 60)),
+        method="lethe_plus",
+        validation=train.subset(range(60, 110)),
+        config={"precision": "fp32", "batch_size": 4, "lr": 1e-2, **SMALL, "small_forget_passes": 3.0},
+        original=copy.copy(model),
+        inplace=True,
+    )
+    found = [row["retain_kl"] for row in result.history if "retain_kl" in row]
+    assert found[0] == pytest.approx(0, abs=1e-6)
+    assert max(found) > 1e-4
+
+
+def test_an_original_that_is_far_less_accurate_is_another_model(train: Samples) -> None:
+    samples = train.subset(range(85))
+    model = train_model(tiny_vit(), samples, config={"epochs": 15.0, "lr": 3e-3, "batch_size": 16, "precision": "fp32"})
+    with pytest.raises(UserError, match=r"original: its accuracy on .* watched samples is .*%, that of the model"):
+        unlearn(
+            model.model,
+            few(train, 4),
+            train.subset(range(20, 85)),
+            method="lethe_plus",
+            validation=samples,
+            config=SMALL,
+            original=tiny_vit(),
+        )
+    labels = np.zeros(200, dtype=int)
+    assert (accuracy_before(labels, 0.9, 0.8), accuracy_before(labels, 0.8, 0.82)) == (0.9, 0.82)

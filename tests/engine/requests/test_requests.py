@@ -26,6 +26,7 @@ from engine.requests.runner import abandon_run, run_requests
 from engine.requests.status import status
 from engine.requests.store import Store
 from engine.requests.times import RequestTimes
+from engine.requests.verdicts import judge_again
 
 
 @pytest.mark.slow
@@ -191,6 +192,48 @@ def test_later_runs_keep_the_predictions_of_version_0(
     recorded = [read_yaml(store / "versions" / f"000{i}" / "config.yaml").get("original_sha256") for i in (1, 2, 3)]
     expected = weights_sha256(load_checkpoint(store / "versions" / "0000")) if later else None
     assert recorded == [None, expected, expected]
+
+
+def test_a_version_of_another_request_is_no_result_of_a_run(store: Path, digits: Source, tmp_path: Path) -> None:
+    """An older database beside newer versions: the stale version was accepted as the result, and its request done."""
+    older = shutil.copy(store / "requests.sqlite", tmp_path)
+    add_request(store, ids=ids_of(digits, 0))
+    run(store)
+    stale = weights_sha256(load_checkpoint(store / "versions" / "0001"))
+    for path in store.glob("requests.sqlite*"):
+        path.unlink()
+    shutil.copy(older, store)
+    add_request(store, ids=ids_of(digits, 30))
+    assert run(store).state == "done"
+    expected = Task.of_ids(digits, ids_of(digits, 30), spec="").retain.fingerprint()
+    assert read_yaml(store / "versions" / "0001" / "config.yaml")["samples"]["retain_sha256"] == expected
+    assert weights_sha256(load_checkpoint(store / "versions" / "0001")) != stale
+    for path in store.glob("requests.sqlite*"):
+        path.unlink()
+    with pytest.raises(UserError, match=r"not a store's \(versions/0001\)"):
+        init_store(store, checkpoint=str(store / "versions" / "0000"), data="digits")
+
+
+@pytest.mark.parametrize("changed", ["0000", "0001"])
+def test_a_version_with_other_weights_is_refused(store: Path, digits: Source, changed: str) -> None:
+    add_request(store, ids=ids_of(digits, 0))
+    run(store, "INSUFFICIENT EVIDENCE")
+    add_request(store, ids=ids_of(digits, 10))
+    save_checkpoint(tiny_vit(9), store / "versions" / changed)
+    for command in (run, lambda folder: judge_again(folder, verify=Judge(), record=record)):
+        with pytest.raises(UserError, match=rf"versions/{changed}: .*restore it from a backup"):
+            command(store)
+    assert states(store) == {1: "unproven", 2: "open"}
+
+
+def test_a_version_of_the_store_is_no_full_retrain(store: Path, digits: Source, tmp_path: Path) -> None:
+    add_request(store, ids=ids_of(digits, 0))
+    run(store)
+    bare = save_checkpoint(load_checkpoint(store / "versions" / "0000"), tmp_path / "bare")
+    for checkpoint in (store / "versions" / "0000", bare):
+        with pytest.raises(UserError, match="its weights are those of version 0000, so it is no full retrain"):
+            rebase(store, str(checkpoint))
+    assert status(store)["current"]["version"] == 1
 
 
 def test_deadlines_decide_the_order_and_limit_the_number(store: Path, digits: Source) -> None:

@@ -14,6 +14,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 from planted_requests import COUNT, SOURCE, Crash, make_store, plant, unlearned, verdict
+from toys import tiny_vit
 
 from engine.errors import RunStopped, UserError
 from engine.evaluate.gates import Verdict
@@ -296,7 +297,7 @@ class Sequences(RuleBasedStateMachine):
     def rebase(self) -> None:
         with Store.open(self.folder) as opened, pytest.MonkeyPatch.context() as patch:
             unfinished = opened.unfinished()
-            patch.setattr(rebase_module, "load_fitting", lambda checkpoint, source: None)
+            patch.setattr(rebase_module, "load_fitting", lambda checkpoint, source: tiny_vit(9))
             patch.setattr(rebase_module, "save_checkpoint", lambda model, place: place.mkdir())
             if unfinished:
                 with pytest.raises(UserError):
@@ -333,3 +334,20 @@ def test_times() -> None:
     assert stamp(moment("2026-05-25T12:00:00+02:00")) == "2026-05-25T10:00:00Z"
     assert stamp(moment(" 2026-05-25 ")) == "2026-05-25T00:00:00Z"
     assert stamp(moment("2026-05-25T10:00:00Z", end_of_day=True)) == "2026-05-25T10:00:00Z"
+
+
+@pytest.mark.parametrize(
+    "times",
+    [
+        {"received": "0999-01-01"},
+        {"received": "0001-01-01T00:00:00+14:00"},
+        {"deadline": "9999-12-31T23:59:59-12:00"},
+        {"days": float("nan")},
+        {"days": float("inf")},
+        {"days": 1e10},
+    ],
+)
+def test_times_that_cannot_be_meant_are_refused(times: dict[str, Any]) -> None:
+    """A year below 1000 was stored in a form that no later command could read."""
+    with pytest.raises(UserError, match=r"expected a (year|number of days)"):
+        RequestTimes(**times).resolve()
