@@ -33,7 +33,7 @@ from engine.evaluate.verdict import judge
 from engine.jobs.task import Task
 from engine.jobs.verify import Verifier
 from engine.pool.answers import Answers
-from engine.pool.references import PoolReferences, evidence_by_pool
+from engine.pool.references import PoolReferences, judge_task
 
 _REFERENCES = 4
 
@@ -77,7 +77,7 @@ def run_pool_agreement(
         for name, each in make.items():
             others = [full[f"retrained {n}"] for n in range(models - 1) if f"retrained {n}" != name][:_REFERENCES]
             by_references = judge(as_evidence(full[name], full["untouched"].outputs, others), gates)
-            by_pool = judge(evidence_by_pool(references, task, each()), gates)
+            by_pool = judge_task(references, task, each(), gates)
             rows[f"list {seed}, {name}"] = {
                 "references": by_references.status,
                 "pool": by_pool.status,

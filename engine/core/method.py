@@ -148,6 +148,14 @@ class Method:
         """
         return []
 
+    @classmethod
+    def regime(cls, config: Any, forget: int, retain: int) -> str:
+        """Return which of its procedures the method takes for these numbers of samples; empty: it has one.
+
+        A certificate covers sizes of one procedure alone.
+        """
+        return ""
+
     def needs_original(self, phase: Phase, prepared: bool) -> bool:
         """Return whether a phase still runs the original, before or after `prepare`.
 

@@ -167,11 +167,14 @@ class LethePlus(Method):
     @property
     def small(self) -> bool:
         """Whether the request is small: its steps take less than one pass over the retain set."""
-        config = self.config
+        return self.regime(self.config, len(self.context.forget), len(self.context.retain)) == "small"
+
+    @classmethod
+    def regime(cls, config: LethePlusConfig, forget: int, retain: int) -> str:
         if config.retain_ratio is None:
-            return False
-        retain_visits = config.retain_ratio * config.small_forget_passes * len(self.context.forget)
-        return bool(retain_visits < min(1.0, config.epochs) * len(self.context.retain))
+            return "large"
+        visits = config.retain_ratio * config.small_forget_passes * forget
+        return "small" if visits < min(1.0, config.epochs) * retain else "large"
 
     def passes(self, phases: list[Phase], number: int, taken: StepCounts) -> list[ExtraPasses]:
         config = self.config

@@ -26,10 +26,12 @@ from engine._version import __version__
 from engine.attack.ensemble import what_counts
 from engine.audit.record_format import canonical
 from engine.audit.signature import checker, signer
+from engine.config import split_options
 from engine.errors import UserError
 from engine.evaluate.gates import INSUFFICIENT, PASS, Gates, Verdict
 from engine.evaluate.intervals import Interval, proportion
 from engine.evaluate.verdict import Evidence, ModelOutputs, calibrated_margins, judge
+from engine.methods import get_method
 from engine.models.predict import Predictions
 from engine.pool.references import PoolReferences, with_cost
 from engine.pool.simulation import Procedure, Simulated, kind_of
@@ -181,7 +183,7 @@ def certify(
         "expires": (now + datetime.timedelta(days=days)).isoformat(),
         **bound(references, procedure.method, procedure.config),
         "kind": procedure.kind,
-        "sizes": [max(1, round(SIZES[0] * procedure.size)), round(SIZES[1] * procedure.size)],
+        "sizes": covered_sizes(procedure, len(references.source.train)),
         "max_drift": MAX_DRIFT,
         "requests": {"size": procedure.size, "count": procedure.count, "seed": procedure.seed},
         "verdict": verdict.to_dict(),
@@ -196,6 +198,23 @@ def certify(
         "version": __version__,
     }
     return content, verdict
+
+
+def covered_sizes(procedure: Procedure, count: int) -> list[int]:
+    """Return the least and the most samples of a covered request, half to twice of those that are simulated.
+
+    Sizes at which the method takes another procedure are left out (`Method.regime`).
+
+    Args:
+        procedure: What is certified.
+        count: Number of training samples.
+    """
+    method, size = get_method(procedure.method), procedure.size
+    config = split_options(procedure.config, method.Config)[1]
+    regime = method.regime(config, size, count - size)
+    low, high = max(1, round(SIZES[0] * size)), min(count, round(SIZES[1] * size))
+    same = [n for n in range(low, high + 1) if method.regime(config, n, count - n) == regime]
+    return [min(same), max(same)]
 
 
 def score_on_test(model: ModelOutputs, references: Sequence[ModelOutputs]) -> float:

@@ -25,7 +25,7 @@ from torch import nn
 from engine.data import Samples, Source
 from engine.data.samples import evenly_spaced
 from engine.errors import UserError
-from engine.evaluate.gates import Gates, Proof, Verdict
+from engine.evaluate.gates import Gate, Gates, Proof, Verdict, undecided
 from engine.evaluate.membership import auc
 from engine.evaluate.proof_sizes import CONTROLS
 from engine.evaluate.verdict import Evidence, ModelOutputs, calibrated_margins, chance_error, judge
@@ -41,6 +41,8 @@ from engine.runtime.files import read_npz, write_npz
 
 # Of each kind, for the check of what a model of the pool knows.
 _CHECKED = 500
+# Share of a class that has to be retained for the models of a pool to be references for its samples.
+_LEFT = 0.1
 # Standard errors by which a model may know its samples better than the other models of the pool know theirs.
 _SURE = 3.5
 
@@ -240,6 +242,31 @@ def check_knowledge(folder: Path, found: Sequence[tuple[float, float]]) -> None:
             )
 
 
+def emptied_classes(task: Task) -> Gate | None:
+    """Return the undecided gate of a request after which hardly any sample of a class is retained; None for others.
+
+    The models of a pool were trained on other images of that class, as no model is that was retrained without it.
+    """
+    train = task.source.train
+    before, left, forgotten = (
+        np.bincount(labels, minlength=int(train.labels.max()) + 1)
+        for labels in (train.labels, task.retain.labels, task.forget.labels)
+    )
+    emptied = np.flatnonzero((forgotten > 0) & (left < _LEFT * before))
+    if not len(emptied):
+        return None
+    label = int(emptied[0])
+    name = train.class_names[label] if train.class_names else label
+    return undecided(
+        "classes",
+        "Is something of every class retained?",
+        f"{100 * _LEFT:g}% of each class that samples are forgotten of",
+        f"of class {name} {left[label]} of {before[label]} samples are retained; the models of the pool know that "
+        "class, and a model retrained without it does not, so they are no references here: give --reference in place "
+        "of --pool (lethe train --forget)",
+    )
+
+
 def evidence_by_pool(references: PoolReferences, task: Task, model: nn.Module) -> Evidence:
     """Return the evidence on a model whose references are those of a pool."""
     answers, original = references.answers, references.original
@@ -255,6 +282,15 @@ def evidence_by_pool(references: PoolReferences, task: Task, model: nn.Module) -
         partial=True,
         expected_test=references.expected_test(),
     )
+
+
+def judge_task(references: PoolReferences, task: Task, model: nn.Module, gates: Gates) -> Verdict:
+    """Return the verdict on a model whose references are those of a pool."""
+    emptied = emptied_classes(task)
+    if emptied is not None:
+        sizes = {"forget": len(task.forget), "test": len(references.test), "retain": len(task.retain)}
+        return Verdict([emptied], 0, sizes)
+    return judge(evidence_by_pool(references, task, model), gates)
 
 
 def outputs_of(answers: Answers, model: nn.Module, sets: Mapping[str, Samples]) -> ModelOutputs:
@@ -292,7 +328,7 @@ def judge_by_pool(
     opened.check_recipe(str(original))
     task = task.readable(before, config)
     references = PoolReferences(opened, task.source, before, Answers(config))
-    return with_cost(judge(evidence_by_pool(references, task, model), limits), references, "pool", opened.folder, began)
+    return with_cost(judge_task(references, task, model, limits), references, "pool", opened.folder, began)
 
 
 def with_cost(

@@ -21,13 +21,13 @@ from engine.data.samples import evenly_spaced
 from engine.evaluate.gates import FAIL, PASS, Gate, Gates, Verdict, decide, undecided
 from engine.evaluate.intervals import Interval
 from engine.evaluate.proof_sizes import retained_samples
-from engine.evaluate.verdict import Evidence, ModelOutputs, accuracy_gates, judge
+from engine.evaluate.verdict import Evidence, ModelOutputs, accuracy_gates
 from engine.jobs.opening import open_model
 from engine.jobs.task import Task
 from engine.jobs.verify import changed_share
 from engine.pool.answers import Answers
 from engine.pool.certificate import Certificate, covered_run, open_certificate, score_on_test
-from engine.pool.references import PoolReferences, evidence_by_pool, with_cost
+from engine.pool.references import PoolReferences, emptied_classes, judge_task, with_cost
 from engine.pool.simulation import figures_of, kind_of
 from engine.pool.store import Pool
 from engine.requests.run_options import Options
@@ -96,7 +96,7 @@ class PoolProof:
         began, gates, part, reasons = time.perf_counter(), self.gates, unproven or whole, list(self.earlier)
         references, certificates, model = *self._opened(whole), open_model(self.place)
         pool = references.pool
-        if batch is not None and len(batch.forget) < gates.minimum_samples:
+        if batch is not None and len(batch.forget) < gates.minimum_samples and emptied_classes(batch) is None:
             by_certificate, reasons = self._covered(certificates, references, batch, model, began)
             if by_certificate is not None:
                 return by_certificate
@@ -106,7 +106,7 @@ class PoolProof:
             if task is whole and unproven is not None and self._base:  # version 0 was trained on all of them
                 original = open_model(self.store.place(0))
                 against = PoolReferences(pool, whole.source, original, references.answers)
-            return judge(evidence_by_pool(against, task, model), gates)
+            return judge_task(against, task, model, gates)
 
         few = len(part.forget) < gates.minimum_samples
         found = judge_unproven(judged, whole, unproven, self._uncovered(batch or part, reasons) if few else None)

@@ -203,7 +203,7 @@ class _Attempt:
         if not reason:
             notify(f"judging version {run.number:04d} on the {len(whole.forget)} samples forgotten so far")
             part = part_of(self.source, forgotten, unproven, spec="the unproven requests")
-            verdict = judge_version(store, verify, whole, part, place, options, run.parent, task)
+            verdict = judge_version(store, verify, whole, part, place, options, (run.parent, task))
             # If the process is killed before `finish`, the verdict is repeated and recorded twice, which is harmless.
             record_in(store, run.number, verdict, record)
             status, reason = verdict.status, reason_of(verdict)

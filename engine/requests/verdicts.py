@@ -106,8 +106,8 @@ def judge_again(
         part = _to_be_proven(source, ids, store.ids_of(unproven or version.requests), bool(unproven), options)
         notify(f"judging version {version.number:04d} on the {len(ids)} samples forgotten so far")
         place = store.place(version.number)
-        batch = None if parent is None else part or whole
-        verdict = judge_version(store, verify, whole, part, place, options, parent, batch, earlier)
+        of_run = None if parent is None else (parent, part or whole)
+        verdict = judge_version(store, verify, whole, part, place, options, of_run, earlier)
         if version.kind == "unlearned":  # a full retrain was copied without its record
             record_in(store, version.number, verdict, record)
         states_before = {request.number: request.state for request in store.requests()}
@@ -187,8 +187,7 @@ def judge_version(
     unproven: Task | None,
     place: Path,
     options: Options,
-    parent: int | None = None,
-    batch: Task | None = None,
+    of_run: tuple[int, Task] | None = None,
     earlier: Sequence[str] = (),
 ) -> Verdict:
     """Return the verdict on all forgotten samples and on those that no verdict has proven; a PASS needs both.
@@ -201,13 +200,14 @@ def judge_version(
             they are all.
         place: Folder of the version.
         options: Options of the run.
-        parent, batch: Version that a run unlearned, and its samples, so that a certificate may cover it; None: all is
-            judged by outputs.
+        of_run: Version that a run unlearned, and its samples, so that a certificate may cover it; None: all is judged
+            by outputs.
         earlier: As of `PoolProof`.
     """
     from engine.jobs.verify import verify_job
 
     if options.pool and not options.references:
+        parent, batch = of_run or (None, None)
         proof = PoolProof(store=store, options=options, parent=parent, place=place, earlier=earlier)
         return proof.judge(whole, unproven, batch)
     gates = options.gates_file

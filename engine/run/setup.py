@@ -205,9 +205,7 @@ def set_up(original: nn.Module, forget: Samples, retain: Samples, options: RunOp
     run, config = split_options(options.config, method.Config)
     run = _resolve(run)
     _check_model(method, original)
-    later = options.original is not None and not _shares_weights(options.original, original)
-    before = original if options.original is None or not later else options.original
-    _check_original(options.method, method, before, original)
+    before = _before(options, method, original)
     info = describe(original)
     watched = retain if options.validation is None else from_dataset(options.validation, "validation")
     _check_data(original, forget, retain, watched)
@@ -220,8 +218,8 @@ def set_up(original: nn.Module, forget: Samples, retain: Samples, options: RunOp
         forget = without(forget, unreadable)
     resolved = _to_resolved(environment, config, options, forget, retain, len(unreadable))
     zero, world = environment.zero, environment.world
-    changing = options.inplace and not later
-    teacher, release = _frozen(before, environment.device, run, zero if world.size > 1 else None, changing)
+    ranks = zero if world.size > 1 else None
+    teacher, release = _frozen(before, environment.device, run, ranks, options.inplace and before is original)
     run = dataclasses.replace(run, augment=_augmentation(run.augment, environment.loader, retain, forget))  # type: ignore[arg-type]
     resolved["augment"] = run.augment
     everything = retain
@@ -243,10 +241,7 @@ def set_up(original: nn.Module, forget: Samples, retain: Samples, options: RunOp
     )
     unlearner = method(config, context)
     phases = unlearner.phases()
-    stop = None
-    if run.stop_when != "never":
-        check_stop(unlearner, phases)
-        stop = HeldOutStop(unlearner, phases)
+    stop = _early_stopping(run, unlearner, phases)
     pruned = pruned_phases(run, phases, len(forget), len(retain))
     check_pruning(run, options.method, pruned)
     # Forgetting a class without retain samples is not a collapse, so the watched samples leave it out.
@@ -271,7 +266,7 @@ def set_up(original: nn.Module, forget: Samples, retain: Samples, options: RunOp
         spec=spec,
         pruned=pruned,
         early_stopping=stop,
-        later=later,
+        later=before is not original,
     )
     trainer.bad_images.update(unreadable)
     return Run(
@@ -307,24 +302,25 @@ def _check_model(method: type[Method], original: nn.Module) -> None:
         )
 
 
-def _shares_weights(model: nn.Module, other: nn.Module) -> bool:
-    """Return whether two modules hold the same tensors, such as a model and its wrapper."""
-    return bool({p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in other.parameters()})
+def _before(options: RunOptions, method: type[Method], model: nn.Module) -> nn.Module:
+    """Return the model before earlier requests, checked against the one that is unlearned; this one if it was first.
 
-
-def _check_original(name: str, method: type[Method], before: nn.Module, model: nn.Module) -> None:
-    """Check the model before earlier requests against the one that is unlearned."""
-    if before is model:
-        return
+    A module that holds the same tensors as `model`, such as a wrapper of it, is that model.
+    """
+    before = options.original
+    if before is None or {p.data_ptr() for p in before.parameters()} & {p.data_ptr() for p in model.parameters()}:
+        return model
     if not method.takes_original:
         raise UserError(
-            f"original: method {name} takes the model that it changes as the original; leave it out, or use lethe_plus"
+            f"original: method {options.method} takes the model that it changes as the original; leave it out, or use "
+            "lethe_plus"
         )
     refuse_unfit(method, before)
     mine, theirs = num_classes_of(model), num_classes_of(before)
     if mine != theirs or preprocessing_of(model) != preprocessing_of(before):
         what = f"it has {theirs} classes, the model {mine}" if mine != theirs else "it takes images of another kind"
         raise UserError(f"original: {what}; give the model that the earlier requests were forgotten from")
+    return before
 
 
 def _environment(
@@ -361,6 +357,13 @@ def _to_resolved(
             **({"forget_unreadable": unreadable} if unreadable else {}),
         },
     }
+
+
+def _early_stopping(run: RunConfig, method: Method, phases: list[Phase]) -> HeldOutStop | None:
+    if run.stop_when == "never":
+        return None
+    check_stop(method, phases)
+    return HeldOutStop(method, phases)
 
 
 def _train_engine(method: Method, start: nn.Module, run: RunConfig, environment: Environment) -> TrainEngine:

@@ -28,6 +28,7 @@ from engine.pool.certificate import (
     certify,
     code_sha256,
     covered_run,
+    covered_sizes,
     no_op_rate,
     open_certificate,
     write_certificate,
@@ -265,3 +266,13 @@ def test_how_often_nothing_would_pass() -> None:
     assert no_op_rate(_evidence(0.0, 2.0), gates, 15, draws=20).value == 0
     weak = no_op_rate(_evidence(0.0, 0.25), gates, 15, draws=20)
     assert weak == no_op_rate(_evidence(0.0, 0.25), gates, 15, draws=20)  # repeatable
+
+
+@pytest.mark.parametrize(
+    ("method", "size", "expected"),
+    [("finetune", 20, [10, 40]), ("lethe_plus", 10, [5, 16]), ("lethe_plus", 20, [17, 40]), ("lethe_plus", 1, [1, 2])],
+)
+def test_a_certificate_covers_sizes_of_one_procedure(method: str, size: int, expected: list[int]) -> None:
+    """By lethe_plus up to 16 of these samples are a small request, whose steps are others."""
+    procedure = Procedure(method=method, config={}, kind="random", size=size, count=8)
+    assert covered_sizes(procedure, 1_438) == expected

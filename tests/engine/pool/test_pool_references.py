@@ -15,8 +15,9 @@ from engine.errors import UserError
 from engine.evaluate.gates import Gates
 from engine.evaluate.verdict import accuracy_gates
 from engine.jobs.task import Task
+from engine.models.preprocessing import preprocessing_of
 from engine.pool.answers import Answers
-from engine.pool.references import PoolReferences, check_knowledge, evidence_by_pool, judge_by_pool
+from engine.pool.references import PoolReferences, check_knowledge, evidence_by_pool, judge_by_pool, judge_task
 from engine.pool.store import Pool
 
 
@@ -91,6 +92,36 @@ def test_a_model_that_was_trained_on_what_it_should_lack_is_refused() -> None:
     check_knowledge(Path("p"), [*honest, (0.56, 0.02)])
     with pytest.raises(UserError, match="model 4 was trained on samples that it should lack"):
         check_knowledge(Path("p"), [*honest, (0.5, 0.02)])
+
+
+def test_outputs_that_are_kept_are_those_of_the_same_preprocessing(
+    pool: Pool, digits: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wrong --mean, once, spoiled all later verdicts by the pool."""
+    _references(pool, digits).expected_test()
+    own = preprocessing_of(tiny_vit())
+    other = dataclasses.replace(own, mean=tuple(0.1 for _ in own.mean))
+    monkeypatch.setattr("engine.pool.references.preprocessing_of", lambda model: other)
+    references = _references(pool, digits)
+    seen = references.answers.images
+    references.expected_test()
+    references.controls()
+    assert references.answers.images >= seen + 2 * len(digits.test), "computed again"
+
+
+@pytest.mark.parametrize(("kept", "decided"), [(0, True), (2, True), (15, False)])
+def test_a_class_that_is_gone_is_not_judged_by_models_that_know_it(
+    pool: Pool, digits: Source, kept: int, decided: bool
+) -> None:
+    """It was a FAIL, for a retrained model too."""
+    members = np.flatnonzero(digits.train.labels == 3)
+    ids = [digits.train.ids[int(i)] for i in members[kept:]]
+    found = judge_task(_references(pool, digits), Task.of_ids(digits, ids, spec="class 3"), tiny_vit(4), Gates.read())
+    assert (found.decided_by == ["classes"]) is decided
+    if decided:
+        assert found.status == "INSUFFICIENT EVIDENCE"
+        assert f"of class 3 {kept} of {len(members)} samples are retained" in found.gates[0].reason
+        assert "give --reference in place of --pool" in found.gates[0].reason
 
 
 def test_evidence_has_the_outputs_of_each_set(pool: Pool, digits: Source) -> None:

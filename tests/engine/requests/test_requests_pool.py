@@ -287,7 +287,7 @@ def test_what_is_done_needs_no_second_proof_of_its_own(
 ) -> None:
     """Red before: the last request was judged alone, and six samples are too few for that whatever they show."""
     passed = Verdict([Gate("membership", "?", "PASS", None, "limit", "planted")], 2, {"forget": 1, "test": 1})
-    monkeypatch.setattr(pool_proof, "judge", lambda evidence, gates: passed)
+    monkeypatch.setattr(pool_proof, "judge_task", lambda *anything: passed)
     add_request(store, ids=ids_of(digits, 0, 105))
     _run(store, pool=pool.folder)
     add_request(store, ids=ids_of(digits, 110))
@@ -380,7 +380,7 @@ def test_a_pass_on_all_samples_does_not_close_a_small_request(
 ) -> None:
     """A few samples that were not forgotten would not be noticed among many others."""
     passed = Verdict([Gate("membership", "?", "PASS", None, "limit", "planted")], 2, {"forget": 1, "test": 1})
-    monkeypatch.setattr(pool_proof, "judge", lambda evidence, gates: passed)
+    monkeypatch.setattr(pool_proof, "judge_task", lambda *anything: passed)
     add_request(store, ids=ids_of(digits, 0, 105))
     assert _run(store, pool=pool.folder).state == "done"
     add_request(store, ids=ids_of(digits, 110, last))
