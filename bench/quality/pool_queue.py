@@ -8,6 +8,7 @@ The JSON, below the heading of `bench.harness.report`:
 
     {"data", "method", "options", "certificates": [{"sizes", "granted"}], "retrain": forward passes of a retrain,
      "runs": [{"request", "samples", "planted": "" | "no-op" | "nudged", "status", "state", "kind", "reason", "images",
+        "kept": {"test accuracy" and "retain accuracy": [points above the original's, low, high]},
         "share": images over those of a retrain, "proof_seconds", "unlearn_seconds"}],
      "judged": {"status", "kind", "samples", "decided_by"} of all that was forgotten, by the pool}
 """
@@ -134,6 +135,11 @@ def _run(queue: Path, json_file: Path, planted: str) -> dict[str, Any]:
         "state": run["state"],
         "kind": verdict.get("kind", "none"),
         "reason": ", ".join(verdict["decided_by"]) if verdict else run["reason"],
+        "kept": {
+            gate["name"]: [gate["value"][key] for key in ("value", "low", "high")]
+            for gate in verdict.get("gates", [])
+            if gate["name"] in ("test accuracy", "retain accuracy") and gate["value"]
+        },
         "images": proof.get("images"),
         "share": proof["images"] / proof["retrain"] if proof else None,
         "proof_seconds": proof.get("seconds"),

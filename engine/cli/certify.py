@@ -27,7 +27,6 @@ from engine.errors import UserError
 from engine.evaluate.proof_sizes import SIMULATED_REQUESTS, SIMULATED_SAMPLES, simulated_requests
 
 if TYPE_CHECKING:
-    from engine.audit.run_record import RecordOptions
     from engine.jobs.opening import Opening
 
 
@@ -70,6 +69,7 @@ def certify(
     """
     import dataclasses
 
+    from engine.audit.run_record import RecordOptions
     from engine.cli.console import console, progress_bars
     from engine.cli.verdict_table import print_verdict
     from engine.config import require, split_options
@@ -82,7 +82,7 @@ def certify(
     from engine.pool.certificate import MOST_DAYS, bound, line_of, write_certificate
     from engine.pool.certificate import certify as grant
     from engine.pool.references import PoolReferences
-    from engine.pool.simulation import KINDS, Procedure, simulate, takes_folder
+    from engine.pool.simulation import KINDS, Procedure, refuse_too_many, simulate, takes_folder
     from engine.pool.store import Pool
 
     if kind not in KINDS:
@@ -114,6 +114,7 @@ def certify(
         count=requests if requests is not None else simulated_requests(size),
         seed=seed,
     )
+    refuse_too_many(source.train, procedure.size, procedure.count)
     opened = Pool.open(pool)
     opened.check_recipe(checkpoint)
     references = PoolReferences(opened, source, original, Answers(options))

@@ -68,11 +68,7 @@ def draw_requests(
     Raises:
         UserError: There are too few samples.
     """
-    if size < 1 or count < 1 or size * count > len(train) // 2:
-        raise UserError(
-            f"certify: {count} requests of {size} samples are {count * size} of the {len(train)} samples of "
-            f"{train.name}; take at most half of them"
-        )
+    refuse_too_many(train, size, count)
     rng = np.random.default_rng([seed, size])
     if kind == "near-duplicates":
         chosen = choose_forget_set(train, kind, count=size * count, model=model, seed=seed)
@@ -82,6 +78,15 @@ def draw_requests(
     else:
         indices = rng.permutation(len(train))[: size * count]
     return [[train.ids[int(i)] for i in part] for part in np.split(indices, count)]
+
+
+def refuse_too_many(train: Samples, size: int, count: int) -> None:
+    """Raise UserError if simulated requests take more than half of the training samples."""
+    if size < 1 or count < 1 or size * count > len(train) // 2:
+        raise UserError(
+            f"certify: {count} requests of {size} samples are {count * size} of the {len(train)} samples of "
+            f"{train.name}; take at most half of them"
+        )
 
 
 def _of_classes(train: Samples, size: int, count: int, rng: np.random.Generator) -> np.ndarray:

@@ -60,9 +60,9 @@ def unlearn(
         validation: Held-out set: samples that the original was not trained on. The collapse guard measures accuracy on
             it. Without one, it uses retain samples, which the model has memorised: a collapse is still found, a slow
             loss of accuracy is not.
-        original: For a model that earlier requests have changed, the model before the first of them: `lethe_plus`
-            keeps its predictions for the retain samples, so that what each request costs these does not add up. Its
-            accuracy is that before the run, for the collapse guard. None: `model`.
+        original: For a model that earlier requests have changed, the model before the first of them, for `lethe_plus`:
+            a small request keeps its predictions for the retain samples, so that what each request costs these does not
+            add up. `retain` must not have what the earlier requests forgot. None: `model`.
         output_dir: Run folder; None writes nothing.
         inplace: Change the given model.
         resume: Continue the run in the run folder.
