@@ -106,7 +106,7 @@ def init_store(
         "data": data,
         "train": len(source.train),
         "fingerprint": source.train.fingerprint(),
-        "weights_sha256": weights_sha256(model),
+        "weights_sha256": weights_sha256(load_checkpoint(place_of(folder, 0))),  # as later commands read it
         "checkpoint": checkpoint,
         "method": method,
         "config": dict(config or {}),

@@ -216,7 +216,6 @@ def test_commands_that_take_a_checkpoint(
     assert "is a store of requests already" in str(result.exception)
 
     monkeypatch.setattr(intake, "load_fitting", lambda checkpoint, source, config: tiny_vit())
-    monkeypatch.setattr(intake, "save_checkpoint", lambda model, place: place.mkdir(parents=True))
     new = tmp_path / "new"
     result = CliRunner().invoke(
         app,
