@@ -96,7 +96,7 @@ class PoolProof:
         began, gates, part, reasons = time.perf_counter(), self.gates, unproven or whole, list(self.earlier)
         references, certificates, model = *self._opened(whole), open_model(self.place)
         pool = references.pool
-        if batch is not None and len(batch.forget) < gates.minimum_samples and emptied_classes(batch) is None:
+        if batch is not None and len(batch.forget) < gates.minimum_samples:
             by_certificate, reasons = self._covered(certificates, references, batch, model, began)
             if by_certificate is not None:
                 return by_certificate
@@ -148,6 +148,8 @@ class PoolProof:
         self, certificates: Sequence[Certificate], references: PoolReferences, part: Task
     ) -> tuple[Certificate | None, list[str]]:
         """Return the first certificate that covers the run, or why each does not."""
+        if emptied := emptied_classes(part):
+            return None, [emptied.reason]
         forgotten = {*self.store.forgotten(), *part.forget.ids}  # of a run that is over, its own are among them
         drift = (len(forgotten) - len(self.store.forgotten(self._base))) / self.store.settings["train"]
         run = covered_run(references, self.options.method, self.options.config, part.forget.labels, drift)

@@ -134,6 +134,19 @@ def test_a_request_of_another_size_is_not_covered(store: Path, pool: Pool, certi
     assert "for requests of 3 to 12 samples, this one has 2" in finished.reason
 
 
+def test_a_request_that_empties_a_class_is_not_covered(
+    store: Path, pool: Pool, certificate: Path, digits: Source
+) -> None:
+    """The models of the pool know the class; earlier requests took all but six of its samples."""
+    members = [digits.train.ids[int(i)] for i in np.flatnonzero(digits.train.labels == 3)]
+    add_request(store, ids=members[6:])
+    assert _run(store, pool=pool.folder).state == "unproven"
+    add_request(store, ids=members[:6])
+    finished = _run(store, pool=pool.folder, certificates=[certificate])
+    assert finished.state == "unproven"
+    assert f"of class 3 0 of {len(members)} samples are retained" in finished.reason
+
+
 def test_other_options_are_not_covered(store: Path, pool: Pool, certificate: Path, digits: Source) -> None:
     add_request(store, ids=ids_of(digits, 0))
     finished = _run(store, pool=pool.folder, certificates=[certificate], config={"lr": 2e-5})
