@@ -148,7 +148,8 @@ class PoolProof:
         self, certificates: Sequence[Certificate], references: PoolReferences, part: Task
     ) -> tuple[Certificate | None, list[str]]:
         """Return the first certificate that covers the run, or why each does not."""
-        if emptied := emptied_classes(part):
+        emptied = emptied_classes(part)
+        if emptied is not None:
             return None, [emptied.reason]
         forgotten = {*self.store.forgotten(), *part.forget.ids}  # of a run that is over, its own are among them
         drift = (len(forgotten) - len(self.store.forgotten(self._base))) / self.store.settings["train"]

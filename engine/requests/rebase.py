@@ -6,8 +6,9 @@ from pathlib import Path
 
 from engine.audit.run_record import origin
 from engine.errors import UserError
+from engine.jobs.opening import open_model as load_checkpoint
 from engine.jobs.task import Task
-from engine.models.checkpoint import load_checkpoint, save_checkpoint, weights_sha256
+from engine.models.checkpoint import save_checkpoint, weights_sha256
 from engine.models.checkpoint_source import CheckpointSource
 from engine.requests.intake import load_fitting
 from engine.requests.lineage import open_lineage, open_ordered_data, refuse_launcher, refuse_unfinished

@@ -107,7 +107,6 @@ def run_requests(
     if given.gates is not None:
         Gates.read(given.gates)
     with open_lineage(folder) as store:
-        refuse_changed(store, store.current().number)
         source = open_ordered_data(store)
         run = store.unfinished()
         if run is None:
@@ -144,6 +143,7 @@ def _begin(store: Store, source: Source, limit: int | None, given: Overrides) ->
     batch = [request.number for request in store.requests() if request.state == "open"][:limit]
     if not batch:
         return None
+    refuse_changed(store, store.current().number)
     options = given.of_store(store)
     # Wrong use is reported before the run is stored: a stored run would block the next one.
     options.check()
@@ -153,6 +153,7 @@ def _begin(store: Store, source: Source, limit: int | None, given: Overrides) ->
 
 def _resume(store: Store, run: Run, given: Overrides) -> Run:
     """Return an unfinished run with the options of its verdict replaced by those given."""
+    refuse_changed(store, run.parent)
     options = given.of_unfinished(run)
     return store.change_options(run, to_dict(options)) if options != Options(**run.options) else run
 
@@ -271,7 +272,7 @@ def _unlearn(store: Store, run: Run, task: Task, options: Options, progress: Pro
 
 def _made(place: Path, task: Task, method: str) -> bool:
     """Return whether a finished run is that of this task: an older database may lie next to newer versions."""
-    config = read_yaml(place / "config.yaml") or {}
+    config = read_yaml(place / "config.yaml")
     samples = config.get("samples", {})
     forgotten = samples.get("forget", 0) + samples.get("forget_unreadable", 0)
     same = samples.get("retain_sha256") == task.retain.fingerprint() and forgotten == len(task.forget)

@@ -103,7 +103,7 @@ class Store:
 
     def base_of(self, number: int) -> int:
         """Return the version of the full retrain that a version descends from; 0 if there is none."""
-        return next(version.base for version in self.versions() if version.number == number)
+        return int(self._all("SELECT base FROM versions WHERE number = ?", (number,))[0]["base"])
 
     def unfinished(self) -> Run | None:
         """Return the run that has begun and not ended, if there is one."""
@@ -234,7 +234,7 @@ class Store:
             batch_alone: Whether the verdict is on the batch of the run alone (a certificate).
         """
         with transaction(self._database):
-            base = self._all("SELECT base FROM versions WHERE number = ?", (run.parent,))[0]["base"]
+            base = self.base_of(run.parent)
             self._database.execute(
                 "INSERT INTO versions VALUES (?, ?, ?, 'unlearned', ?, ?, ?, ?, ?)",
                 (run.number, run.parent, base, state, stamp(utc_now()), verdict, reason, json.dumps(dict(drift or {}))),

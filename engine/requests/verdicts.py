@@ -84,10 +84,9 @@ def judge_again(
             return None
         refuse_changed(store, version.number)
         source = open_ordered_data(store)
-        options, parent = given.of_store(store), None
-        options.check()
+        options, parent = _options_of(store, given, unproven)
         earlier = list[str]()
-        if options.pool and options.certificates:
+        if parent is None and options.pool and options.certificates:
             proven, earlier = _prove_by_run(store, source, given, record, notify)
             before, unproven = unproven, _unproven(store)
             if before and not unproven:
@@ -98,10 +97,7 @@ def judge_again(
                     requests=dict.fromkeys(before, "done"),
                     verdict=proven[max(proven)].to_dict(),
                 )
-        if options.pool and version.kind == "unlearned" and unproven == sorted(version.requests):
-            # A certificate may cover that run, which had its own method and options.
-            options, parent = given.of_unfinished(store.run_of(version)), version.parent
-            options.check()
+            options, parent = _options_of(store, given, unproven)
         whole = Task.of_ids(source, ids, spec=f"all requests up to version {version.number}")
         part = _to_be_proven(source, ids, store.ids_of(unproven or version.requests), bool(unproven), options)
         notify(f"judging version {version.number:04d} on the {len(ids)} samples forgotten so far")
@@ -128,27 +124,36 @@ def _unproven(store: Store) -> list[int]:
     return [request.number for request in store.requests() if request.state == "unproven"]
 
 
+def _options_of(store: Store, given: Overrides, unproven: Sequence[int]) -> tuple[Options, int | None]:
+    """Return the options of a verdict, checked, and the version that was unlearned if a certificate may cover the run.
+
+    It may if the unproven requests are those of the current version's run, which has a method and options of its own.
+    """
+    version, options, parent = store.current(), given.of_store(store), None
+    if options.pool and version.kind == "unlearned" and unproven == sorted(version.requests):
+        options, parent = given.of_unfinished(store.run_of(version)), version.parent
+    options.check()
+    return options, parent
+
+
 def _prove_by_run(
     store: Store, source: Source, given: Overrides, record: Record | None, notify: Callable[[str], None]
 ) -> tuple[dict[int, Verdict], list[str]]:
-    """Judge the runs of earlier versions by certificates, and that of the current one if an earlier one is unproven.
+    """Judge each run that has unproven requests by certificates and by the model of its own version.
 
     Returns:
         (verdict by version of those that passed, why requests of the others stay unproven).
     """
     proven, found = dict[int, Verdict](), list[str]()
-    forgotten, unproven, current = store.forgotten(), {*_unproven(store)}, store.current().number
+    forgotten, unproven = store.forgotten(), {*_unproven(store)}
     for version in store.versions():
         if version.state != "accepted" or not unproven & {*version.requests}:
             continue
-        if version.number == current and unproven == {*version.requests}:
-            continue  # `judge_again` judges it alone, and a FAIL rejects it
-        place, ids = store.place(version.number), store.ids_of(version.requests)
+        ids, spec = store.ids_of(version.requests), f"requests of version {version.number}"
         options = given.of_unfinished(store.run_of(version))
-        proof = PoolProof(store=store, options=options, parent=version.parent, place=place)
-        batch = Task.of_ids(
-            source, ids, spec=f"requests of version {version.number}", excluded=sorted({*forgotten} - {*ids})
-        )
+        options.check()
+        proof = PoolProof(store=store, options=options, parent=version.parent, place=store.place(version.number))
+        batch = part_of(source, forgotten, ids, spec) or Task.of_ids(source, ids, spec=spec)
         verdict, reasons = proof.by_certificate(batch)
         if verdict is not None:
             record_in(store, version.number, verdict, record)
@@ -235,10 +240,11 @@ def record_in(store: Store, number: int, verdict: Verdict, record: Record | None
     from engine.jobs.verify import record_verdict
 
     (record or record_verdict)(store.place(number), verdict)
+    requests = store.requests_of(number)
     facts = {
         "version": number,
-        "requests": store.requests_of(number),
-        "samples": len(store.ids_of(store.requests_of(number))),
+        "requests": requests,
+        "samples": len(store.ids_of(requests)),
         "data": store.settings["data"],
         "versions": environment(),
     }

@@ -203,9 +203,7 @@ def end_rank(code: int) -> NoReturn:
     failed. Any object that still refers to a process group, a DeepSpeed engine for example, keeps such threads.
     Functions of `atexit` are called.
     """
-    if code == 0:  # after an error another rank may be gone, and NCCL would wait for it
-        leave()
-    else:
+    if code:  # another rank may be gone, and NCCL would wait for it
         atexit.unregister(leave)
     atexit._run_exitfuncs()
     logging.shutdown()

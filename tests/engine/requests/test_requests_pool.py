@@ -434,3 +434,18 @@ def test_the_command_shows_the_kind_of_proof(
     assert "of a retrain" in out
     assert "versions/0001/verdict.html" in out.replace("\n", "")
     assert "simulated requests of this size and kind" in out.replace("\n", " ")
+
+
+def test_a_run_by_a_pool_is_judged_again_by_it_though_the_store_has_references(
+    checkpoint: Path, pool: Pool, digits: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The options of the run decide, which has no references, not those of the store."""
+    monkeypatch.setattr(intake, "open_source", {"digits": digits}.__getitem__)
+    place = tmp_path / "kept"
+    reference = str(save_checkpoint(tiny_vit(9), tmp_path / "reference"))
+    init_store(place, str(checkpoint), "digits", method="finetune", config=QUICK, references=[reference])
+    add_request(place, ids=ids_of(digits, 0))
+    assert _run(place, pool=pool.folder, references=[]).state == "unproven"
+    judged = judge_again(place, given=Overrides(pool=pool.folder), record=record)
+    assert judged is not None
+    assert judged.verdict["kind"] == "pool"
