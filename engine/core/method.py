@@ -96,6 +96,8 @@ class Method:
         after_collapse: Remedy that is printed for a collapsed result.
         step: Step of the phase that is being taken, from 0; set by the trainer.
         total_steps: Steps of the phase; set by the trainer.
+        edited: Images that `edit` has taken backward passes of, for `UnlearnResult.samples_seen`.
+        report: Called by `edit` with (step, steps, numbers) of each of its steps; set by the trainer.
     """
 
     name: ClassVar[str]
@@ -110,9 +112,11 @@ class Method:
     after_collapse: ClassVar[str] = "Lower the rates (--set forget_lr=..., lr=...)"
     step: int = 0
     total_steps: int = 1
+    edited: int = 0
 
     def __init__(self, config: Any, context: Context) -> None:
         self.config, self.context = config, context
+        self.report: Callable[[int, int, dict[str, float]], None] = lambda step, steps, numbers: None
 
     def initial_model(self, model: nn.Module) -> nn.Module:
         """Return the model that the first phase starts from; by default the one to be unlearned."""
@@ -155,6 +159,11 @@ class Method:
         A certificate covers sizes of one procedure alone.
         """
         return ""
+
+    @classmethod
+    def why_one_process(cls, config: Any, forget: int, retain: int) -> str:
+        """Return why a request of these sizes needs one process, see `one_process`; empty: it does not."""
+        return cls.one_process
 
     def needs_original(self, phase: Phase, prepared: bool) -> bool:
         """Return whether a phase still runs the original, before or after `prepare`.

@@ -66,6 +66,11 @@ def paired_phase(epochs: float, lr: float, **more: Any) -> Phase:
     return Phase(name="forget", samples="retain", paired="forget", guarded=True, epochs=epochs, lr=lr, **more)
 
 
+def edit_phase(name: str = "edit") -> Phase:
+    """Return a guarded phase of `Method.edit` alone."""
+    return Phase(name=name, samples="forget", epochs=0, lr=0.0, schedule="constant", augment=False, guarded=True)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepCounts:
     """Size of a phase, for `Method.passes`.

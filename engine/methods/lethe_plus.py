@@ -10,19 +10,6 @@ phase. With f_o the frozen original:
            y: the quantile of the rank that x has by the log-odds of p among the forget samples of class y
     L    = R(x_r) + w KL(q_s(x_f) || f(x_f))        retain x_r and forget x_f in every step; R = CE(f(x_r), y_r)
 
-A small request takes less than one pass over the retain set: `retain_ratio` retain samples for each forget sample, and
-no forget sample twice in a step, so that its cost follows its size. It differs in three ways.
-
-    q(x)   ranks are those among 150 retain samples, which the model was trained on too, so that a request of a single
-           sample has one; both distributions are taken relative to the mean of the class, which all classes share
-    R(x_r) KL(f_o(x_r) || f(x_r)): at the start its gradient is 0, so it adds no noise. The cross-entropy of the few
-           samples that are taken costs the others two points of accuracy (docs/lab/2026-11-30.md)
-    L      R(x_r) + 2 w (KL(q_s(x_f) || f(x_f)) + KL(q_T(x_f) || f(T x_f))), with one small shift T in each step
-
-q_T(x) is softmax f_o(T x), with the log-odds of y mapped from those of the 150 retain samples under such shifts to
-those of held-out samples under them. A model may have memorised the pixels of an image and know nothing of a shifted
-copy. Without this term few steps on x lower the predictions for copies as well, below those for held-out images.
-
 q_s is q with s added to the log-odds of y. s starts at 0 and follows the remaining memorisation. After every step
 
     s <- s - c / (all steps) mean over its forget samples of l(f(x)) - l(q(x))
@@ -31,8 +18,7 @@ q_s is q with s added to the log-odds of y. s starts at 0 and follows the remain
 
 A target is never reached exactly, least for the most memorised samples. s lowers the target until the mean log-odds on
 the forget set are those of held-out samples. It starts after a tenth of the steps: before that, the difference is due
-to targets that are not yet learned, and following it would lower the target too far. For the same reason a small
-request counts at least 160 steps in it.
+to targets that are not yet learned, and following it would lower the target too far.
 
 Why p: memorisation of an image depends on its exact pixels, so shifted copies (1/16 and 1/8 of the side, edges
 mirrored) estimate the prediction without it. Why q: a mean over views is underconfident, while a model that was not
@@ -41,13 +27,28 @@ gives the class probability 0, as a model trained without it would.
 
 Retain images are not augmented: they preserve the predictions for the images themselves. Forget images are augmented,
 so that all views of the training are forgotten.
+
+A small request takes natural gradient steps (`engine.methods.common.natural_gradient`), with the Fisher matrix of
+`fisher_samples` retain samples, on
+
+    KL(q(x_f) || f(x_f)) + KL(q_T(x_f) || f(T x_f)) + v KL(f_o(x_r) || f(x_r))
+
+over all forget samples, and over `retain_batch` retain samples and one shift T that change in each step. The last term
+is needed since the matrix leaves out what layers have in common. A pass over the retain set would cost what the passes
+of a large request cost, and AdamW's steps on few retain samples do not keep the predictions for the others
+(docs/lab/2026-11-30.md). s is updated after the first quarter of the steps, by c / 40. p is the mean over the four
+smallest
+shifts. Ranks in q are those among 150 retain samples, which the model was trained on too, so that a request of a single
+sample has one; both distributions are taken relative to the mean of the class, which all classes share. q_T(x) is
+softmax f_o(T x), with the log-odds of y mapped from those of the 150 retain samples under such shifts to those of
+held-out samples under them. A model may have memorised the pixels of an image and know nothing of a shifted copy.
+Without this term, the predictions for copies fall below those for held-out images.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -57,23 +58,29 @@ from torch import Tensor, nn
 
 from engine.config import positive_or_null, require
 from engine.core.method import Context, Method, register
-from engine.core.phase import ExtraPasses, Phase, StepCounts, paired_phase
+from engine.core.phase import ExtraPasses, Phase, StepCounts, edit_phase, paired_phase
 from engine.core.search_space import Range, rate, tunable
-from engine.data import Batch, Samples
+from engine.data import Batch, Loader, Samples
+from engine.errors import UserError
 from engine.methods.common.distillation import divergence
+from engine.methods.common.gradients import mean_over
+from engine.methods.common.kronecker import KroneckerFisher
 from engine.methods.common.log_odds import log_odds, quantiles_in_order, quantiles_of, with_log_odds
+from engine.methods.common.natural_gradient import descend
+from engine.methods.common.shifts import offsets, one_shift, shifts
 from engine.models.losses import cross_entropy
-from engine.models.vit import outputs
+from engine.models.vit import not_compiled, outputs
 
-# Peak learning rate times the width of the model; see docs/lab/2026-11-21-lethe-plus.md, and for small requests
-# docs/lab/2026-11-30.md: that for one forget sample, and the power of their number that it grows with.
-LR_PER_WIDTH, SMALL_LR_PER_WIDTH, _LR_POWER = 0.0768, 0.0019, 0.45
-# Factor on the weights of the forget losses of a small request, and the shifts, the smallest ones, that it trains on.
-_SMALL_WEIGHT, _TRAINED_SHIFTS = 2.0, 4
+# Peak learning rate times the width of the model; see docs/lab/2026-11-21-lethe-plus.md.
+LR_PER_WIDTH = 0.0768
+# Shifts, the smallest ones, that a small request estimates and trains on.
+_SMALL_SHIFTS = 4
 # Share of the steps after which s is updated.
 _WARMUP_FRACTION = 0.1
-# Steps that a small request counts at least in the correction of s.
-_CORRECTED_STEPS = 160
+# The same of a small request, and the steps that it counts in the correction of s.
+_SMALL_WARMUP_FRACTION, _CORRECTED_STEPS = 0.25, 40
+# Smallest share of the weights in linear layers: less are not enough to forget by.
+_LEAST_LINEAR = 0.5
 # Log-odds beyond which a prediction counts as confident: 99.3%.
 _LOG_ODDS_CLIP = 5.0
 # Retain samples, and held-out samples, whose log-odds the targets of a small request are made from.
@@ -88,13 +95,16 @@ class LethePlusConfig:
 
     Attributes:
         epochs: Passes over the retain set, at least. More steps are taken if a step would otherwise hold more forget
-            samples than retain samples. A small request takes fewer, see `retain_ratio`.
+            samples than retain samples.
         forget_passes: Passes over the forget set in the same steps.
-        small_forget_passes: The same of a small request.
-        retain_ratio: Retain samples for each forget sample of the steps, if these are less than one pass over the
-            retain set: the request is then a small one. null: no request is.
-        lr: Peak learning rate; null: 0.0768 / width, and for a small request of n samples 0.0019 n^0.45 / width, up to
-            the former.
+        lr: Peak learning rate; null: 0.0768 / width.
+        small_share: A request with at most this share of the number of retain samples is a small one; 0: none is. It
+            takes the next five options, `views` and `calibrate`, and none of the others.
+        small_steps: Natural gradient steps.
+        retain_batch: Retain samples of such a step.
+        retain_weight: v.
+        fisher_samples: Retain samples, at most, of the Fisher matrix.
+        damping: Added to its eigenvalues, relative to their mean.
         forget_weight: w.
         correction: c; 0: s stays 0.
         views: p is the mean over shifted images; false: the original's prediction for the image itself.
@@ -104,9 +114,13 @@ class LethePlusConfig:
 
     epochs: float = tunable(2.25, Range(0.75, 6, step=0.75))
     forget_passes: float = tunable(11.0, Range(3, 18))
-    small_forget_passes: float = 22.0
-    retain_ratio: float | None = 4.0
     lr: float | None = tunable(None, rate(LR_PER_WIDTH))
+    small_share: float = 0.0115
+    small_steps: int = 12
+    retain_batch: int = 50
+    retain_weight: float = 3.0
+    fisher_samples: int = 250
+    damping: float = 0.3
     forget_weight: float = tunable(1.0, Range(0.5, 8.0, log=True))
     correction: float = 8.5
     views: bool = True
@@ -116,13 +130,12 @@ class LethePlusConfig:
     def __post_init__(self) -> None:
         require(self.epochs > 0, "epochs", self.epochs, "above 0")
         require(self.forget_passes > 0, "forget_passes", self.forget_passes, "above 0")
-        require(self.small_forget_passes > 0, "small_forget_passes", self.small_forget_passes, "above 0")
-        require(
-            self.retain_ratio is None or self.retain_ratio >= 1,
-            "retain_ratio",
-            self.retain_ratio,
-            "1 or more, or null",
-        )
+        require(0 <= self.small_share <= 1, "small_share", self.small_share, "between 0 and 1")
+        require(self.small_steps >= 1, "small_steps", self.small_steps, "at least 1")
+        require(self.retain_batch >= 1, "retain_batch", self.retain_batch, "at least 1")
+        require(self.retain_weight >= 0, "retain_weight", self.retain_weight, "0 or more")
+        require(self.fisher_samples >= 1, "fisher_samples", self.fisher_samples, "at least 1")
+        require(self.damping > 0, "damping", self.damping, "above 0")
         positive_or_null(self, "lr")
         require(self.forget_weight > 0, "forget_weight", self.forget_weight, "above 0")
         require(self.correction >= 0, "correction", self.correction, "0 or more")
@@ -134,62 +147,83 @@ class LethePlus(Method):
     summary = "distils estimated predictions of a model not trained on the forget set; cross-entropy on the retain set"
     Config = LethePlusConfig
     takes_original = True
+    after_collapse = "Lower the rate (--set lr=...); for a small request, raise the damping (--set damping=...)"
 
     def __init__(self, config: LethePlusConfig, context: Context) -> None:
         super().__init__(config, context)
         self.shift = torch.zeros((), dtype=torch.float64, device=context.device)  # s
         self._differences = self.shift.new_zeros(2)  # of this step, on this rank: sum and number of the differences
 
-    def phases(self) -> list[Phase]:
-        config, run = self.config, self.context.run
-        forget, retain = len(self.context.forget), len(self.context.retain)
         if self.small:
-            passes, ratio = config.small_forget_passes, config.retain_ratio
-            batch = run.batch_size * run.accumulation_steps * self.context.world.size
-            steps = max(ratio * passes * forget / batch, passes)
-            epochs, paired_share = ratio * passes * forget / retain, passes * forget / (steps * batch)
-            share, lr = ratio * paired_share, min(LR_PER_WIDTH, SMALL_LR_PER_WIDTH * forget**_LR_POWER)
-        else:
-            visits = config.forget_passes * forget
-            epochs, share, lr = max(config.epochs, visits / retain), 1.0, LR_PER_WIDTH
-            paired_share = visits / retain / epochs
+            self._check_small()
+
+    def _check_small(self) -> None:
+        """Check that natural gradient steps can be taken, see `KroneckerFisher`."""
+        trainable, original = self.context.run.trainable, self.context.original
+        what = f"lethe_plus edits the weights of linear layers for {len(self.context.forget)} samples"
+        if trainable.startswith("lora"):
+            raise UserError(
+                f"option trainable={trainable!r}: {what}; use trainable=all, head or last:N, or small_share=0"
+            )
+        linear = sum(each.weight.numel() for each in original.modules() if isinstance(each, nn.Linear))
+        share = linear / sum(each.numel() for each in original.parameters())
+        if share < _LEAST_LINEAR:
+            raise UserError(
+                f"{what}, and {type(original).__name__} has {share:.0%} of its weights there; use small_share=0"
+            )
+
+    @classmethod
+    def regime(cls, config: LethePlusConfig, forget: int, retain: int) -> str:
+        return "small" if forget <= config.small_share * retain else "large"
+
+    @property
+    def small(self) -> bool:
+        """Whether the request is small."""
+        return self.regime(self.config, len(self.context.forget), len(self.context.retain)) == "small"
+
+    @classmethod
+    def why_one_process(cls, config: LethePlusConfig, forget: int, retain: int) -> str:
+        if cls.regime(config, forget, retain) == "large":
+            return ""
+        return f"it edits whole weights for {forget} samples of {forget + retain} (small_share=0 trains instead)"
+
+    def phases(self) -> list[Phase]:
+        config = self.config
+        if self.small:
+            return [edit_phase("forget")]
+        retain = len(self.context.retain)
+        visits = config.forget_passes * len(self.context.forget)
+        epochs = max(config.epochs, visits / retain)
         return [
             paired_phase(
                 epochs,
-                self.learning_rate(config.lr, lr),
+                self.learning_rate(config.lr, LR_PER_WIDTH),
                 augment=config.augment_retain,
-                share=share,
-                paired_share=paired_share,
+                paired_share=visits / retain / epochs,
                 augment_paired=True,
             )
         ]
 
-    @property
-    def small(self) -> bool:
-        """Whether the request is small: its steps take less than one pass over the retain set."""
-        return self.regime(self.config, len(self.context.forget), len(self.context.retain)) == "small"
-
-    @classmethod
-    def regime(cls, config: LethePlusConfig, forget: int, retain: int) -> str:
-        if config.retain_ratio is None:
-            return "large"
-        visits = config.retain_ratio * config.small_forget_passes * forget
-        return "small" if visits < min(1.0, config.epochs) * retain else "large"
-
     def passes(self, phases: list[Phase], number: int, taken: StepCounts) -> list[ExtraPasses]:
-        config = self.config
+        config, forget = self.config, len(self.context.forget)
         views = len(offsets(*taken.image)) if config.views else 1
-        images = len(self.context.forget) * views
-        if config.calibrate and self.small:
-            held_out = min(_HELD_OUT, taken.held_out) * (1 + config.views)
-            images += min(_RANKED, len(self.context.retain)) * views + held_out
-        elif config.calibrate:
-            images += taken.held_out
-        images += taken.images if self.small else 0
-        found = [ExtraPasses(name="teacher outputs", images=images)]
-        if self.small and config.views:
-            found.append(ExtraPasses(name="shifted images", images=taken.paired, backward=1, kind="training"))
-        return found
+        if not self.small:
+            images = forget * views + (taken.held_out if config.calibrate else 0)
+            return [ExtraPasses(name="teacher outputs", images=images)]
+        views = min(views, _SMALL_SHIFTS)
+        images = forget * views
+        if config.calibrate:
+            images += min(_RANKED, len(self.context.retain)) * views
+            images += min(_HELD_OUT, taken.held_out) * (1 + config.views)
+        fisher = 2 * min(config.fisher_samples, len(self.context.retain))
+        retained = config.small_steps * min(config.retain_batch, len(self.context.retain))
+        steps = 2 * (config.small_steps * forget * (1 + config.views) + retained)
+        images += retained
+        return [
+            ExtraPasses(name="teacher outputs", images=images),
+            ExtraPasses(name="Fisher matrix", images=fisher, backward=1, kind="training"),
+            ExtraPasses(name="natural gradient steps", images=steps, backward=1, kind="training"),
+        ]
 
     def prepare(self, phase: Phase) -> None:
         context, config = self.context, self.config
@@ -263,11 +297,57 @@ class LethePlus(Method):
     def load_cache_state(self, phase: Phase, prepared: dict[str, Tensor]) -> None:
         self.targets, self.shifted_targets = prepared["targets"], prepared["shifted targets"]
 
+    def edit(self, model: nn.Module, phase: Phase) -> None:
+        if self.small:
+            with not_compiled(model):  # hooks are not called within a compiled model
+                self._descend(model.eval(), phase)
+
+    def _descend(self, model: nn.Module, phase: Phase) -> None:
+        """Take the natural gradient steps of a small request."""
+        context, config = self.context, self.config
+        order = np.random.default_rng([context.run.seed, len(context.retain)]).permutation(len(context.retain))
+
+        def retained(start: int, count: int) -> Loader:
+            """Return a loader of `count` retain samples in the drawn order, from `start` on; the order starts again."""
+            chosen = np.take(order, np.arange(start, start + min(count, len(order))), mode="wrap")
+            return context.loader(context.retain.subset(np.sort(chosen)), "none")
+
+        fisher = KroneckerFisher(model, retained(0, config.fisher_samples).ordered, context.run.seed)
+        self.edited += 2 * fisher.count
+        forget = context.loader(context.forget, context.run.augment)
+        named = dict(model.named_parameters())
+        weights = [named[name] for name in fisher.names]
+        known: dict[tuple[int, int], Tensor] = {}  # the original's logits of a step and a batch
+
+        def forget_loss(batch: Batch) -> Tensor:
+            return torch.stack(list(self.paired_loss(model, batch, phase).values())).sum()
+
+        def retain_loss(batch: Batch) -> Tensor:
+            key = self.step, int(batch.index[0])
+            if key not in known:
+                (known[key],) = self._original_logits(batch)
+            return config.retain_weight * divergence(outputs(model, batch.images).float(), known[key]).mean()
+
+        def gradients(step: int) -> tuple[float, dict[str, Tensor]]:
+            self.step = step
+            kept = retained(config.fisher_samples + step * config.retain_batch, config.retain_batch)
+            value, total, count = mean_over(forget.epoch(step), forget_loss, weights)
+            self.edited += count * (2 if config.views else 1)
+            if config.retain_weight:
+                also, found, count = mean_over(kept.ordered(), retain_loss, weights)
+                torch._foreach_add_(total, found)
+                value, self.edited = value + also, self.edited + count
+            return float(value), dict(zip(fisher.names, total, strict=True))
+
+        def report(step: int, steps: int, numbers: dict[str, float]) -> None:
+            self.total_steps = steps
+            self.after_step(model, phase)
+            self.report(step, steps, {**numbers, "shift": float(self.shift)})
+
+        descend(model, fisher, gradients, config.small_steps, config.damping, report)
+
     def loss(self, model: nn.Module, batch: Batch, phase: Phase) -> dict[str, Tensor]:
-        if not self.small:
-            return {"retain_ce": cross_entropy(model, batch)}
-        (original,) = self._original_logits(batch)
-        return {"retain_kl": divergence(outputs(model, batch.images), original).mean()}
+        return {"retain_ce": cross_entropy(model, batch)}
 
     def needs_original(self, phase: Phase, prepared: bool) -> bool:
         return not prepared or self.small
@@ -284,7 +364,7 @@ class LethePlus(Method):
             )
             self._differences += torch.stack([((predicted - wanted) * known).sum(), known.sum()])
         aim = target.log().scatter_add(1, true, self.shift.to(target).expand_as(true)).softmax(1)
-        weight = self.config.forget_weight * (_SMALL_WEIGHT if self.small else 1.0)
+        weight = 1.0 if self.small else self.config.forget_weight
         terms = {"forget_kl": weight * _divergence(logits, aim)}
         views = self.shifted_targets.shape[1]
         if views:
@@ -295,9 +375,11 @@ class LethePlus(Method):
         return terms
 
     def after_step(self, model: nn.Module, phase: Phase) -> None:
-        if self.step + 1 > _WARMUP_FRACTION * self.total_steps:
+        warmup, steps = (
+            (_SMALL_WARMUP_FRACTION, _CORRECTED_STEPS) if self.small else (_WARMUP_FRACTION, self.total_steps)
+        )
+        if self.step + 1 > warmup * self.total_steps:
             difference, count = self.context.world.sum(self._differences)
-            steps = max(self.total_steps, _CORRECTED_STEPS) if self.small else self.total_steps
             rate = self.config.correction / steps
             self.shift = self.shift - rate * difference / count.clamp_min(1)
         self._differences = torch.zeros_like(self._differences)
@@ -323,51 +405,13 @@ class LethePlus(Method):
         if not self.config.views:
             (logits,) = self._original_logits(batch)
             return logits, logits[:, None][:, :0]
-        views = [
-            self._original_logits(dataclasses.replace(batch, images=shifted))[0] for shifted in shifts(batch.images)
-        ]
+        shifted = itertools.islice(shifts(batch.images), _SMALL_SHIFTS if self.small else None)
+        views = [self._original_logits(dataclasses.replace(batch, images=each))[0] for each in shifted]
         logits = torch.stack(views, 1)
-        kept = _TRAINED_SHIFTS if self.small else 0
-        return logits.softmax(2).mean(1).clamp_min(_MIN_PROB).log(), logits[:, :kept]
+        kept = logits if self.small else logits[:, :0]
+        return logits.softmax(2).mean(1).clamp_min(_MIN_PROB).log(), kept
 
 
 def _divergence(logits: Tensor, target: Tensor) -> Tensor:
     """Return the mean KL divergence from probabilities [B, C], which may be 0, to those of logits [B, C]."""
     return F.kl_div(logits.log_softmax(1), target, reduction="none").sum(1).mean()
-
-
-def one_shift(images: Tensor, view: int) -> Tensor:
-    """Return the copies of images [B, C, H, W] that `shifts` yields as number `view`."""
-    return next(itertools.islice(shifts(images), view, None))
-
-
-def shifts(images: Tensor) -> Iterator[Tensor]:
-    """Yield copies [B, C, H, W] moved by 1/16 and 1/8 of the side along an axis, or 3/32 along both; edges mirrored."""
-    height, width = images.shape[-2:]
-    down, across = _max_shift(height), _max_shift(width)
-    padded = F.pad(images, (across, across, down, down), mode="reflect")
-    for i, j in offsets(height, width):
-        yield padded[..., down + i : down + i + height, across + j : across + j + width]
-
-
-def offsets(height: int, width: int) -> list[tuple[int, int]]:
-    """Return the (vertical, horizontal) shifts in pixels for a size of image, without repeats of small images."""
-    steps = [(i * size, j * size) for size in (1 / 16, 1 / 8) for i, j in ((1, 0), (-1, 0), (0, 1), (0, -1))]
-    steps += [(i * 3 / 32, j * 3 / 32) for i in (1, -1) for j in (1, -1)]
-    return list(
-        dict.fromkeys(
-            (_shift_in_pixels(i, height, _max_shift(height)), _shift_in_pixels(j, width, _max_shift(width)))
-            for i, j in steps
-        )
-    )
-
-
-def _max_shift(side: int) -> int:
-    """Return the largest shift along a side, in pixels."""
-    return max(1, side // 8)
-
-
-def _shift_in_pixels(share: float, side: int, most: int) -> int:
-    """Return a shift in whole pixels: 0 for a share of 0, else at least one pixel and at most `most`."""
-    count = min(most, max(1, round(abs(share) * side))) if share else 0
-    return count if share > 0 else -count

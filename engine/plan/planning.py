@@ -10,7 +10,7 @@ from typing import Any, Literal
 from engine.config import RunConfig, require, split_options
 from engine.core.method import refuse_unfit
 from engine.errors import UserError
-from engine.methods import Method, get_method
+from engine.methods import get_method
 from engine.models.spec import ModelSpec
 from engine.plan.cost import Cost, count_cost, count_parameters, on_meta
 from engine.plan.host import measure_host
@@ -142,7 +142,8 @@ def plan(
     require(device in ("cpu", "cuda"), "device", device, "cpu or cuda")
     _check_sizes(images, forget_share, forget, test_images, gpus)
     _check_rates(throughput, measure, price, capacity)
-    _check_run(get_method(method), run, gpus, zero.stage)
+    why_one_process = get_method(method).why_one_process(method_config, forget, images - forget)
+    _check_run(method, why_one_process, run, gpus, zero.stage)
     spec = _spec(architecture, num_classes, model_args)
     refuse_unfit(get_method(method), on_meta(spec))
     precision = "fp32" if run.precision == "auto" and device == "cpu" else run.precision.replace("auto", "bf16")
@@ -276,9 +277,9 @@ def _check_rates(throughput: float | None, measure: bool, price: float | None, c
         raise UserError("--measure and --throughput both set the speed; leave one out")
 
 
-def _check_run(method: type[Method], run: RunConfig, gpus: int, stage: int) -> None:
-    if method.one_process and (gpus > 1 or stage > 0):
-        raise UserError(f"method {method.name}: {method.one_process}; plan it for one GPU, without ZeRO")
+def _check_run(method: str, why_one_process: str, run: RunConfig, gpus: int, stage: int) -> None:
+    if why_one_process and (gpus > 1 or stage > 0):
+        raise UserError(f"method {method}: {why_one_process}; plan it for one GPU, without ZeRO")
     if run.device != "auto":
         raise UserError(f"option device={run.device!r}: a plan takes --device cuda or cpu")
     if run.teacher == "sharded" and (gpus == 1 or stage != 3):

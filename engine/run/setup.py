@@ -209,7 +209,8 @@ def set_up(original: nn.Module, forget: Samples, retain: Samples, options: RunOp
     info = describe(original)
     watched = retain if options.validation is None else from_dataset(options.validation, "validation")
     _check_data(original, forget, retain, watched)
-    environment = _environment(run, method, original, options, forget, retain)
+    why_one_process = method.why_one_process(config, len(forget), len(retain))
+    environment = _environment(run, why_one_process, original, options, forget, retain)
     with same_random_numbers():
         environment.preprocessing.check(forget)
     out_of = len(forget) + len(retain)
@@ -324,12 +325,12 @@ def _before(options: RunOptions, method: type[Method], model: nn.Module) -> nn.M
 
 
 def _environment(
-    run: RunConfig, method: type[Method], original: nn.Module, options: RunOptions, forget: Samples, retain: Samples
+    run: RunConfig, why_one_process: str, original: nn.Module, options: RunOptions, forget: Samples, retain: Samples
 ) -> Environment:
     """Join the process group and check that it suits the run."""
     world = init_process_group(run.device, run.timeout)
-    if options.deepspeed is not None and method.one_process:
-        raise UserError(f"method {options.method}: {method.one_process}; run it on one process, without DeepSpeed")
+    if options.deepspeed is not None and why_one_process:
+        raise UserError(f"method {options.method}: {why_one_process}; run it on one process, without DeepSpeed")
     zero = _resolve_zero(options.deepspeed, run, world)
     _check_ranks(run, world, zero, forget, retain)
     return Environment(

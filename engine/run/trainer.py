@@ -26,10 +26,11 @@ from engine.models.attention import attention_backend
 from engine.models.checkpoint import save_checkpoint
 from engine.models.predict import predict
 from engine.models.spec import ModelSpec
-from engine.models.trainable import merge, merge_state
+from engine.models.trainable import merge
 from engine.run.collapse_guard import CollapseGuard, accuracy_before
 from engine.run.early_stopping import HeldOutStop
 from engine.run.folder import RunFolder, save_result
+from engine.run.last_good import save_last_good
 from engine.run.phase_run import PhaseRun, Row, schedule
 from engine.run.seta import PrunedPhase, load_state, state_of
 from engine.run.train_engine import TrainEngine
@@ -245,7 +246,16 @@ class Trainer:
 
     def _edit(self, phase: Phase, guard: CollapseGuard | None, total: int) -> bool:
         """Call `Method.edit` before the first step; return whether the edit ended the phase."""
+
+        def report(step: int, steps: int, numbers: dict[str, float]) -> None:
+            self._record([{"phase": phase.name, "step": step, **numbers}])
+            if self.progress and self.world.is_main:
+                self.progress(phase.name, step + 1, steps, numbers)
+
+        self.method.report, self.method.edited = report, 0
         self.method.edit(self.train_engine.module, phase)
+        if self.method.edited:
+            self.samples_seen[phase.name] = self.samples_seen.get(phase.name, 0) + self.method.edited
         return bool(guard and total == 0 and guard.collapsed(0))
 
     def _ended(self, number: int, phase: Phase, epoch: int, step: int, total: int) -> bool:
@@ -418,19 +428,8 @@ class Trainer:
         self._record([row])
 
     def _stop(self, phase: Phase, step: int, term: str) -> None:
-        where = "start again with a lower rate"
-        place = self.folder.checkpoint() if self.folder else None
-        if self.folder and place is not None:
-            last_good = self.folder.path / "last_good"
-
-            def save() -> None:
-                assert self.spec is not None  # there is a folder
-                model = self.spec.build()
-                model.load_state_dict(merge_state(self.train_engine.read_weights(place)))
-                save_checkpoint(model, last_good)
-
-            self.world.on_main(save)
-            where = f"the last good weights are in {last_good}; lower the rate"
+        kept = save_last_good(self.folder, self.spec, self.train_engine, self.world) if self.folder else None
+        where = f"the last good weights are in {kept}; lower the rate" if kept else "start again with a lower rate"
         raise RunStopped(
             f"phase {phase.name}, step {step}: {term} is not finite; {where} (--set lr=... or forget_lr=...) "
             "or the precision (--set precision=fp32)"

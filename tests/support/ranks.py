@@ -37,7 +37,6 @@ EQUAL: dict[str, tuple[str, dict[str, Any]]] = {
     "relabelled": ("zero1", {"method": "random_labels", "epochs": 2.0}),
     "beside": ("zero2", {"method": "neg_grad_plus", "retain_epochs": 2.0}),
     "distilled": ("zero3", {"method": "lethe_plus", "epochs": 2.0, "forget_passes": 2.0, "calibrate": False}),
-    "small": ("zero2", {"method": "lethe_plus", "small_forget_passes": 3.0, "retain_ratio": 1.0, "calibrate": False}),
     "teachers": ("zero1", {"method": "bad_teacher", "epochs": 4.0}),
     "low_rank": ("zero2", {"method": "gs_lora", "retain_epochs": 2.0, "warmup": 0, "bound": 3.0, "lr": 1e-3}),
     "collapsed": ("zero3", {**LETHE, "start": "trained", "forget_lr": 0.05, "collapse_drop": 1.0}),

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from engine.config import positive_or_null, require
 from engine.core.method import Context, Method
-from engine.core.phase import Phase
+from engine.core.phase import Phase, edit_phase
 from engine.core.search_space import Range, rate, tunable
 from engine.data import Batch
 from engine.errors import UserError
@@ -47,7 +47,7 @@ class Edit(Method):
             )
 
     def phases(self) -> list[Phase]:
-        edit = Phase(name="edit", samples="forget", epochs=0, lr=0.0, schedule="constant", augment=False, guarded=True)
+        edit = edit_phase()
         lr = self.learning_rate(self.config.lr, RETAIN_LR_PER_WIDTH)
         retain = Phase(name="retain", samples="retain", epochs=self.config.retain_epochs, lr=lr)
         return [edit, retain] if retain.epochs > 0 else [edit]

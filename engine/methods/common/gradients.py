@@ -53,14 +53,34 @@ def mean_gradient(
         autocast: Returns the context manager of the forward pass; none by default, which keeps the model's precision.
     """
     model.eval()
-    total, count = [torch.zeros_like(parameter) for parameter in trainable(model)], 0
-    for batch in _readable(loader.ordered()):
+
+    def of(batch: Batch) -> Tensor:
         with autocast():
-            value = loss(model, batch)
-        torch._foreach_add_(total, gradient(model, value), alpha=len(batch))
-        count += len(batch)
+            return loss(model, batch)
+
+    return mean_over(loader.ordered(), of, trainable(model))[1]
+
+
+def mean_over(
+    batches: Iterable[Batch], loss: Callable[[Batch], Tensor], parameters: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor], int]:
+    """Return the mean of a loss over all readable samples of batches, its gradient, and the number of these samples.
+
+    Args:
+        batches: The batches.
+        loss: Computes a scalar mean over a batch.
+        parameters: What to differentiate by; the gradient is zero for those that the loss does not depend on.
+    """
+    value: Tensor = torch.zeros(())
+    total, count = [torch.zeros_like(parameter) for parameter in parameters], 0
+    for batch in _readable(batches):
+        with torch.enable_grad():
+            mean = loss(batch)
+        found = torch.autograd.grad(mean, parameters, allow_unused=True, materialize_grads=True)
+        torch._foreach_add_(total, found, alpha=len(batch))
+        value, count = value.to(mean.device) + mean.detach() * len(batch), count + len(batch)
     torch._foreach_div_(total, max(1, count))
-    return total
+    return value / max(1, count), total, count
 
 
 def mean_importance(

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from methods_kit import batch_of, make
@@ -19,7 +20,7 @@ from engine.data import Samples, open_source
 from engine.data.samples import concatenate
 from engine.errors import UserError
 from engine.methods.common.log_odds import log_odds, quantiles_in_order, quantiles_of, with_log_odds
-from engine.methods.lethe_plus import one_shift, shifts
+from engine.methods.common.shifts import one_shift, shifts
 from engine.models.checkpoint import save_checkpoint, weights_sha256
 from engine.models.vit import outputs
 from engine.run.collapse_guard import accuracy_before
@@ -38,71 +39,7 @@ def made(train: Samples, model: torch.nn.Module | None = None, **options: Any) -
     return method
 
 
-def test_shifts_are_the_image_moved_with_mirrored_edges() -> None:
-    image = torch.arange(32.0 * 32).view(1, 1, 32, 32)
-    views = [view[0, 0] for view in shifts(image)]
-    assert len(views) == 12
-    assert len({tuple(view.flatten().tolist()) for view in views}) == 12
-    row, column = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
-
-    def moved(down: int, across: int) -> torch.Tensor:
-        def mirrored(index: torch.Tensor) -> torch.Tensor:
-            index = index.abs()
-            return torch.where(index > 31, 62 - index, index)
-
-        return image[0, 0][mirrored(row + down), mirrored(column + across)]
-
-    wanted = [(2, 0), (-2, 0), (0, 2), (0, -2), (4, 0), (-4, 0), (0, 4), (0, -4), (3, 3), (3, -3), (-3, 3), (-3, -3)]
-    for view, step in zip(views, wanted, strict=True):
-        assert torch.equal(view, moved(*step)), step
-    assert len(list(shifts(torch.rand(1, 1, 8, 8)))) == 8, "steps that are the same pixel count once"
-
-
-def test_log_odds_are_those_of_the_probability() -> None:
-    logits = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
-    labels = torch.tensor([0, 1, 2, 3, 0, 1])
-    p = logits.double().softmax(1).gather(1, labels[:, None])[:, 0]
-    torch.testing.assert_close(log_odds(logits, labels), (p / (1 - p)).log())
-
-
-def test_log_odds_are_set_and_other_logits_stay() -> None:
-    logits = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
-    labels, wanted = torch.tensor([2, 0, 2]), torch.tensor([1.5, -4.0, 0.0], dtype=torch.float64)
-    changed = with_log_odds(logits, labels, wanted)
-    torch.testing.assert_close(log_odds(changed, labels), wanted, atol=1e-6, rtol=1e-6)
-    for row, label in enumerate(labels.tolist()):
-        others = [c for c in range(4) if c != label]
-        assert torch.equal(changed[row, others], logits[row, others])
-
-
-def test_log_odds_are_mapped_by_quantiles_around_class_means() -> None:
-    """By hand, a mean counting as 10 samples of each class.
-
-    Before: class 0 has {2, 4}, class 1 {6}, all 4; means (6 + 40) / 12 = 23/6 and 46/11; residuals -1.83, 0.17, 1.82.
-    After: class 0 has {-1, 1}, class 1 {3}, all 1; means 10/12 and 13/11; residuals -1.83, 0.17, 1.82 as well.
-    """
-    before = (torch.tensor([4.0, 2.0, 6.0]), torch.tensor([0, 0, 1]))
-    after = (torch.tensor([1.0, -1.0, 3.0]), torch.tensor([0, 0, 1]))
-    low, middle, high = -1 - 10 / 12, 1 - 10 / 12, 3 - 13 / 11
-    mapped = quantiles_of((torch.tensor([9.0, 3.0, 0.0, 9.0]), torch.tensor([0, 1, 1, 2])), before, after)
-    # Ranks (3.5, 1.5, 0.5, 3.5) / 4 among three; of n values, quantile q is at position q (n - 1).
-    expected = [
-        10 / 12 + middle + 0.75 * (high - middle),
-        13 / 11 + low + 0.75 * (middle - low),
-        13 / 11 + low + 0.25 * (middle - low),
-        1 + middle + 0.75 * (high - middle),  # a class that has no samples: the mean of all
-    ]
-    torch.testing.assert_close(mapped, torch.tensor(expected, dtype=torch.float64))
-
-
-def test_true_classes_take_the_quantiles_of_others_in_their_own_order() -> None:
-    """By hand: two samples of class 0 get the quartiles of {-2, 0, 2, 4}; class 1 has none of its own and takes all."""
-    odds, classes = torch.tensor([4.0, -2.0, 2.0, 0.0, 9.0]), torch.tensor([0, 0, 0, 0, 2])
-    found = quantiles_in_order(torch.tensor([1.0, 0.0, 5.0]), torch.tensor([0, 0, 1]), odds, classes)
-    torch.testing.assert_close(found, torch.tensor([2.5, -0.5, 2.0], dtype=torch.float64))
-
-
-SMALL = {"small_forget_passes": 1.0, "retain_ratio": 1.0}
+SMALL = {"small_share": 0.5}
 
 
 def test_targets_of_a_request_of_one_sample_follow_its_own_odds(train: Samples) -> None:
@@ -132,7 +69,8 @@ def test_targets_are_the_mean_of_views_at_held_out_odds(train: Samples, options:
         rows = list(context.loader(samples, "none").ordered())
         images, labels = torch.cat([b.images for b in rows]), torch.cat([b.labels for b in rows])
         with torch.no_grad():
-            return torch.stack([original(view).softmax(1) for view in shifts(images)]).mean(0).log(), labels
+            views = [original(view).softmax(1) for view in shifts(images)]
+            return torch.stack(views[: 4 if options else None]).mean(0).log(), labels
 
     (mean, labels), (kept, of_kept) = estimated(context.forget), estimated(context.retain)
     held = list(context.loader(context.held_out, "none").ordered())
@@ -223,23 +161,12 @@ def test_the_aim_follows_what_is_left_of_the_memory(train: Samples) -> None:
 
 def test_steps_hold_as_many_samples_as_the_passes_need(train: Samples) -> None:
     """20 forget and 40 retained samples: 1 pass of the former is half a pass of the latter."""
-    phase = phase_of(train, epochs=4.0, forget_passes=2.0, retain_ratio=1.0, small_forget_passes=2.0)
+    phase = phase_of(train, epochs=4.0, forget_passes=2.0, small_share=0.49)
     assert (phase.epochs, phase.share, phase.paired_share) == (4.0, 1.0, 0.25)
     phase = phase_of(train, epochs=1.0, forget_passes=6.0)
     assert (phase.epochs, phase.share, phase.paired_share) == (3.0, 1.0, 1.0)
-    assert phase_of(train, forget_passes=1.0, small_forget_passes=1.0, retain_ratio=None).epochs == 2.25
-
-
-def test_a_small_request_takes_retained_samples_by_its_size(train: Samples) -> None:
-    """20 forget and 40 retained samples; with 1.5 passes, or 30 visits, go 37.5 retained ones: less than a pass."""
-    small = {"small_forget_passes": 1.5, "retain_ratio": 1.25}
-    phase = phase_of(train, batch_size=100, **small)
-    wanted = pytest.approx((37.5 / 40, 0.25, 0.2))
-    assert (phase.epochs, phase.share, phase.paired_share) == wanted, "no step has a forget sample twice"
-    phase = phase_of(train, batch_size=10, **small)
-    assert (phase.epochs, phase.share, phase.paired_share) == pytest.approx((37.5 / 40, 1.0, 0.8))
-    assert phase_of(train, **small).lr == pytest.approx(0.0019 * 20**0.45 / 32)
-    assert phase_of(train, **small, lr=0.5).lr == 0.5
+    assert phase_of(train, forget_passes=1.0, small_share=0.0).epochs == 2.25
+    assert phase_of(train, small_share=0.5).epochs == 0, "a small request edits"
 
 
 def phase_of(train: Samples, **options: Any) -> Any:
@@ -247,32 +174,122 @@ def phase_of(train: Samples, **options: Any) -> Any:
     return phase
 
 
-def test_the_cost_follows_the_request(train: Samples) -> None:
-    forget, retain, held_out = few(train, 2), train.subset(range(20, 80)), train.subset(range(80, 110))
-    config = {"precision": "fp32", "small_forget_passes": 4.0, "retain_ratio": 2.0}
-    result = unlearn(tiny_vit(), forget, retain, method="lethe_plus", validation=held_out, config=config)
-    steps = [row for row in result.history if "forget_kl" in row]
-    assert len(steps) == 4
-    assert result.samples_seen == {"forget": 4 * (2 + 4)}
-    assert {"retain_kl"} == {key for row in steps for key in row if key.startswith("retain")}
+QUICK = {"precision": "fp32", "small_share": 0.5, "small_steps": 3, "retain_batch": 6, "fisher_samples": 10}
 
 
-def test_outputs_for_few_retained_samples_are_those_of_the_original(train: Samples) -> None:
-    method = made(train, **SMALL)
+def parts(train: Samples, forget: int = 4) -> tuple[Samples, Samples, Samples]:
+    return few(train, forget), train.subset(range(20, 60)), train.subset(range(60, 110))
+
+
+def test_a_small_request_takes_so_many_images_and_records_its_steps(train: Samples) -> None:
+    """Each step takes two gradients of each sample, of its shifted copy, and of the retained ones."""
+    forget, retain, held_out = parts(train)
+    seen: list[tuple[str, int, int]] = []
+    result = unlearn(
+        tiny_vit(),
+        forget,
+        retain,
+        method="lethe_plus",
+        validation=held_out,
+        config=QUICK,
+        progress=lambda phase, step, steps, numbers: seen.append((phase, step, steps)),
+    )
+    assert result.samples_seen == {"forget": 2 * 10 + 3 * 2 * (2 * 4 + 6)}
+    assert seen == [("forget", 1, 3), ("forget", 2, 3), ("forget", 3, 3)]
+    rows = [row for row in result.history if "length" in row]
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert all(row["kl"] > 0 for row in rows)
+    without = unlearn(
+        tiny_vit(), forget, retain, method="lethe_plus", validation=held_out, config={**QUICK, "retain_weight": 0.0}
+    )
+    assert without.samples_seen == {"forget": 2 * 10 + 3 * 2 * 2 * 4}
+
+
+def test_the_loss_of_a_small_request_is_that_of_the_equation(train: Samples, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both terms, of the weights before the first step; the gradient goes to the solver by name."""
+    method = made(train, **QUICK, retain_weight=3.0)
     phase = method.phases()[0]
-    student, retain = tiny_vit(seed=5), batch_of(method, "retain")
+    method.prepare(phase)
+    context, student = method.context, tiny_vit(seed=5)
+    found: dict[str, Any] = {}
+
+    def instead(model: Any, fisher: Any, gradients: Any, steps: int, damping: float, report: Any) -> None:
+        found["chosen"] = [gradients(step) for step in (0, 0, 1)]
+        found["fisher"] = fisher
+
+    taken: list[torch.Tensor] = []
+    rows = context.loader
+
+    def loader(samples: Samples, augment: str) -> Any:
+        made = rows(samples, augment)
+        taken.append(torch.from_numpy(samples.labels))
+        return made
+
+    monkeypatch.setattr("engine.methods.lethe_plus.descend", instead)
+    method.context = dataclasses.replace(context, loader=loader)
+    method.edit(student, phase)
+    batches = list(rows(context.forget, "none").ordered())
+    images, labels = torch.cat([b.images for b in batches]), torch.cat([b.labels for b in batches])
+
+    def mean_kl(targets: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        p, q = targets.double(), student(x).double().softmax(1)
+        return (p * (p / q).log()).sum(1).mean()
+
+    expected = mean_kl(method.targets, images) + mean_kl(method.shifted_targets[:, 0], one_shift(images, 0))
+    order = np.random.default_rng([context.run.seed, 40]).permutation(40)[10:16]
+    kept = context.retain.subset(np.sort(order))
+    (batch,) = rows(kept, "none").ordered()
     with torch.no_grad():
-        p = method.context.original(retain.images).double().softmax(1)
-    q = student(retain.images).double().softmax(1)
-    expected = (p * (p / q).log()).sum(1).mean()
-    torch.testing.assert_close(method.loss(student, retain, phase)["retain_kl"].double(), expected)
-    assert method.needs_original(phase, prepared=True)
-    assert not made(train).needs_original(phase, prepared=True)
+        answers = context.original(batch.images).softmax(1)
+    expected = expected + 3.0 * mean_kl(answers, batch.images)
+    (value, gradient), again, later = found["chosen"]
+    assert value == pytest.approx(expected.item(), rel=1e-5)
+    assert again[0] == value != later[0]
+    weights = dict(student.named_parameters())
+    for name, wanted in zip(
+        found["fisher"].names, torch.autograd.grad(expected, [weights[n] for n in found["fisher"].names]), strict=True
+    ):
+        torch.testing.assert_close(gradient[name].double(), wanted.double(), atol=1e-6, rtol=1e-3)
+    assert labels.tolist() == context.forget.labels.tolist()
+
+
+def test_a_small_request_is_refused_where_it_cannot_run(train: Samples) -> None:
+    forget, retain, held_out = parts(train)
+    with pytest.raises(UserError, match=r"trainable='lora:2': lethe_plus edits .* for 4 samples; use trainable=all"):
+        unlearn(
+            tiny_vit(),
+            forget,
+            retain,
+            method="lethe_plus",
+            validation=held_out,
+            config={**QUICK, "trainable": "lora:2"},
+        )
+    image = {"input_size": (1, 8, 8), "mean": (0.0,), "std": (1.0,)}
+    convolutions = timm.create_model("resnet10t", num_classes=10, in_chans=1, pretrained_cfg_overlay=image)
+    with pytest.raises(UserError, match=r"and ResNet has 0% of its weights there; use small_share=0"):
+        unlearn(convolutions, forget, retain, method="lethe_plus", validation=held_out, config=QUICK)
+    with pytest.raises(UserError, match=r"whole weights for 4 samples of 44 \(small_share=0 trains instead\); run"):
+        unlearn(
+            tiny_vit(), forget, retain, method="lethe_plus", validation=held_out, config=QUICK, deepspeed={"train": 1}
+        )
+
+
+@pytest.mark.parametrize("options", [{"trainable": "head"}, {"gradient_checkpointing": True}, {"augment": "flip"}])
+def test_a_small_request_runs_with_the_options_of_a_run(train: Samples, options: dict[str, Any]) -> None:
+    forget, retain, held_out = parts(train)
+    model = tiny_vit()
+    result = unlearn(model, forget, retain, method="lethe_plus", validation=held_out, config={**QUICK, **options})
+    before, after = model.state_dict(), result.model.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert "head.weight" in changed
+    if options.get("trainable") == "head":
+        assert changed == {"head.weight", "head.bias"}
+    assert not any("norm" in name for name in changed), "what is not a linear layer stays"
 
 
 def test_shifted_copies_get_the_odds_of_shifted_held_out_images(train: Samples) -> None:
     """Red before: the step saw the images themselves alone, and predictions for copies fell below held-out ones."""
-    method = made(train, **SMALL, correction=0.0, forget_weight=3.0)
+    method = made(train, **SMALL, correction=0.0)
     phase = method.phases()[0]
     method.prepare(phase)
     context = method.context
@@ -298,9 +315,9 @@ def test_shifted_copies_get_the_odds_of_shifted_held_out_images(train: Samples) 
         f = student(one_shift(forget.images, step % 4)).softmax(1)
         method.step = step
         terms = method.paired_loss(student, forget, phase)
-        torch.testing.assert_close(terms["shifted_kl"], 6.0 * (q * (q / f).log()).sum(1).mean())
+        torch.testing.assert_close(terms["shifted_kl"], (q * (q / f).log()).sum(1).mean())
     plain, f = method.targets[forget.index], student(forget.images).softmax(1)
-    torch.testing.assert_close(terms["forget_kl"], 6.0 * (plain * (plain / f).log()).sum(1).mean())
+    torch.testing.assert_close(terms["forget_kl"], (plain * (plain / f).log()).sum(1).mean())
 
 
 @pytest.mark.parametrize("options", [{}, {**SMALL, "views": False}], ids=["large", "without views"])
@@ -361,7 +378,9 @@ def test_the_correction_takes_away_what_is_left(memorised: tuple[torch.nn.Module
     assert abs(corrected) < 0.5 * without
 
 
-@pytest.mark.parametrize("options", [{"batch_size": 10}, {**SMALL, "batch_size": 5}], ids=["large", "small"])
+@pytest.mark.parametrize(
+    "options", [{"batch_size": 10}, {**QUICK, "batch_size": 5, "small_steps": 5}], ids=["large", "small"]
+)
 def test_it_needs_held_out_samples_and_resumes_to_the_same_bits(
     train: Samples, tmp_path: Path, options: dict[str, Any]
 ) -> None:
@@ -393,27 +412,24 @@ def test_it_needs_held_out_samples_and_resumes_to_the_same_bits(
 
 
 def test_a_later_request_keeps_the_predictions_of_the_model_before_the_first(train: Samples, tmp_path: Path) -> None:
-    forget, retain, held_out = few(train, 4), train.subset(range(20, 60)), train.subset(range(60, 110))
+    """The first loss holds the divergence of the retained samples from the original."""
+    forget, retain, held_out = parts(train)
     before = tiny_vit()
     kept = weights_sha256(before)
 
     def first_retain_loss(**options: Any) -> float:
-        found: list[float] = []
-        unlearn(
-            tiny_vit(seed=5),
-            forget,
-            retain,
-            method="lethe_plus",
-            validation=held_out,
-            config={"precision": "fp32", "batch_size": 40, **SMALL},
-            progress=lambda phase, step, steps, numbers: found.append(numbers["retain_kl"]),
-            **options,
-        )
-        return found[0]
+        found = []
+        for weight in (0.0, 10.0):
+            config = {**QUICK, "small_steps": 1, "retain_weight": weight}
+            result = unlearn(
+                tiny_vit(seed=5), forget, retain, method="lethe_plus", validation=held_out, config=config, **options
+            )
+            found.append(next(row["loss"] for row in result.history if "length" in row))
+        return found[1] - found[0]
 
-    assert first_retain_loss() == pytest.approx(0, abs=1e-6), "the predictions of the model itself"
+    assert first_retain_loss() == pytest.approx(0, abs=1e-5), "the predictions of the model itself"
     expected = first_retain_loss(original=before)
-    assert expected > 1e-3
+    assert expected > 1e-2
     assert first_retain_loss(original=before, inplace=True) == expected
     assert first_retain_loss(original=save_checkpoint(before, tmp_path / "before")) == expected
     assert weights_sha256(before) == kept
@@ -435,21 +451,17 @@ def test_an_original_that_does_not_fit_is_refused(
 
 
 def test_an_original_that_shares_the_weights_is_the_model_itself(train: Samples) -> None:
-    """Else it changed with the model that is trained in place, and held nothing back."""
+    """Else it changed with the model that is edited in place, and held nothing back."""
+    forget, retain, held_out = parts(train)
+
+    def changed(model: torch.nn.Module, **options: Any) -> str:
+        config = {**QUICK, "retain_weight": 100.0}
+        given: Any = {"method": "lethe_plus", "validation": held_out, "config": config, **options}
+        return weights_sha256(unlearn(model, forget, retain, **given).model)
+
     model = tiny_vit(seed=5)
-    result = unlearn(
-        model,
-        few(train, 4),
-        train.subset(range(20, 60)),
-        method="lethe_plus",
-        validation=train.subset(range(60, 110)),
-        config={"precision": "fp32", "batch_size": 4, "lr": 1e-2, **SMALL, "small_forget_passes": 3.0},
-        original=copy.copy(model),
-        inplace=True,
-    )
-    found = [row["retain_kl"] for row in result.history if "retain_kl" in row]
-    assert found[0] == pytest.approx(0, abs=1e-6)
-    assert max(found) > 1e-4
+    expected = changed(model)
+    assert changed(model, original=copy.copy(model), inplace=True) == expected
 
 
 def test_an_original_that_is_far_less_accurate_is_another_model(train: Samples) -> None:
@@ -462,7 +474,7 @@ def test_an_original_that_is_far_less_accurate_is_another_model(train: Samples) 
             train.subset(range(20, 85)),
             method="lethe_plus",
             validation=samples,
-            config=SMALL,
+            config=QUICK,
             original=tiny_vit(),
         )
     labels = np.zeros(200, dtype=int)

@@ -56,7 +56,7 @@ DATA = open_source("digits").train
     ("method", "pruning", "given"),
     [(name, "none", {}) for name in list_methods() if name not in ("retrain", "s3t")]
     + [(name, "seta", {}) for name in ("bad_teacher", "lethe_plus", "scrub", "sfron")]
-    + [("lethe_plus", "none", {"small_forget_passes": 1, "retain_ratio": 2.0})],  # a small request
+    + [("lethe_plus", "none", {"small_share": 0.4, "small_steps": 2, "retain_batch": 9})],  # a small request
 )
 def test_steps_samples_and_teachers_are_those_of_a_run(method: str, pruning: str, given: dict[str, Any]) -> None:
     fields = {field.name for field in dataclasses.fields(get_method(method).Config)}

@@ -183,7 +183,7 @@ def test_later_runs_keep_the_predictions_of_version_0(
         return run_job(*arguments, **options)
 
     monkeypatch.setattr(runner, "run_job", spy)
-    options = {"max_steps": 2} if method == "finetune" else {"max_steps": 2, "retain_ratio": 1, "batch_size": 32}
+    options = {"max_steps": 2} if method == "finetune" else {"small_share": 0.1, "small_steps": 1, "retain_batch": 8}
     for number in range(3):
         add_request(store, ids=ids_of(digits, 10 * number))
         run(store, method=method, config=options)
