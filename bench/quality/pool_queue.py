@@ -37,11 +37,24 @@ from engine.errors import UserError
 
 SIZES = "1,5,20,50"
 PLANTED = {10: "no-op", 15: "nudged"}
-# Replaces the learning rate of every phase, and leaves all options as they are.
+# Keeps a part of what a run changes in each weight, and leaves all options as they are.
 _PLANT = """
-from engine.core.method import Method
-rate = Method.learning_rate
-Method.learning_rate = lambda self, *values: rate(self, *values) * {factor}
+import torch
+from engine.run.train_engine import TrainEngine
+begin, finish = TrainEngine.__init__, TrainEngine.finish
+
+def begin_and_keep(self, model, *others, **options):
+    self.before = {{name: value.detach().clone() for name, value in model.state_dict().items()}}
+    begin(self, model, *others, **options)
+
+def finish_in_part(self):
+    model = finish(self)
+    for name, value in model.state_dict().items():
+        if value.is_floating_point():
+            value.copy_(self.before[name] + {factor} * (value - self.before[name]))
+    return model
+
+TrainEngine.__init__, TrainEngine.finish = begin_and_keep, finish_in_part
 from engine.cli.app import main
 main()
 """

@@ -36,10 +36,9 @@ A small request takes natural gradient steps (`engine.methods.common.natural_gra
 over all forget samples, and over `retain_batch` retain samples and one shift T that change in each step. The last term
 is needed since the matrix leaves out what layers have in common. A pass over the retain set would cost what the passes
 of a large request cost, and AdamW's steps on few retain samples do not keep the predictions for the others
-(docs/lab/2026-11-30.md). s is updated after the first quarter of the steps, by c / 40. p is the mean over the four
-smallest
-shifts. Ranks in q are those among 150 retain samples, which the model was trained on too, so that a request of a single
-sample has one; both distributions are taken relative to the mean of the class, which all classes share. q_T(x) is
+(docs/lab/2026-11-30.md). s is updated after the first quarter of the steps, by c / 160. Ranks in q are those among 150
+retain samples, which the model was trained on too, so that a request of a single sample has one; both distributions are
+taken relative to the mean of the class, which all classes share. q_T(x) is
 softmax f_o(T x), with the log-odds of y mapped from those of the 150 retain samples under such shifts to those of
 held-out samples under them. A model may have memorised the pixels of an image and know nothing of a shifted copy.
 Without this term, the predictions for copies fall below those for held-out images.
@@ -48,7 +47,6 @@ Without this term, the predictions for copies fall below those for held-out imag
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from typing import Any
 
 import numpy as np
@@ -73,12 +71,12 @@ from engine.models.vit import not_compiled, outputs
 
 # Peak learning rate times the width of the model; see docs/lab/2026-11-21-lethe-plus.md.
 LR_PER_WIDTH = 0.0768
-# Shifts, the smallest ones, that a small request estimates and trains on.
-_SMALL_SHIFTS = 4
+# Shifts, the smallest ones, that a small request trains on.
+_TRAINED_SHIFTS = 4
 # Share of the steps after which s is updated.
 _WARMUP_FRACTION = 0.1
 # The same of a small request, and the steps that it counts in the correction of s.
-_SMALL_WARMUP_FRACTION, _CORRECTED_STEPS = 0.25, 40
+_SMALL_WARMUP_FRACTION, _CORRECTED_STEPS = 0.25, 160
 # Smallest share of the weights in linear layers: less are not enough to forget by.
 _LEAST_LINEAR = 0.5
 # Log-odds beyond which a prediction counts as confident: 99.3%.
@@ -210,7 +208,6 @@ class LethePlus(Method):
         if not self.small:
             images = forget * views + (taken.held_out if config.calibrate else 0)
             return [ExtraPasses(name="teacher outputs", images=images)]
-        views = min(views, _SMALL_SHIFTS)
         images = forget * views
         if config.calibrate:
             images += min(_RANKED, len(self.context.retain)) * views
@@ -405,11 +402,12 @@ class LethePlus(Method):
         if not self.config.views:
             (logits,) = self._original_logits(batch)
             return logits, logits[:, None][:, :0]
-        shifted = itertools.islice(shifts(batch.images), _SMALL_SHIFTS if self.small else None)
-        views = [self._original_logits(dataclasses.replace(batch, images=each))[0] for each in shifted]
+        views = [
+            self._original_logits(dataclasses.replace(batch, images=shifted))[0] for shifted in shifts(batch.images)
+        ]
         logits = torch.stack(views, 1)
-        kept = logits if self.small else logits[:, :0]
-        return logits.softmax(2).mean(1).clamp_min(_MIN_PROB).log(), kept
+        kept = _TRAINED_SHIFTS if self.small else 0
+        return logits.softmax(2).mean(1).clamp_min(_MIN_PROB).log(), logits[:, :kept]
 
 
 def _divergence(logits: Tensor, target: Tensor) -> Tensor:

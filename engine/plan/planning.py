@@ -27,7 +27,7 @@ NOT_COUNTED = (
     "time: starting processes, reading the checkpoint and the data index, decoding where it is slower than the model, "
     "communication where it is not hidden, checkpoints to resume from",
     "memory: the CUDA context and libraries, what the GPU's allocator rounds up, decoding workers, decoded images that "
-    "are kept, logits of the evaluation",
+    "are kept, logits of the evaluation, the Fisher matrix of a small request by lethe_plus",
 )
 RESTRICTED = (
     "trainable: memory is counted as if all weights were trained, an upper bound except for the merged weights of "
