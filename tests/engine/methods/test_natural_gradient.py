@@ -151,6 +151,17 @@ def test_a_step_takes_seven_tenths_of_the_way_to_the_minimum_along_it() -> None:
     assert numbers["kl"] == pytest.approx(expected**2 * float(g @ g) / 2, rel=2e-2)
 
 
+def test_a_step_takes_half_of_the_last_one_again() -> None:
+    model, curvatures = Vector(0.03, -0.02), torch.tensor([2.0, 8.0])
+    x, u = model.x.detach().clone(), torch.zeros(2)
+    for _ in range(3):
+        g = curvatures * x
+        u = 0.5 * u + 0.7 * float(g @ g) / float(g @ (curvatures * g)) * g
+        x = x - u
+    descend(model, Plain(), quadratic(model, curvatures), 3, 1.0, lambda *row: None)  # type: ignore[arg-type]
+    torch.testing.assert_close(model.x.detach(), x, rtol=1e-2, atol=1e-5)
+
+
 @pytest.mark.parametrize("curvature", [1e-3, -1.0])
 def test_a_step_changes_predictions_by_no_more_than_a_bound(curvature: float) -> None:
     """A direction that is flat, or along which the loss bends down, must not take the model away."""
