@@ -38,7 +38,8 @@ def descend(
         u <- m u + min(0.7 d^T g / c, r) d               theta <- theta - u
 
     m is 0.5. c is the curvature of the loss along d. The probe e and the longest step r change the predictions of the
-    samples of F by a mean KL divergence of 2.5e-5 and 0.05 nats: x d changes them by x^2 d^T g / 2. r is taken if c <= 0.
+    samples of F by a mean KL divergence of 2.5e-5 and 0.05 nats: x d changes them by x^2 d^T g / 2. r is taken if
+    c <= 0.
 
     Args:
         model: The model to change, in eval mode.
