@@ -46,6 +46,7 @@ nothing of a shifted copy. Without this term, the predictions for copies fall be
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,8 @@ LR_PER_WIDTH = 0.0768
 _TRAINED_SHIFTS = 4
 # Share of the steps after which s is updated.
 _WARMUP_FRACTION = 0.1
+# Lengths that the line search of a step tries, as a plan counts them; most steps try one.
+_PLANNED_TRIALS = 2
 # Smallest share of the weights in linear layers: less are not enough to forget by.
 _LEAST_LINEAR = 0.5
 # Log-odds beyond which a prediction counts as confident: 99.3%.
@@ -211,12 +214,13 @@ class LethePlus(Method):
             images += min(_HELD_OUT, taken.held_out) * (1 + config.views)
         fisher = 2 * min(config.fisher_samples, len(self.context.retain))
         retained = config.small_steps * min(config.retain_batch, len(self.context.retain))
-        steps = 2 * (config.small_steps * forget * (1 + config.views) + retained)
+        steps = config.small_steps * forget * (1 + config.views) + retained
         images += retained
         return [
             ExtraPasses(name="teacher outputs", images=images),
             ExtraPasses(name="Fisher matrix", images=fisher, backward=1, kind="training"),
             ExtraPasses(name="natural gradient steps", images=steps, backward=1, kind="training"),
+            ExtraPasses(name="line search", images=_PLANNED_TRIALS * steps),
         ]
 
     def prepare(self, phase: Phase) -> None:
@@ -322,18 +326,27 @@ class LethePlus(Method):
                 (known[key],) = self._original_logits(batch)
             return config.retain_weight * divergence(outputs(model, batch.images).float(), known[key]).mean()
 
-        def gradients(step: int) -> tuple[float, dict[str, Tensor]]:
+        def loss(step: int, weights: Sequence[Tensor]) -> tuple[float, dict[str, Tensor]]:
             self.step = step
-            kept = retained(config.fisher_samples + step * config.retain_batch, config.retain_batch)
             value, total, count = mean_over(forget.epoch(step), forget_loss, weights)
             self.edited += count * (2 if config.views else 1)
             if config.retain_weight:
+                kept = retained(config.fisher_samples + step * config.retain_batch, config.retain_batch)
                 also, found, count = mean_over(kept.ordered(), retain_loss, weights)
-                torch._foreach_add_(total, found)
+                if weights:
+                    torch._foreach_add_(total, found)
                 value, self.edited = value + also, self.edited + count
-            return float(value), dict(zip(fisher.names, total, strict=True))
+            return float(value), dict(zip(fisher.names, total, strict=False))
 
-        descend(model, fisher, gradients, config.small_steps, config.damping, self.report)
+        descend(
+            model,
+            fisher,
+            lambda step: loss(step, weights),
+            lambda step: loss(step, [])[0],
+            config.small_steps,
+            config.damping,
+            self.report,
+        )
 
     def loss(self, model: nn.Module, batch: Batch, phase: Phase) -> dict[str, Tensor]:
         return {"retain_ce": cross_entropy(model, batch)}

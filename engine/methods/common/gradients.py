@@ -69,17 +69,20 @@ def mean_over(
     Args:
         batches: The batches.
         loss: Computes a scalar mean over a batch.
-        parameters: What to differentiate by; the gradient is zero for those that the loss does not depend on.
+        parameters: What to differentiate by; the gradient is zero for those that the loss does not depend on. None:
+            the value alone.
     """
     value: Tensor = torch.zeros(())
     total, count = [torch.zeros_like(parameter) for parameter in parameters], 0
     for batch in _readable(batches):
-        with torch.enable_grad():
+        with torch.set_grad_enabled(bool(parameters)):
             mean = loss(batch)
-        found = torch.autograd.grad(mean, parameters, allow_unused=True, materialize_grads=True)
-        torch._foreach_add_(total, found, alpha=len(batch))
+        if parameters:
+            found = torch.autograd.grad(mean, parameters, allow_unused=True, materialize_grads=True)
+            torch._foreach_add_(total, found, alpha=len(batch))
         value, count = value.to(mean.device) + mean.detach() * len(batch), count + len(batch)
-    torch._foreach_div_(total, max(1, count))
+    if parameters:
+        torch._foreach_div_(total, max(1, count))
     return value / max(1, count), total, count
 
 
