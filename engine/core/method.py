@@ -96,7 +96,7 @@ class Method:
         after_collapse: Remedy that is printed for a collapsed result.
         step: Step of the phase that is being taken, from 0; set by the trainer.
         total_steps: Steps of the phase; set by the trainer.
-        edited: Images that `edit` has taken backward passes of, for `UnlearnResult.samples_seen`.
+        edited: Images that `edit` has passed through the model that it changes, for `UnlearnResult.samples_seen`.
         report: Called by `edit` with (step, steps, numbers) of each of its steps; set by the trainer.
     """
 

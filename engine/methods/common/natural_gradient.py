@@ -18,7 +18,7 @@ _SHARE = 0.7
 _MOMENTUM = 0.5
 # Mean KL divergence (nats), by the Fisher matrix, between predictions before and after the first length that is tried.
 _FIRST_KL = 1e-5
-# A step is at most so many times the length that was tried, and at least a tenth of one that was too long.
+# A step is at most so many times the length that was tried; one that is too long is shortened to a tenth at least.
 _GROWTH, _SHRINKAGE, _TRIALS = 4.0, 0.1, 12
 
 
