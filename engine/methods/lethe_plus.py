@@ -36,11 +36,12 @@ A small request takes natural gradient steps (`engine.methods.common.natural_gra
 over all forget samples, and over `retain_batch` retain samples and one shift T that change in each step. The last term
 is needed since the matrix leaves out what layers have in common. A pass over the retain set would cost what the passes
 of a large request cost, and AdamW's steps on few retain samples do not keep the predictions for the others
-(docs/lab/2026-11-30.md). There is no s. Ranks in q are those among 150 retain samples, which the model was trained on
-too, so that a request of a single sample has one; both distributions are taken relative to the mean of the class, which
-all classes share. q_T(x) is softmax f_o(T x), with the log-odds of y mapped from those of the 150 retain samples under
-such shifts to those of held-out samples under them. A model may have memorised the pixels of an image and know
-nothing of a shifted copy. Without this term, the predictions for copies fall below those for held-out images.
+(docs/lab/2026-11-30.md). s is updated after the first quarter of the steps, by c / 80. Ranks in q are those among 150
+retain samples, which the model was trained on too, so that a request of a single sample has one; both distributions are
+taken relative to the mean of the class, which all classes share. q_T(x) is softmax f_o(T x), with the log-odds of y
+mapped from those of the 150 retain samples under such shifts to those of held-out samples under them. A model may have
+memorised the pixels of an image and know nothing of a shifted copy. Without this term, the predictions for copies fall
+below those for held-out images.
 """
 
 from __future__ import annotations
@@ -75,6 +76,8 @@ LR_PER_WIDTH = 0.0768
 _TRAINED_SHIFTS = 4
 # Share of the steps after which s is updated.
 _WARMUP_FRACTION = 0.1
+# The same of a small request, and the steps that it counts in the correction of s.
+_SMALL_WARMUP_FRACTION, _CORRECTED_STEPS = 0.25, 80
 # Lengths that the line search of a step tries, as a plan counts them; most steps try one.
 _PLANNED_TRIALS = 2
 # Smallest share of the weights in linear layers: less are not enough to forget by.
@@ -338,6 +341,11 @@ class LethePlus(Method):
                 value, self.edited = value + also, self.edited + count
             return float(value), dict(zip(fisher.names, total, strict=False))
 
+        def report(step: int, steps: int, numbers: dict[str, float]) -> None:
+            self.total_steps = steps
+            self.after_step(model, phase)
+            self.report(step, steps, {**numbers, "shift": float(self.shift)})
+
         descend(
             model,
             fisher,
@@ -345,7 +353,7 @@ class LethePlus(Method):
             lambda step: loss(step, [])[0],
             config.small_steps,
             config.damping,
-            self.report,
+            report,
         )
 
     def loss(self, model: nn.Module, batch: Batch, phase: Phase) -> dict[str, Tensor]:
@@ -377,9 +385,12 @@ class LethePlus(Method):
         return terms
 
     def after_step(self, model: nn.Module, phase: Phase) -> None:
-        if self.step + 1 > _WARMUP_FRACTION * self.total_steps:
+        warmup, steps = _WARMUP_FRACTION, self.total_steps
+        if self.small:
+            warmup, steps = _SMALL_WARMUP_FRACTION, _CORRECTED_STEPS
+        if self.step + 1 > warmup * self.total_steps:
             difference, count = self.context.world.sum(self._differences)
-            rate = self.config.correction / self.total_steps
+            rate = self.config.correction / steps
             self.shift = self.shift - rate * difference / count.clamp_min(1)
         self._differences = torch.zeros_like(self._differences)
 
