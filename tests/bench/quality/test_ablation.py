@@ -16,7 +16,7 @@ from engine.models.checkpoint import save_checkpoint
 pytestmark = pytest.mark.slow  # runs of the engine, in processes of their own
 
 QUICK = ["max_steps=1", "batch_size=16", "precision=fp32"]
-PLUS = ["max_steps=4", "lr=0.01", "augment=flip", "batch_size=16", "precision=fp32"]
+PLUS = ["small_share=0", "max_steps=4", "lr=0.01", "augment=flip", "batch_size=16", "precision=fp32"]
 
 
 @pytest.fixture
