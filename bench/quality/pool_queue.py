@@ -39,7 +39,6 @@ SIZES = "1,5,20,50"
 PLANTED = {10: "no-op", 15: "nudged"}
 # Keeps a part of what a run changes in each weight, and leaves all options as they are.
 _PLANT = """
-import torch
 from engine.run.train_engine import TrainEngine
 begin, finish = TrainEngine.__init__, TrainEngine.finish
 

@@ -190,7 +190,8 @@ class Method:
     def before_step(self, model: nn.Module, phase: Phase) -> None:
         """Change `.grad` of parameters before gradients are clipped; called on every rank.
 
-        A method that changes gradients or weights here, in `after_step` or in `edit` sets `one_process`.
+        A method that changes gradients or weights here, in `after_step` or in `edit` sets `one_process`, or gives
+        the reason by `why_one_process`.
         """
 
     def after_step(self, model: nn.Module, phase: Phase) -> None:

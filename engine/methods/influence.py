@@ -37,7 +37,7 @@ from engine.core.phase import ExtraPasses, Phase, StepCounts
 from engine.data import Loader
 from engine.errors import UserError
 from engine.methods.common.edits import Edit, EditConfig
-from engine.methods.common.gradients import dot, gradient, mean_gradient, norm, trainable
+from engine.methods.common.gradients import dot, gradient, mean_gradient, norm, readable, trainable
 from engine.methods.common.line_search import LineSearch, SearchConfig, apply_step, search_passes
 from engine.models.attention import attention_backend
 from engine.models.losses import cross_entropy
@@ -141,9 +141,7 @@ def fisher_product(model: nn.Module, loader: Loader, u: Sequence[Tensor], dampin
     named = {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
     direction = dict(zip(named, u, strict=True))
     total, count = [torch.zeros_like(each) for each in u], 0
-    for batch in loader.ordered():
-        if not batch.weight:  # none of its images can be read
-            continue
+    for batch in readable(loader.ordered()):
 
         def losses(weights: dict[str, Tensor], batch=batch) -> Tensor:  # type: ignore[no-untyped-def]
             logits = torch.func.functional_call(model, weights, (batch.images.to(u[0].dtype),))

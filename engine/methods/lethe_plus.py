@@ -47,6 +47,7 @@ below those for held-out images.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -67,8 +68,9 @@ from engine.methods.common.kronecker import KroneckerFisher
 from engine.methods.common.log_odds import log_odds, quantiles_in_order, quantiles_of, with_log_odds
 from engine.methods.common.natural_gradient import descend
 from engine.methods.common.shifts import offsets, one_shift, shifts
+from engine.models.capture import not_compiled
 from engine.models.losses import cross_entropy
-from engine.models.vit import not_compiled, outputs
+from engine.models.vit import outputs
 
 # Peak learning rate times the width of the model; see docs/lab/2026-11-21-lethe-plus.md.
 LR_PER_WIDTH = 0.0768
@@ -154,7 +156,6 @@ class LethePlus(Method):
         super().__init__(config, context)
         self.shift = torch.zeros((), dtype=torch.float64, device=context.device)  # s
         self._differences = self.shift.new_zeros(2)  # of this step, on this rank: sum and number of the differences
-
         if self.small:
             self._check_small()
 
@@ -313,48 +314,45 @@ class LethePlus(Method):
             chosen = np.take(order, np.arange(start, start + min(count, len(order))), mode="wrap")
             return context.loader(context.retain.subset(np.sort(chosen)), "none")
 
+        @functools.lru_cache(maxsize=1)
+        def kept(step: int) -> tuple[Loader, Tensor]:
+            """Return the retain samples of a step, and the original's logits [m, C] for them."""
+            loader = retained(config.fisher_samples + step * config.retain_batch, config.retain_batch)
+            return loader, loader.rows(self._original_logits)[0].to(context.device)
+
         fisher = KroneckerFisher(model, retained(0, config.fisher_samples).ordered, context.run.seed)
         self.edited += 2 * fisher.count
         forget = context.loader(context.forget, context.run.augment)
         named = dict(model.named_parameters())
         weights = [named[name] for name in fisher.names]
-        known: dict[tuple[int, int], Tensor] = {}  # the original's logits of a step and a batch
+        self.total_steps = config.small_steps
 
         def forget_loss(batch: Batch) -> Tensor:
             return torch.stack(list(self.paired_loss(model, batch, phase).values())).sum()
 
         def retain_loss(batch: Batch) -> Tensor:
-            key = self.step, int(batch.index[0])
-            if key not in known:
-                (known[key],) = self._original_logits(batch)
-            return config.retain_weight * divergence(outputs(model, batch.images).float(), known[key]).mean()
+            wanted = kept(self.step)[1][batch.index]
+            return config.retain_weight * divergence(outputs(model, batch.images).float(), wanted).mean()
 
-        def loss(step: int, weights: Sequence[Tensor]) -> tuple[float, dict[str, Tensor]]:
+        def loss(step: int, weights: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
             self.step = step
             value, total, count = mean_over(forget.epoch(step), forget_loss, weights)
             self.edited += count * (2 if config.views else 1)
             if config.retain_weight:
-                kept = retained(config.fisher_samples + step * config.retain_batch, config.retain_batch)
-                also, found, count = mean_over(kept.ordered(), retain_loss, weights)
-                if weights:
-                    torch._foreach_add_(total, found)
+                also, found, count = mean_over(kept(step)[0].ordered(), retain_loss, weights)
+                total = [a + b for a, b in zip(total, found, strict=True)]
                 value, self.edited = value + also, self.edited + count
-            return float(value), dict(zip(fisher.names, total, strict=False))
+            return float(value), total
+
+        def gradients(step: int) -> tuple[float, dict[str, Tensor]]:
+            value, total = loss(step, weights)
+            return value, dict(zip(fisher.names, total, strict=True))
 
         def report(step: int, steps: int, numbers: dict[str, float]) -> None:
-            self.total_steps = steps
             self.after_step(model, phase)
             self.report(step, steps, {**numbers, "shift": float(self.shift)})
 
-        descend(
-            model,
-            fisher,
-            lambda step: loss(step, weights),
-            lambda step: loss(step, [])[0],
-            config.small_steps,
-            config.damping,
-            report,
-        )
+        descend(model, fisher, gradients, lambda step: loss(step, [])[0], config.small_steps, config.damping, report)
 
     def loss(self, model: nn.Module, batch: Batch, phase: Phase) -> dict[str, Tensor]:
         return {"retain_ce": cross_entropy(model, batch)}

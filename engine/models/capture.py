@@ -75,6 +75,19 @@ class Captured:
 
 
 @contextlib.contextmanager
+def not_compiled(model: nn.Module) -> Iterator[None]:
+    """Do not use compiled graphs of the model and its parts within the context: hooks are not called in them."""
+    compiled = {
+        m: m._compiled_call_impl for m in model.modules() if getattr(m, "_compiled_call_impl", None) is not None
+    }
+    with contextlib.ExitStack() as stack:
+        for module, graph in compiled.items():
+            module._compiled_call_impl = None
+            stack.callback(setattr, module, "_compiled_call_impl", graph)
+        yield
+
+
+@contextlib.contextmanager
 def attention_calls(model: nn.Module) -> Iterator[list[AttentionCall]]:
     """Collect the attention calls of the forward passes within the context, in order.
 
@@ -83,9 +96,6 @@ def attention_calls(model: nn.Module) -> Iterator[list[AttentionCall]]:
     calls: list[AttentionCall] = []
     current: list[int] = []
     explicit = [m for m in model.modules() if getattr(m, "fused_attn", True) is False]
-    compiled = {
-        m: m._compiled_call_impl for m in model.modules() if getattr(m, "_compiled_call_impl", None) is not None
-    }
     with contextlib.ExitStack() as stack:
         for index, block in enumerate(blocks_of_core(model) or ()):
             enter = block.register_forward_pre_hook(lambda _module, _inputs, i=index: current.append(i))
@@ -95,9 +105,7 @@ def attention_calls(model: nn.Module) -> Iterator[list[AttentionCall]]:
         for module in explicit:
             module.fused_attn = True  # type: ignore[assignment]
             stack.callback(setattr, module, "fused_attn", False)
-        for module, graph in compiled.items():
-            module._compiled_call_impl = None
-            stack.callback(setattr, module, "_compiled_call_impl", graph)
+        stack.enter_context(not_compiled(model))
         if hasattr(model, "set_attention"):  # a model of transformers
             adapter: Any = model
             stack.callback(adapter.set_attention, adapter.set_attention("sdpa"))

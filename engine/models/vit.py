@@ -171,16 +171,6 @@ def cosine_attention(attention: Any) -> bool:
     return all(hasattr(attention, name) for name in ("logit_scale", "cpb_mlp", "attn_drop"))
 
 
-@contextlib.contextmanager
-def not_compiled(model: nn.Module) -> Iterator[None]:
-    """Call a model that `Module.compile` has compiled as if it had not, within the context."""
-    compiled, model._compiled_call_impl = model._compiled_call_impl, None
-    try:
-        yield
-    finally:
-        model._compiled_call_impl = compiled
-
-
 def outputs(model: nn.Module, images: Tensor, what: str = "logits") -> Tensor:
     """Return logits or features of images, in the precision of the pass.
 

@@ -69,12 +69,12 @@ def mean_over(
     Args:
         batches: The batches.
         loss: Computes a scalar mean over a batch.
-        parameters: What to differentiate by; the gradient is zero for those that the loss does not depend on. None:
-            the value alone.
+        parameters: What to differentiate by; the gradient is zero for those that the loss does not depend on. without
+            any, the value alone is computed.
     """
     value: Tensor = torch.zeros(())
     total, count = [torch.zeros_like(parameter) for parameter in parameters], 0
-    for batch in _readable(batches):
+    for batch in readable(batches):
         with torch.set_grad_enabled(bool(parameters)):
             mean = loss(batch)
         if parameters:
@@ -111,7 +111,7 @@ def mean_importance(
     raised = Tensor.square if power == 2 else Tensor.abs
     model.eval()
     total, count = [torch.zeros_like(parameter) for parameter in trainable(model)], 0
-    for batch in _readable(loader.epoch(0)):
+    for batch in readable(loader.epoch(0)):
         parts = math.ceil(len(batch) / size)
         pieces = (each.tensor_split(parts) for each in (batch.images, batch.labels, batch.index))
         for images, labels, index in zip(*pieces, strict=True):
@@ -123,6 +123,6 @@ def mean_importance(
     return total
 
 
-def _readable(batches: Iterable[Batch]) -> Iterable[Batch]:
+def readable(batches: Iterable[Batch]) -> Iterable[Batch]:
     """Yield the batches, without the black placeholders for batches of which no image can be read."""
     return (batch for batch in batches if batch.weight)

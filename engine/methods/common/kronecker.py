@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from engine.data import Batch
 from engine.errors import UserError
+from engine.methods.common.gradients import readable
 from engine.models.vit import outputs
 
 # Numbers of a block of per-sample gradients: 256 MiB.
@@ -99,9 +100,7 @@ class KroneckerFisher:
     def _pass(self, model: nn.Module, batches: Iterable[Batch], seed: int, sink: _Sink) -> int:
         """Run the model on batches with drawn labels; return the number of images."""
         generator, count = torch.Generator().manual_seed(seed), 0
-        for batch in batches:
-            if not batch.weight:  # none of its images can be read
-                continue
+        for batch in readable(batches):
             with torch.enable_grad(), self._watched(len(batch), sink):
                 logits = outputs(model, batch.images).float()
                 drawn = torch.multinomial(logits.detach().softmax(1).cpu(), 1, generator=generator)[:, 0]
@@ -139,7 +138,8 @@ class KroneckerFisher:
     def _add_squares(self, name: str, inputs: Tensor, grads: Tensor) -> None:
         factors = self._factors[name]
         a, g = inputs @ factors.inputs, grads @ factors.outputs
-        for each_a, each_g in zip(*(_blocks(x, factors.values.numel()) for x in (a, g)), strict=True):
+        block = max(1, _BLOCK // factors.values.numel())  # samples
+        for each_a, each_g in zip(a.split(block), g.split(block), strict=True):
             factors.values += torch.einsum("nto,nti->noi", each_g, each_a).square_().sum(0)
 
     @torch.no_grad()
@@ -162,8 +162,3 @@ class KroneckerFisher:
             if with_bias:
                 solved[f"{name}.bias"] = whole[:, -1]
         return solved
-
-
-def _blocks(rows: Tensor, numbers: int) -> Iterator[Tensor]:
-    """Split the samples of [n, T, k] so that a block of per-sample matrices of `numbers` numbers fits."""
-    yield from rows.split(max(1, _BLOCK // numbers))

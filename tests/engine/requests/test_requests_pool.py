@@ -41,6 +41,17 @@ def pool(tmp_path_factory: pytest.TempPathFactory, digits: Source) -> Pool:
 
 
 @pytest.fixture
+def with_references(checkpoint: Path, digits: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A store with a reference, and a request in it."""
+    monkeypatch.setattr(intake, "open_source", {"digits": digits}.__getitem__)
+    place = tmp_path / "kept"
+    reference = str(save_checkpoint(tiny_vit(9), tmp_path / "reference"))
+    init_store(place, str(checkpoint), "digits", method="finetune", config=QUICK, references=[reference])
+    add_request(place, ids=ids_of(digits, 0))
+    return place
+
+
+@pytest.fixture
 def certificate(pool: Pool, store: Path, digits: Source, tmp_path: Path) -> Path:
     """A certificate for the store's procedure, as if such runs had been measured."""
     references = PoolReferences(pool, digits, open_model(store / "versions" / "0000"), Answers(QUICK))
@@ -325,22 +336,15 @@ def test_a_full_retrain_can_be_judged_again(
     assert judged.version == 2
 
 
-def test_a_pool_takes_the_place_of_the_references_of_the_store(
-    checkpoint: Path, pool: Pool, digits: Source, lethe: Lethe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_pool_takes_the_place_of_the_references_of_the_store(with_references: Path, pool: Pool, lethe: Lethe) -> None:
     """Red before: the error recommended --no-reference, which `judge` did not have."""
-    monkeypatch.setattr(intake, "open_source", {"digits": digits}.__getitem__)
-    place = tmp_path / "kept"
-    reference = str(save_checkpoint(tiny_vit(9), tmp_path / "reference"))
-    init_store(place, str(checkpoint), "digits", method="finetune", config=QUICK, references=[reference])
-    add_request(place, ids=ids_of(digits, 0))
     gate = Gate("membership", "?", "INSUFFICIENT EVIDENCE", None, "limit", "planted")
     undecided = Verdict([gate], 2, {"forget": 6, "test": 80})
-    run_requests(place, verify=lambda *anything, **more: undecided, record=record)
-    assert states(place) == {1: "unproven"}
-    code, _, err = lethe("request", "judge", "--store", place, "--pool", pool.folder)
+    run_requests(with_references, verify=lambda *anything, **more: undecided, record=record)
+    assert states(with_references) == {1: "unproven"}
+    code, _, err = lethe("request", "judge", "--store", with_references, "--pool", pool.folder)
     assert (code, "give --no-reference" in err) == (2, True)
-    code, out, _ = lethe("request", "judge", "--store", place, "--pool", pool.folder, "--no-reference")
+    code, out, _ = lethe("request", "judge", "--store", with_references, "--pool", pool.folder, "--no-reference")
     assert (code, "proof: pool" in out) == (3, True)
 
 
@@ -437,15 +441,10 @@ def test_the_command_shows_the_kind_of_proof(
 
 
 def test_a_run_by_a_pool_is_judged_again_by_it_though_the_store_has_references(
-    checkpoint: Path, pool: Pool, digits: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    with_references: Path, pool: Pool
 ) -> None:
     """The options of the run decide, which has no references, not those of the store."""
-    monkeypatch.setattr(intake, "open_source", {"digits": digits}.__getitem__)
-    place = tmp_path / "kept"
-    reference = str(save_checkpoint(tiny_vit(9), tmp_path / "reference"))
-    init_store(place, str(checkpoint), "digits", method="finetune", config=QUICK, references=[reference])
-    add_request(place, ids=ids_of(digits, 0))
-    assert _run(place, pool=pool.folder, references=[]).state == "unproven"
-    judged = judge_again(place, given=Overrides(pool=pool.folder), record=record)
+    assert _run(with_references, pool=pool.folder, references=[]).state == "unproven"
+    judged = judge_again(with_references, given=Overrides(pool=pool.folder), record=record)
     assert judged is not None
     assert judged.verdict["kind"] == "pool"
