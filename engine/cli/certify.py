@@ -79,6 +79,7 @@ def certify(
     from engine.jobs.opening import open_model
     from engine.methods import get_method
     from engine.pool.answers import Answers
+    from engine.pool.attempts import begin_attempt, competing, end_attempt
     from engine.pool.certificate import MOST_DAYS, bound, line_of, write_certificate
     from engine.pool.certificate import certify as grant
     from engine.pool.references import PoolReferences
@@ -124,8 +125,10 @@ def certify(
     )
     facts = {**bound(references, method, options), "requests": dataclasses.asdict(procedure)}
     with takes_folder(out, facts), progress_bars() as progress:
+        attempt = begin_attempt(opened, procedure, bound(references, method, options))
         found, evidence = simulate(references, procedure, out, progress)
-    content, verdict = grant(references, procedure, found, evidence, days)
+    content, verdict = grant(references, procedure, found, evidence, days, competing(opened, attempt))
+    end_attempt(opened, attempt, content["reason"] or "granted")
     path = write_certificate(out, content, opened, sign)
     print_verdict(verdict)
     console.print(line_of(content), soft_wrap=True)

@@ -210,7 +210,10 @@ def list_requests(
 
 @request_app.command("status")
 def show_status(store: StoreFolder, max_share: MaxShare = None, json_file: Json = None) -> None:
-    """Show open requests with the days that are left, the versions, and the drift from the last full retrain."""
+    """Show open requests with the days that are left, the versions, and the drift from the last full retrain.
+
+    `lethe request list --all` has the requests that are done, with the time.
+    """
     from engine.cli.console import console
     from engine.requests.status import status
 
@@ -433,6 +436,8 @@ def _requests_table(rows: list[dict[str, Any]]) -> Any:
     table = Table("request", "state", "samples", "received", "deadline", "days left", "tries", "source", "last reason")
     for row in rows:
         days = "-" if row["days_left"] is None else f"{row['days_left']:.1f}"
+        if row["proven_at"]:
+            days = f"done {row['proven_at']}{' [bold red]LATE[/]' if row['late'] else ''}"
         state = f"version {row['version']:04d}, {row['state']}" if row["version"] else row["state"]
         table.add_row(
             str(row["request"]),

@@ -33,6 +33,7 @@ from engine.evaluate.intervals import Interval, proportion
 from engine.evaluate.verdict import Evidence, ModelOutputs, calibrated_margins, judge
 from engine.methods import get_method
 from engine.models.predict import Predictions
+from engine.pool.attempts import Attempt
 from engine.pool.references import PoolReferences, with_cost
 from engine.pool.simulation import Procedure, Simulated, kind_of
 from engine.pool.store import Pool, model_identity
@@ -52,6 +53,8 @@ _LIKE = 0.998
 # model changes less than one that was made from the original.
 _MOVED = 0.301
 _DRAWS = 100
+# Attempts from which on the draws do not increase, so that no further one can be granted.
+_MOST_ATTEMPTS = 50
 # Parts of the code that decide what a run does to a model.
 _CODE = ("core", "data", "methods", "models", "run", "runtime")
 
@@ -150,30 +153,39 @@ def _shown(mine: Any, other: Any) -> str:
 
 
 def certify(
-    references: PoolReferences, procedure: Procedure, found: Sequence[Simulated], evidence: Evidence, days: float = DAYS
+    references: PoolReferences,
+    procedure: Procedure,
+    found: Sequence[Simulated],
+    evidence: Evidence,
+    days: float = DAYS,
+    earlier: Sequence[Attempt] = (),
 ) -> tuple[dict[str, Any], Verdict]:
     """Return the content of a certificate, granted or not, and the verdict on the simulated requests.
 
     It is granted if the verdict on all simulated requests together is PASS, and a procedure that changes nothing would
-    not have passed, by resampling, in more than 5% of cases.
+    not have passed, by resampling, in more than 5% of cases, over all attempts together (Bonferroni).
 
     Args:
         references, procedure: As of `engine.pool.simulation.simulate`.
         found, evidence: What it returned.
         days: Days until it expires.
+        earlier: Other attempts for such requests (`engine.pool.attempts.competing`).
     """
     gates = Gates.read()
     began = time.perf_counter() - sum(one.seconds for one in found)  # the runs may be of an earlier call
     verdict = with_cost(judge(evidence, gates), references, "pool", references.pool.folder, began)
-    no_op = no_op_rate(evidence, gates, procedure.count) if verdict.status == PASS else None
-    powerless = no_op is not None and no_op.high > MOST_NO_OP
+    attempt = 1 + len(earlier)
+    draws = _DRAWS * min(attempt, _MOST_ATTEMPTS)  # more of them, so that the smaller rate can be shown
+    no_op = no_op_rate(evidence, gates, procedure.count, draws) if verdict.status == PASS else None
+    powerless = no_op is not None and attempt * no_op.high > MOST_NO_OP
     reason = ""
     if verdict.status != PASS:
         reason = f"the verdict on the simulated requests is {verdict.status} ({', '.join(verdict.decided_by)})"
         if verdict.status == INSUFFICIENT:
             reason += f"; --requests {2 * procedure.count} in another --out would narrow its intervals"
     elif no_op is not None and powerless:
-        reason = f"a procedure that changes nothing could pass, in up to {100 * no_op.high:.0f}% of cases"
+        of = f" of {attempt} attempts" if earlier else ""
+        reason = f"a procedure that changes nothing could pass{of}, in up to {100 * attempt * no_op.high:.0f}% of cases"
     now = datetime.datetime.now(datetime.timezone.utc).replace(microsecond=0)
     content = {
         "format": FORMAT,
@@ -188,6 +200,8 @@ def certify(
         "requests": {"size": procedure.size, "count": procedure.count, "seed": procedure.seed},
         "verdict": verdict.to_dict(),
         "no_op": None if no_op is None else no_op.to_dict(),
+        "attempt": attempt,
+        "earlier": [dataclasses.asdict(each) for each in earlier],
         "test_score": score_on_test(evidence.model, evidence.references),
         "figures": {name: [one.figures[name] for one in found] for name in found[0].figures},
         "cost": {
@@ -359,9 +373,16 @@ def _hmac(content: Mapping[str, Any], pool: Pool) -> str:
 def line_of(content: Mapping[str, Any]) -> str:
     """Return one line on a certificate, for the console."""
     low, high = content["sizes"]
+    counted = f"; {attempts_of(content)}" if attempts_of(content) else ""
     if content["granted"]:
         return (
             f"CERTIFIED until {content['expires'][:10]}: {content['method']} for requests of {low} to {high} samples "
-            f"({content['kind']})"
+            f"({content['kind']}){counted}"
         )
-    return f"NOT CERTIFIED: {content['reason']}"
+    return f"NOT CERTIFIED: {content['reason']}{counted}"
+
+
+def attempts_of(content: Mapping[str, Any]) -> str:
+    """Return words on how many attempts there were before; empty if none, or by an earlier version, not counted."""
+    number = content.get("attempt", 1)
+    return "" if number == 1 else f"attempt {number} with this pool for such requests, each a chance to pass in error"

@@ -12,6 +12,8 @@ from engine.errors import RunStopped, UserError
 FILE = "requests.sqlite"
 SCHEMA = 1
 
+# When a request became done. Stores of earlier releases have no such table until their next request is.
+PROOFS = "CREATE TABLE IF NOT EXISTS proofs (request INTEGER PRIMARY KEY REFERENCES requests, at TEXT NOT NULL)"
 TABLES = (
     "CREATE TABLE settings (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
     """CREATE TABLE versions (
@@ -44,6 +46,7 @@ TABLES = (
         run INTEGER NOT NULL REFERENCES runs ON DELETE CASCADE,
         request INTEGER NOT NULL REFERENCES requests,
         PRIMARY KEY (run, request)) WITHOUT ROWID""",
+    PROOFS,
 )
 
 

@@ -19,6 +19,7 @@ class Request:
         count: Number of its ids.
         version: Version that forgot them; None: not forgotten yet.
         proven: Version whose verdict passed with them in it; None: there is none yet.
+        proven_at: When it did; None: not yet, or by a release that did not keep it.
         attempts: Number of finished runs that it was in.
         reason: Reason of the last of these runs, if it was no PASS.
         running: Unfinished run that it is in.
@@ -31,6 +32,7 @@ class Request:
     count: int
     version: int | None = None
     proven: int | None = None
+    proven_at: str | None = None
     attempts: int = 0
     reason: str = ""
     running: int | None = None

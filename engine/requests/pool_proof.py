@@ -26,7 +26,7 @@ from engine.jobs.opening import open_model
 from engine.jobs.task import Task
 from engine.jobs.verify import changed_share
 from engine.pool.answers import Answers
-from engine.pool.certificate import Certificate, covered_run, open_certificate, score_on_test
+from engine.pool.certificate import Certificate, attempts_of, covered_run, open_certificate, score_on_test
 from engine.pool.references import PoolReferences, emptied_classes, judge_task, with_cost
 from engine.pool.simulation import figures_of, kind_of
 from engine.pool.store import Pool
@@ -219,6 +219,7 @@ class PoolProof:
         controls = [ModelOutputs({"test": each["plain"]}, {}) for each in references.controls()]
         figures["score"] -= score_on_test(evidence.model, controls)
         low, high = certificate.sizes
+        counted = f"; {attempts_of(certificate.content)}" if attempts_of(certificate.content) else ""
         found = [
             Gate(
                 "certificate",
@@ -226,7 +227,7 @@ class PoolProof:
                 PASS,
                 None,
                 "one that is valid",
-                f"{certificate.path}: {low} to {high} samples, until {certificate.content['expires'][:10]}",
+                f"{certificate.path}: {low} to {high} samples, until {certificate.content['expires'][:10]}{counted}",
             )
         ]
         for name, (value, allowed) in certificate.like(figures, len(part.forget)).items():

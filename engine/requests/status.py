@@ -10,7 +10,7 @@ from typing import Any
 
 from engine.requests.entries import Request, Version
 from engine.requests.store import Store
-from engine.requests.times import utc_now
+from engine.requests.times import moment, utc_now
 
 
 def status(folder: Path, *, max_share: float | None = None, now: datetime.datetime | None = None) -> dict[str, Any]:
@@ -23,9 +23,10 @@ def status(folder: Path, *, max_share: float | None = None, now: datetime.dateti
         now: The current time; None: of the clock.
 
     Returns:
-        pending: requests that are open or unproven. days_left: until the deadline, negative once it has passed. share:
-        samples forgotten since the base over those that the base was trained on, [0, 1]. All values of the drift except
-        test_accuracy are better if lower; units as of `engine.requests.drift.drift_from`.
+        pending: requests that are open or unproven. done: the others; late: done after the deadline. days_left: until
+        the deadline, negative once it has passed. share: samples forgotten since the base over those that the base was
+        trained on, [0, 1]. All values of the drift except test_accuracy are better if lower; units as of
+        `engine.requests.drift.drift_from`.
     """
     now = now or utc_now()
     with Store.open(folder) as store:
@@ -41,6 +42,7 @@ def status(folder: Path, *, max_share: float | None = None, now: datetime.dateti
             else {"version": run.number, "parent": run.parent, "started": run.started, "requests": run.requests},
             "requests": {**counts, "overdue": sum(_overdue(r, now) for r in requests)},
             "pending": [describe_request(r, now) for r in requests if r.state != "done"],
+            "done": [describe_request(r, now) for r in requests if r.state == "done"],
             "forgotten": len(store.forgotten()),
             "versions": [_version(store, each, requests) for each in store.versions()],
             "max_share": limit,
@@ -56,14 +58,21 @@ def describe_request(request: Request, now: datetime.datetime) -> dict[str, Any]
         "deadline": request.deadline,
         "days_left": None if request.state == "done" else round(request.days_left(now), 2),
         "overdue": _overdue(request, now),
+        "late": _late_done(request),
         "source": request.source,
         "samples": request.count,
         "attempts": request.attempts,
         "reason": request.reason,
         "version": request.version,
         "proven": request.proven,
+        "proven_at": request.proven_at,
         "running": request.running,
     }
+
+
+def _late_done(request: Request) -> bool:
+    """Return whether a request was done after its deadline."""
+    return request.proven_at is not None and moment(request.proven_at) > moment(request.deadline)
 
 
 def _overdue(request: Request, now: datetime.datetime) -> bool:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engine.errors import UserError
-from engine.requests.database import SCHEMA, TABLES, connect, is_store, transaction, translated
+from engine.requests.database import PROOFS, SCHEMA, TABLES, connect, is_store, transaction, translated
 from engine.requests.entries import Request, Run, Version
 from engine.requests.times import stamp, utc_now
 from engine.runtime import lock
@@ -88,8 +88,14 @@ class Store:
 
     def requests(self) -> list[Request]:
         """Return all requests, the nearest deadline first."""
-        rows = self._all(_REQUESTS)
-        return [Request(**{**row, "reason": "" if row["proven"] else row["reason"] or ""}) for row in map(dict, rows)]
+        rows, known = self._all(_REQUESTS), self._all("SELECT 1 FROM sqlite_master WHERE name = 'proofs'")
+        proofs = dict(self._all("SELECT request, at FROM proofs")) if known else {}
+        return [
+            Request(
+                **{**row, "reason": "" if row["proven"] else row["reason"] or ""}, proven_at=proofs.get(row["number"])
+            )
+            for row in map(dict, rows)
+        ]
 
     def versions(self) -> list[Version]:
         rows = self._all("SELECT * FROM versions ORDER BY number")
@@ -260,6 +266,10 @@ class Store:
                 (verdict, reason, "rejected" if verdict == "FAIL" else "accepted", number),
             )
             if verdict == "FAIL":
+                self._database.execute(PROOFS)
+                self._database.execute(
+                    "DELETE FROM proofs WHERE request IN (SELECT number FROM requests WHERE version = ?)", (number,)
+                )
                 self._database.execute("UPDATE requests SET version = NULL, proven = NULL WHERE version = ?", (number,))
             elif verdict == "PASS":
                 self._prove(number, batch_alone)
@@ -271,8 +281,13 @@ class Store:
 
     def _prove(self, number: int, batch_alone: bool) -> None:
         which = "version = ?" if batch_alone else "version IS NOT NULL"
-        values = (number, number) if batch_alone else (number,)
-        self._database.execute(f"UPDATE requests SET proven = ? WHERE {which} AND proven IS NULL", values)
+        values = (number,) if batch_alone else ()
+        self._database.execute(PROOFS)
+        self._database.execute(
+            f"INSERT INTO proofs SELECT number, ? FROM requests WHERE {which} AND proven IS NULL",
+            (stamp(utc_now()), *values),
+        )
+        self._database.execute(f"UPDATE requests SET proven = ? WHERE {which} AND proven IS NULL", (number, *values))
 
     def add_rebase(self, number: int, reason: str) -> None:
         """Add a full retrain as the current version, and as the base of later versions."""

@@ -151,6 +151,8 @@ def test_a_procedure_that_shows_nothing_is_not_certified(
     assert content == json.loads((tmp_path / "c.json").read_text())
     assert content["granted"] is False
     assert "power" in content["reason"]
+    (counted,) = (json.loads(each.read_text()) for each in (pool / "certificates").iterdir())
+    assert counted["result"] == content["reason"]
     code, _, err = lethe(*words, "--set", "lr=1e-4")
     assert code == 2
     assert "holds simulated requests that differ in options" in err
@@ -174,6 +176,7 @@ def test_a_procedure_that_shows_nothing_is_not_certified(
 def test_wrong_options_simulate_nothing(
     pool: Path, original: Path, lethe: Lethe, tmp_path: Path, words: list[object], message: str
 ) -> None:
+    before = set(pool.glob("certificates/*"))
     code, _, err = lethe(
         *("certify", "--checkpoint", original, "--data", "digits", "--pool", pool, "--method", "finetune"),
         *("--size", 5, "--out", tmp_path / "c", *words),
@@ -181,3 +184,4 @@ def test_wrong_options_simulate_nothing(
     assert code == 2
     assert message in " ".join(err.split())
     assert not list((tmp_path / "c").glob("requests/*"))
+    assert set(pool.glob("certificates/*")) == before

@@ -18,9 +18,11 @@ from toys import tiny_vit
 from engine.data import Source
 from engine.errors import UserError
 from engine.evaluate.gates import Gates
+from engine.evaluate.intervals import Interval
 from engine.evaluate.verdict import Evidence, ModelOutputs
 from engine.models.predict import Predictions
 from engine.pool.answers import Answers
+from engine.pool.attempts import Attempt
 from engine.pool.certificate import (
     Certificate,
     Covered,
@@ -223,7 +225,7 @@ def _evidence(memorised: float, original: float) -> Evidence:
     )
 
 
-def _certified(pool: Pool, digits: Source, memorised: float, original: float) -> dict[str, Any]:
+def _certified(pool: Pool, digits: Source, memorised: float, original: float, earlier: int = 0) -> dict[str, Any]:
     references = PoolReferences(pool, digits, tiny_vit(3), Answers({"precision": "fp32"}))
     evidence = _evidence(memorised, original)
     procedure = Procedure(method="finetune", config={}, kind="random", size=20, count=15)
@@ -231,7 +233,8 @@ def _certified(pool: Pool, digits: Source, memorised: float, original: float) ->
         Simulated(evidence.model, evidence.repeated, 0.9, {"weights": -0.5 - i / 100, "score": 1.0}, 2.0, 100)
         for i in range(15)
     ]
-    content, verdict = certify(references, procedure, found, evidence, days=30)
+    others = [Attempt(str(i), "", "o", "random", 20, "finetune") for i in range(earlier)]
+    content, verdict = certify(references, procedure, found, evidence, days=30, earlier=others)
     assert content["verdict"]["status"] == verdict.status
     return content
 
@@ -252,6 +255,23 @@ def test_it_is_not_granted_to_one_that_keeps_the_samples(pool: Pool, digits: Sou
     content = _certified(pool, digits, memorised=2.0, original=2.0)
     assert not content["granted"]
     assert "FAIL" in content["reason"]
+
+
+def test_more_attempts_ask_for_more_power(pool: Pool, digits: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error rates are those of all attempts together: a rate that is enough for one is not for three."""
+    drawn_for = []
+
+    def rate(evidence: Evidence, gates: Gates, requests: int, draws: int) -> Interval:
+        drawn_for.append(draws)
+        return Interval(0.01, 0.0, 0.02)
+
+    monkeypatch.setattr("engine.pool.certificate.no_op_rate", rate)
+    assert _certified(pool, digits, 0.0, 2.0)["granted"]
+    refused = _certified(pool, digits, 0.0, 2.0, earlier=2)
+    assert not refused["granted"]
+    assert "of 3 attempts, in up to 6% of cases" in refused["reason"]
+    assert refused["attempt"] == 3
+    assert drawn_for == [100, 300]
 
 
 def test_it_is_not_granted_where_the_original_shows_nothing(pool: Pool, digits: Source) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import shutil
@@ -20,12 +21,13 @@ from engine.jobs.task import Task
 from engine.jobs.unlearn import run_job
 from engine.models.checkpoint import load_checkpoint, save_checkpoint, weights_sha256
 from engine.requests import intake, runner
+from engine.requests.database import connect
 from engine.requests.intake import add_request, init_store
 from engine.requests.rebase import rebase
 from engine.requests.runner import abandon_run, run_requests
 from engine.requests.status import status
 from engine.requests.store import Store
-from engine.requests.times import RequestTimes
+from engine.requests.times import RequestTimes, stamp, utc_now
 from engine.requests.verdicts import judge_again
 
 
@@ -169,6 +171,44 @@ def test_insufficient_evidence_is_unproven_until_a_later_verdict_passes(store: P
     assert run(store).state == "done"
     with Store.open(store) as opened:
         assert [(r.version, r.proven, r.reason) for r in opened.requests()] == [(1, 3, ""), (3, 3, "")]
+
+
+def test_when_a_request_was_done_is_kept(store: Path, digits: Source) -> None:
+    """Whether a deadline was met could not be shown afterwards."""
+    add_request(store, ids=ids_of(digits, 0), times=RequestTimes(deadline="2026-01-01", received="2025-12-02"))
+    add_request(store, ids=ids_of(digits, 10))
+    assert run(store, "INSUFFICIENT EVIDENCE").state == "unproven"
+    assert status(store)["done"] == []
+    before = stamp(utc_now())
+    judge_again(store, verify=Judge(), record=record)
+    late, in_time = status(store)["done"]
+    assert [late["request"], in_time["request"]] == [1, 2]
+    assert before <= late["proven_at"] == in_time["proven_at"] <= stamp(utc_now())
+    assert (late["late"], in_time["late"]) == (True, False)
+
+
+def test_a_request_that_is_opened_again_is_not_done(store: Path, digits: Source) -> None:
+    add_request(store, ids=ids_of(digits, 0))
+    run(store)
+    with Store.open(store) as opened:
+        opened.judge_again(1, "FAIL", "planted")
+    (again,) = status(store)["pending"]
+    assert (again["state"], again["proven_at"], again["late"]) == ("open", None, False)
+    run(store)
+    assert status(store)["done"][0]["proven_at"]
+
+
+def test_a_store_that_kept_no_such_times_is_read_and_goes_on(store: Path, digits: Source) -> None:
+    for start in (0, 10):
+        add_request(store, ids=ids_of(digits, start))
+    run(store, limit=1)
+    with contextlib.closing(connect(store)) as database:
+        database.execute("DROP TABLE proofs")
+    assert [each["proven_at"] for each in status(store)["done"]] == [None]
+    run(store)
+    with Store.open(store) as opened:
+        opened.prove(2)
+    assert [bool(each["proven_at"]) for each in status(store)["done"]] == [False, True]
 
 
 @pytest.mark.parametrize("method", ["lethe_plus", "finetune"])

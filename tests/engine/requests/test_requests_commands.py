@@ -100,6 +100,9 @@ def test_commands_from_request_to_version(
     assert sorted((tmp_path / "ids.txt").read_text().split()) == sorted(f"train/{n}" for n in (1, 2, 3, *range(10, 20)))
     listed = json.loads((tmp_path / "l.json").read_text())["requests"]
     assert [row["state"] for row in listed] == ["done", "done", "unproven"]
+    assert listed[0]["late"]
+    assert listed[0]["deadline"] < listed[0]["proven_at"]
+    assert "LATE" in lethe("list", "--all").output
 
 
 def test_judging_again_with_more_evidence(
