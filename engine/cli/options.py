@@ -148,7 +148,8 @@ Sign = Annotated[
     Path | None,
     typer.Option(
         "--sign",
-        help="PEM file of an Ed25519 private key: signs record.json, of `lethe certify` the certificate. "
+        help="PEM file of an Ed25519 private key: signs record.json, of `lethe certify` the certificate, of "
+        "`lethe request` the record of the version. "
         "`lethe verify-record --public-key` checks a record, `lethe request ... --public-key` a certificate.",
         show_default=False,
     ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import textwrap
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +16,7 @@ from engine.cli.options import (
     PoolFolder,
     Reference,
     Settings,
+    Sign,
     WeightFileOptions,
     takes_data,
     takes_groups,
@@ -27,9 +28,7 @@ from engine.errors import UserError
 
 if TYPE_CHECKING:
     from engine.jobs.opening import Opening
-
-# Characters of a reason in the table; --json has all of it.
-_MOST_REASON = 160
+    from engine.requests.verdicts import Record
 
 request_app = typer.Typer(
     help="Deletion requests: kept with their deadlines, run as batches, each run a new version of the model that is "
@@ -190,6 +189,7 @@ def list_requests(
 ) -> None:
     """List the open requests, the nearest deadline first, or all."""
     from engine.cli.console import console
+    from engine.cli.request_tables import requests_table
     from engine.requests.status import describe_request
     from engine.requests.store import Store
     from engine.requests.times import utc_now
@@ -199,7 +199,7 @@ def list_requests(
         listed = opened.ids_of([each.number for each in chosen])
     rows = [describe_request(each, utc_now()) for each in chosen]
     if rows:
-        console.print(_requests_table(rows))
+        console.print(requests_table(rows))
     else:
         console.print("no requests" if everything else "no open requests")
     if ids is not None:
@@ -215,6 +215,7 @@ def show_status(store: StoreFolder, max_share: MaxShare = None, json_file: Json 
     `lethe request list --all` has the requests that are done, with the time.
     """
     from engine.cli.console import console
+    from engine.cli.request_tables import requests_table, versions_table
     from engine.requests.status import status
 
     found = status(store, max_share=max_share)
@@ -226,8 +227,8 @@ def show_status(store: StoreFolder, max_share: MaxShare = None, json_file: Json 
     )
     console.print(f"requests: {counts['open']} open, {counts['unproven']} unproven, {counts['done']} done")
     if found["pending"]:
-        console.print(_requests_table(found["pending"]))
-    console.print(_versions_table(found["versions"], found["current"]["version"]))
+        console.print(requests_table(found["pending"]))
+    console.print(versions_table(found["versions"], found["current"]["version"]))
     console.print(
         "[dim]forgotten: share of the training samples, since the last full retrain (root or rebase). test: accuracy "
         "in percent. change: to that retrain, in points. KL: of the test answers, that retrain against this version, "
@@ -263,6 +264,7 @@ def run(
     require_proof: Annotated[
         bool, typer.Option("--require-proof", help="Treat INSUFFICIENT EVIDENCE as a FAIL.")
     ] = False,
+    sign: Sign = None,
     abandon: Annotated[
         bool, typer.Option("--abandon", help="Drop the run that has not ended, and do nothing else.")
     ] = False,
@@ -299,6 +301,7 @@ def run(
                 certificates=certificate,
                 public_key=public_key,
             ),
+            record=_signed(sign),
             progress=progress,
             notify=lambda line: console.print(line, soft_wrap=True),
         )
@@ -335,6 +338,7 @@ def judge(
     pool: PoolFolder = None,
     certificate: Certificates = None,
     public_key: PublicKey = None,
+    sign: Sign = None,
     json_file: Json = None,
 ) -> None:
     """Judge the current version again, with retrained models, a pool or a certificate. Exit 0: done; 1: FAIL; 3: not.
@@ -359,6 +363,7 @@ def judge(
             certificates=certificate,
             public_key=public_key,
         ),
+        record=_signed(sign),
         notify=lambda line: console.print(line, soft_wrap=True),
     )
     warnings = status(store)["warnings"]
@@ -407,6 +412,15 @@ def _references(given: list[str] | None, none: bool) -> list[str] | None:
     return [] if none else given
 
 
+def _signed(key: Path | None) -> Record | None:
+    """Return how a verdict is recorded if the record is to be signed; a key that cannot sign is an error."""
+    from engine.audit.run_record import RecordOptions
+    from engine.jobs.verify import record_verdict
+
+    RecordOptions(key=key).check()
+    return None if key is None else functools.partial(record_verdict, key=key)
+
+
 def _print_status(status: str, reason: str) -> None:
     from rich.markup import escape
 
@@ -427,61 +441,6 @@ def _print_proof(verdict: dict[str, Any] | None, store: Path, version: int) -> N
     console.print(Proof(**proof).line() if proof else f"proof: {verdict['kind']}", soft_wrap=True, highlight=False)
     console.print(f"[dim]{verdict['worth']}[/dim]", soft_wrap=True, highlight=False)
     console.print(f"the verdict as a page: {place_of(store, version) / PAGE}", soft_wrap=True, highlight=False)
-
-
-def _requests_table(rows: list[dict[str, Any]]) -> Any:
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table("request", "state", "samples", "received", "deadline", "days left", "tries", "source", "last reason")
-    for row in rows:
-        days = "-" if row["days_left"] is None else f"{row['days_left']:.1f}"
-        if row["proven_at"]:
-            days = f"done {row['proven_at']}{' [bold red]LATE[/]' if row['late'] else ''}"
-        state = f"version {row['version']:04d}, {row['state']}" if row["version"] else row["state"]
-        table.add_row(
-            str(row["request"]),
-            f"in run {row['running']:04d}" if row["running"] else state,
-            str(row["samples"]),
-            row["received"],
-            row["deadline"],
-            f"[bold red]{days} OVERDUE[/]" if row["overdue"] else days,
-            str(row["attempts"]),
-            escape(row["source"]),
-            escape(textwrap.shorten(row["reason"], _MOST_REASON, placeholder=" ...")),
-        )
-    return table
-
-
-def _versions_table(rows: list[dict[str, Any]], current: int) -> Any:
-    from rich.table import Table
-
-    from engine.cli.console import coloured
-
-    table = Table(
-        "version", "from", "kind", "samples", "verdict", "proof", "state", "forgotten", "test", "change", "KL"
-    )
-    for row in rows:
-        verdict, drift = row["verdict"], row["drift"]
-        figures = ["-"] * 4
-        if drift:
-            figures = [
-                f"{100 * drift['share']:.1f}%",
-                f"{100 * drift['test_accuracy']:.1f}",
-                f"{drift['test_accuracy_change']:+.1f}",
-                f"{drift['test_kl']:.3f}",
-            ]
-        table.add_row(
-            f"{row['version']:04d}",
-            "-" if row["parent"] is None else f"{row['parent']:04d}",
-            row["kind"],
-            str(row["samples"]),
-            coloured(verdict) if verdict else "-",
-            row["proof"] or "-",
-            "[bold]current[/]" if row["version"] == current else row["state"],
-            *figures,
-        )
-    return table
 
 
 def _warn(warnings: list[str]) -> None:

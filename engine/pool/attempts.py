@@ -18,7 +18,7 @@ from typing import Any
 from engine.errors import UserError
 from engine.pool.simulation import Procedure
 from engine.pool.store import Pool
-from engine.runtime.files import write_json
+from engine.runtime.files import make_folder, write_json
 
 FOLDER = "certificates"
 
@@ -95,13 +95,8 @@ def _place(pool: Pool, attempt: Attempt) -> Path:
 
 def _write(pool: Pool, attempt: Attempt) -> None:
     path = _place(pool, attempt)
-    try:
-        path.parent.mkdir(exist_ok=True)
-        write_json(path, dataclasses.asdict(attempt))
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror}); attempts at certificates are counted there"
-        ) from None
+    make_folder(path.parent)
+    write_json(path, dataclasses.asdict(attempt))
 
 
 def _read(path: Path) -> Attempt:

@@ -383,7 +383,10 @@ class Pool:
         """
         made = recipe_of(original)
         for number in range(1, self.models + 1):
-            recipe = read_yaml(self.place(number) / "config.yaml")  # with `auto` resolved
+            file = self.place(number) / "config.yaml"
+            if not file.is_file():
+                raise UserError(f"pool {self.folder}: {file} is missing; restore it, or remove its folder and train it")
+            recipe = read_yaml(file)  # with `auto` resolved
             for name in RECIPE:
                 if name in made and made[name] != recipe.get(name):
                     raise UserError(

@@ -13,7 +13,7 @@ from engine.jobs.opening import Opening, current
 from engine.jobs.opening import open_model as load_checkpoint
 from engine.models.checkpoint import weights_sha256
 from engine.requests.intake import open_data
-from engine.requests.store import Store, locked
+from engine.requests.store import Store, locked, weights_key
 from engine.runtime.process_group import launched
 
 
@@ -28,10 +28,23 @@ def open_lineage(folder: Path) -> Iterator[Store]:
     """Lock and open a store; inside, models are opened with the options that `init_store` was given.
 
     Raises:
-        UserError: There is no store, or another process holds the lock.
+        UserError: There is no store, version 0 is missing, or another process holds the lock.
     """
     with locked(folder), Store.open(folder) as store, Opening.of(store.settings.get("opening")).active():
+        _place_of(store, 0)
         yield store
+
+
+def _place_of(store: Store, number: int) -> Path:
+    """Return the folder of a version.
+
+    Raises:
+        UserError: It is missing.
+    """
+    place = store.place(number)
+    if not place.is_dir():
+        raise UserError(f"{place}: the folder of version {number:04d} is missing; restore it from a backup")
+    return place
 
 
 def open_ordered_data(store: Store) -> Source:
@@ -43,11 +56,12 @@ def open_ordered_data(store: Store) -> Source:
 def refuse_changed(store: Store, number: int) -> None:
     """Raise UserError if the files of a version are not as they were written; those of its base likewise."""
     for each in dict.fromkeys((number, store.base_of(number))):
-        place = store.place(each)
+        place = _place_of(store, each)
         remedy = "restore it from a backup; what was made from a changed version is no proof"
-        kept = store.settings.get("weights_sha256") if each == 0 else None
+        kept = store.settings.get(weights_key(each))
         if kept is not None and weights_sha256(load_checkpoint(place)) != kept:
-            raise UserError(f"{place}: its weights are not those that lethe request init copied; {remedy}")
+            command = "rebase" if each else "init"
+            raise UserError(f"{place}: its weights are not those that lethe request {command} copied; {remedy}")
         if (place / "record.json").is_file() and (problems := verify_record(place)):
             raise UserError(f"{place}: changed since it was written ({problems[0]}); {remedy}")
 

@@ -48,7 +48,7 @@ def rebase(folder: Path, checkpoint: str) -> tuple[int, bool]:
         proven = found is not None and not found.init and found.samples_sha256 == retained.fingerprint()
         number = store.next_number()
         save_checkpoint(model, store.place(number))
-        store.add_rebase(number, f"full retrain, {'by its record' if proven else 'as stated'}: {checkpoint}")
+        store.add_rebase(number, f"full retrain, {'by its record' if proven else 'as stated'}: {checkpoint}", digest)
     return number, proven
 
 

@@ -89,7 +89,8 @@ class Store:
     def requests(self) -> list[Request]:
         """Return all requests, the nearest deadline first."""
         rows, known = self._all(_REQUESTS), self._all("SELECT 1 FROM sqlite_master WHERE name = 'proofs'")
-        proofs = dict(self._all("SELECT request, at FROM proofs")) if known else {}
+        times = self._all("SELECT request, at FROM proofs") if known else []
+        proofs = {row["request"]: row["at"] for row in times}
         return [
             Request(
                 **{**row, "reason": "" if row["proven"] else row["reason"] or ""}, proven_at=proofs.get(row["number"])
@@ -289,13 +290,14 @@ class Store:
         )
         self._database.execute(f"UPDATE requests SET proven = ? WHERE {which} AND proven IS NULL", (number, *values))
 
-    def add_rebase(self, number: int, reason: str) -> None:
-        """Add a full retrain as the current version, and as the base of later versions."""
+    def add_rebase(self, number: int, reason: str, digest: str) -> None:
+        """Add a full retrain as the current version, and as the base of later versions; `digest`: of its weights."""
         with transaction(self._database):
             self._database.execute(
                 "INSERT INTO versions VALUES (?, ?, ?, 'rebase', 'accepted', ?, NULL, ?, '{}')",
                 (number, self.current().number, number, stamp(utc_now()), reason),
             )
+            self._database.execute("INSERT INTO settings VALUES (?, ?)", (weights_key(number), json.dumps(digest)))
 
     def requests_of(self, run: int) -> list[int]:
         """Return the numbers of the requests of a run, which is that of the version with its number."""
@@ -306,6 +308,11 @@ class Store:
     def _all(self, query: str, values: Sequence[Any] = ()) -> list[sqlite3.Row]:
         with translated():
             return self._database.execute(query, tuple(values)).fetchall()
+
+
+def weights_key(number: int) -> str:
+    """Return the setting with the SHA-256 of the weights of a version that was copied, without a record."""
+    return "weights_sha256" if number == 0 else f"weights_sha256 {number:04d}"
 
 
 def place_of(folder: Path, number: int) -> Path:

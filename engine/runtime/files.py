@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.errors import RunStopped
+from engine.errors import RunStopped, UserError
 
 _FULL = ("No space left on device", "file write failed", "basic_ios::clear: iostream error", "unexpected pos")
 
@@ -26,11 +26,14 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Raises:
         RunStopped: No space is left; the earlier `path` is unchanged.
+        UserError: No file can be made in the folder.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    intact = "the earlier file, if there was one, is intact"
+    with full_disk(path, intact), writable(path):
+        temporary.touch()
     try:
-        with full_disk(path, "the earlier file, if there was one, is intact"):
-            temporary.touch()
+        with full_disk(path, intact):
             mode = temporary.stat().st_mode
             yield temporary
             temporary.chmod(mode)  # safetensors makes files that only their owner can read
@@ -39,6 +42,17 @@ def replacing(path: Path) -> Iterator[Path]:
             sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writable(path: Path) -> Iterator[None]:
+    """Turn the error of a folder or file that cannot be made into UserError; that of a full disk stays."""
+    try:
+        yield
+    except OSError as error:
+        if _is_full(error):
+            raise
+        raise UserError(f"{path}: cannot be written ({error.strerror}); check what is there, and its rights") from None
 
 
 @contextlib.contextmanager
@@ -80,9 +94,19 @@ def write_json(path: Path, values: Any) -> None:
         temporary.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder with those above it.
+
+    Raises:
+        UserError: It cannot be made: a file is there, or the rights are missing.
+    """
+    with writable(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
 def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write arrays; the file is complete or unchanged, and its folder is created."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import UserError
-from engine.runtime.files import full_disk
+from engine.runtime.files import full_disk, make_folder
 
 FILE = "lock.json"
 
@@ -186,10 +186,7 @@ def held(folder: Path, refusal: Refusal | None = None) -> Iterator[None]:
     Raises:
         UserError, RunStopped: See `take`.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"folder {folder} cannot be written ({error.strerror}); name another folder") from None
+    make_folder(folder)
     lock = take(folder, refusal)
     try:
         yield

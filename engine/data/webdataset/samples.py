@@ -25,7 +25,7 @@ from engine.data.samples import IdKind, Samples
 from engine.data.webdataset.index import ShardSamples, read_shard
 from engine.data.webdataset.shards import find_shards
 from engine.errors import RunStopped, UserError
-from engine.runtime.files import replacing
+from engine.runtime.files import write_npz
 
 logger = logging.getLogger(__name__)
 
@@ -133,11 +133,9 @@ def _load(place: Path, state: str) -> dict[str, np.ndarray] | None:
 
 def _save(place: Path, state: str, index: dict[str, np.ndarray]) -> bool:
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(place) as temporary, open(temporary, "wb") as handle:
-            np.savez(handle, state=np.array(state), **index)  # type: ignore[arg-type]
+        write_npz(place, {"state": np.array(state), **index})
         return True
-    except (OSError, RunStopped):  # no permission to write, or a full disk
+    except (OSError, RunStopped, UserError):  # no permission to write, or a full disk
         return False
 
 

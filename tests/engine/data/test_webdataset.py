@@ -356,11 +356,11 @@ def test_the_index_goes_to_the_users_cache_where_shards_cannot_be_written_beside
 def test_an_index_that_cannot_be_kept_is_no_error(
     folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def full(_: object) -> None:
+    def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(webdataset, "replacing", full)
+    monkeypatch.setattr(webdataset, "write_npz", full)
     assert len(open_source(f"webdataset:{folder}").train) == 12
 
 

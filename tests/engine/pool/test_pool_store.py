@@ -186,3 +186,8 @@ def test_the_recipe_of_the_original_is_compared(folder: Path, tmp_path: Path) ->
     (original / "config.yaml").write_text("method: retrain\nepochs: 90.0\n")
     with pytest.raises(UserError, match=r"with epochs=1.0, the original with 90.0"):
         pool.check_recipe(str(original))
+    twin = shutil.copytree(folder, tmp_path / "twin")
+    (twin / "model_2" / "config.yaml").unlink()
+    (original / "config.yaml").write_text("method: retrain\nepochs: 1.0\n")
+    with pytest.raises(UserError, match=r"model_2/config.yaml is missing; restore it"):
+        Pool.open(twin).check_recipe(str(original))

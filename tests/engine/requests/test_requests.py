@@ -266,6 +266,23 @@ def test_a_version_with_other_weights_is_refused(store: Path, digits: Source, ch
     assert states(store) == {1: "unproven", 2: "open"}
 
 
+def test_the_weights_of_a_full_retrain_are_those_that_were_copied(store: Path, digits: Source, tmp_path: Path) -> None:
+    """A retrain is copied without a record, so nothing detected that its files were replaced."""
+    rebase(store, str(save_checkpoint(tiny_vit(9), tmp_path / "retrained")))
+    add_request(store, ids=ids_of(digits, 0))
+    save_checkpoint(tiny_vit(8), store / "versions" / "0001")
+    with pytest.raises(UserError, match=r"versions/0001: .*lethe request rebase copied; restore it"):
+        run(store)
+    assert states(store) == {1: "open"}
+
+
+def test_a_version_whose_folder_is_gone_is_named(store: Path, digits: Source) -> None:
+    add_request(store, ids=ids_of(digits, 0))
+    shutil.rmtree(store / "versions" / "0000")
+    with pytest.raises(UserError, match=r"versions/0000: the folder of version 0000 is missing; restore it"):
+        run(store)
+
+
 def test_a_version_of_the_store_is_no_full_retrain(store: Path, digits: Source, tmp_path: Path) -> None:
     add_request(store, ids=ids_of(digits, 0))
     run(store)

@@ -175,7 +175,6 @@ def test_a_full_retrain_is_judged_without_a_record(
     monkeypatch.setattr(engine.jobs.verify, "verify_job", lambda *a, **k: verdict(said.pop(0)))
     monkeypatch.setattr(engine.jobs.verify, "record_verdict", lambda place, found: None)
     monkeypatch.setattr(rebase, "load_fitting", lambda checkpoint, source: tiny_vit(9))
-    monkeypatch.setattr(rebase, "save_checkpoint", lambda model, place: place.mkdir())
     lethe("add", "--id", "train/1")
     lethe("run")
     lethe("rebase", "--checkpoint", "retrain")
@@ -206,7 +205,6 @@ def test_commands_that_take_a_checkpoint(
     lethe: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rebase, "load_fitting", lambda checkpoint, source: tiny_vit(9))
-    monkeypatch.setattr(rebase, "save_checkpoint", lambda model, place: place.mkdir())
     assert (
         "version 0001 is a copy of retrain; that none of the forgotten"
         in lethe("rebase", "--checkpoint", "retrain").output

@@ -336,6 +336,23 @@ def test_a_full_retrain_can_be_judged_again(
     assert judged.version == 2
 
 
+def test_the_record_of_a_version_is_signed(
+    store: Path, pool: Pool, certificate: Path, digits: Source, lethe: Lethe, tmp_path: Path
+) -> None:
+    """By `run`, with the verdict in it, and again by a later verdict."""
+    keys = make_keys(tmp_path)
+    add_request(store, ids=ids_of(digits, 0))
+    by = ("--store", store, "--pool", pool.folder, "--certificate", certificate)
+    assert lethe("request", "run", *by, "--sign", tmp_path / "none.pem")[0] == 2
+    assert states(store) == {1: "open"}
+    place = store / "versions" / "0001"
+    for command in ("run", "judge"):
+        code, _, err = lethe("request", command, *by, "--sign", keys / "mine.pem")
+        assert code in (0, 3), err
+        assert lethe("verify-record", place, "--public-key", keys / "mine.pub")[0] == 0
+        assert lethe("verify-record", place, "--public-key", keys / "theirs.pub")[0] == 1
+
+
 def test_a_pool_takes_the_place_of_the_references_of_the_store(with_references: Path, pool: Pool, lethe: Lethe) -> None:
     """Red before: the error recommended --no-reference, which `judge` did not have."""
     gate = Gate("membership", "?", "INSUFFICIENT EVIDENCE", None, "limit", "planted")
