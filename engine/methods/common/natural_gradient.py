@@ -14,8 +14,6 @@ from engine.methods.common.kronecker import KroneckerFisher
 
 # Share of the step to the minimum of the parabola that is taken: other samples and views follow.
 _SHARE = 0.7
-# m: share of the last step that is taken again.
-_MOMENTUM = 0.5
 # Mean KL divergence (nats), by the Fisher matrix, between predictions before and after the first length that is tried.
 _FIRST_KL = 1e-5
 # A step is at most so many times the length that was tried; one that is too long is shortened to a tenth at least.
@@ -34,7 +32,7 @@ def descend(
 ) -> None:
     """Lower a loss L by natural gradient steps on the weights that a Fisher matrix covers.
 
-        theta <- theta - m u        d = F^-1 g(theta)        theta <- theta - a d        u <- m u + a d        m = 0.5
+        d = F^-1 g(theta)        theta <- theta - a d
 
     A length t is tried, the last a or, at first, one that changes the predictions of the samples of F by a mean KL
     divergence of 1e-5 nats by F (t d changes them by t^2 d^T g / 2). If L does not fall, t is shortened and tried
@@ -56,7 +54,6 @@ def descend(
     """
     named = dict(model.named_parameters())
     weights = {name: named[name] for name in fisher.names}
-    taken = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     trial = 0.0
 
     def move(direction: dict[str, Tensor], by: float) -> None:
@@ -73,7 +70,6 @@ def descend(
         return after
 
     for step in range(steps):
-        move(taken, _MOMENTUM)
         loss, gradient = gradients(step)
         direction = fisher.solve(gradient, damping)
         slope = _dot(direction, gradient)
@@ -87,8 +83,6 @@ def descend(
             length, trials = _search(loss, slope, first, functools.partial(at, direction, step))
             trial = length
         move(direction, length)
-        for name, each in direction.items():
-            taken[name] = _MOMENTUM * taken[name] + length * each
         report(step, steps, {"loss": loss, "length": length, "trials": float(trials)})
 
 
