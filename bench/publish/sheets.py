@@ -23,7 +23,7 @@ from bench.publish.verdict_sheets import (
     verdicts_table,
 )
 from bench.quality import ablation
-from bench.quality.retrain_summary import OWN, PLACES, over_seeds
+from bench.quality.retrain_summary import OWN, PLACES, over_seeds, with_images
 from bench.training_cost.train import BEST_BF16, BEST_FP32, OURS_COMPILED
 
 MIB = 2**20
@@ -71,6 +71,7 @@ def ablation_table(report: Report) -> Sheet:
 _COLUMNS = {
     "seconds": ("seconds", 1, 1, ""),
     "of retrain": ("share", 1, 100, "%"),
+    "images": ("images_share", 1, 100, "%"),
     "average gap": ("gap", 2, 1, ""),
     "gap / noise floor": ("gap_to_floor", 1, 1, ""),
     "agreement": ("agreement", 1, 100, ""),
@@ -108,10 +109,10 @@ def _comparison(tasks: Mapping[str, Sequence[Report]]) -> Sheet:
 def summary_table(report: Report) -> Sheet:
     """Make five rows and five columns of a leaderboard of one task, smallest gap first."""
     (entry,) = report["tasks"].values()
-    entries = sorted((found for found in entry["summary"] if found["method"] in SUMMARY), key=_gap)
-    headings = ("average gap", "forget", "test", "of retrain")
+    entries = sorted((found for found in _summary(entry) if found["method"] in SUMMARY), key=_gap)
+    headings = ("average gap", "forget", "test", "images")
     return Sheet(
-        columns=["method", "average gap", "forget accuracy", "test accuracy", "time, of a retrain"],
+        columns=["method", "average gap", "forget accuracy", "test accuracy", "training images, of a retrain"],
         rows=[[found["method"], *_cells(found, headings)] for found in entries],
         marked=frozenset(number for number, found in enumerate(entries) if found["method"] in OWN),
     )
@@ -120,7 +121,19 @@ def summary_table(report: Report) -> Sheet:
 def _standing(entry: Report) -> list[Report]:
     """Return a task's summary, with the untouched model as an entry of it."""
     numbers = {key: over_seeds([entry["untouched"]], path) for key, path in PLACES.items()}
-    return [*entry["summary"], {"method": "untouched", "seeds": None, "collapsed": None, **numbers}]
+    return [*_summary(entry), {"method": "untouched", "seeds": None, "collapsed": None, **numbers}]
+
+
+def _summary(entry: Report) -> list[Report]:
+    """Return a task's summary with the share of images, which early files do not have."""
+    rows = with_images(entry["rows"])
+    return [
+        {
+            **found,
+            "images_share": over_seeds([row for row in rows if row["method"] == found["method"]], ("images_share",)),
+        }
+        for found in entry["summary"]
+    ]
 
 
 def _gap(found: Report) -> float:

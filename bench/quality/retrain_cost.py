@@ -22,16 +22,16 @@ gaps in percentage points, money in the currency of --price; what was not measur
             that have both; null if no two seeds have three methods.
         foresight: Kendall's tau between the orders of the methods by score and by gap, means over seeds; null with
             fewer than three methods.
-        summary: [{method, seeds, seconds, unlearn_seconds, evaluate_seconds, share, gap, gap_to_floor, forget, retain,
-            test, efficacy, auc, agreement, score, joules, money: each {mean, half_range} over seeds or null,
-            collapsed: runs that did}]
+        summary: [{method, seeds, seconds, unlearn_seconds, evaluate_seconds, share, images_share, gap, gap_to_floor,
+            forget, retain, test, efficacy, auc, agreement, score, joules, money: each {mean, half_range} over seeds or
+            null, collapsed: runs that did}]
     }}
     QUALITY: accuracy {forget, retain, test}, mia {efficacy, auc}, gap {forget, retain, test, mia, average} to the
         references, gap_to_floor (average gap / noise_floor), agreement (top-1, forget samples), weights_sha256,
         forget_classes (the predicted class of each forget sample, one string).
     ROW: QUALITY and method, seed, collapsed, samples_seen {phase: samples}, share (of the total seconds of the same
-        seed's retrain), score (of `engine.evaluate.indistinguishable`, in percentage points: from the
-        validation samples, no retrained model; its time is not counted), joules, money,
+        seed's retrain), images_share (of its samples_seen), score (of `engine.evaluate.indistinguishable`, in
+        percentage points: from the validation samples, no retrained model; its time is not counted), joules, money,
         load_average (1 minute, before the run),
         seconds {prepare (masks, teacher passes), steps, around (copy of the model, watched accuracy before and after,
         last files), unlearn (these three), evaluate, total (unlearn + evaluate), and of the same time: phases {name:
@@ -66,7 +66,7 @@ from bench.harness.cases import TINY, VIT_B, VIT_S
 from bench.harness.measure import EnergyMeter, turns
 from bench.harness.report import Report, kept, load_average
 from bench.publish import pictures
-from bench.quality.retrain_summary import Row, foresight, mean_of, print_task, rank_stability, summarise
+from bench.quality.retrain_summary import Row, foresight, mean_of, print_task, rank_stability, summarise, with_images
 from bench.training_cost.recipes import Timed, print_projection, project
 from engine.cli.console import console, progress_bars
 from engine.cli.demo import MODEL_ARGS, RECIPE, RUN
@@ -366,6 +366,7 @@ def _entry(
                 "money": None if price is None else price * row["seconds"]["total"] / 3600,
             }
         )
+    finished = with_images(finished)
     summary = summarise(finished)
     return {
         "data": subject.data,

@@ -25,6 +25,7 @@ PLACES: dict[str, tuple[str, ...]] = {
     "unlearn_seconds": ("seconds", "unlearn"),
     "evaluate_seconds": ("seconds", "evaluate"),
     "share": ("share",),
+    "images_share": ("images_share",),
     "gap": ("gap", "average"),
     "gap_to_floor": ("gap_to_floor",),
     "forget": ("accuracy", "forget"),
@@ -37,6 +38,18 @@ PLACES: dict[str, tuple[str, ...]] = {
     "joules": ("joules",),
     "money": ("money",),
 }
+
+
+def with_images(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows with `images_share`: images of their training steps over those of the retrain of their seed."""
+    whole = {row["seed"]: sum(row["samples_seen"].values()) for row in rows if row["method"] == "retrain"}
+    return [
+        {
+            **row,
+            "images_share": sum(row["samples_seen"].values()) / whole[row["seed"]] if row["seed"] in whole else None,
+        }
+        for row in rows
+    ]
 
 
 def mean_of(values: Sequence[float]) -> Any:
@@ -110,6 +123,7 @@ def print_task(name: str, entry: Row) -> None:
         ("score", "score", 2, 1.0, False),
         ("total s", "seconds", 1, 1.0, True),
         ("of retrain %", "share", 1, 100.0, True),
+        ("images, of retrain %", "images_share", 1, 100.0, True),
         ("joules", "joules", 0, 1.0, False),
         ("money", "money", 4, 1.0, False),
     ]

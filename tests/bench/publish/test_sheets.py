@@ -65,12 +65,17 @@ def test_costs_of_retraining_and_what_they_project_to() -> None:
         "accuracy": {"forget": 0.9, "test": 0.55}, "mia": {"efficacy": 0.2}, "gap": {"average": 12.0},
         "gap_to_floor": 6.0, "agreement": 0.7,
     }  # fmt: skip
-    task = {"untouched": untouched, "summary": [found, {**found, "method": "retrain"}]}
+    rows = [
+        {"method": method, "seed": seed, "samples_seen": {"forget": images, "retain": 100}}
+        for seed, images in ((0, 20), (1, 60))
+        for method, images in (("lethe", images), ("retrain", 300))
+    ]
+    task = {"untouched": untouched, "summary": [found, {**found, "method": "retrain"}], "rows": rows}
     sheet = retrain_cost_table({"tasks": {"digits": task}})
     assert [list(row) for row in sheet.rows[::2]] == [
-        ["digits, lethe", "3", "100.0 ± 10.0", "25.0 ± 2.5%", "5.00 ± 0.50", "-", "-", "60.0 ± 6.0", "50.0 ± 5.0",
-         "40.0 ± 4.0", "0"],
-        ["digits, untouched", "-", "-", "-", "12.00", "6.0", "70.0", "90.0", "55.0", "20.0", "-"],
+        ["digits, lethe", "3", "100.0 ± 10.0", "25.0 ± 2.5%", "35.0 ± 5.0%", "5.00 ± 0.50", "-", "-", "60.0 ± 6.0",
+         "50.0 ± 5.0", "40.0 ± 4.0", "0"],
+        ["digits, untouched", "-", "-", "-", "-", "12.00", "6.0", "70.0", "90.0", "55.0", "20.0", "-"],
     ]  # fmt: skip
     assert sheet.marked == {0}
     assert not {"retain", "score"} & set(sheet.columns), "no column of what no row has"
@@ -95,22 +100,35 @@ def test_a_leaderboard_has_the_smallest_gap_first_and_no_spread_of_one_seed() ->
 
     summary = [entry("ssd", 9, 3), entry("new", None, 1), entry("lethe_plus", 2, 1), entry("lethe", 4, 3)]
     untouched = {"gap": {"average": 5.0}, "accuracy": {"retain": 0.84}, "score": 7.25}
-    task = {"untouched": untouched, "summary": summary}
+    rows = [
+        {"method": method, "seed": 0, "samples_seen": {"retain": images}}
+        for method, images in (("lethe_plus", 30), ("lethe", 80), ("retrain", 100))
+    ]
+    task = {"untouched": untouched, "summary": summary, "rows": rows}
     sheet = leaderboard_table({"tasks": {"a": task, "b": task}})
-    assert sheet.columns == ["task, method", "seeds", "of retrain", "average gap", "retain", "score", "collapsed"]
+    assert sheet.columns == [
+        "task, method",
+        "seeds",
+        "of retrain",
+        "images",
+        "average gap",
+        "retain",
+        "score",
+        "collapsed",
+    ]
     assert [list(row) for row in sheet.rows[:5]] == [
-        ["a, lethe_plus", "1", "50.0%", "2.00", "-", "-", "0"],
-        ["a, lethe", "3", "50.0 ± 0.0%", "4.00 ± 0.25", "-", "-", "0"],
-        ["a, untouched", "-", "-", "5.00", "84.0", "7.25", "-"],
-        ["a, ssd", "3", "50.0 ± 0.0%", "9.00 ± 0.25", "-", "-", "0"],
-        ["a, new", "1", "50.0%", "-", "-", "-", "0"],
+        ["a, lethe_plus", "1", "50.0%", "30.0%", "2.00", "-", "-", "0"],
+        ["a, lethe", "3", "50.0 ± 0.0%", "80.0 ± 0.0%", "4.00 ± 0.25", "-", "-", "0"],
+        ["a, untouched", "-", "-", "-", "5.00", "84.0", "7.25", "-"],
+        ["a, ssd", "3", "50.0 ± 0.0%", "-", "9.00 ± 0.25", "-", "-", "0"],
+        ["a, new", "1", "50.0%", "-", "-", "-", "-", "0"],
     ]
     assert sheet.rows[5][0] == "b, lethe_plus"
     assert sheet.marked == {0, 1, 5, 6}
     summary = summary_table({"tasks": {"a": task}})
     assert [list(row) for row in summary.rows] == [
-        ["lethe_plus", "2.00", "-", "-", "50.0%"],
-        ["lethe", "4.00 ± 0.25", "-", "-", "50.0 ± 0.0%"],
+        ["lethe_plus", "2.00", "-", "-", "30.0%"],
+        ["lethe", "4.00 ± 0.25", "-", "-", "80.0 ± 0.0%"],
     ]
     assert summary.marked == {0, 1}
     with pytest.raises(ValueError, match="too many values"):
