@@ -36,7 +36,7 @@ A small request takes natural gradient steps (`engine.methods.common.natural_gra
 over all forget samples, and over `retain_batch` retain samples and one shift T that change in each step. The last term
 is needed since the matrix leaves out what layers have in common. A pass over the retain set would cost what the passes
 of a large request cost, and AdamW's steps on few retain samples do not keep the predictions for the others
-(docs/lab/2026-11-30.md). s is updated after the first quarter of the steps, by c / 25. Ranks in q are those among 150
+(docs/lab/2026-11-30.md). s is updated after the first quarter of the steps, by c / 40. Ranks in q are those among 150
 retain samples, which the model was trained on too, so that a request of a single sample has one; both distributions are
 taken relative to the mean of the class, which all classes share. q_T(x) is softmax f_o(T x), with the log-odds of y
 mapped from those of the 150 retain samples under such shifts to those of held-out samples under them. A model may have
@@ -79,7 +79,7 @@ _TRAINED_SHIFTS = 4
 # Share of the steps after which s is updated.
 _WARMUP_FRACTION = 0.1
 # The same of a small request, and the steps that it counts in the correction of s.
-_SMALL_WARMUP_FRACTION, _CORRECTED_STEPS = 0.25, 25
+_SMALL_WARMUP_FRACTION, _CORRECTED_STEPS = 0.25, 40
 # Lengths that the line search of a step tries, as a plan counts them; most steps try one.
 _PLANNED_TRIALS = 2
 # Smallest share of the weights in linear layers: less are not enough to forget by.
