@@ -50,7 +50,7 @@ MOST_NO_OP = 0.05
 # Probability of the intervals for the figures of a run.
 _LIKE = 0.998
 # Added to the range of the change of the weights, log10: a factor of two. A version that was made from an unlearned
-# model changes less than one that was made from the original.
+# model may change less than one that was made from the original.
 _MOVED = 0.301
 _DRAWS = 100
 # Attempts from which on the draws do not increase, so that no further one can be granted.

@@ -254,25 +254,42 @@ def _run_one(
     model, images = run(original, task, procedure.method, config)
     seconds = time.perf_counter() - began
     outputs = outputs_of(answers, model, sets)
-    figures = figures_of(model, original, outputs.predictions["forget"], forget)
+    figures = figures_of(model, original, original, outputs.predictions["forget"], forget)
     return Simulated(outputs, answers(model, task.forget), changed_share(model, original), figures, seconds, images)
 
 
 def figures_of(
-    model: nn.Module, before: nn.Module, forget: Predictions, references: Sequence[Mapping[str, Predictions]]
+    model: nn.Module,
+    before: nn.Module,
+    root: nn.Module,
+    forget: Predictions,
+    references: Sequence[Mapping[str, Predictions]],
 ) -> dict[str, float]:
     """Return figures by which a run is compared with certified ones.
 
+    Args:
+        model, before: The model after the run, and before it.
+        root: The model that the certified runs began from: its size is the unit of the change. That of `before` may
+            have grown in earlier runs, by which the same change would be a smaller part of it.
+        forget: Predictions for the forget samples.
+        references: Those of the references.
+
     Returns:
-        weights: log10 of the distance of the weights from those before, relative to these. score: mean log-odds of the
-        true class on the forget samples, less that of the references.
+        weights: log10 of the distance of the weights from those before, relative to those of the root. score: mean
+        log-odds of the true class on the forget samples, less that of the references.
     """
     try:
         distance = compare_weights(model, before)["distance"]["all"] or 0.0
     except UserError:
         distance = 1.0
+    distance *= _size(before) / _size(root)
     score = calibrated_margins(forget, [each["plain"] for each in references])
     return {"weights": float(np.log10(max(distance, _TINY))), "score": float(score.mean())}
+
+
+def _size(model: nn.Module) -> float:
+    """Return the Euclidean norm of all weights."""
+    return sum(float(each.detach().double().square().sum()) for each in model.parameters()) ** 0.5
 
 
 def joint_evidence(

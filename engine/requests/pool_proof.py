@@ -215,7 +215,7 @@ class PoolProof:
             repeated=forget,
             changed=changed_share(model, before),
         )
-        figures = figures_of(model, before, forget, references.forget(part.forget, moved=False))
+        figures = figures_of(model, before, original, forget, references.forget(part.forget, moved=False))
         controls = [ModelOutputs({"test": each["plain"]}, {}) for each in references.controls()]
         figures["score"] -= score_on_test(evidence.model, controls)
         low, high = certificate.sizes

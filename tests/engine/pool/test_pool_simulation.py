@@ -182,8 +182,28 @@ def test_figures_of_a_run(references: PoolReferences, digits: Source) -> None:
     forget = references.forget(task.forget, moved=False)
     before, model = tiny_vit(3), tiny_vit(3)
     answers = Answers({"precision": "fp32"})
-    assert figures_of(model, before, answers(model, task.forget), forget)["weights"] == -9
+
+    def change() -> float:
+        return figures_of(model, before, root, answers(model, task.forget), forget)["weights"]
+
+    root = tiny_vit(3)
+    assert change() == -9
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.01)
-    assert figures_of(model, before, answers(model, task.forget), forget)["weights"] == pytest.approx(-2, abs=1e-3)
+    assert change() == pytest.approx(-2, abs=1e-3)
+
+
+def test_the_unit_of_a_change_is_the_root_of_the_lineage(references: PoolReferences, digits: Source) -> None:
+    """Red before: weights that had grown in earlier runs made the change a smaller part of them, and a request failed."""
+    from engine.pool.simulation import figures_of
+
+    task = Task.of_ids(digits, list(digits.train.ids[:6]), spec="x")
+    forget, answers = references.forget(task.forget, moved=False), Answers({"precision": "fp32"})
+    root, before, model = tiny_vit(3), tiny_vit(3), tiny_vit(3)
+    with torch.no_grad():
+        for first, second, third in zip(root.parameters(), before.parameters(), model.parameters(), strict=True):
+            second.mul_(4.0)
+            third.copy_(second + 0.01 * first)
+    found = figures_of(model, before, root, answers(model, task.forget), forget)
+    assert found["weights"] == pytest.approx(-2, abs=1e-3)
