@@ -195,7 +195,7 @@ def test_figures_of_a_run(references: PoolReferences, digits: Source) -> None:
 
 
 def test_the_unit_of_a_change_is_the_root_of_the_lineage(references: PoolReferences, digits: Source) -> None:
-    """Red before: weights that had grown in earlier runs made the change a smaller part of them, and a request failed."""
+    """Red before: weights that had grown made the change a smaller part of them, and a request failed."""
     from engine.pool.simulation import figures_of
 
     task = Task.of_ids(digits, list(digits.train.ids[:6]), spec="x")
