@@ -53,7 +53,7 @@ _LIKE = 0.998
 # model may change less than one that was made from the original.
 _MOVED = 0.301
 _DRAWS = 100
-# Attempts from which on the draws do not increase, so that no further one can be granted.
+# Attempts from which on the draws do not increase: they take a third of a second each. Some more, and none is granted.
 _MOST_ATTEMPTS = 50
 # Parts of the code that decide what a run does to a model.
 _CODE = ("core", "data", "methods", "models", "run", "runtime")
