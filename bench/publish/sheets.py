@@ -20,6 +20,7 @@ from bench.publish.verdict_sheets import (
     agreement_table,
     calibration_table,
     certificates_table,
+    queue_table,
     verdicts_table,
 )
 from bench.quality import ablation
@@ -431,6 +432,7 @@ TABLES = {
     "verdicts": Table(files=("verdicts.json",), make=verdicts_table),
     "calibration": Table(files=("calibration.json",), make=calibration_table),
     "certificates": Table(files=("certificates.json",), make=certificates_table),
+    "pool-queue-digits": Table(files=("pool-queue-digits.json",), make=queue_table),
     "pool-agreement": Table(files=("pool-agreement.json",), make=agreement_table),
     "leaderboard-yardstick": Table(files=("leaderboard-yardstick.json",), make=leaderboard_table),
     "leaderboard-yardstick-alone": Table(files=("leaderboard-yardstick-alone.json",), make=leaderboard_table),

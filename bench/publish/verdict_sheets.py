@@ -83,13 +83,20 @@ def agreement_table(report: Report) -> Sheet:
     return Sheet(columns=["by references", *(f"by the pool: {other}" for other in STATUSES)], rows=rows)
 
 
+def _points(value: float) -> str:
+    """Format a difference in points; one that rounds to 0 has no sign."""
+    return f"{value:+.1f}".replace("+0.0", "0.0").replace("-0.0", "0.0")
+
+
 def queue_table(report: Report) -> Sheet:
-    """Make a row a run: its request, its state, and the cost of its proof."""
+    """Make a row a run: its request, its state, what it kept of the accuracy, and the cost of its proof."""
     rows = []
+    accuracies = ("test accuracy", "retain accuracy")
     for run in report["runs"]:
         share = "-" if run["share"] is None else f"{100 * run['share']:.2f}"
         seconds = "-" if run["proof_seconds"] is None else f"{run['proof_seconds']:.1f}"
-        cells = [run["planted"], run["status"], run["state"], run["kind"], share, seconds]
+        kept = [_points(run["kept"][name][0]) if name in run["kept"] else "-" for name in accuracies]
+        cells = [run["planted"], run["status"], run["state"], run["kind"], *kept, share, seconds]
         rows.append([str(run["request"]), str(run["samples"]), *cells])
     cost = ["proof, % of a retrain's images", "proof, s"]
-    return Sheet(columns=["request", "samples", "planted", "verdict", "state", "proof", *cost], rows=rows)
+    return Sheet(columns=["request", "samples", "planted", "verdict", "state", "proof", *accuracies, *cost], rows=rows)

@@ -161,14 +161,16 @@ def test_table_of_a_queue() -> None:
         "status": "FAIL",
         "state": "open",
         "kind": "none",
+        "kept": {},
         "share": None,
         "proof_seconds": None,
     }
     done = {**run, "planted": "", "status": "PASS", "state": "done", "kind": "certificate", "share": 0.0042}
-    rows = queue_table({"runs": [run, {**done, "proof_seconds": 3.21}]}).rows
+    kept = {"test accuracy": [0.25, -1, 1], "retain accuracy": [-1.25, -2, 0]}
+    rows = queue_table({"runs": [run, {**done, "kept": kept, "proof_seconds": 3.21}]}).rows
     assert rows == [
-        ["10", "5", "no-op", "FAIL", "open", "none", "-", "-"],
-        ["10", "5", "", "PASS", "done", "certificate", "0.42", "3.2"],
+        ["10", "5", "no-op", "FAIL", "open", "none", "-", "-", "-", "-"],
+        ["10", "5", "", "PASS", "done", "certificate", "+0.2", "-1.2", "0.42", "3.2"],
     ]
 
 
