@@ -433,6 +433,7 @@ TABLES = {
     "calibration": Table(files=("calibration.json",), make=calibration_table),
     "certificates": Table(files=("certificates.json",), make=certificates_table),
     "pool-queue-digits": Table(files=("pool-queue-digits.json",), make=queue_table),
+    "pool-queue-yardstick": Table(files=("pool-queue-yardstick.json",), make=queue_table),
     "pool-agreement": Table(files=("pool-agreement.json",), make=agreement_table),
     "leaderboard-yardstick": Table(files=("leaderboard-yardstick.json",), make=leaderboard_table),
     "leaderboard-yardstick-alone": Table(files=("leaderboard-yardstick-alone.json",), make=leaderboard_table),
