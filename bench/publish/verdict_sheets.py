@@ -85,7 +85,7 @@ def agreement_table(report: Report) -> Sheet:
 
 def _points(value: float) -> str:
     """Format a difference in points; one that rounds to 0 has no sign."""
-    return f"{value:+.1f}".replace("+0.0", "0.0").replace("-0.0", "0.0")
+    return f"{value:+.1f}" if round(value, 1) else "0.0"
 
 
 def queue_table(report: Report) -> Sheet:

@@ -106,11 +106,11 @@ def write_scores(path: Path, ids: list[str], scores: list[float | None]) -> None
     """Write a CSV file with the columns id and score, highest first; samples without a score are left out."""
     import csv
 
-    from engine.runtime.files import replacing
+    from engine.runtime.files import make_folder, replacing
 
     known = [(i, score) for i, score in zip(ids, scores, strict=True) if score is not None]
     ranked = sorted(known, key=lambda row: row[1], reverse=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as handle:
         rows = csv.writer(handle)
         rows.writerow(("id", "score"))

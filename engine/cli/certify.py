@@ -123,9 +123,10 @@ def certify(
         f"{procedure.count} simulated requests of {size} samples ({kind}) of {source.spec}, each forgotten by {method}",
         soft_wrap=True,
     )
-    facts = {**bound(references, method, options), "requests": dataclasses.asdict(procedure)}
+    binding = bound(references, method, options)
+    facts = {**binding, "requests": dataclasses.asdict(procedure)}
     with takes_folder(out, facts), progress_bars() as progress:
-        attempt = begin_attempt(opened, procedure, bound(references, method, options))
+        attempt = begin_attempt(opened, procedure, binding)
         found, evidence = simulate(references, procedure, out, progress)
     content, verdict = grant(references, procedure, found, evidence, days, competing(opened, attempt))
     end_attempt(opened, attempt, content["reason"] or "granted")

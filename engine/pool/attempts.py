@@ -60,7 +60,8 @@ def begin_attempt(pool: Pool, procedure: Procedure, bound: Mapping[str, Any]) ->
     Raises:
         UserError: A file cannot be read or written.
     """
-    facts = {"bound": bound, "requests": dataclasses.asdict(procedure)}
+    # Of the options `bound` has those that count.
+    facts = {"bound": bound, **{name: getattr(procedure, name) for name in ("kind", "size", "count", "seed")}}
     made = Attempt(
         hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest(),
         datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

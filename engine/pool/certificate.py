@@ -373,7 +373,7 @@ def _hmac(content: Mapping[str, Any], pool: Pool) -> str:
 def line_of(content: Mapping[str, Any]) -> str:
     """Return one line on a certificate, for the console."""
     low, high = content["sizes"]
-    counted = f"; {attempts_of(content)}" if attempts_of(content) else ""
+    counted = attempts_of(content)
     if content["granted"]:
         return (
             f"CERTIFIED until {content['expires'][:10]}: {content['method']} for requests of {low} to {high} samples "
@@ -383,6 +383,6 @@ def line_of(content: Mapping[str, Any]) -> str:
 
 
 def attempts_of(content: Mapping[str, Any]) -> str:
-    """Return words on how many attempts there were before; empty if none, or by an earlier version, not counted."""
+    """Return words to append on the attempts before; empty if there were none, or a release that counted none."""
     number = content.get("attempt", 1)
-    return "" if number == 1 else f"attempt {number} with this pool for such requests, each a chance to pass in error"
+    return "" if number == 1 else f"; attempt {number} with this pool for such requests, each a chance to pass in error"

@@ -219,7 +219,7 @@ class PoolProof:
         controls = [ModelOutputs({"test": each["plain"]}, {}) for each in references.controls()]
         figures["score"] -= score_on_test(evidence.model, controls)
         low, high = certificate.sizes
-        counted = f"; {attempts_of(certificate.content)}" if attempts_of(certificate.content) else ""
+        counted = attempts_of(certificate.content)
         found = [
             Gate(
                 "certificate",

@@ -69,7 +69,7 @@ def mean_over(
     Args:
         batches: The batches.
         loss: Computes a scalar mean over a batch.
-        parameters: What to differentiate by; the gradient is zero for those that the loss does not depend on. without
+        parameters: What to differentiate by; the gradient is zero for those that the loss does not depend on. Without
             any, the value alone is computed.
     """
     value: Tensor = torch.zeros(())

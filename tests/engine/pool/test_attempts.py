@@ -38,6 +38,8 @@ def test_a_repeated_one_is_the_same(pool: Pool) -> None:
     again = begin_attempt(pool, REQUESTS, BOUND)
     assert (again.key, again.began, again.result) == (first.key, first.began, "membership")
     assert competing(pool, again) == []
+    workers = dataclasses.replace(REQUESTS, config={"lr": 0.1, "workers": 4})  # changes nothing of the result
+    assert begin_attempt(pool, workers, BOUND).key == first.key
 
 
 @pytest.mark.parametrize(
