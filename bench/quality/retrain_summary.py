@@ -122,8 +122,7 @@ def print_task(name: str, entry: Row) -> None:
         ("agree %", "agreement", 1, 100.0, False),
         ("score", "score", 2, 1.0, False),
         ("total s", "seconds", 1, 1.0, True),
-        ("of retrain %", "share", 1, 100.0, True),
-        ("images, of retrain %", "images_share", 1, 100.0, True),
+        ("images %", "images_share", 1, 100.0, True),
         ("joules", "joules", 0, 1.0, False),
         ("money", "money", 4, 1.0, False),
     ]
@@ -152,7 +151,8 @@ def print_task(name: str, entry: Row) -> None:
     console.print(
         "[dim]mean (± half of the range over seeds); noise floor: "
         f"{'none with one reference' if floor is None else f'{floor:.2f} points'}, of {len(entry['references'])} "
-        "retrained models; total: end-to-end wall-clock time, evaluation included[/dim]",
+        "retrained models; total: end-to-end wall-clock time, evaluation included; images: those of the training steps, "
+        "as a share of the retrain's[/dim]",
         soft_wrap=True,
     )
 

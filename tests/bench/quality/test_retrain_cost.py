@@ -318,7 +318,7 @@ def test_the_table_shows_quality_and_time_in_one_row(
     for number in (
         f"{100 * found['forget']['mean']:.1f} ± {100 * found['forget']['half_range']:.1f}",
         f"{found['gap']['mean']:.2f} ± {found['gap']['half_range']:.2f}",
-        f"{100 * found['share']['mean']:.1f} ± {100 * found['share']['half_range']:.1f}",
+        f"{100 * found['images_share']['mean']:.1f} ± {100 * found['images_share']['half_range']:.1f}",
     ):
         assert number in finetune
     assert "joules" not in "".join(lines), "no column for what nothing counted"
