@@ -151,7 +151,7 @@ def print_task(name: str, entry: Row) -> None:
     console.print(
         "[dim]mean (± half of the range over seeds); noise floor: "
         f"{'none with one reference' if floor is None else f'{floor:.2f} points'}, of {len(entry['references'])} "
-        "retrained models; total: end-to-end wall-clock time, evaluation included; images: those of the training steps, "
+        "retrained models; total: end-to-end wall-clock time, evaluation included; images: of training steps, "
         "as a share of the retrain's[/dim]",
         soft_wrap=True,
     )
