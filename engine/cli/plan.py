@@ -16,7 +16,12 @@ def plan(
     ],
     images: Annotated[int, typer.Option(help="Training images.", show_default=False)],
     forget_share: Annotated[float, typer.Option(help="Share of them to forget, between 0 and 1.")] = 0.1,
-    test_images: Annotated[int, typer.Option(help="Test images of the evaluation.")] = 50_000,
+    test_images: Annotated[
+        int | None,
+        typer.Option(
+            help="Test images of the evaluation.", show_default="a fifth of the training images, 50000 at most"
+        ),
+    ] = None,
     gpus: Annotated[int, typer.Option(help="GPUs, or ranks on the CPU.")] = 1,
     stage: Annotated[int | None, typer.Option(help="ZeRO stage, 0 to 3.", show_default="0")] = None,
     offload: Annotated[

@@ -165,6 +165,17 @@ class Method:
         """Return why a request of these sizes needs one process, see `one_process`; empty: it does not."""
         return cls.one_process
 
+    @classmethod
+    def held_bytes(cls, config: Any, model: nn.Module, forget: int, retain: int) -> dict[str, int]:
+        """Return bytes by name of what a run holds in addition to weights, gradients and optimizer state.
+
+        Args:
+            config: Options of the method.
+            model: A model of the run's architecture; its weights may be on the meta device.
+            forget, retain: Numbers of samples.
+        """
+        return {}
+
     def needs_original(self, phase: Phase, prepared: bool) -> bool:
         """Return whether a phase still runs the original, before or after `prepare`.
 

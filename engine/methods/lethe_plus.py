@@ -189,6 +189,11 @@ class LethePlus(Method):
             return ""
         return f"it edits whole weights for {forget} samples of {forget + retain} (small_share=0 trains instead)"
 
+    @classmethod
+    def held_bytes(cls, config: LethePlusConfig, model: nn.Module, forget: int, retain: int) -> dict[str, int]:
+        small = cls.regime(config, forget, retain) == "small"
+        return {"Fisher matrix": KroneckerFisher.bytes_of(model)} if small else {}
+
     def phases(self) -> list[Phase]:
         config = self.config
         if self.small:

@@ -87,6 +87,7 @@ class Run:
         contrast: Outputs that are cached: logits or features.
         forget: Number of forget samples.
         watched: The collapse guard is on.
+        also: Bytes of what the method holds in addition, by name (`Method.held_bytes`).
     """
 
     zero: Zero
@@ -101,6 +102,7 @@ class Run:
     contrast: str
     forget: int
     watched: bool
+    also: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def by_autocast(self) -> bool:
@@ -160,6 +162,7 @@ def count_memory(cost: Cost, run: Run, baseline: int | None = None) -> Memory:
         baseline: Bytes of the interpreter and libraries, on the CPU.
     """
     held = _held(cost, run, baseline)
+    also = [Part(name, size, "device", "held by the method in all of its steps") for name, size in run.also.items()]
     states, gradients, reduction = _states(cost, run), _gradients(cost, run), _reduction(cost, run)
     moments = {
         "loading": [*held, _read(cost)],
@@ -174,6 +177,7 @@ def count_memory(cost: Cost, run: Run, baseline: int | None = None) -> Memory:
             *_activations(cost, run),
             *_kept(cost, run),
             *_guard(cost, run),
+            *also,
         ],
         "optimizer step": [
             *held,
@@ -184,6 +188,7 @@ def count_memory(cost: Cost, run: Run, baseline: int | None = None) -> Memory:
             *_step(cost, run),
             *_kept(cost, run, stepping=True),
             *_guard(cost, run),
+            *also,
         ],
         "handing back": [*held, *states, *_moments(cost, run), _whole(cost)],
     }

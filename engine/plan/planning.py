@@ -22,12 +22,13 @@ from engine.plan.work import Sizes, Work, communication, phases_of, recipe, retr
 GIB = 2**30
 # Classes of an architecture, if no number is given: those of ImageNet.
 _CLASSES = 1000
+_TEST_IMAGES = 50_000
 
 NOT_COUNTED = (
     "time: starting processes, reading the checkpoint and the data index, decoding where it is slower than the model, "
     "communication where it is not hidden, checkpoints to resume from",
     "memory: the CUDA context and libraries, what the GPU's allocator rounds up, decoding workers, decoded images that "
-    "are kept, logits of the evaluation, the Fisher matrix of a small request by lethe_plus",
+    "are kept, logits of the evaluation",
 )
 RESTRICTED = (
     "trainable: memory is counted as if all weights were trained, an upper bound except for the merged weights of "
@@ -90,7 +91,7 @@ def plan(
     *,
     images: int,
     forget_share: float,
-    test_images: int = 50_000,
+    test_images: int | None = None,
     gpus: int = 1,
     stage: int | None = None,
     offload: bool = False,
@@ -118,7 +119,7 @@ def plan(
             checkpoint alone (`engine.models.spec.spec_of`).
         images: Training images.
         forget_share: Share of them that is forgotten.
-        test_images: Test images.
+        test_images: Test images; None: a fifth of the training images, 50,000 at most.
         gpus: Number of ranks.
         stage, offload: Of ZeRO; offload moves optimizer states to host memory, and weights too at stage 3.
         deepspeed: A DeepSpeed configuration, in place of stage and offload, with the sizes of its buckets.
@@ -139,13 +140,15 @@ def plan(
     zero = _zero(stage, offload, deepspeed)
     run, method_config = split_options(options or {}, get_method(method).Config)
     forget = round(images * forget_share)
+    test_images = min(_TEST_IMAGES, round(images / 5)) if test_images is None else test_images
     require(device in ("cpu", "cuda"), "device", device, "cpu or cuda")
     _check_sizes(images, forget_share, forget, test_images, gpus)
     _check_rates(throughput, measure, price, capacity)
     why_one_process = get_method(method).why_one_process(method_config, forget, images - forget)
     _check_run(method, why_one_process, run, gpus, zero.stage)
     spec = _spec(architecture, num_classes, model_args)
-    refuse_unfit(get_method(method), on_meta(spec))
+    empty = on_meta(spec)
+    refuse_unfit(get_method(method), empty)
     precision = "fp32" if run.precision == "auto" and device == "cpu" else run.precision.replace("auto", "bf16")
     attention = {"cuda": "sdpa", "cpu": "eager"}[device] if run.attention == "auto" else run.attention
     has_teacher = method == "lethe" and method_config.forget_epochs > 0
@@ -162,6 +165,7 @@ def plan(
         contrast=method_config.contrast if has_teacher else "logits",
         forget=forget,
         watched=any(phase.guarded for phase in phases_of(method, method_config)),
+        also=get_method(method).held_bytes(method_config, empty, forget, images - forget),
     )
     cost, host_results = _count(spec, job, attention, run.gradient_checkpointing, run.trainable)
     memory = count_memory(cost, job, host_results.get("baseline"))

@@ -93,6 +93,16 @@ class KroneckerFisher:
             f"{name}.{kind}" for name in self._factors for kind in ("weight", "bias") if self._has(name, kind)
         ]
 
+    @staticmethod
+    def bytes_of(model: nn.Module) -> int:
+        """Return the size of the matrix of a model: two eigenbases and the eigenvalues of each layer, in float32."""
+        total = 0
+        for layer in model.modules():
+            if isinstance(layer, nn.Linear) and layer.weight.requires_grad:
+                i, o = layer.in_features + (layer.bias is not None), layer.out_features
+                total += 4 * (i * i + o * o + i * o)
+        return total
+
     def _has(self, name: str, kind: str) -> bool:
         parameter = getattr(self._layers[name], kind)
         return parameter is not None and parameter.requires_grad

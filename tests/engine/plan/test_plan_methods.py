@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
 import pytest
+import torch
 from test_plan import COST, method_config
 from toys import few, tiny_vit
 
 import engine.run.unlearn
 from engine.config import RunConfig, build
-from engine.data import open_source
+from engine.data import Batch, open_source
 from engine.errors import UserError
 from engine.methods import get_method, list_methods
+from engine.methods.common.kronecker import KroneckerFisher
 from engine.plan import plan as make_plan
 from engine.plan.work import Sizes, planned, unlearning_work
 from engine.run.setup import RunOptions, set_up
@@ -102,3 +105,35 @@ def test_steps_samples_and_teachers_are_those_of_a_run(method: str, pruning: str
 def test_a_method_of_one_process_is_not_planned_for_several() -> None:
     with pytest.raises(UserError, match=r"method salun: .*; plan it for one GPU, without ZeRO"):
         make_plan("vit_tiny_patch16_224", images=10_000, forget_share=0.1, gpus=2, method="salun")
+
+
+def test_memory_of_a_small_request_has_its_fisher_matrix() -> None:
+    """The two eigenbases and the eigenvalues of each linear layer, as they are held."""
+    model = tiny_vit()
+    batch = Batch(torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 3]), torch.arange(4))
+    fisher = KroneckerFisher(copy.deepcopy(model), lambda: [batch])
+    held = sum(
+        tensor.numel() * tensor.element_size()
+        for factors in fisher._factors.values()
+        for tensor in (factors.inputs, factors.outputs, factors.values)
+    )
+    config, method = method_config("lethe_plus"), get_method("lethe_plus")
+    assert method.held_bytes(config, model, 10, 990) == {"Fisher matrix": held}
+    assert method.held_bytes(config, model, 100, 900) == {}
+    totals = [
+        make_plan(
+            "vit_base_patch16_224",
+            images=100_000,
+            forget_share=0.001,
+            method="lethe_plus",
+            options={"small_share": share},
+        ).memory.total()
+        for share in (0.0, 0.0115)
+    ]
+    assert totals[1] - totals[0] > 1.5e9  # ViT-B: 12 blocks of 29.5 million numbers
+
+
+@pytest.mark.parametrize(("images", "test_images"), [(1_281_167, 50_000), (10_000, 2_000)])
+def test_test_images_follow_the_training_images(images: int, test_images: int) -> None:
+    made = make_plan("vit_tiny_patch16_224", images=images, forget_share=0.1)
+    assert made.setup["test_images"] == test_images
