@@ -77,7 +77,18 @@ def test_the_share_of_a_retrain_is_printed_in_digits(lethe: Lethe) -> None:
     """Red before: 6e+02%."""
     words = [word for key, value in ARCH.items() for word in ("--model-arg", f"{key}={value}")]
     code, out, _ = lethe(
-        *("plan", "--arch", "vit_tiny_patch16_224", *words, "--images", 10_000, "--forget-share", 0.002),
+        *(
+            "plan",
+            "--arch",
+            "vit_tiny_patch16_224",
+            *words,
+            "--images",
+            10_000,
+            "--forget-share",
+            0.002,
+            "--test-images",
+            50_000,
+        ),
         *("--batch-size", 10, "--device", "cpu", "--precision", "fp32", "--pool-models", 8),
     )
     assert code == 0
