@@ -99,6 +99,7 @@ def run_job(
         progress=progress,
         notes={
             "checkpoint": checkpoint,
+            "checkpoint_sha256": weights_sha256(model),
             **({"original": original} if original else {}),
             **import_note(model),
             **task.notes(),

@@ -18,7 +18,7 @@ import os
 import pickle
 import shutil
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +206,11 @@ class RunFolder:
             raise UserError(f"output folder {self.path} holds no run to resume; leave --resume out")
         before = _flat(read_yaml(self.path / "config.yaml"))
         now = _flat(config)
-        differing = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+        differing = [
+            key
+            for key in sorted({*before, *now})
+            if before.get(key) != now.get(key) and not _same_weights(key, before, now)
+        ]
         if differing:
             listed = "; ".join(f"{key}: {before.get(key)!r} before, {now.get(key)!r} now" for key in differing[:5])
             raise UserError(
@@ -360,6 +364,12 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
     return flat
+
+
+def _same_weights(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Return whether two configurations name a model with the same weights: its path may have changed."""
+    digest = f"{key}_sha256"
+    return digest in now and before.get(digest) == now[digest]
 
 
 def save_result(result: UnlearnResult, folder: str | os.PathLike[str], overwrite: bool) -> Path:

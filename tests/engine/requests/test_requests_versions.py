@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,13 +14,14 @@ from engine.config import read_yaml
 from engine.data import Source
 from engine.errors import UserError
 from engine.jobs.task import Task
-from engine.models.checkpoint import load_checkpoint, save_checkpoint
+from engine.jobs.unlearn import run_job
+from engine.models.checkpoint import load_checkpoint, save_checkpoint, weights_sha256
 from engine.models.predict import Predictions
 from engine.models.slice_stages import Stages, slices_of, tokens_of
 from engine.requests.drift import drift_from
 from engine.requests.intake import add_request, init_store
 from engine.requests.rebase import rebase
-from engine.requests.runner import abandon_run
+from engine.requests.runner import abandon_run, run_requests
 from engine.requests.status import status
 from engine.requests.store import Store
 from engine.requests.times import RequestTimes
@@ -47,6 +49,32 @@ def test_a_run_that_changes_nothing_is_rejected_though_the_root_is_far(store: Pa
         assert finished.state == state
     assert judge.asked == []
     assert finished.reason == "UNCHANGED: every weight outside the head is that of version 0001"
+
+
+def test_a_store_that_was_moved_continues_a_killed_run(store: Path, digits: Source, tmp_path: Path) -> None:
+    """Red before: the run was refused, since the model had another path."""
+    add_request(store, ids=ids_of(digits, 3))
+    killed(lambda: run_requests(store, verify=Judge(), record=record, progress=die_at(2)))
+    moved = store.rename(tmp_path / "elsewhere")
+    config = read_yaml(moved / "versions" / "0001" / "config.yaml")
+    assert config["checkpoint_sha256"] == weights_sha256(load_checkpoint(moved / "versions" / "0000"))
+    finished = run(moved)
+    assert (finished.version, finished.state) == (1, "done")
+
+
+def test_a_run_does_not_continue_from_other_weights(tmp_path: Path, digits: Source) -> None:
+    """Red before: the path of the model was compared, not its weights."""
+    task = Task.of_ids(digits, list(digits.train.ids[:20]), spec="twenty")
+    options = {"batch_size": 32, "max_steps": 2, "checkpoint_every": 1, "precision": "fp32"}
+    place = save_checkpoint(tiny_vit(), tmp_path / "model")
+
+    def job(**more: Any) -> None:
+        run_job(task, str(place), tmp_path / "out", method="finetune", config=options, **more)
+
+    killed(lambda: job(progress=die_at(2)))
+    save_checkpoint(tiny_vit(seed=9), place)
+    with pytest.raises(UserError, match=r"checkpoint_sha256: '[0-9a-f]{64}' before, '[0-9a-f]{64}' now"):
+        job(resume=True)
 
 
 def test_a_queue_of_an_exact_method_drops_stages_request_by_request(
