@@ -12,13 +12,15 @@ phase. With f_o the frozen original:
 
 q_s is q with s added to the log-odds of y. s starts at 0 and follows the remaining memorisation. After every step
 
-    s <- s - c / (all steps) mean over its forget samples of l(f(x)) - l(q(x))
+    s <- s - c / (all steps) (mean over its forget samples of l(f(x)) - l(q(x)) - d)
+    d  = mean over held-out samples of l(f(x)) - l(f_o(x)), classes as frequent as in the forget set
     l: log-odds of y, clipped to [-5, 5]: differences between confident predictions do not matter, and would dominate
        if all samples are easy
 
 A target is never reached exactly, least for the most memorised samples. s lowers the target until the mean log-odds on
-the forget set are those of held-out samples. It starts after a tenth of the steps: before that, the difference is due
-to targets that are not yet learned, and following it would lower the target too far.
+the forget set are those of held-out samples, by the model as it is now: q has those of the original, and training moves
+them (docs/lab/2026-12-01.md). s starts after a tenth of the steps: before that, the difference is due to targets that
+are not yet learned, and following it would lower the target too far.
 
 Why p: memorisation of an image depends on its exact pixels, so shifted copies (1/16 and 1/8 of the side, edges
 mirrored) estimate the prediction without it. Why q: a mean over views is underconfident, while a model that was not
@@ -64,6 +66,7 @@ from engine.data import Batch, Loader, Samples
 from engine.errors import UserError
 from engine.methods.common.distillation import divergence
 from engine.methods.common.gradients import mean_over
+from engine.methods.common.held_out_change import HeldOutChange
 from engine.methods.common.kronecker import KroneckerFisher
 from engine.methods.common.log_odds import log_odds, quantiles_in_order, quantiles_of, with_log_odds
 from engine.methods.common.natural_gradient import descend
@@ -156,6 +159,8 @@ class LethePlus(Method):
         super().__init__(config, context)
         self.shift = torch.zeros((), dtype=torch.float64, device=context.device)  # s
         self._differences = self.shift.new_zeros(2)  # of this step, on this rank: sum and number of the differences
+        self.held_out_odds = torch.zeros(0)  # log-odds of f_o on the held-out samples, for a large request
+        self._resumed_change: float | None = None  # d of the checkpoint that the run is continued from
         if self.small:
             self._check_small()
 
@@ -215,8 +220,13 @@ class LethePlus(Method):
         config, forget = self.config, len(self.context.forget)
         views = len(offsets(*taken.image)) if config.views else 1
         if not self.small:
-            images = forget * views + (taken.held_out if config.calibrate else 0)
-            return [ExtraPasses(name="teacher outputs", images=images)]
+            if not config.calibrate:
+                return [ExtraPasses(name="teacher outputs", images=forget * views)]
+            found = [ExtraPasses(name="teacher outputs", images=forget * views + taken.held_out)]
+            if config.correction:
+                images = HeldOutChange.images(taken.steps, taken.held_out)
+                found.append(ExtraPasses(name="change of held-out predictions", images=images))
+            return found
         images = forget * views
         if config.calibrate:
             images += min(_RANKED, len(self.context.retain)) * views
@@ -251,6 +261,7 @@ class LethePlus(Method):
                 shifted = self._as_held_out(shifted, labels, shifted_before, of_before, held_out)
             else:
                 wanted = quantiles_in_order(log_odds(logits, labels), labels, *after)
+                self.held_out_odds = after[0]
             logits = with_log_odds(logits, labels, wanted)
         self.targets = logits.masked_fill(~known, -torch.inf).softmax(1)
         self.shifted_targets = shifted.masked_fill(~known, -torch.inf).softmax(2)
@@ -299,10 +310,21 @@ class LethePlus(Method):
         return mean, shifted
 
     def cache_state(self, phase: Phase) -> dict[str, Tensor]:
-        return {"targets": self.targets, "shifted targets": self.shifted_targets}
+        return {"targets": self.targets, "shifted targets": self.shifted_targets, "held-out odds": self.held_out_odds}
 
     def load_cache_state(self, phase: Phase, prepared: dict[str, Tensor]) -> None:
         self.targets, self.shifted_targets = prepared["targets"], prepared["shifted targets"]
+        self.held_out_odds = prepared["held-out odds"]
+
+    @functools.cached_property
+    def _change(self) -> HeldOutChange | None:
+        """Measures d; None for a run that does not need it."""
+        if not (len(self.held_out_odds) and self.config.correction):
+            return None
+        held_out = self.held_out("whose log-odds the targets get")
+        change = HeldOutChange(self.context, held_out, _clipped(self.held_out_odds))
+        change.value = self._resumed_change
+        return change
 
     def edit(self, model: nn.Module, phase: Phase) -> None:
         if self.small:
@@ -371,10 +393,7 @@ class LethePlus(Method):
         true = batch.labels[:, None]
         if batch.weight:
             known = target.gather(1, true)[:, 0] > 0  # the retain set has the class
-            predicted, wanted = (
-                log_odds(z, batch.labels).clamp(-_LOG_ODDS_CLIP, _LOG_ODDS_CLIP)
-                for z in (logits.detach(), target.log())
-            )
+            predicted, wanted = (_clipped(log_odds(z, batch.labels)) for z in (logits.detach(), target.log()))
             self._differences += torch.stack([((predicted - wanted) * known).sum(), known.sum()])
         aim = target.log().scatter_add(1, true, self.shift.to(target).expand_as(true)).softmax(1)
         weight = 1.0 if self.small else self.config.forget_weight
@@ -391,17 +410,21 @@ class LethePlus(Method):
         warmup, steps = _WARMUP_FRACTION, self.total_steps
         if self.small:
             warmup, steps = _SMALL_WARMUP_FRACTION, _CORRECTED_STEPS
+        if self._change:
+            self._change.after_step(self.step, self.total_steps, functools.partial(self._odds_now, model))
         if self.step + 1 > warmup * self.total_steps:
             difference, count = self.context.world.sum(self._differences)
             rate = self.config.correction / steps
-            self.shift = self.shift - rate * difference / count.clamp_min(1)
+            expected = self._change.value or 0.0 if self._change else 0.0
+            self.shift = self.shift - rate * (difference / count.clamp_min(1) - expected)
         self._differences = torch.zeros_like(self._differences)
 
     def state(self) -> dict[str, Any]:
-        return {"shift": float(self.shift)}
+        return {"shift": float(self.shift), "change": self._change.value if self._change else None}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.shift = torch.full_like(self.shift, state["shift"])
+        self._resumed_change = state["change"]
 
     @torch.no_grad()
     def _original_logits(self, batch: Batch) -> tuple[Tensor]:
@@ -411,7 +434,20 @@ class LethePlus(Method):
 
     def _original_log_odds(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the original's log-odds [B], and the labels [B]."""
-        return log_odds(self._original_logits(batch)[0], batch.labels), batch.labels
+        return self._log_odds_of(self.context.original, batch)
+
+    def _odds_now(self, model: nn.Module, samples: Samples) -> Tensor:
+        """Return clipped log-odds [m] of the model that is being trained, without dropout."""
+        training = model.training
+        found, _ = self.context.loader(samples, "none").rows(functools.partial(self._log_odds_of, model.eval()))
+        model.train(training)
+        return _clipped(found)
+
+    @torch.no_grad()
+    def _log_odds_of(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return log-odds [B] of a model, and the labels [B]."""
+        with self.context.autocast():
+            return log_odds(outputs(model, batch.images).float(), batch.labels), batch.labels
 
     def _views(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the log of the mean probability [B, C] over shifted views, and the logits of the first [B, V, C]."""
@@ -424,6 +460,10 @@ class LethePlus(Method):
         logits = torch.stack(views, 1)
         kept = _TRAINED_SHIFTS if self.small else 0
         return logits.softmax(2).mean(1).clamp_min(_MIN_PROB).log(), logits[:, :kept]
+
+
+def _clipped(odds: Tensor) -> Tensor:
+    return odds.clamp(-_LOG_ODDS_CLIP, _LOG_ODDS_CLIP)
 
 
 def _divergence(logits: Tensor, target: Tensor) -> Tensor:
