@@ -14,6 +14,9 @@ import yaml
 
 from engine.errors import UserError, nearest
 
+# The method of a command or function that is given none.
+DEFAULT_METHOD = "lethe_plus"
+
 T = TypeVar("T")
 
 

@@ -49,6 +49,7 @@ from engine.cli.train_start import Start, Training, set_own
 from engine.cli.tune import tune
 from engine.cli.verify import judge_run, verify
 from engine.cli.verify_record import verify_record
+from engine.config import DEFAULT_METHOD
 from engine.errors import EXIT_CODES, BadResult, UserError
 
 if TYPE_CHECKING:
@@ -219,7 +220,7 @@ def unlearn(
     data: Data,
     forget: Forget,
     out: Out,
-    method: MethodName = "lethe",
+    method: MethodName = DEFAULT_METHOD,
     settings: Settings = None,
     config: ConfigFile = None,
     reference: Reference = None,

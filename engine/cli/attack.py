@@ -10,6 +10,7 @@ import typer
 
 from engine.cli.opening import takes_models
 from engine.cli.options import Data, Json, MethodName, ModelArgs, Settings, takes_data, write_json_file
+from engine.config import DEFAULT_METHOD
 
 if TYPE_CHECKING:
     from engine.attack.ensemble import EnsembleSpec
@@ -36,7 +37,7 @@ def attack(
             show_default=False,
         ),
     ],
-    method: MethodName = "lethe",
+    method: MethodName = DEFAULT_METHOD,
     models: Annotated[int, typer.Option(help="K: models with each target, and as many without it.")] = 16,
     cache: Annotated[
         Path, typer.Option(help="Folder of the trained models; models in it are not trained again.")

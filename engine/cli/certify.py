@@ -23,8 +23,9 @@ from engine.cli.options import (
     write_json_file,
 )
 from engine.cli.verify import EXIT
+from engine.config import DEFAULT_METHOD
+from engine.core.proof_sizes import SIMULATED_REQUESTS, SIMULATED_SAMPLES, simulated_requests
 from engine.errors import UserError
-from engine.evaluate.proof_sizes import SIMULATED_REQUESTS, SIMULATED_SAMPLES, simulated_requests
 
 if TYPE_CHECKING:
     from engine.jobs.opening import Opening
@@ -39,7 +40,7 @@ def certify(
     pool: Annotated[Path, typer.Option(help="Folder of the pool (`lethe pool train`).", show_default=False)],
     out: Annotated[Path, typer.Option(help="Folder of the certificate.", show_default=False)],
     size: Annotated[int, typer.Option(help="Samples of a request; covered: from half to twice as many.")],
-    method: MethodName = "lethe",
+    method: MethodName = DEFAULT_METHOD,
     kind: Annotated[
         str,
         typer.Option(help="Requests: random; class (each of one class); near-duplicates (the neighbour is retained)."),

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from engine.cli.options import Json, MethodName, Settings, write_json_file
+from engine.config import DEFAULT_METHOD
 
 
 def plan(
@@ -32,7 +33,7 @@ def plan(
         typer.Option(help="DeepSpeed JSON: stage, offload and bucket sizes are read from it.", show_default=False),
     ] = None,
     device: Annotated[str, typer.Option(help="cuda, or cpu: then all that a rank holds is counted.")] = "cuda",
-    method: MethodName = "lethe",
+    method: MethodName = DEFAULT_METHOD,
     batch_size: Annotated[int, typer.Option(help="Samples a micro-batch and GPU.")] = 64,
     accumulation: Annotated[int, typer.Option(help="Micro-batches an optimizer step.")] = 1,
     precision: Annotated[str, typer.Option(help="bf16 or fp32.")] = "bf16",

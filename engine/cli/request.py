@@ -24,6 +24,7 @@ from engine.cli.options import (
     write_json_file,
 )
 from engine.cli.verify import EXIT
+from engine.config import DEFAULT_METHOD
 from engine.errors import UserError
 
 if TYPE_CHECKING:
@@ -85,7 +86,9 @@ def init(
     store: StoreFolder,
     checkpoint: Checkpoint,
     data: Data,
-    method: Annotated[str, typer.Option(help="Default method of the runs; `lethe methods` lists them.")] = "lethe",
+    method: Annotated[
+        str, typer.Option(help="Default method of the runs; `lethe methods` lists them.")
+    ] = DEFAULT_METHOD,
     settings: Settings = None,
     gates: GatesFile = None,
     reference: Reference = None,

@@ -25,6 +25,7 @@ from engine.cli.options import (
     takes_groups,
     write_json_file,
 )
+from engine.config import DEFAULT_METHOD
 
 if TYPE_CHECKING:
     from engine.jobs.opening import Opening
@@ -41,7 +42,7 @@ def tune(
     data: Data,
     forget: Forget,
     out: Annotated[Path, typer.Option(help="Folder of the study and of best.yaml.", show_default=False)],
-    method: MethodName = "lethe",
+    method: MethodName = DEFAULT_METHOD,
     trials: Annotated[
         int | None,
         typer.Option(help="How many sets of options to try, in all; 20 without --seconds.", show_default=False),

@@ -236,8 +236,8 @@ class Method:
         """
         if self.context.held_out is None:
             raise UserError(
-                f"{self.name}: needs samples that the model was not trained on, {why}; give validation=..., or a data "
-                "source with a validation split"
+                f"{self.name}: needs samples that the model was not trained on, {why}; give validation=..., a data "
+                "source with a validation or test split, or a method without this need, such as lethe"
             )
         return self.context.held_out
 

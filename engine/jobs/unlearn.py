@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from engine.audit.run_record import UNLEARNED, RecordedRequest, RecordOptions, write_record
-from engine.config import build, to_dict
+from engine.config import DEFAULT_METHOD, build, to_dict
 from engine.core.result import Progress, UnlearnResult
 from engine.evaluate import Evaluation, compare
 from engine.jobs.opening import open_model as load_checkpoint
@@ -43,7 +43,7 @@ def run_job(
     checkpoint: str,
     output_dir: Path,
     *,
-    method: str = "lethe",
+    method: str = DEFAULT_METHOD,
     config: Mapping[str, Any] | None = None,
     original: str | None = None,
     references: Sequence[str | Path] = (),

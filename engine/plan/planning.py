@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from engine.config import RunConfig, require, split_options
+from engine.config import DEFAULT_METHOD, RunConfig, require, split_options
 from engine.core.method import refuse_unfit
 from engine.errors import UserError
 from engine.methods import get_method
@@ -97,7 +97,7 @@ def plan(
     offload: bool = False,
     deepspeed: Mapping[str, Any] | None = None,
     device: Literal["cpu", "cuda"] = "cuda",
-    method: str = "lethe",
+    method: str = DEFAULT_METHOD,
     options: Mapping[str, Any] | None = None,
     num_classes: int | None = None,
     model_args: Mapping[str, Any] | None = None,

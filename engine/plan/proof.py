@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from engine.evaluate.proof_sizes import CONTROLS, retained_samples, simulated_requests
+from engine.core.proof_sizes import CONTROLS, retained_samples, simulated_requests
 from engine.plan.cost import Cost
 from engine.plan.work import Sizes, Work, forward_work
 

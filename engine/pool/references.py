@@ -22,12 +22,12 @@ from typing import Any, Literal
 import numpy as np
 from torch import nn
 
+from engine.core.proof_sizes import CONTROLS
 from engine.data import Samples, Source
 from engine.data.samples import evenly_spaced
 from engine.errors import UserError
 from engine.evaluate.gates import Gate, Gates, Proof, Verdict, undecided
 from engine.evaluate.membership import auc
-from engine.evaluate.proof_sizes import CONTROLS
 from engine.evaluate.verdict import Evidence, ModelOutputs, calibrated_margins, chance_error, judge
 from engine.jobs.opening import open_model
 from engine.jobs.task import Task

@@ -18,11 +18,11 @@ from typing import Any, Literal
 import numpy as np
 from torch import nn
 
+from engine.core.proof_sizes import CONTROLS
 from engine.core.result import Progress
 from engine.data import Samples
 from engine.data.samples import evenly_spaced
 from engine.errors import UserError
-from engine.evaluate.proof_sizes import CONTROLS
 from engine.evaluate.representation import compare_weights
 from engine.evaluate.verdict import Evidence, ModelOutputs, calibrated_margins
 from engine.forget_sets.choose import choose_forget_set

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from engine.config import split_options
+from engine.config import DEFAULT_METHOD, split_options
 from engine.core.method import refuse_unfit
 from engine.data import Source, open_source, read_forget_request
 from engine.errors import UserError
@@ -39,7 +39,7 @@ def init_store(
     checkpoint: str,
     data: str,
     *,
-    method: str = "lethe",
+    method: str = DEFAULT_METHOD,
     config: Mapping[str, Any] | None = None,
     references: Sequence[str] = (),
     gates: Path | None = None,

@@ -17,10 +17,10 @@ from pathlib import Path
 
 from torch import nn
 
+from engine.core.proof_sizes import retained_samples
 from engine.data.samples import evenly_spaced
 from engine.evaluate.gates import FAIL, PASS, Gate, Gates, Verdict, decide, undecided
 from engine.evaluate.intervals import Interval
-from engine.evaluate.proof_sizes import retained_samples
 from engine.evaluate.verdict import Evidence, ModelOutputs, accuracy_gates
 from engine.jobs.opening import open_model
 from engine.jobs.task import Task

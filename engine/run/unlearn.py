@@ -12,6 +12,7 @@ from typing import Any, Literal
 from torch import nn
 from torch.utils.data import Dataset
 
+from engine.config import DEFAULT_METHOD
 from engine.core.result import AfterPhase, Progress, UnlearnResult
 from engine.data import Samples, from_dataset, refuse_overlap
 from engine.errors import UserError
@@ -29,7 +30,7 @@ def unlearn(
     forget: Samples | Dataset[Any],
     retain: Samples | Dataset[Any],
     *,
-    method: str = "lethe",
+    method: str = DEFAULT_METHOD,
     config: Mapping[str, Any] | None = None,
     validation: Samples | Dataset[Any] | None = None,
     original: nn.Module | str | os.PathLike[str] | None = None,

@@ -15,7 +15,7 @@ import yaml
 from torch import nn
 from torch.utils.data import Dataset
 
-from engine.config import require, split_options, to_dict
+from engine.config import DEFAULT_METHOD, require, split_options, to_dict
 from engine.core.result import Progress, UnlearnResult
 from engine.core.search_space import defaults, spaces
 from engine.data import Samples, from_dataset
@@ -83,7 +83,7 @@ def tune(
     retain: Samples | Dataset[Any],
     *,
     validation: Samples | Dataset[Any],
-    method: str = "lethe",
+    method: str = DEFAULT_METHOD,
     trials: int | None = None,
     seconds: float | None = None,
     config: Mapping[str, Any] | None = None,

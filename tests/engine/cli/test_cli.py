@@ -15,6 +15,7 @@ from toys import tiny_vit
 from engine.audit.record import recorded
 from engine.audit.record_check import verify_record
 from engine.cli import app as cli
+from engine.config import read_yaml
 from engine.jobs.task import Task
 from engine.jobs.train import train_job
 from engine.models.checkpoint import load_checkpoint, save_checkpoint, weights_sha256
@@ -25,7 +26,14 @@ ACCEPT = "--accept-accuracy"  # most models here were never trained
 
 
 def unlearn_args(original: Path, out: Path, /, **changed: str) -> list[str]:
-    options = {"checkpoint": str(original), "data": "digits", "forget": FORGET, "out": str(out), **changed}
+    options = {
+        "checkpoint": str(original),
+        "data": "digits",
+        "forget": FORGET,
+        "out": str(out),
+        "method": "lethe",
+        **changed,
+    }
     return ["unlearn", *(text for key, value in options.items() for text in (f"--{key}", value)), *QUICK, ACCEPT]
 
 
@@ -60,6 +68,13 @@ def test_unlearn_fills_the_run_folder(lethe: Lethe, checkpoint: Path, tmp_path: 
     weights = {"before": before, "after": after, "references": references}
     assert verify_record(tmp_path / "run") == []
     assert recorded(tmp_path / "run", "weights") == weights
+
+
+def test_the_default_method_is_that_which_passes_the_verdict(lethe: Lethe, checkpoint: Path, tmp_path: Path) -> None:
+    args = ["unlearn", "--checkpoint", checkpoint, "--data", "digits", "--forget", FORGET, "--out", tmp_path / "run"]
+    code, _, err = lethe(*args, *QUICK, ACCEPT)
+    assert code == 0, err
+    assert read_yaml(tmp_path / "run" / "config.yaml")["method"] == "lethe_plus"
 
 
 def test_a_verdict_in_the_same_command(lethe: Lethe, checkpoint: Path, tmp_path: Path) -> None:
@@ -222,6 +237,13 @@ def test_module_entry_point_and_help_teach() -> None:
     )
     for word in ("--checkpoint", "parquet:FOLDER", "random:FRACTION@SEED", "--reference", "--resume"):
         assert word in done.stdout
+
+
+def test_the_command_line_is_read_without_loading_torch() -> None:
+    """Red before: one option's default loaded it, and `lethe --help` took seconds."""
+    script = "import sys; import engine.cli.app; print(sorted({'torch', 'timm', 'numpy'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize(

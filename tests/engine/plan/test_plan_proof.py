@@ -9,8 +9,8 @@ import pytest
 from command_line import Lethe
 from toys import tiny_vit
 
+from engine.core.proof_sizes import retained_samples
 from engine.errors import UserError
-from engine.evaluate.proof_sizes import retained_samples
 from engine.models.checkpoint import save_checkpoint
 from engine.plan import plan
 

@@ -13,6 +13,7 @@ import torch
 from toys import few, tiny_vit
 
 import engine
+from engine.config import DEFAULT_METHOD
 from engine.data import Samples, open_source
 from engine.errors import RunStopped, UserError
 from engine.methods.lethe import Lethe
@@ -36,7 +37,11 @@ def run(samples: Samples, model: Any = None, **options: Any) -> engine.UnlearnRe
         if key in options
     }
     return unlearn(
-        model or tiny_vit(), few(samples, 20), samples.subset(range(20, 84)), config={**SHORT, **options}, **keywords
+        model or tiny_vit(),
+        few(samples, 20),
+        samples.subset(range(20, 84)),
+        config={**SHORT, **options},
+        **{"method": "lethe", **keywords},
     )
 
 
@@ -178,10 +183,12 @@ def test_a_collapse_that_the_guard_may_not_stop_is_still_reported(
     assert result.events[-1]["at"] == "end"
 
 
-def test_the_defaults_do_not_collapse(samples: Samples, good_model: torch.nn.Module) -> None:
+@pytest.mark.parametrize("method", ["lethe", DEFAULT_METHOD])
+def test_the_defaults_do_not_collapse(samples: Samples, good_model: torch.nn.Module, method: str) -> None:
     """Default rates and epochs, on what the model was trained on; watched on samples that it never saw."""
     forget, retain, validation = few(samples, 40), samples.subset(range(40, 400)), samples.subset(range(400, 800))
-    result = unlearn(good_model, forget, retain, validation=validation, config={"precision": "fp32", "batch_size": 40})
+    config = {"precision": "fp32", "batch_size": 40}
+    result = unlearn(good_model, forget, retain, method=method, validation=validation, config=config)
     assert not result.collapsed
     assert result.events == []
 
@@ -396,6 +403,7 @@ def test_swin_goes_through_the_whole_loop(tmp_path: Path, samples: Samples) -> N
         spec.build(seed=0),
         few(samples, 8),
         few(samples, 16),
+        method="lethe",
         config={"max_steps": 1, "batch_size": 8},
         output_dir=tmp_path / "run",
     )
@@ -448,4 +456,11 @@ def test_a_compiled_run_ends_where_a_plain_one_does_and_gives_back_a_plain_model
 def test_compile_is_refused_beside_deepspeed(samples: Samples) -> None:
     pytest.importorskip("deepspeed", reason="the extra distributed is not installed")
     with pytest.raises(UserError, match="compile=true"):
-        unlearn(tiny_vit(), few(samples, 20), samples, config={"compile": True, "device": "cpu"}, deepspeed={})
+        unlearn(
+            tiny_vit(),
+            few(samples, 20),
+            samples,
+            method="lethe",
+            config={"compile": True, "device": "cpu"},
+            deepspeed={},
+        )
