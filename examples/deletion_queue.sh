@@ -14,7 +14,7 @@ $LETHE train --data digits --arch vit_tiny_patch16_224 --model-arg img_size=8 --
 # --8<-- [start:queue]
 # The store: version 0000 is a copy of the model; these settings hold for every run.
 $LETHE request init --store "$out/queue" --checkpoint "$out/model" --data digits \
-    --set batch_size=50 --set precision=fp32
+    --method lethe --set batch_size=50 --set precision=fp32
 
 # Two requests. Ids are checked against the data.
 # The deadline is 30 days from receipt unless it is given.

@@ -31,6 +31,7 @@ def train_all(out: Path) -> None:
         original,
         forget,
         retain,
+        method="lethe",
         validation=data.validation,
         config=OPTIONS,
         output_dir=out / "unlearned",

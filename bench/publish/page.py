@@ -49,6 +49,7 @@ TITLES = {
     "mutation": "Planted bugs that the tests notice",
     "verdicts": "Verdicts on models whose answer is known",
     "calibration": "How often retrained models and impostors pass",
+    "calibration-yardstick": "Retrained models and impostors on the yardstick",
     "certificates": "Certificates of procedures",
     "pool-agreement": "Verdicts by a pool and by references",
     "ulira-digits": "U-LiRA on digits",

@@ -431,6 +431,7 @@ TABLES = {
     "summary": Table(files=("leaderboard-yardstick.json",), make=summary_table, on_page=False),
     "verdicts": Table(files=("verdicts.json",), make=verdicts_table),
     "calibration": Table(files=("calibration.json",), make=calibration_table),
+    "calibration-yardstick": Table(files=("calibration-yardstick.json",), make=calibration_table),
     "certificates": Table(files=("certificates.json",), make=certificates_table),
     "pool-queue-digits": Table(files=("pool-queue-digits.json",), make=queue_table),
     "pool-queue-yardstick": Table(files=("pool-queue-yardstick.json",), make=queue_table),
