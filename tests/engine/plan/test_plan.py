@@ -216,7 +216,7 @@ def test_steps_and_images_are_those_of_a_real_run() -> None:
     source = open_source("digits")
     forget, retain = few(source.train, 30), source.train.subset(range(30, 200))
     options = {"forget_epochs": 1.5, "retain_epochs": 2, "batch_size": 8, "device": "cpu", "augment": "none"}
-    result = unlearn(tiny_vit(), forget, retain, config=options, validation=few(source.test, 20))
+    result = unlearn(tiny_vit(), forget, retain, method="lethe", config=options, validation=few(source.test, 20))
     steps = {row["phase"]: row["step"] + 1 for row in result.history if "step" in row and "event" not in row}
     planned = unlearning_work(COST, SIZES, "lethe", method_config(forget_epochs=1.5, retain_epochs=2), RunConfig())
     items = {item.name: item for item in planned}
@@ -424,7 +424,7 @@ def test_contradictions_are_refused(changed: dict[str, Any], message: str) -> No
 @pytest.mark.parametrize(("name", "message"), [("vit_tinny_patch16_224", "did you mean"), ("resnet18", "not a Vision")])
 def test_unknown_architectures_are_refused(name: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        make_plan(name, images=100, forget_share=0.5, options={"batch_size": 2})
+        make_plan(name, images=100, forget_share=0.5, method="lethe", options={"batch_size": 2})
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
@@ -438,7 +438,9 @@ def test_measuring_where_there_is_no_gpu_is_refused() -> None:
 def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     def lethe(*arguments: str) -> tuple[int, str, str]:
         model = [text for key, value in TINY.items() for text in ("--model-arg", f"{key}={value}")]
-        monkeypatch.setattr(sys, "argv", ["lethe", "plan", "--arch", "vit_tiny_patch16_224", *model, *arguments])
+        monkeypatch.setattr(
+            sys, "argv", ["lethe", "plan", "--method", "lethe", "--arch", "vit_tiny_patch16_224", *model, *arguments]
+        )
         code: Any = 0
         try:
             cli.main()

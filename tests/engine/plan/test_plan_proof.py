@@ -18,7 +18,7 @@ ARCH = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads
 
 
 def _plan(**options: object) -> dict[str, object]:
-    given = {"forget_share": 0.002, "options": {"batch_size": 10}, **options}
+    given = {"method": "lethe", "forget_share": 0.002, "options": {"batch_size": 10}, **options}
     made = plan(
         "vit_tiny_patch16_224",
         images=10_000,
