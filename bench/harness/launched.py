@@ -62,7 +62,7 @@ def unlearn_arguments(
     settings = {**OPTIONS, "batch_size": batch_size, **options}
     return [
         *("engine", "unlearn", "--checkpoint", str(original), "--data", "digits", "--forget", "random:0.1@0"),
-        *("--out", str(out), "--accept-accuracy"),  # untrained models are timed too
+        *("--method", "lethe", "--out", str(out), "--accept-accuracy"),  # untrained models are timed too
         *_settings(settings),
         *(("--deepspeed", str(CONFIGS / f"zero{stage}.json")) if stage is not None else ()),
         *(("--resume",) if resume else ()),

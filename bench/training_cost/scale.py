@@ -120,6 +120,8 @@ def run_equality(
             for label, out, ranks, stage in cases:
                 arguments = [
                     "unlearn",
+                    "--method",
+                    "lethe",
                     "--checkpoint",
                     checkpoint,
                     "--data",
@@ -226,6 +228,8 @@ def run_memory(
             }
             arguments = [
                 "unlearn",
+                "--method",
+                "lethe",
                 "--checkpoint",
                 str(folder / "original"),
                 "--data",

@@ -284,7 +284,7 @@ def _runs(
     config |= {"collapse_drop": 100, **options}  # a collapse would end the phase early
 
     def run(forget: Samples, retain: Samples) -> Mapping[str, float]:
-        seconds = unlearn(model, forget, retain, config=config, validation=watched).seconds
+        seconds = unlearn(model, forget, retain, method="lethe", config=config, validation=watched).seconds
         phases = sum(value for key, value in seconds.items() if key == "prepare" or key.endswith("_phase"))
         return {**seconds, "set_up": seconds["unlearn"] - phases}
 

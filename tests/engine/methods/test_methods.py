@@ -101,7 +101,8 @@ def test_the_original_runs_once_an_image_and_its_masked_copy(train: Samples) -> 
     calls = []
     method = make("lethe", train)
     method.context.original.register_forward_hook(lambda m, i, out: calls.append(len(out)))
-    result = unlearn(tiny_vit(), few(train, 20), few(train, 40), config={"max_steps": 5, "forget_epochs": 3.0})
+    config = {"max_steps": 5, "forget_epochs": 3.0}
+    result = unlearn(tiny_vit(), few(train, 20), few(train, 40), method="lethe", config=config)
     assert result.samples_seen["forget"] > 0
     phase = method.phases()[0]
     method.prepare(phase)
