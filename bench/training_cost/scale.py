@@ -246,6 +246,7 @@ def run_memory(
                 gpus=2,
                 deepspeed=json.loads(config.read_text()),
                 device="cpu",
+                method="lethe",
                 options=options,
                 num_classes=len(classes),
             ).memory.total()
