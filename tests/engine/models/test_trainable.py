@@ -42,7 +42,7 @@ def run(train: Samples, **options: Any) -> Any:
     model = tiny_vit()
     forget, retain = few(train, 12), train.subset(range(20, 50))
     config = {**OPTIONS, "forget_epochs": 1.0, "retain_epochs": 2.0, **options}
-    return unlearn(model, forget, retain, config=config, **inside)
+    return unlearn(model, forget, retain, method="lethe", config=config, **inside)
 
 
 def changed(model: torch.nn.Module) -> set[str]:
