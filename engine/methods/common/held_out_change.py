@@ -36,7 +36,6 @@ class HeldOutChange:
         kept = np.flatnonzero(count * np.isin(labels, context.retain.labels))
         kept = np.random.default_rng(context.run.seed).permutation(kept)
         weights = count[kept] / np.bincount(labels, minlength=context.num_classes)[labels[kept]]
-        self._context = context
         self._samples, self._before = held_out.subset(kept), scores[torch.from_numpy(kept)]
         self._weights = torch.from_numpy(weights)
         self.value: float | None = None
