@@ -31,9 +31,9 @@ venv: $(STAMP) ## build .venv with everything that the tests use
 demo: $(STAMP) ## train, unlearn, retrain and compare on the embedded digits
 	$(BIN)/lethe demo $(ARGS)
 
-picture: ## docs/assets/report.png: the top of the report of `make demo`, by Chromium (as root: ARGS=--no-sandbox)
+picture: ## docs/assets/report.png: the top of the report of LetheViT by `make demo`, by Chromium (as root: ARGS=--no-sandbox)
 	$(CHROMIUM) --headless --disable-gpu --hide-scrollbars --window-size=1100,1370 \
-	    --screenshot=docs/assets/report.png $(ARGS) file://$(CURDIR)/runs/demo/report.html
+	    --screenshot=docs/assets/report.png $(ARGS) file://$(CURDIR)/runs/demo/lethe/report.html
 
 test: $(STAMP) ## run the tests that are not slow; COVERAGE=1 measures coverage too, in twice the time
 	$(PYTEST) $(if $(COVERAGE),$(COVERED)) $(ARGS)
