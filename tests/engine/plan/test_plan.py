@@ -108,7 +108,7 @@ def sizes_of(memory: Memory) -> dict[str, int]:
 def tiny_plan(**changed: Any) -> Plan:
     options = {"batch_size": 8, "precision": "bf16", **changed.pop("options", {})}
     given = {"images": 1000, "forget_share": 0.1, "test_images": 200, "num_classes": 10, "model_args": TINY}
-    return make_plan("vit_tiny_patch16_224", options=options, **{**given, **changed})
+    return make_plan("vit_tiny_patch16_224", options=options, **{"method": "lethe", **given, **changed})
 
 
 # What one pass takes
