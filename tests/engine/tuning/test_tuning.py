@@ -471,7 +471,7 @@ def test_the_command_tunes_on_held_out_samples_and_writes_options_that_unlearn_t
     original = save_checkpoint(tiny_vit(), tmp_path / "original")
     task = ["--checkpoint", original, "--data", "digits", "--forget", "random:0.02@0", "--accept-accuracy"]
     fixed = [text for key, value in QUICK.items() for text in ("--set", f"{key}={value}")]
-    study = ["tune", *task, "--out", tmp_path / "study", *fixed, "--json", tmp_path / "tuned.json"]
+    study = ["tune", "--method", "lethe", *task, "--out", tmp_path / "study", *fixed, "--json", tmp_path / "tuned.json"]
     assert lethe(*study, "--trials", 2) == 0
     assert any("validation" in name for name in looked)
     assert not any("test" in name for name in looked)
