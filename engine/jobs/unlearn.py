@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -99,7 +100,7 @@ def run_job(
         progress=progress,
         notes={
             "checkpoint": checkpoint,
-            "checkpoint_sha256": weights_sha256(model),
+            "checkpoint_sha256": evidence.original_sha256,
             **({"original": original} if original else {}),
             **import_note(model),
             **task.notes(),
@@ -134,6 +135,11 @@ class Evidence:
     record: RecordOptions
     metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
 
+    @functools.cached_property
+    def original_sha256(self) -> str:
+        """SHA-256 of the original's weights, for config.yaml and record.json."""
+        return weights_sha256(self.original)
+
     def __call__(self, result: UnlearnResult) -> None:
         """Measure a result on all ranks; the main rank writes."""
         began = time.perf_counter()
@@ -161,7 +167,7 @@ class Evidence:
 
     def _write(self, measured: Task, result: UnlearnResult, evaluations: dict[str, Evaluation]) -> None:
         weights = {
-            "before": weights_sha256(self.original),
+            "before": self.original_sha256,
             "after": weights_sha256(result.model),
             "references": [weights_sha256(model) for model in self.references],
         }

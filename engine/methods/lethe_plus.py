@@ -427,10 +427,14 @@ class LethePlus(Method):
         self._resumed_change = state["change"]
 
     @torch.no_grad()
+    def _logits_of(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return logits [B, C] of a model, float32."""
+        with self.context.autocast():
+            return outputs(model, batch.images).float()
+
     def _original_logits(self, batch: Batch) -> tuple[Tensor]:
         """Return the original's logits [B, C], float32."""
-        with self.context.autocast():
-            return (outputs(self.context.original, batch.images).float(),)
+        return (self._logits_of(self.context.original, batch),)
 
     def _original_log_odds(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the original's log-odds [B], and the labels [B]."""
@@ -443,11 +447,9 @@ class LethePlus(Method):
         model.train(training)
         return _clipped(found)
 
-    @torch.no_grad()
     def _log_odds_of(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return log-odds [B] of a model, and the labels [B]."""
-        with self.context.autocast():
-            return log_odds(outputs(model, batch.images).float(), batch.labels), batch.labels
+        return log_odds(self._logits_of(model, batch), batch.labels), batch.labels
 
     def _views(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the log of the mean probability [B, C] over shifted views, and the logits of the first [B, V, C]."""

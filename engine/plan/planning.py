@@ -20,9 +20,8 @@ from engine.plan.timing import Measured, measure_rates
 from engine.plan.work import Sizes, Work, communication, phases_of, recipe, retraining_work, seconds_of, unlearning_work
 
 GIB = 2**30
-# Classes of an architecture, if no number is given: those of ImageNet.
-_CLASSES = 1000
-_TEST_IMAGES = 50_000
+# Classes of an architecture, and test images at most, if no number is given: those of ImageNet.
+_CLASSES, _TEST_IMAGES = 1000, 50_000
 
 NOT_COUNTED = (
     "time: starting processes, reading the checkpoint and the data index, decoding where it is slower than the model, "

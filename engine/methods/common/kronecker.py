@@ -50,6 +50,15 @@ class _Factors:
     values: Tensor
 
 
+def _layers_of(model: nn.Module) -> dict[str, nn.Linear]:
+    """Return the linear layers, by name, whose weights require a gradient."""
+    return {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and layer.weight.requires_grad
+    }
+
+
 class KroneckerFisher:
     """F of the linear layers whose weights require a gradient and that a forward pass calls.
 
@@ -68,11 +77,7 @@ class KroneckerFisher:
     """
 
     def __init__(self, model: nn.Module, batches: Callable[[], Iterable[Batch]], seed: int = 0) -> None:
-        self._layers = {
-            name: layer
-            for name, layer in model.named_modules()
-            if isinstance(layer, nn.Linear) and layer.weight.requires_grad
-        }
+        self._layers = _layers_of(model)
         self._factors: dict[str, _Factors] = {}
         model.eval()
         if self._layers:
@@ -97,10 +102,9 @@ class KroneckerFisher:
     def bytes_of(model: nn.Module) -> int:
         """Return the size of the matrix of a model: two eigenbases and the eigenvalues of each layer, in float32."""
         total = 0
-        for layer in model.modules():
-            if isinstance(layer, nn.Linear) and layer.weight.requires_grad:
-                i, o = layer.in_features + (layer.bias is not None), layer.out_features
-                total += 4 * (i * i + o * o + i * o)
+        for layer in _layers_of(model).values():
+            i, o = layer.in_features + (layer.bias is not None), layer.out_features
+            total += 4 * (i * i + o * o + i * o)
         return total
 
     def _has(self, name: str, kind: str) -> bool:
